@@ -1,0 +1,184 @@
+"""The arguments that every script accepts, and how a command line becomes a frozen dataclass."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import tyro
+
+from fabricrl.utils.checkpoint import load_checkpoint
+from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.utils import require
+
+Args = TypeVar("Args", bound="StandardArgs")
+
+
+def arg(default: Any, help: str, group: str | None = None) -> Any:
+    """A dataclass field with its help; `group` opens a section of `--help` that the fields after it join."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+
+
+@dataclass(frozen=True)
+class StandardArgs:
+    """What every script accepts. Checked when it is made: see `__post_init__`."""
+
+    # --- environment
+    env_id: str = arg("CartPole-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
+    env_kwargs: str = arg("{}", "arguments of the environment's constructor, as a JSON object")
+    vectorization: Literal["sync", "async"] = arg("sync", "sync: one process steps all; async: a process each, for slow ones")
+    num_envs: int = arg(1, "environments per rank")
+    total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
+    seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
+    capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
+    video_every: int = arg(100, "record every so many episodes of that environment")
+
+    # --- run
+    exp_name: str = arg("", "name of the run; default: that of the algorithm", "run, logging and checkpoints")
+    log_dir: str = arg("logs", "folder of all runs")
+    logger: Literal["tensorboard", "csv", "wandb"] = arg("tensorboard", "where metrics go; wandb needs the extra of that name")
+    log_every: int = arg(2_000, "environment steps between log entries, rounded up to whole iterations")
+    track: bool = arg(False, "the same as --logger wandb")
+    wandb_project_name: str = arg("fabricrl", "project on Weights & Biases")
+    wandb_entity: str | None = arg(None, "user or team on Weights & Biases")
+    save_model: bool = arg(True, "write checkpoints, the last at the end or when the run is stopped")
+    checkpoint_every: int = arg(100_000, "environment steps between checkpoints; 0: only the last")
+    keep_checkpoints: int = arg(3, "newest checkpoints to keep, besides the best")
+    resume: str | None = arg(None, "checkpoint or run folder to go on from, with its arguments; flags given beside it win")
+
+    # --- hardware
+    accelerator: str | None = arg(None, "cpu (default: faster for small networks), cuda, mps, auto", "hardware and launching")
+    cuda: bool = arg(False, "the same as --accelerator cuda")
+    devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; default 1")
+    strategy: str | None = arg(None, "Fabric strategy such as ddp; default: ddp with several devices")
+    num_nodes: int | None = arg(None, "machines; default 1")
+    node_rank: int = arg(0, "number of this machine, from 0")
+    main_address: str = arg("127.0.0.1", "address of machine 0")
+    main_port: int = arg(29400, "port on machine 0 that the ranks meet at; used with several machines")
+    precision: str | None = arg(None, "Fabric precision: 32-true (default), bf16-mixed, 16-mixed, 64-true")
+    num_threads: int = arg(1, "threads of PyTorch per rank; small networks are slower with more than one")
+    matmul_precision: Literal["highest", "high", "medium"] = arg(
+        "highest", "float32 products: medium is faster for wide networks on some processors, slower for narrow ones"
+    )
+    compile: bool = arg(False, "torch.compile the update: slower to start, faster for long runs")
+    torch_deterministic: bool = arg(True, "deterministic cuDNN kernels")
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, which names the argument, what was given, and what is allowed."""
+        for name in ("num_envs", "total_timesteps", "video_every", "log_every", "keep_checkpoints", "num_threads"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2^31 - 1")
+        require(bool(re.fullmatch(r"[\w.-]*", self.exp_name)), "exp_name", repr(self.exp_name), "letters, digits, . _ or -")
+        require(self.num_nodes is None or self.num_nodes >= 1, "num_nodes", self.num_nodes, "an integer of at least 1")
+        require(0 <= self.node_rank < (self.num_nodes or 1), "node_rank", self.node_rank, "from 0 to num-nodes - 1")
+        require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
+        self._check_json()
+        self._check_log_dir()
+
+    def _check_json(self) -> None:
+        try:
+            valid = isinstance(json.loads(self.env_kwargs), dict)
+        except json.JSONDecodeError:
+            valid = False
+        require(valid, "env_kwargs", repr(self.env_kwargs), """a JSON object such as '{"continuous": true}'""")
+
+    def _check_log_dir(self) -> None:
+        folder = Path(self.log_dir).absolute()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+        require(writable, "log_dir", self.log_dir, f"a folder that can be written or made, and {folder} is not")
+
+
+def require_between(args: StandardArgs, low: float, high: float, *names: str) -> None:
+    """Raises ConfigError unless each of the named arguments is a number in [low, high]."""
+    for name in names:
+        value = getattr(args, name)
+        require(math.isfinite(value) and low <= value <= high, name, value, f"between {low:g} and {high:g}")
+
+
+def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None = None) -> Args:
+    """The arguments of a command line: flags given win over `--resume`'s, those over `--preset`'s, those over defaults.
+
+    Raises:
+        ConfigError: an unknown flag, or a value that is not allowed.
+        CheckpointError: `--resume` names something that cannot be resumed.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=None)
+    first.add_argument("--resume", default=None)
+    with contextlib.suppress(argparse.ArgumentError), contextlib.redirect_stderr(io.StringIO()):
+        early, _ = first.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")] or [""])
+    defaults: dict[str, Any] = {}
+    if early.resume is not None:
+        state, _ = load_checkpoint(early.resume, algo)
+        known = {field.name for field in dataclasses.fields(kind)}
+        defaults = {name: _tupled(value) for name, value in state["args"].items() if name in known}
+    elif early.preset is not None:
+        require(early.preset in (presets or {}), "preset", early.preset, f"one of {', '.join(presets or {})}")
+        defaults = (presets or {})[early.preset]
+    given = _parse_flags(kind, defaults)
+    return kind(**given)
+
+
+def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Values by field name. tyro shows one box of help for each nested dataclass, so each section becomes one."""
+    sections: dict[str, list[tuple]] = {}
+    group = ""
+    for field in dataclasses.fields(kind):
+        group = field.metadata.get("group") or group
+        default = defaults.get(field.name, field.default)
+        help_text = tyro.conf.arg(help=field.metadata["help"])
+        part = (field.name, _annotated(field.type, help_text), dataclasses.field(default=default))
+        sections.setdefault(group, []).append(part)
+    own = [name for name in sections if name not in _standard_groups()]
+    order = [*list(sections)[:1], *own, *[name for name in list(sections)[1:] if name not in own]]
+    parts = []
+    for name in order:
+        section = dataclasses.make_dataclass(re.sub(r"\W+", "_", name), sections[name], frozen=True)
+        section.__doc__ = ""
+        key = re.sub(r"\W+", "_", name)
+        parts.append((key, _annotated(section, tyro.conf.OmitArgPrefixes), dataclasses.field(default=section())))
+    whole = dataclasses.make_dataclass("Arguments", parts, frozen=True)
+    description = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            parsed = tyro.cli(whole, description=description, compact_help=False)
+    except SystemExit as exit_:
+        if exit_.code == 0:  # --help
+            raise
+        _complain(errors.getvalue())
+    return {field.name: getattr(getattr(parsed, part[0]), field.name) for part in parts for field in dataclasses.fields(part[2].default)}
+
+
+def _standard_groups() -> set[str]:
+    return {field.metadata["group"] for field in dataclasses.fields(StandardArgs) if field.metadata["group"]}
+
+
+def _annotated(kind: Any, *marks: Any) -> Any:
+    from typing import Annotated
+
+    return Annotated[(kind, *marks)]
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _complain(text: str) -> NoReturn:
+    """One line out of tyro's box: what is wrong, and the flag that was probably meant."""
+    lines = [line.strip("│ ").strip() for line in text.splitlines() if line[:1] == "│"]
+    head = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))])
+    meant = [lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")]
+    hint = f"; did you mean {meant[0].split(' ')[0].rstrip(',')}?" if meant else "; see --help"
+    raise ConfigError(head + hint)

@@ -1,0 +1,82 @@
+"""Arguments of PPO, and the presets."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fabricrl.algos.args import StandardArgs, arg, require_between
+from fabricrl.models.models import ACTIVATIONS
+from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.utils import require
+
+# Coherent defaults for a family of tasks; `classic` are those below. Flags given beside --preset win.
+PRESETS: dict[str, dict[str, Any]] = {
+    "classic": {},
+    "mujoco": {
+        "preset": "mujoco",
+        "total_timesteps": 1_000_000,
+        "learning_rate": 3e-4,
+        "num_envs": 1,
+        "num_steps": 2048,
+        "num_minibatches": 32,
+        "update_epochs": 10,
+        "ent_coef": 0.0,
+        "norm_obs": True,
+        "norm_reward": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class PPOArgs(StandardArgs):
+    """CleanRL's names and defaults, and some that it lacks."""
+
+    num_envs: int = arg(4, "environments per rank")
+    total_timesteps: int = arg(500_000, "environment steps over all environments and ranks")
+    preset: Literal["classic", "mujoco"] = arg("classic", "a set of defaults for a family of tasks", "rollout and returns")
+    num_steps: int = arg(128, "steps of each environment per iteration")
+    gamma: float = arg(0.99, "discount γ")
+    gae_lambda: float = arg(0.95, "λ of generalised advantage estimation")
+    bootstrap_truncated: bool = arg(True, "add γ V(final observation) where a time limit, not the task, ended an episode")
+    norm_obs: bool = arg(False, "normalise observations by running mean and deviation")
+    norm_reward: bool = arg(False, "divide rewards by the running deviation of the discounted return")
+    hidden_sizes: tuple[int, ...] = arg((64, 64), "widths of the hidden layers of actor and critic", "networks")
+    activation: Literal["tanh", "relu", "elu", "silu"] = arg("tanh", "activation of the hidden layers")
+    log_std_init: float = arg(0.0, "initial logarithm of the standard deviation of Box actions")
+    learning_rate: float = arg(2.5e-4, "Adam's learning rate", "update")
+    anneal_lr: bool = arg(True, "learning rate falls linearly to zero over the run")
+    num_minibatches: int = arg(4, "minibatches per epoch, on each rank")
+    update_epochs: int = arg(4, "passes over each rollout")
+    norm_adv: bool = arg(True, "normalise advantages in each minibatch, over all ranks")
+    clip_coef: float = arg(0.2, "ε: ratios are clipped to 1 ± ε")
+    anneal_clip: bool = arg(False, "ε falls linearly to zero over the run")
+    clip_vloss: bool = arg(True, "clip the change of the value by ε as well")
+    ent_coef: float = arg(0.01, "weight of the entropy bonus")
+    anneal_ent: bool = arg(False, "the weight of the entropy bonus falls linearly to zero over the run")
+    vf_coef: float = arg(0.5, "weight of the value loss")
+    max_grad_norm: float = arg(0.5, "gradients are clipped to this norm; 0: they are not")
+    target_kl: float | None = arg(None, "stop the epochs of an iteration once the approximate KL divergence passes this")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_steps", "num_minibatches", "update_epochs"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        require_between(self, 0, 1, "gamma", "gae_lambda")
+        require_between(self, 0, float("inf"), "ent_coef", "vf_coef", "max_grad_norm")
+        require_between(self, -20, 20, "log_std_init")
+        require(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a number above 0")
+        require(0 < self.clip_coef < float("inf"), "clip_coef", self.clip_coef, "a number above 0")
+        require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "a number above 0, or None")
+        require(all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", self.hidden_sizes, "integers of at least 1")
+        require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        self._check_minibatches()
+
+    def _check_minibatches(self) -> None:
+        """Every minibatch has the same size, so that none has one row, whose advantage cannot be normalised."""
+        batch = self.num_envs * self.num_steps
+        legal = [n for n in range(1, batch + 1) if batch % n == 0 and (batch // n > 1 or not self.norm_adv)]
+        if self.num_minibatches not in legal:
+            near = sorted(sorted(legal, key=lambda n: abs(n - self.num_minibatches))[:2])
+            raise ConfigError(
+                f"--num-minibatches is {self.num_minibatches}: it must divide num-envs × num-steps = {batch} into equal "
+                f"parts of at least {2 if self.norm_adv else 1}; nearest are {' and '.join(map(str, near)) or 'none'}"
+            )

@@ -1,0 +1,209 @@
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), for one process or many.
+
+    python fabricrl/algos/ppo/ppo.py --env-id CartPole-v1
+    python fabricrl/algos/ppo/ppo.py --env-id CartPole-v1 --devices 2 --strategy ddp
+    lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/ppo/ppo.py --env-id CartPole-v1
+
+Shapes: T steps, N environments of a rank, W ranks, D observation size, A action size, M minibatches of B = T N / M rows.
+"""
+
+import torch
+from gymnasium.vector import VectorEnv
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from fabricrl.algos.args import parse
+from fabricrl.algos.ppo.agent import PPOAgent
+from fabricrl.algos.ppo.args import PRESETS, PPOArgs
+from fabricrl.algos.ppo.loss import approx_kl, clip_fraction, entropy_loss, policy_loss, value_loss
+from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent
+from fabricrl.data.buffers import RolloutBuffer
+from fabricrl.envs import check_env, make_envs
+from fabricrl.envs.spaces import describe, env_actions
+from fabricrl.utils.checkpoint import check_spaces, load_checkpoint, restore
+from fabricrl.utils.errors import NonFiniteError
+from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
+from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
+from fabricrl.utils.model import all_finite
+from fabricrl.utils.run import Run, rank_generators, restore_generators
+from fabricrl.utils.utils import anneal, discounted_sums, env_seeds, explained_variance, gae, generators, normalize_rows
+
+
+@torch.inference_mode()
+def rollout(player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer, rng: torch.Generator, clock: Stopwatch) -> None:
+    """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
+    num_steps, device = len(rb.actions), next(player.parameters()).device
+    noise = player.head.noise(rb.actions.shape[:2], rng).to(device).unbind()  # T × [N, noise_size]
+    for t in range(num_steps):
+        actions = player.act(rb.obs_rows[t].to(device), noise[t]).cpu().numpy()  # [N, A]
+        clock.lap("act")
+        step = envs.step(env_actions(envs.single_action_space, actions))
+        clock.lap("env")
+        rb.add(t, actions, *step)
+    if problem := rb.first_bad():
+        raise NonFiniteError(problem)
+
+
+@torch.no_grad()
+def returns_and_advantages(
+    player: PPOAgent, rb: RolloutBuffer, carry: Tensor, args: PPOArgs, fabric: Fabric
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The rollout as training data, each [T N, ...] on the device, and the discounted reward carried on, [N]."""
+    rewards, dones = rb.rewards.clone(), rb.dones  # [T, N]
+    if player.reward_normalizer is not None:
+        sums, carry = discounted_sums(rewards, dones, carry, args.gamma)
+        player.reward_normalizer.update(sums.flatten()[:, None].to(fabric.device), fabric)
+        rewards = player.scale_rewards(rewards.to(fabric.device)).cpu()
+    limits = rb.time_limits()
+    if limits is not None and args.bootstrap_truncated:
+        t, env, final_obs = limits
+        rewards[t, env] += args.gamma * player.value(final_obs.to(fabric.device)).cpu()  # truncated, not terminated
+    inputs = player.prepare(rb.obs.to(fabric.device))  # [T + 1, N, D]
+    actions = rb.actions.to(fabric.device)
+    logprobs, _, values = player(inputs[:-1], actions)  # [T, N]: the policy has not changed since it acted
+    next_values = player.critic(inputs[-1]).squeeze(-1)  # [N]
+    advantages, returns = gae(rewards, values.cpu(), dones, next_values.cpu(), args.gamma, args.gae_lambda)
+    columns = {"advantages": advantages.to(fabric.device), "returns": returns.to(fabric.device), "values": values}
+    columns |= {"obs": inputs[:-1], "actions": actions, "logprobs": logprobs}
+    return {name: column.flatten(0, 1) for name, column in columns.items()}, carry
+
+
+def train(
+    fabric: Fabric,
+    agent: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: dict[str, Tensor],
+    rng: torch.Generator,
+    args: PPOArgs,
+    clip_coef: float,
+    ent_coef: float,
+) -> dict[str, Tensor]:
+    """The update: epochs of minibatch steps on L = L_policy + c_ent L_entropy + c_vf L_value (Eq. 9, negated).
+
+    Returns the losses of all minibatches, detached and still on the device.
+    """
+    history: list[tuple[Tensor, ...]] = []
+    names = ("obs", "actions", "logprobs", "advantages", "returns", "values")
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(data["obs"]), generator=rng).view(args.num_minibatches, -1)  # [M, B]
+        shuffled = {name: data[name][order.to(fabric.device)] for name in names}  # [M, B, ...], one gather an epoch
+        if args.norm_adv:
+            shuffled["advantages"] = normalize_rows(fabric, shuffled["advantages"])
+        for obs, actions, logprobs, advantages, returns, values in zip(*shuffled.values(), strict=True):
+            new_logprobs, entropy, new_values = agent(obs, actions)  # [B]
+            logratio = new_logprobs - logprobs
+            pg_loss = policy_loss(logratio, advantages, clip_coef)
+            v_loss = value_loss(new_values, values, returns, clip_coef, args.clip_vloss)
+            ent_loss = entropy_loss(entropy)
+            optimizer.zero_grad()
+            fabric.backward(pg_loss + ent_coef * ent_loss + args.vf_coef * v_loss)
+            if args.max_grad_norm > 0:
+                fabric.clip_gradients(agent, optimizer, max_norm=args.max_grad_norm, error_if_nonfinite=False)
+            optimizer.step()
+            history.append((pg_loss.detach(), v_loss.detach(), ent_loss.detach(), logratio.detach()))
+        if args.target_kl is not None and fabric.all_reduce(approx_kl(history[-1][3])) > args.target_kl:
+            break  # all ranks or none: the mean over ranks decides
+    pg_losses, v_losses, ent_losses, logratios = (torch.stack(column) for column in zip(*history, strict=True))
+    metrics = {"losses/policy_loss": pg_losses, "losses/value_loss": v_losses, "losses/entropy": -ent_losses}
+    metrics["losses/approx_kl"] = approx_kl(logratios)
+    metrics["losses/clipfrac"] = clip_fraction(logratios, clip_coef)
+    return metrics
+
+
+def main() -> int:
+    args = parse(PPOArgs, "ppo", PRESETS)
+    check_env(args.env_id, args.env_kwargs, ACTION_SPACES, "rgb_array" if args.capture_video else None)
+
+    # --- Fabric, seed, run folder
+    fabric = launch(args)
+    stop = StopSignal()
+    state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
+    global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
+    run = Run(fabric, args, "ppo", resumed, global_step)
+    act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
+
+    # --- Environments
+    envs = make_envs(args, fabric.global_rank, run.folder / "videos")
+
+    # --- Agent and optimizer
+    agent = make_agent(args, envs)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    agent, optimizer = fabric.setup(agent, optimizer)
+    player = agent.module  # unwrapped once: it acts and evaluates, gradients flow through `agent` alone
+
+    # --- Metrics and buffer
+    episodes, losses, clock = EpisodeStatistics(args.num_envs), MeanMetrics(), Stopwatch("env", "act", "train", "comm", "log")
+    obs_shape, head = envs.single_observation_space.shape, player.head
+    rb = RolloutBuffer(args.num_steps, args.num_envs, obs_shape, head.num_actions, head.dtype)
+    carry = torch.zeros(args.num_envs)  # discounted reward so far, [N]
+
+    # --- Counters
+    batch_size = args.num_steps * args.num_envs * fabric.world_size  # steps an iteration takes
+    if state:
+        check_spaces(state["spaces"], describe(envs))
+        restore(player, state["agent"], str(resumed))
+        optimizer.load_state_dict(state["optimizer"])
+        episodes.load_state_dict(state["episodes"])
+        restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
+        run.best_return = state["best_return"]
+
+    obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
+    rb.start(obs)
+    check_ranks(fabric, player, rb.obs[0])
+    run.start_clock()
+    while global_step + batch_size <= args.total_timesteps:
+        # 1. Rollout
+        with failing_together(fabric):
+            rollout(player, envs, rb, act_rng, clock)
+        global_step += batch_size
+
+        # 2. Returns and advantages
+        data, carry = returns_and_advantages(player, rb, carry, args, fabric)
+
+        # 3. Update
+        progress = (global_step - batch_size) / args.total_timesteps
+        learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
+        clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
+        ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        losses.update(train(fabric, agent, optimizer, data, train_rng, args, clip_coef, ent_coef))
+        if not all_finite(player):  # equal on all ranks, so that one line is enough
+            raise NonFiniteError("a loss or gradient was not finite: parameters are NaN" if fabric.is_global_zero else "")
+        if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
+            player.obs_normalizer.update(rb.obs[:-1].to(fabric.device), fabric)
+        clock.lap("train")
+
+        # 4. Log
+        episodes.update(fabric, rb.rewards, rb.dones)
+        exit_code = stop.exit_code(fabric)
+        last = exit_code > 0 or global_step + batch_size > args.total_timesteps
+        clock.lap("comm")
+        run.advance(global_step, episodes.mean_return)
+        if run.wants_log(global_step, last):
+            charts = {"charts/learning_rate": learning_rate, "charts/SPS": run.sps(global_step)}
+            charts["losses/explained_variance"] = explained_variance(data["values"], data["returns"]).item()
+            run.log(charts | episodes.compute() | losses.compute() | clock.shares(), global_step)
+
+        # 5. Checkpoint
+        if run.wants_checkpoint(global_step, last):
+            state = {
+                "spaces": describe(envs),
+                "agent": player.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "episodes": episodes.state_dict(),
+                "generators": rank_generators(fabric, act_rng, train_rng),
+            }
+            run.save(global_step, episodes.mean_return, state)
+        clock.lap("log")
+        if exit_code:
+            break
+        rb.start()
+
+    # --- Close
+    envs.close()
+    run.finish(global_step, episodes)
+    return exit_code
+
+
+if __name__ == "__main__":
+    run_script(main)

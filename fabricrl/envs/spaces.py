@@ -1,0 +1,61 @@
+"""Which observation and action spaces are supported, and how actions reach the environment."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space
+
+from fabricrl.utils.errors import ConfigError
+
+VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
+
+
+def check_observation_space(space: Space) -> None:
+    """Raises ConfigError unless the space is a Box, Discrete, MultiDiscrete, MultiBinary, or a one-level Dict of these."""
+    if isinstance(space, Dict):
+        for key, part in space.spaces.items():
+            if not isinstance(part, VECTOR_SPACES):
+                raise ConfigError(f"observation space {space} has an unsupported part {key!r}: {part}; {_supported(Dict)}")
+    elif not isinstance(space, VECTOR_SPACES):
+        raise ConfigError(f"observation space {space} is not supported; {_supported(Dict)}")
+
+
+def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None:
+    """Raises ConfigError unless the space is one of `supported`, and, if a Box, one of real numbers."""
+    if not isinstance(space, supported):
+        names = ", ".join(kind.__name__ for kind in supported)
+        raise ConfigError(f"action space {space} is not supported; supported are {names}")
+    if isinstance(space, Box) and not np.issubdtype(space.dtype, np.floating):
+        raise ConfigError(f"action space {space} is not supported: a Box must be of real numbers, not {space.dtype}")
+
+
+def is_flat(space: Space) -> bool:
+    """Whether observations are vectors of numbers already."""
+    return isinstance(space, Box) and len(space.shape) == 1
+
+
+def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
+    """What `envs.step` takes, from the actions [N, A] that a policy drew for a single action space `space`.
+
+    Discrete and MultiDiscrete policies count from zero, whatever the space's start. Box actions are clipped to the
+    bounds here and nowhere else: buffers and losses keep what was drawn.
+    """
+    if isinstance(space, Discrete):
+        return actions[:, 0] + space.start
+    if isinstance(space, MultiDiscrete):
+        return actions.reshape(-1, *space.shape) + space.start
+    if isinstance(space, MultiBinary):
+        return actions.reshape(-1, *space.shape).astype(space.dtype)
+    if isinstance(space, Box):
+        return np.clip(actions.reshape(-1, *space.shape), space.low, space.high)
+    raise TypeError(f"no actions for {space}")
+
+
+def _supported(*more: type[Space]) -> str:
+    return "supported are " + ", ".join(kind.__name__ for kind in VECTOR_SPACES) + ", and a one-level Dict of these"
+
+
+def describe(env: gym.Env | gym.vector.VectorEnv) -> dict[str, str]:
+    """The spaces as a checkpoint stores them and as messages print them."""
+    if isinstance(env, gym.vector.VectorEnv):
+        return {"obs": str(env.single_observation_space), "actions": str(env.single_action_space)}
+    return {"obs": str(env.observation_space), "actions": str(env.action_space)}

@@ -1,0 +1,169 @@
+"""Vector environments: construction, and failures that name the environment."""
+
+import atexit
+import difflib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.spaces import Space
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from fabricrl.envs.spaces import check_action_space, check_observation_space, is_flat
+from fabricrl.envs.wrappers import RecordEpisodes, shield_worker
+from fabricrl.utils.errors import ConfigError, EnvError
+
+EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d"}  # module that is missing -> extra that brings it
+
+
+def make_env(
+    env_id: str,
+    env_kwargs: str = "{}",
+    render_mode: str | None = None,
+    video_folder: Path | None = None,
+    video_prefix: str = "train",
+    video_every: int = 1,
+) -> gym.Env:
+    """One environment whose observations are vectors: what is not one yet is flattened, Discrete parts one-hot.
+
+    Args:
+        env_id: an id of Gymnasium, or `module:Id-v0`, where `module` registers the id and is found from here.
+        env_kwargs: a JSON object of arguments for the environment's constructor.
+        video_folder: where to record every `video_every`-th episode; None records nothing.
+
+    Raises:
+        ConfigError: the id, an argument, or a package that it needs is not there.
+        EnvError: the constructor raised.
+    """
+    kwargs = json.loads(env_kwargs)
+    if video_folder is not None:
+        render_mode = "rgb_array"
+    if render_mode is not None:
+        kwargs["render_mode"] = render_mode
+    env = _construct(env_id, env_kwargs, kwargs)
+    if video_folder is not None:
+        env = RecordEpisodes(env, video_folder, video_prefix, video_every)
+    # Images will pass here as they are, for a NatureCNN; everything else becomes one vector for an MLP.
+    return env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
+
+
+def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
+    """The `args.num_envs` environments of a rank, resetting in the step that ends an episode (SAME_STEP).
+
+    `step` returns the first observation of the next episode; the last one is in `infos["final_obs"]`.
+    Rank 0 records its environment 0 if `args.capture_video`.
+
+    Raises:
+        ConfigError, EnvError: as `make_env`; later, `reset` and `step` raise EnvError.
+    """
+
+    def thunk(index: int) -> Callable[[], gym.Env]:
+        def build() -> gym.Env:
+            if args.vectorization == "async" and os.getpid() != script:
+                shield_worker()
+            record = args.capture_video and rank == 0 and index == 0
+            folder = video_folder if record and (args.vectorization == "sync" or os.getpid() != script) else None
+            mode = "rgb_array" if record else None  # also in the async dummy, whose spaces and modes must agree
+            return make_env(args.env_id, args.env_kwargs, mode, folder, video_every=args.video_every)
+
+        return build
+
+    script = os.getpid()
+    thunks = [thunk(index) for index in range(args.num_envs)]
+    # Without copies: the buffer copies each observation before the next step overwrites it.
+    kind = SyncVectorEnv if args.vectorization == "sync" else AsyncVectorEnv
+    try:
+        envs = kind(thunks, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    except (ConfigError, EnvError):
+        raise
+    except Exception as error:
+        raise EnvError(f"environments of {args.env_id} cannot be built: {type(error).__name__}: {error}") from error
+    return ReportFailures(envs)
+
+
+class ReportFailures(gym.vector.VectorWrapper):
+    """Turns whatever an environment raises, and the death of its process, into an EnvError with its index."""
+
+    def __init__(self, env: VectorEnv) -> None:
+        super().__init__(env)
+        atexit.register(self.abandon)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
+        try:
+            return self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            raise self._failure("reset", error) from error
+
+    def step(self, actions: Any) -> tuple:
+        try:
+            return self.env.step(actions)
+        except Exception as error:
+            raise self._failure("step", error) from error
+
+    def abandon(self) -> None:
+        """Ends the environments whatever state they are in; for the end of a process that may have failed."""
+        if not self.env.closed:
+            self.env.close(**({"terminate": True} if isinstance(self.env, AsyncVectorEnv) else {}))
+
+    def _failure(self, call: str, error: Exception) -> EnvError:
+        for index, process in enumerate(getattr(self.env, "processes", [])):
+            process.join(0.1 if isinstance(error, EOFError | BrokenPipeError | ConnectionError) else 0)
+            if process.exitcode is not None and process.exitcode < 0:
+                return EnvError(f"env worker {index} died in {call} ({signal.Signals(-process.exitcode).name})")
+        traceback.print_exception(error, limit=-4)
+        where = ""
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename.endswith("sync_vector_env.py") and "i" in frame.f_locals:
+                where = f" {frame.f_locals['i']}"
+        return EnvError(f"environment{where} failed in {call}: {type(error).__name__}: {error}")
+
+
+def check_env(env_id: str, env_kwargs: str, action_spaces: tuple[type[Space], ...], render_mode: str | None) -> None:
+    """Builds one environment and throws it away, so that mistakes are told before anything starts.
+
+    Raises:
+        ConfigError: the environment cannot be had, or has spaces that are not supported, or cannot be rendered.
+        EnvError: its constructor raised.
+    """
+    env = _construct(env_id, env_kwargs, json.loads(env_kwargs))
+    try:
+        check_observation_space(env.observation_space)
+        check_action_space(env.action_space, action_spaces)
+        modes = env.metadata.get("render_modes", [])
+        if render_mode is not None and render_mode not in modes:
+            raise ConfigError(f"{env_id} cannot be rendered as {render_mode!r}, only as {modes}")
+    finally:
+        env.close()
+
+
+def _construct(env_id: str, env_kwargs: str, kwargs: dict[str, Any]) -> gym.Env:
+    if ":" in env_id and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # `module` of one's own is looked for where the command was given
+    try:
+        return gym.make(env_id, disable_env_checker=True, **kwargs)
+    except Exception as error:
+        raise _construction_error(env_id, env_kwargs, error) from error
+
+
+def _construction_error(env_id: str, env_kwargs: str, error: Exception) -> ConfigError | EnvError:
+    """What to tell a user whose environment could not be built."""
+    missing = error if isinstance(error, ImportError) else error.__cause__
+    text = " ".join(str(error).split())
+    if isinstance(error, gym.error.DependencyNotInstalled) or isinstance(missing, ImportError):
+        name = (getattr(missing, "name", None) or "").split(".")[0]
+        extra = next((extra for module, extra in EXTRAS.items() if module == name or extra in text.lower()), None)
+        hint = f"pip install 'fabricrl[{extra}]'" if extra else f"install the package that has {name or 'it'}"
+        return ConfigError(f"--env-id {env_id} needs a package that is not here ({text}): {hint}")
+    if isinstance(error, gym.error.UnregisteredEnv | gym.error.Error) and not isinstance(error, gym.error.ResetNeeded):
+        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else "see gymnasium.pprint_registry() for those there are"
+        return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {hint}")
+    if isinstance(error, TypeError) and "unexpected keyword argument" in text:
+        return ConfigError(f"--env-kwargs {env_kwargs} does not fit {env_id}: {text}")
+    return EnvError(f"{env_id} cannot be built: {type(error).__name__}: {text}")

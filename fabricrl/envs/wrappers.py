@@ -1,0 +1,48 @@
+"""Single-environment wrappers that Gymnasium does not have, and what protects a run from its environments."""
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+PR_SET_PDEATHSIG = 1
+
+
+class RecordEpisodes(gym.wrappers.RecordVideo):
+    """Records every `every`-th episode as `<folder>/<prefix>-episode-N.mp4`, and no more than `max_frames` of it.
+
+    The frames of one episode are all that is ever held in memory. Needs render_mode "rgb_array".
+    """
+
+    def __init__(self, env: gym.Env, folder: Path, prefix: str, every: int = 1, max_frames: int = 5000) -> None:
+        super().__init__(
+            env,
+            video_folder=str(folder),
+            episode_trigger=lambda episode: episode % every == 0,
+            name_prefix=prefix,
+            video_length=0,
+            disable_logger=True,
+        )
+        self._max_frames = max_frames
+
+    def step(self, action: Any) -> tuple:
+        if self.recording and len(self.recorded_frames) > self._max_frames:
+            self.stop_recording()
+        return super().step(action)
+
+
+def shield_worker() -> None:
+    """In the process of one asynchronous environment: leave signals to the script, and never outlive it.
+
+    A worker leads a session of its own, so that Ctrl-C reaches the script alone and the iteration can end; on Linux
+    the kernel ends it with its parent, however that died.
+    """
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

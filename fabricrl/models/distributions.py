@@ -1,0 +1,130 @@
+"""Action distributions as heads of a network: the formulas alone, without objects in the hot path.
+
+A head turns `params` [*, size], the output of the actor's last layer, into actions [*, A], and says how likely actions
+are. Randomness comes from outside as `noise` [*, noise_size], drawn for a whole rollout at once, so that sampling is
+a plain function of tensors.
+"""
+
+import math
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete, Space
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class CategoricalHead(nn.Module):
+    """A independent categorical variables: Discrete (A = 1) and MultiDiscrete. Actions are indices, int64."""
+
+    dtype = torch.int64
+
+    def __init__(self, choices: list[int]) -> None:
+        super().__init__()
+        self.num_actions, self.size, self.most = len(choices), sum(choices), max(choices)
+        self.noise_size = self.num_actions * self.most
+        self.uneven = len(set(choices)) > 1
+        mask = torch.arange(self.most) < torch.tensor(choices)[:, None]  # [A, most]
+        self.register_buffer("mask", mask, persistent=False)
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        """Gumbel-max: argmax(logits + Gumbel noise) is distributed as softmax(logits)."""
+        return (self._logits(params) + noise.view(*noise.shape[:-1], self.num_actions, self.most)).argmax(-1)
+
+    def mode(self, params: Tensor) -> Tensor:
+        return self._logits(params).argmax(-1)
+
+    def evaluate(self, params: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a) = Σ_i log softmax(logits_i)[a_i] and H = −Σ_i Σ_k p_ik log p_ik, both [*]."""
+        log_probs = F.log_softmax(self._logits(params), dim=-1)  # [*, A, most]
+        chosen = log_probs.gather(-1, actions[..., None])
+        return chosen.sum((-1, -2)), -(log_probs.exp() * log_probs).sum((-1, -2))
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Standard Gumbel noise: −log(E) with E exponential."""
+        return -torch.empty(*shape, self.noise_size).exponential_(generator=generator).log()
+
+    def _logits(self, params: Tensor) -> Tensor:
+        """[*, size] → [*, A, most]; what pads variables with fewer choices is very unlikely."""
+        if not self.uneven:
+            return params.view(*params.shape[:-1], self.num_actions, self.most)
+        padded = params.new_full((*params.shape[:-1], self.num_actions, self.most), -1e8)
+        return padded.masked_scatter(self.mask.expand_as(padded), params)
+
+
+class BernoulliHead(nn.Module):
+    """A independent bits: MultiBinary. Actions are 0 or 1, float32."""
+
+    dtype = torch.float32
+
+    def __init__(self, num_actions: int) -> None:
+        super().__init__()
+        self.num_actions = self.size = self.noise_size = num_actions
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        """logit + logistic noise > 0 has probability σ(logit)."""
+        return (params + noise > 0).float()
+
+    def mode(self, params: Tensor) -> Tensor:
+        return (params > 0).float()
+
+    def evaluate(self, params: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a) = Σ_i a_i l_i − log(1 + e^l_i) and H = Σ_i log(1 + e^l_i) − l_i σ(l_i), both [*]."""
+        softplus = F.softplus(params)
+        return (actions * params - softplus).sum(-1), (softplus - params * params.sigmoid()).sum(-1)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Standard logistic noise: the difference of two Gumbels."""
+        first, second = torch.empty(2, *shape, self.noise_size).exponential_(generator=generator).log()
+        return first - second
+
+
+class NormalHead(nn.Module):
+    """A independent normal variables with a standard deviation that is learned but does not depend on the state: Box.
+
+    Actions are float32 and unbounded; whoever passes them to an environment clips them.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, num_actions: int, log_std: float = 0.0) -> None:
+        super().__init__()
+        self.num_actions = self.size = self.noise_size = num_actions
+        self.log_std = nn.Parameter(torch.full((num_actions,), log_std))
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        return params + self.log_std.exp() * noise
+
+    def mode(self, params: Tensor) -> Tensor:
+        return params
+
+    def evaluate(self, params: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(a) = Σ_i −z_i²/2 − log σ_i − log √(2π) with z = (a − μ)/σ, and H = Σ_i 1/2 + log √(2π) + log σ_i; [*]."""
+        z = (actions - params) * (-self.log_std).exp()
+        log_scale = self.log_std.sum()
+        constant = self.num_actions * 0.5 * math.log(2 * math.pi)
+        entropy = log_scale + (constant + 0.5 * self.num_actions)
+        return -0.5 * z.square().sum(-1) - log_scale - constant, entropy.expand(params.shape[:-1])
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(*shape, self.noise_size, generator=generator)
+
+
+Head = CategoricalHead | BernoulliHead | NormalHead
+
+
+def make_head(space: Space, log_std: float = 0.0) -> Head:
+    """The head for a single action space.
+
+    Raises:
+        TypeError: the space is none of Discrete, MultiDiscrete, MultiBinary and Box.
+    """
+    if isinstance(space, Discrete):
+        return CategoricalHead([int(space.n)])
+    if isinstance(space, MultiDiscrete):
+        return CategoricalHead([int(n) for n in space.nvec.reshape(-1)])
+    if isinstance(space, MultiBinary):
+        return BernoulliHead(int(np.prod(space.shape)))
+    if isinstance(space, Box):
+        return NormalHead(int(np.prod(space.shape)), log_std)
+    raise TypeError(f"no distribution for the action space {space}")

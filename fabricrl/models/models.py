@@ -1,0 +1,83 @@
+"""Networks and the running normaliser. Image and recurrent networks join here."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from fabricrl.utils.model import orthogonal_init
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
+
+
+class MLP(nn.Sequential):
+    """[*, inputs] → hidden layers with activation → [*, outputs]; orthogonal weights, zero bias.
+
+    Args:
+        gain: of the last layer; the hidden ones have √2 (Engstrom et al. 2020, arXiv:2005.12729).
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, hidden_sizes: Sequence[int], activation: str = "tanh", gain: float = 1.0
+    ) -> None:
+        layers: list[nn.Module] = []
+        sizes = [inputs, *hidden_sizes]
+        for size, next_size in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [orthogonal_init(nn.Linear(size, next_size), math.sqrt(2)), ACTIVATIONS[activation]()]
+        super().__init__(*layers, orthogonal_init(nn.Linear(sizes[-1], outputs), gain))
+
+
+class RunningNormalizer(nn.Module):
+    """Running mean and variance of vectors, merged batch by batch and over ranks (Chan et al. 1979).
+
+    Its statistics are buffers: saved with the module, and the same on every rank. They change in `update` alone.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, size: int, clip: float = 10.0) -> None:
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(x − mean) / σ, clipped to ±clip; [*, size]."""
+        return self._clipped((x - self.mean.float()) / self.std())
+
+    def scale(self, x: Tensor) -> Tensor:
+        """x / σ, clipped to ±clip: for rewards, whose sign must stay."""
+        return self._clipped(x / self.std())
+
+    def std(self) -> Tensor:
+        return (self.var + 1e-8).sqrt().float()
+
+    @torch.no_grad()
+    def update(self, x: Tensor, fabric: Fabric | None = None) -> None:
+        """Adds a batch [*, size]. Given a Fabric, adds those of all ranks, which must call it together."""
+        x = x.reshape(-1, self.mean.shape[0]).double()
+        count = x.new_tensor(len(x))
+        mean, square = x.mean(0), x.var(0, correction=0)
+        if fabric is not None and fabric.world_size > 1:
+            parts = fabric.all_gather(torch.cat((mean, square, count[None])))  # [W, 2 size + 1]
+        else:
+            parts = torch.cat((mean, square, count[None]))[None]
+        for part in parts:
+            self._merge(*part[:-1].chunk(2), part[-1])
+
+    def _merge(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        total = self.count + count
+        delta = mean - self.mean
+        # M2 = M2_a + M2_b + δ² n_a n_b / n, with M2 = n Var
+        m2 = self.var * self.count + var * count + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x.clamp(-self.clip, self.clip)

@@ -1,0 +1,194 @@
+"""Checkpoints: one self-verifying file per save, complete under its final name or absent.
+
+A checkpoint is what `torch.save` writes, a zip archive, with the SHA-256 of the archive as its comment: `torch.load`
+reads it as any other file, and one changed or missing byte is noticed here before anything is unpickled.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from fabricrl.utils.errors import CheckpointError, OutputError
+
+FORMAT = 1
+BEST = "best.ckpt"
+_NO_COMMENT = b"\0\0"  # how an archive without a comment ends: the length of the comment, as two bytes
+_SEAL = len(_NO_COMMENT) + 64  # what the comment and its length take
+
+
+class _HashingWriter:
+    """Hashes what passes through, so that a large state is neither held in memory nor read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, best: bool = False) -> Path:
+    """Writes `state` to `folder/step_<step>.ckpt`, links it to `best.ckpt` if `best`, and keeps the newest `keep`.
+
+    The file is written beside its final place, forced to disk and then renamed, as is the folder's entry: a crash at
+    any moment leaves the previous checkpoints as they were. Call it on one rank.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written; no partial file stays.
+    """
+    path = folder / f"step_{step:012d}.ckpt"
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*.tmp"):  # of a run that was killed while it saved
+            stale.unlink(missing_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+        with os.fdopen(descriptor, "wb") as file:
+            writer = _HashingWriter(file)
+            torch.save({"format": FORMAT, **state}, writer)
+            file.seek(-len(_NO_COMMENT), os.SEEK_END)
+            file.write((64).to_bytes(2, "little") + writer.digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        if best:
+            _link(path, folder / BEST)
+        _sync_folder(folder)
+        for old in sorted(folder.glob("step_*.ckpt"))[:-keep]:
+            old.unlink()
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise OutputError(f"cannot save {path}: {_cause(error)}; earlier checkpoints are untouched") from error
+    return path
+
+
+def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str, Any], Path]:
+    """Reads a checkpoint, or the newest good one of a run folder. Never runs code from the file.
+
+    Returns the state and the file that it came from.
+
+    Raises:
+        CheckpointError: missing, truncated, altered, of another format or another algorithm than `algo`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        state, found = _read(path), path
+    else:
+        candidates = sorted((path / "checkpoints").glob("step_*.ckpt"), reverse=True)
+        if not candidates:
+            raise CheckpointError(f"{path} is a folder without checkpoints/step_*.ckpt")
+        state, found = _newest_good(candidates)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{found} has checkpoint format {state.get('format')}; this version reads format {FORMAT}")
+    if algo is not None and state.get("algo") != algo:
+        raise CheckpointError(f"{found} was made by {state.get('algo')}, not by {algo}")
+    return state, found
+
+
+def restore(module: nn.Module, stored: Mapping[str, Any], what: str) -> None:
+    """Loads a state_dict into a module of exactly the same shape.
+
+    Raises:
+        CheckpointError: names the first parameter that is missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    for key in sorted(own.keys() | stored.keys()):
+        ours, theirs = (tuple(d[key].shape) if key in d else "absent" for d in (own, stored))
+        if ours != theirs:
+            raise CheckpointError(f"{what} does not fit this agent: {key} is {theirs} there and {ours} here")
+    module.load_state_dict(stored)
+
+
+def _newest_good(candidates: list[Path]) -> tuple[dict[str, Any], Path]:
+    problems = []
+    for candidate in candidates:
+        try:
+            return _read(candidate), candidate
+        except CheckpointError as error:
+            problems.append(str(error))
+            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+    raise CheckpointError(f"no checkpoint can be read in {candidates[0].parent}: {problems[0]}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        _verify(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except Exception as error:  # whatever the unpickler objects to: its text names the forbidden global
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{path} holds something other than tensors and plain values: {reason}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is not a checkpoint of fabricrl")
+    return state
+
+
+def _verify(path: Path) -> None:
+    """Compares the archive with the digest in its comment, in pieces of 1 MiB."""
+    size = path.stat().st_size
+    if size <= _SEAL:
+        raise CheckpointError(f"{path} is {'empty' if not size else 'truncated'}: {size} bytes")
+    digest, left = hashlib.sha256(), size - _SEAL
+    with path.open("rb") as file:
+        while left:
+            piece = file.read(min(left, 1 << 20))
+            digest.update(piece)
+            left -= len(piece)
+        seal = file.read()
+    if seal[:2] != (64).to_bytes(2, "little"):
+        raise CheckpointError(f"{path} is truncated, or was not written by fabricrl: it does not end in its checksum")
+    digest.update(_NO_COMMENT)
+    if digest.hexdigest().encode() != seal[2:]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the one stored with it")
+
+
+def _link(path: Path, link: Path) -> None:
+    """A second name for the same file, replaced atomically; a copy where the file system has no hard links."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, link)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cause(error: BaseException) -> str:
+    """The operating system's reason, also where torch has wrapped it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error).split("\n")[0]
+
+
+def check_spaces(stored: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Raises CheckpointError, which prints both, if the checkpoint's environment had other spaces than this one."""
+    for name, space in own.items():
+        if stored.get(name) != space:
+            raise CheckpointError(f"the checkpoint's {name} space is {stored.get(name)}, this environment's is {space}")

@@ -1,0 +1,43 @@
+"""Errors that end a run: each kind has its exit code and is reported to the user in one line."""
+
+
+class RunError(Exception):
+    """Base of the errors that end a run with `exit_code` and one line on standard error."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError):
+    """An argument that cannot be used; raised before any environment or process starts."""
+
+    exit_code = 2
+
+
+class CheckpointError(RunError):
+    """A checkpoint that is missing, damaged, or made by something else."""
+
+    exit_code = 3
+
+
+class EnvError(RunError):
+    """An environment raised, died, or returned what its spaces do not allow."""
+
+    exit_code = 4
+
+
+class NonFiniteError(RunError):
+    """NaN or infinity in an observation, a reward, a loss or a parameter."""
+
+    exit_code = 5
+
+
+class OutputError(RunError):
+    """A file of the run could not be written."""
+
+    exit_code = 6
+
+
+class LostPeerError(RunError):
+    """Another rank stopped answering."""
+
+    exit_code = 7

@@ -1,0 +1,190 @@
+"""Starting and ending a script: Fabric under every launcher, signals, and errors that all ranks agree on."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
+from fabricrl.utils.model import parameter_hash
+
+DEFAULT_PORT = 29400
+
+
+def launch(args: Any) -> Fabric:
+    """Builds Fabric from the launcher's environment and the arguments that the user set, and starts all ranks.
+
+    `fabric run` and `lightning run model` hand their choices over in LT_* variables, torchrun in its own; both have
+    started the processes already. Otherwise Fabric starts them: one for each of `--devices`, on each node.
+
+    Raises:
+        ConfigError: devices that do not exist, a port in use, or a choice made twice.
+    """
+    names = ("accelerator", "strategy", "devices", "num_nodes", "precision")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.cuda:
+        options.setdefault("accelerator", "cuda")
+    if "LT_CLI_USED" in os.environ:
+        _refuse(options, [name for name in options if f"LT_{name.upper()}" in os.environ])
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        _refuse(options, [name for name in options if name in ("devices", "num_nodes")])
+        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+        options |= {"devices": local_world, "num_nodes": int(os.environ["WORLD_SIZE"]) // local_world}
+    else:
+        options.setdefault("devices", "1")
+        _set_nodes(args)
+    if "LT_ACCELERATOR" not in os.environ:
+        options.setdefault("accelerator", "cpu")  # small networks train slower on a GPU
+    try:
+        fabric = Fabric(**options)
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+        raise ConfigError(f"{given} cannot be had here: {one_line(error)}") from error
+    fabric.launch()
+    torch.set_num_threads(args.num_threads)  # after launch(): launchers set it too, and wrongly
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.manual_seed(args.seed)  # the same on every rank: parameters start equal
+    return fabric
+
+
+def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:
+    """At start, parameters must be equal on all ranks and first observations different; warns about equal ones.
+
+    Raises:
+        RunError: the ranks start from different parameters.
+    """
+    if fabric.world_size == 1:
+        return
+    hashes = fabric.all_gather(parameter_hash(module).to(fabric.device)).tolist()
+    if len(set(hashes)) > 1:
+        raise RunError(f"ranks start from different parameters: hashes by rank are {hashes}")
+    firsts = fabric.all_gather(obs.double().flatten().to(fabric.device)).cpu()  # [W, ...]
+    if fabric.global_rank == 0 and len(firsts.unique(dim=0)) < len(firsts):
+        print("warning: some ranks start from equal observations; is the environment seeded?", file=sys.stderr)
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask for a stop at the end of the iteration; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if number == self.received == signal.SIGINT:
+            os._exit(128 + number)
+        self.received = number
+
+    def exit_code(self, fabric: Fabric) -> int:
+        """130 or 143 if any rank was asked to stop, else 0; the same on all ranks, which call it together."""
+        return all_max(fabric, 128 + self.received if self.received else 0)
+
+
+@contextmanager
+def failing_together(fabric: Fabric) -> Iterator[None]:
+    """A RunError inside ends all ranks with its exit code, rather than leave the others waiting for this one."""
+    fault: RunError | None = None
+    try:
+        yield
+    except RunError as error:
+        fault = error
+    code = all_max(fabric, fault.exit_code if fault else 0)
+    if fault is None and code:
+        fault = RunError()  # the rank that failed says why
+        fault.exit_code = code
+    if fault is not None:
+        raise fault
+
+
+def all_max(fabric: Fabric, value: int) -> int:
+    """The largest of the ranks' values; without communication if there is one rank."""
+    if fabric.world_size == 1:
+        return value
+    return int(fabric.all_reduce(torch.tensor(value, device=fabric.device), reduce_op="max"))
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Runs `main`, reports a RunError in one line, and ends the process with the exit code that belongs to it."""
+    try:
+        code = main()
+    except RunError as error:
+        code = error.exit_code
+        _report(str(error), code)
+    except RuntimeError as error:
+        if not _is_communication_error(error):
+            raise
+        code = LostPeerError.exit_code
+        _report(f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} lost a peer: {one_line(error)}", code)
+    if code and "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        _outlive_launcher()
+    sys.exit(code)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _report(message: str, code: int) -> None:
+    """One line on standard error; mistakes in the arguments, which every rank makes alike, are told by the first."""
+    told_by_first = code in (2, 3) and int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0
+    if message and not told_by_first:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _outlive_launcher() -> None:
+    """Lets a rank that Fabric started end after rank 0 of its node.
+
+    Fabric's observer kills that process as soon as it sees a child gone with an exit code other than 0, even while it
+    is about to end with the very same code.
+    """
+    launcher = os.getppid()
+    if os.environ["LOCAL_RANK"] == "0":
+        return
+    deadline = time.monotonic() + 10
+    while os.getppid() == launcher and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _is_communication_error(error: RuntimeError) -> bool:
+    if not torch.distributed.is_initialized():
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in str(error) for word in ("gloo", "Connection", "NCCL", "Timed out", "peer")
+    )
+
+
+def _refuse(options: dict[str, Any], names: list[str]) -> None:
+    if names:
+        flag = f"--{names[0].replace('_', '-')}"
+        raise ConfigError(f"{flag} {options[names[0]]} stands after the script, but the launcher has set it; give it once")
+
+
+def _set_nodes(args: Any) -> None:
+    """Tells Fabric's launcher where this node stands; on one node it finds a free port by itself."""
+    if args.num_nodes is None or args.num_nodes == 1:
+        return
+    os.environ["NODE_RANK"] = str(args.node_rank)
+    os.environ["MASTER_ADDR"] = args.main_address
+    os.environ["MASTER_PORT"] = str(args.main_port)
+    if args.node_rank == 0 and "LOCAL_RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((args.main_address, args.main_port))
+            except OSError as error:
+                raise ConfigError(
+                    f"--main-port {args.main_port} on {args.main_address} cannot be used: {error.strerror}; try another"
+                ) from error

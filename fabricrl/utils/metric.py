@@ -1,0 +1,121 @@
+"""What a run counts and times: episodes, losses, and where the seconds go."""
+
+from collections import defaultdict, deque
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+WINDOW = 100  # episodes that the running mean return looks back on
+
+
+class EpisodeStatistics:
+    """Returns and lengths of the episodes that end in a rollout, on every rank.
+
+    Works on whole rollouts: its cost is that of the episodes that ended, not of the steps taken.
+    """
+
+    def __init__(self, num_envs: int) -> None:
+        self.returns: deque[float] = deque(maxlen=WINDOW)
+        self.lengths: deque[int] = deque(maxlen=WINDOW)
+        self.count = 0
+        self._unlogged: list[Tensor] = []  # [E, 2]
+        self._return = np.zeros(num_envs)  # of the episodes that are still running
+        self._length = np.zeros(num_envs, dtype=np.int64)
+
+    def update(self, fabric: Fabric, rewards: Tensor, dones: Tensor) -> None:
+        """Takes the raw rewards and dones [T, N] of this rank's rollout; all ranks must call it together."""
+        ended = self._ended(rewards.numpy(), dones.numpy())  # [E, 2]
+        if fabric.world_size > 1:
+            ended = gather_rows(fabric, ended)
+        self._unlogged.append(ended)
+        self.returns.extend(ended[:, 0].tolist())
+        self.lengths.extend(ended[:, 1].int().tolist())
+        self.count += len(ended)
+
+    def compute(self) -> dict[str, float]:
+        """Mean return and length of the episodes that ended on any rank since the last call; nothing if none did."""
+        ended = torch.cat(self._unlogged) if self._unlogged else torch.empty(0, 2)
+        self._unlogged.clear()
+        if not len(ended):
+            return {}
+        mean_return, mean_length = ended.mean(0).tolist()
+        return {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+
+    def _ended(self, rewards: np.ndarray, dones: np.ndarray) -> Tensor:
+        """Rows (return, length) of the episodes that end in this rollout, in the order in which they end."""
+        rows = []
+        start = np.zeros(len(self._return), dtype=np.int64)  # first step of the running episode in this rollout
+        for t, env in np.argwhere(dones):
+            total = self._return[env] + rewards[start[env] : t + 1, env].sum(dtype=np.float64)
+            rows.append((total, self._length[env] + t + 1 - start[env]))
+            self._return[env], self._length[env], start[env] = 0.0, 0, t + 1
+        for env, first in enumerate(start):
+            self._return[env] += rewards[first:, env].sum(dtype=np.float64)
+            self._length[env] += len(rewards) - first
+        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
+
+    @property
+    def mean_return(self) -> float:
+        """Mean return of the last 100 episodes of all ranks; NaN before the first has ended."""
+        return float(np.mean(self.returns)) if self.returns else float("nan")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"returns": list(self.returns), "lengths": list(self.lengths), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.returns.extend(state["returns"])
+        self.lengths.extend(state["lengths"])
+        self.count = state["count"]
+
+
+class MeanMetrics:
+    """Means of scalar tensors, kept on their device until they are asked for: nothing here waits for a GPU."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+
+    def update(self, metrics: dict[str, Tensor]) -> None:
+        """Adds scalars, or tensors of any shape whose elements count alike."""
+        for name, value in metrics.items():
+            self._values[name].append(value.reshape(-1))
+
+    def compute(self) -> dict[str, float]:
+        """The means since the last call; forgets them."""
+        means = {name: torch.cat(values).mean().item() for name, values in self._values.items()}
+        self._values.clear()
+        return means
+
+
+class Stopwatch:
+    """Splits wall-clock time into named shares: each `lap(name)` charges the time since the last one to `name`."""
+
+    def __init__(self, *names: str) -> None:
+        self._seconds = dict.fromkeys(names, 0.0)
+        self._last = perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = perf_counter()
+        self._seconds[name] += now - self._last
+        self._last = now
+
+    def shares(self) -> dict[str, float]:
+        """`time/<name>` → share of the time since the last call, between 0 and 1; starts anew."""
+        total = sum(self._seconds.values()) or 1.0
+        shares = {f"time/{name}": seconds / total for name, seconds in self._seconds.items()}
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        return shares
+
+
+def gather_rows(fabric: Fabric, rows: Tensor) -> Tensor:
+    """Concatenates [E_rank, C] over ranks, in rank order, where E may differ from rank to rank."""
+    counts = fabric.all_gather(torch.tensor(len(rows), device=fabric.device)).tolist()
+    padded = rows.new_zeros((max(counts), rows.shape[1]))
+    if not len(padded):
+        return rows
+    padded[: len(rows)] = rows
+    gathered = fabric.all_gather(padded.to(fabric.device)).cpu()  # [W, max E, C]
+    return torch.cat([block[:count] for block, count in zip(gathered, counts, strict=True)])

@@ -1,0 +1,177 @@
+"""A run's folder: its metrics, checkpoints, progress bar and result line. Only rank 0 writes."""
+
+import atexit
+import dataclasses
+import json
+import math
+import re
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+from tqdm import tqdm
+
+from fabricrl.utils.checkpoint import save_checkpoint
+from fabricrl.utils.errors import ConfigError, OutputError
+from fabricrl.utils.metric import EpisodeStatistics
+
+
+class Run:
+    """`logs/<algo>/<env_id>/<exp_name>_<seed>_<time>/`, or the folder of the run that is resumed.
+
+    Attributes:
+        folder: the run's folder, the same on every rank.
+        best_return: the best mean return at a checkpoint so far.
+
+    Raises:
+        ConfigError: the folder cannot be made, or the logger's package is missing.
+    """
+
+    def __init__(self, fabric: Fabric, args: Any, algo: str, resumed: Path | None = None, step: int = 0) -> None:
+        self.fabric, self.args, self.algo = fabric, args, algo
+        self.best_return = -math.inf
+        self.checkpoint: Path | None = resumed
+        self.first_step = self._logged_step = self._saved_step = step
+        self._started = self._stopped = time.perf_counter()
+        self.folder = Path(fabric.broadcast(str(self._make_folder(resumed)) if fabric.global_rank == 0 else ""))
+        self._logger: Logger | None = None
+        if fabric.global_rank == 0:
+            self._logger = _make_logger(args, self.folder, step)
+            cores = f"{args.num_threads} thread{'s' if args.num_threads > 1 else ''} each"
+            where = f"{fabric.world_size} rank{'s' if fabric.world_size > 1 else ''} on {fabric.device.type}, {cores}"
+            print(f"{algo} {args.env_id}: {where}; writing to {self.folder}", file=sys.stderr, flush=True)
+        hidden = fabric.global_rank > 0 or not sys.stderr.isatty()
+        self._bar = tqdm(total=args.total_timesteps, initial=step, disable=hidden, unit=" steps", smoothing=0.05)
+        atexit.register(self.close)
+
+    def start_clock(self) -> None:
+        """The first reset: steps per second are counted from here."""
+        self._started = self._stopped = time.perf_counter()
+
+    def advance(self, step: int, mean_return: float) -> None:
+        """After an iteration: moves the bar, and the moment up to which steps per second are counted."""
+        self._stopped = time.perf_counter()
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def sps(self, step: int) -> float:
+        """Environment steps per second of all ranks, from the first reset to the last update of this process."""
+        return (step - self.first_step) / max(self._stopped - self._started, 1e-9)
+
+    def wants_log(self, step: int, last: bool) -> bool:
+        """Whether `log_every` steps have passed since the last entry; the last iteration is always logged."""
+        return last or step - self._logged_step >= self.args.log_every
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._logged_step = step
+        if self._logger is not None:
+            self._logger.log_metrics(metrics, step)
+
+    def wants_checkpoint(self, step: int, last: bool) -> bool:
+        """Whether a multiple of `checkpoint_every` has been passed since the last checkpoint, or the run ends."""
+        every = self.args.checkpoint_every
+        due = every > 0 and step // every > self._saved_step // every
+        return self.args.save_model and (last or due)
+
+    def save(self, step: int, mean_return: float, state: dict[str, Any]) -> None:
+        """Writes a checkpoint, also as the best if the mean return has never been higher at one. All ranks call it.
+
+        Raises:
+            OutputError: on every rank, if rank 0 could not write.
+        """
+        best = mean_return > self.best_return or not math.isfinite(self.best_return)
+        self.best_return = mean_return if mean_return > self.best_return else self.best_return
+        self._saved_step = step
+        if self.fabric.global_rank == 0:
+            extra = {"algo": self.algo, "args": dataclasses.asdict(self.args), "best_return": self.best_return}
+            extra |= {"global_step": step, "world_size": self.fabric.world_size}
+            folder = self.folder / "checkpoints"
+            self.checkpoint = save_checkpoint(folder, step, extra | state, self.args.keep_checkpoints, best)
+
+    def finish(self, step: int, episodes: EpisodeStatistics) -> None:
+        """Closes the run and prints its result, one line that programs can read, on standard output."""
+        self.close()
+        if self.fabric.global_rank == 0:
+            fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
+            print(f"result {fields} episodes={episodes.count} checkpoint={self.checkpoint}", flush=True)
+
+    def close(self) -> None:
+        """Flushes what is still held back; harmless when called again."""
+        self._bar.close()
+        if self._logger is not None:
+            self._logger.finalize("success")
+            self._logger = None
+        atexit.unregister(self.close)
+
+    def _make_folder(self, resumed: Path | None) -> Path:
+        """Goes on in the resumed run's folder if its newest checkpoint is resumed; an older one begins a new run."""
+        if resumed is not None and (resumed.parent.parent / "args.json").exists():
+            newest = max(resumed.parent.glob("step_*.ckpt"), default=None)
+            if newest == resumed:
+                return resumed.parent.parent
+        env = re.sub(r"[^\w.-]", "_", self.args.env_id)
+        name = f"{self.args.exp_name or self.algo}_{self.args.seed}_{datetime.now():%Y%m%d-%H%M%S}"
+        try:
+            folder = _fresh_folder(Path(self.args.log_dir) / self.algo / env, name)
+            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--log-dir {self.args.log_dir} cannot be written: {error.strerror}") from error
+        return folder
+
+
+def rank_generators(fabric: Fabric, *generators: torch.Generator) -> torch.Tensor:
+    """The states of these generators and of torch's default one on every rank: [W, G + 1, bytes]."""
+    states = torch.stack([*(generator.get_state() for generator in generators), torch.get_rng_state()])
+    if fabric.world_size == 1:
+        return states[None]
+    return fabric.all_gather(states.to(fabric.device)).cpu()
+
+
+def restore_generators(states: torch.Tensor, rank: int, *generators: torch.Generator) -> None:
+    """Sets the generators to what `rank_generators` returned for this rank; a rank that is new keeps its own."""
+    if rank < len(states):
+        *own, default = states[rank]
+        for generator, state in zip(generators, own, strict=True):
+            generator.set_state(state)
+        torch.set_rng_state(default)
+
+
+def _fresh_folder(parent: Path, name: str) -> Path:
+    """Makes a folder that nobody else has, also when two runs start in the same second."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1000):
+        folder = parent / (name if attempt == 0 else f"{name}-{attempt}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise OutputError(f"no free name for a run folder beside {folder}")
+
+
+def _make_logger(args: Any, folder: Path, step: int) -> Logger:
+    kind = "wandb" if args.track else args.logger
+    hyperparameters = dataclasses.asdict(args)
+    logger: Logger
+    if kind == "wandb":
+        try:
+            from lightning.pytorch.loggers import WandbLogger
+
+            logger = WandbLogger(
+                name=folder.name, save_dir=folder, project=args.wandb_project_name, entity=args.wandb_entity
+            )
+        except ModuleNotFoundError as error:
+            raise ConfigError("--logger wandb needs a package that is not here: pip install 'fabricrl[wandb]'") from error
+    elif kind == "csv":
+        return CSVLogger(folder, name="", version="")
+    else:
+        # Entries after the checkpoint that is resumed are hidden: the run is about to write them again
+        logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False, purge_step=step + 1 or None)
+    logger.log_hyperparams(hyperparameters)
+    return logger
