@@ -1,4 +1,4 @@
-"""The `lightning` command: `lightning run model ... script.py ...` is another spelling of `fabric run ... script.py ...`.
+"""The `lightning` command: `lightning run model ... script.py` is another spelling of `fabric run ... script.py`.
 
 Lightning removed that spelling in 2.5.1; scripts, courses and papers still use it.
 """
@@ -10,13 +10,13 @@ from lightning.fabric.cli import _main as fabric_cli
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-USAGE = """usage: lightning run model [--accelerator A] [--strategy S] [--devices D] [--num-nodes N] [--precision P] SCRIPT [ARGS]
+USAGE = """usage: lightning run model [--accelerator A] [--strategy S] [--devices D] [--num-nodes N] ... SCRIPT [ARGS]
 
 The options before SCRIPT are those of `fabric run` (see `fabric run --help`); the rest go to the script."""
 
 
 def main() -> None:
-    """Hands `run model` and `run` to Fabric's own command line; ends with the exit code of the rank that failed first."""
+    """Hands `run model` and `run` to Fabric's command line; ends with the exit code of the rank that failed first."""
     arguments = sys.argv[1:]
     if arguments[:1] != ["run"]:
         print(USAGE, file=sys.stdout if arguments in (["--help"], ["-h"]) else sys.stderr)

@@ -34,7 +34,9 @@ class StandardArgs:
     # --- environment
     env_id: str = arg("CartPole-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
     env_kwargs: str = arg("{}", "arguments of the environment's constructor, as a JSON object")
-    vectorization: Literal["sync", "async"] = arg("sync", "sync: one process steps all; async: a process each, for slow ones")
+    vectorization: Literal["sync", "async"] = arg(
+        "sync", "sync: one process steps all; async: a process each, for slow ones"
+    )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
@@ -44,7 +46,9 @@ class StandardArgs:
     # --- run
     exp_name: str = arg("", "name of the run; default: that of the algorithm", "run, logging and checkpoints")
     log_dir: str = arg("logs", "folder of all runs")
-    logger: Literal["tensorboard", "csv", "wandb"] = arg("tensorboard", "where metrics go; wandb needs the extra of that name")
+    logger: Literal["tensorboard", "csv", "wandb"] = arg(
+        "tensorboard", "where metrics go; wandb needs the extra of that name"
+    )
     log_every: int = arg(2_000, "environment steps between log entries, rounded up to whole iterations")
     track: bool = arg(False, "the same as --logger wandb")
     wandb_project_name: str = arg("fabricrl", "project on Weights & Biases")
@@ -52,10 +56,14 @@ class StandardArgs:
     save_model: bool = arg(True, "write checkpoints, the last at the end or when the run is stopped")
     checkpoint_every: int = arg(100_000, "environment steps between checkpoints; 0: only the last")
     keep_checkpoints: int = arg(3, "newest checkpoints to keep, besides the best")
-    resume: str | None = arg(None, "checkpoint or run folder to go on from, with its arguments; flags given beside it win")
+    resume: str | None = arg(
+        None, "checkpoint or run folder to go on from, with its arguments; flags given beside it win"
+    )
 
     # --- hardware
-    accelerator: str | None = arg(None, "cpu (default: faster for small networks), cuda, mps, auto", "hardware and launching")
+    accelerator: str | None = arg(
+        None, "cpu (default: faster for small networks), cuda, mps, auto", "hardware and launching"
+    )
     cuda: bool = arg(False, "the same as --accelerator cuda")
     devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; default 1")
     strategy: str | None = arg(None, "Fabric strategy such as ddp; default: ddp with several devices")
@@ -77,7 +85,9 @@ class StandardArgs:
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2^31 - 1")
-        require(bool(re.fullmatch(r"[\w.-]*", self.exp_name)), "exp_name", repr(self.exp_name), "letters, digits, . _ or -")
+        require(
+            bool(re.fullmatch(r"[\w.-]*", self.exp_name)), "exp_name", repr(self.exp_name), "letters, digits, . _ or -"
+        )
         require(self.num_nodes is None or self.num_nodes >= 1, "num_nodes", self.num_nodes, "an integer of at least 1")
         require(0 <= self.node_rank < (self.num_nodes or 1), "node_rank", self.node_rank, "from 0 to num-nodes - 1")
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
@@ -158,7 +168,11 @@ def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str
         if exit_.code == 0:  # --help
             raise
         _complain(errors.getvalue())
-    return {field.name: getattr(getattr(parsed, part[0]), field.name) for part in parts for field in dataclasses.fields(part[2].default)}
+    return {
+        field.name: getattr(getattr(parsed, part[0]), field.name)
+        for part in parts
+        for field in dataclasses.fields(part[2].default)
+    }
 
 
 def _standard_groups() -> set[str]:

@@ -64,7 +64,7 @@ class RolloutBuffer:
         return self.terminated | self.truncated
 
     def time_limits(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Where episodes were truncated without having terminated: t [E], env [E], final observations [E, *obs_shape]."""
+        """Truncated and not terminated episodes: t [E], env [E] and final observations [E, *obs_shape]; None: none."""
         if not self._final:
             return None
         steps, envs, obs = zip(*self._final, strict=True)

@@ -7,16 +7,17 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sp
 from fabricrl.utils.errors import ConfigError
 
 VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
+SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and a one-level Dict of these"
 
 
 def check_observation_space(space: Space) -> None:
-    """Raises ConfigError unless the space is a Box, Discrete, MultiDiscrete, MultiBinary, or a one-level Dict of these."""
+    """Raises ConfigError unless the space is a Box, Discrete, MultiDiscrete, MultiBinary, or a flat Dict of these."""
     if isinstance(space, Dict):
         for key, part in space.spaces.items():
             if not isinstance(part, VECTOR_SPACES):
-                raise ConfigError(f"observation space {space} has an unsupported part {key!r}: {part}; {_supported(Dict)}")
+                raise ConfigError(f"observation space {space} has an unsupported part {key!r}: {part}; {SUPPORTED}")
     elif not isinstance(space, VECTOR_SPACES):
-        raise ConfigError(f"observation space {space} is not supported; {_supported(Dict)}")
+        raise ConfigError(f"observation space {space} is not supported; {SUPPORTED}")
 
 
 def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None:
@@ -50,12 +51,10 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     raise TypeError(f"no actions for {space}")
 
 
-def _supported(*more: type[Space]) -> str:
-    return "supported are " + ", ".join(kind.__name__ for kind in VECTOR_SPACES) + ", and a one-level Dict of these"
-
-
-def describe(env: gym.Env | gym.vector.VectorEnv) -> dict[str, str]:
+def describe(envs: gym.vector.VectorEnv) -> dict[str, str]:
     """The spaces as a checkpoint stores them and as messages print them."""
-    if isinstance(env, gym.vector.VectorEnv):
-        return {"obs": str(env.single_observation_space), "actions": str(env.single_action_space)}
-    return {"obs": str(env.observation_space), "actions": str(env.action_space)}
+    return {"obs": _text(envs.single_observation_space), "actions": _text(envs.single_action_space)}
+
+
+def _text(space: Space) -> str:
+    return " ".join(str(space).split())

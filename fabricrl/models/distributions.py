@@ -18,6 +18,7 @@ class CategoricalHead(nn.Module):
     """A independent categorical variables: Discrete (A = 1) and MultiDiscrete. Actions are indices, int64."""
 
     dtype = torch.int64
+    mask: Tensor
 
     def __init__(self, choices: list[int]) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ class NormalHead(nn.Module):
         return params
 
     def evaluate(self, params: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a) = Σ_i −z_i²/2 − log σ_i − log √(2π) with z = (a − μ)/σ, and H = Σ_i 1/2 + log √(2π) + log σ_i; [*]."""
+        """log π(a) = Σ_i −z_i²/2 − log σ_i − log √2π with z = (a − μ)/σ, and H = Σ_i 1/2 + log √2π + log σ_i; [*]."""
         z = (actions - params) * (-self.log_std).exp()
         log_scale = self.log_std.sum()
         constant = self.num_actions * 0.5 * math.log(2 * math.pi)

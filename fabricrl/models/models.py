@@ -1,18 +1,26 @@
 """Networks and the running normaliser. Image and recurrent networks join here."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fabricrl.utils.model import orthogonal_init
+from fabricrl.utils.ranks import all_gather
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "elu": functional.elu,
+    "silu": functional.silu,
+}
 
 
-class MLP(nn.Sequential):
+class MLP(nn.Module):
     """[*, inputs] → hidden layers with activation → [*, outputs]; orthogonal weights, zero bias.
 
     Args:
@@ -22,11 +30,18 @@ class MLP(nn.Sequential):
     def __init__(
         self, inputs: int, outputs: int, hidden_sizes: Sequence[int], activation: str = "tanh", gain: float = 1.0
     ) -> None:
-        layers: list[nn.Module] = []
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
         sizes = [inputs, *hidden_sizes]
-        for size, next_size in zip(sizes[:-1], sizes[1:], strict=True):
-            layers += [orthogonal_init(nn.Linear(size, next_size), math.sqrt(2)), ACTIVATIONS[activation]()]
-        super().__init__(*layers, orthogonal_init(nn.Linear(sizes[-1], outputs), gain))
+        pairs = itertools.pairwise(sizes)
+        self.hidden = nn.ModuleList(orthogonal_init(nn.Linear(a, b), math.sqrt(2)) for a, b in pairs)
+        self.out = orthogonal_init(nn.Linear(sizes[-1], outputs), gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # `forward` directly: a module's __call__ costs as much as the product itself at these widths
+        for layer in self.hidden:
+            x = self.activation(layer.forward(x))
+        return self.out.forward(x)
 
 
 class RunningNormalizer(nn.Module):
@@ -63,12 +78,11 @@ class RunningNormalizer(nn.Module):
         x = x.reshape(-1, self.mean.shape[0]).double()
         count = x.new_tensor(len(x))
         mean, square = x.mean(0), x.var(0, correction=0)
-        if fabric is not None and fabric.world_size > 1:
-            parts = fabric.all_gather(torch.cat((mean, square, count[None])))  # [W, 2 size + 1]
-        else:
-            parts = torch.cat((mean, square, count[None]))[None]
-        for part in parts:
-            self._merge(*part[:-1].chunk(2), part[-1])
+        moments = torch.cat((mean, square, count[None]))[None]  # [1, 2 size + 1]
+        if fabric is not None:
+            moments = all_gather(fabric, moments[0])  # [W, 2 size + 1]
+        for part in moments:
+            self._merge(part[:-1].chunk(2)[0], part[:-1].chunk(2)[1], part[-1])
 
     def _merge(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         total = self.count + count

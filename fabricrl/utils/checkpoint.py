@@ -92,7 +92,9 @@ def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str
             raise CheckpointError(f"{path} is a folder without checkpoints/step_*.ckpt")
         state, found = _newest_good(candidates)
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{found} has checkpoint format {state.get('format')}; this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{found} has checkpoint format {state.get('format')}; this version reads format {FORMAT}"
+        )
     if algo is not None and state.get("algo") != algo:
         raise CheckpointError(f"{found} was made by {state.get('algo')}, not by {algo}")
     return state, found

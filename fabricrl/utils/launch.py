@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
 from fabricrl.utils.model import parameter_hash
+from fabricrl.utils.ranks import all_gather, all_max
 
 DEFAULT_PORT = 29400
 
@@ -65,10 +66,10 @@ def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:
     """
     if fabric.world_size == 1:
         return
-    hashes = fabric.all_gather(parameter_hash(module).to(fabric.device)).tolist()
+    hashes = all_gather(fabric, parameter_hash(module)).tolist()
     if len(set(hashes)) > 1:
         raise RunError(f"ranks start from different parameters: hashes by rank are {hashes}")
-    firsts = fabric.all_gather(obs.double().flatten().to(fabric.device)).cpu()  # [W, ...]
+    firsts = all_gather(fabric, obs.flatten())  # [W, ...]
     if fabric.global_rank == 0 and len(firsts.unique(dim=0)) < len(firsts):
         print("warning: some ranks start from equal observations; is the environment seeded?", file=sys.stderr)
 
@@ -107,13 +108,6 @@ def failing_together(fabric: Fabric) -> Iterator[None]:
         raise fault
 
 
-def all_max(fabric: Fabric, value: int) -> int:
-    """The largest of the ranks' values; without communication if there is one rank."""
-    if fabric.world_size == 1:
-        return value
-    return int(fabric.all_reduce(torch.tensor(value, device=fabric.device), reduce_op="max"))
-
-
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Runs `main`, reports a RunError in one line, and ends the process with the exit code that belongs to it."""
     try:
@@ -125,7 +119,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         if not _is_communication_error(error):
             raise
         code = LostPeerError.exit_code
-        _report(f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} lost a peer: {one_line(error)}", code)
+        _report(
+            f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} lost a peer: {one_line(error)}", code
+        )
     if code and "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         _outlive_launcher()
     sys.exit(code)
@@ -169,7 +165,9 @@ def _is_communication_error(error: RuntimeError) -> bool:
 def _refuse(options: dict[str, Any], names: list[str]) -> None:
     if names:
         flag = f"--{names[0].replace('_', '-')}"
-        raise ConfigError(f"{flag} {options[names[0]]} stands after the script, but the launcher has set it; give it once")
+        raise ConfigError(
+            f"{flag} {options[names[0]]} stands after the script, but the launcher has set it; give it once"
+        )
 
 
 def _set_nodes(args: Any) -> None:

@@ -9,6 +9,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from fabricrl.utils.ranks import gather_rows
+
 WINDOW = 100  # episodes that the running mean return looks back on
 
 
@@ -28,9 +30,7 @@ class EpisodeStatistics:
 
     def update(self, fabric: Fabric, rewards: Tensor, dones: Tensor) -> None:
         """Takes the raw rewards and dones [T, N] of this rank's rollout; all ranks must call it together."""
-        ended = self._ended(rewards.numpy(), dones.numpy())  # [E, 2]
-        if fabric.world_size > 1:
-            ended = gather_rows(fabric, ended)
+        ended = gather_rows(fabric, self._ended(rewards.numpy(), dones.numpy()))  # [E, 2]
         self._unlogged.append(ended)
         self.returns.extend(ended[:, 0].tolist())
         self.lengths.extend(ended[:, 1].int().tolist())
@@ -108,14 +108,3 @@ class Stopwatch:
         shares = {f"time/{name}": seconds / total for name, seconds in self._seconds.items()}
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return shares
-
-
-def gather_rows(fabric: Fabric, rows: Tensor) -> Tensor:
-    """Concatenates [E_rank, C] over ranks, in rank order, where E may differ from rank to rank."""
-    counts = fabric.all_gather(torch.tensor(len(rows), device=fabric.device)).tolist()
-    padded = rows.new_zeros((max(counts), rows.shape[1]))
-    if not len(padded):
-        return rows
-    padded[: len(rows)] = rows
-    gathered = fabric.all_gather(padded.to(fabric.device)).cpu()  # [W, max E, C]
-    return torch.cat([block[:count] for block, count in zip(gathered, counts, strict=True)])

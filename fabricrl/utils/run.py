@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fabricrl.utils.checkpoint import save_checkpoint
 from fabricrl.utils.errors import ConfigError, OutputError
 from fabricrl.utils.metric import EpisodeStatistics
+from fabricrl.utils.ranks import all_gather
 
 
 class Run:
@@ -128,15 +129,13 @@ class Run:
 def rank_generators(fabric: Fabric, *generators: torch.Generator) -> torch.Tensor:
     """The states of these generators and of torch's default one on every rank: [W, G + 1, bytes]."""
     states = torch.stack([*(generator.get_state() for generator in generators), torch.get_rng_state()])
-    if fabric.world_size == 1:
-        return states[None]
-    return fabric.all_gather(states.to(fabric.device)).cpu()
+    return all_gather(fabric, states)
 
 
 def restore_generators(states: torch.Tensor, rank: int, *generators: torch.Generator) -> None:
     """Sets the generators to what `rank_generators` returned for this rank; a rank that is new keeps its own."""
     if rank < len(states):
-        *own, default = states[rank]
+        *own, default = (state.clone() for state in states[rank])  # set_state reads from the start of the storage
         for generator, state in zip(generators, own, strict=True):
             generator.set_state(state)
         torch.set_rng_state(default)
@@ -167,7 +166,9 @@ def _make_logger(args: Any, folder: Path, step: int) -> Logger:
                 name=folder.name, save_dir=folder, project=args.wandb_project_name, entity=args.wandb_entity
             )
         except ModuleNotFoundError as error:
-            raise ConfigError("--logger wandb needs a package that is not here: pip install 'fabricrl[wandb]'") from error
+            raise ConfigError(
+                "--logger wandb needs a package that is not here: pip install 'fabricrl[wandb]'"
+            ) from error
     elif kind == "csv":
         return CSVLogger(folder, name="", version="")
     else:

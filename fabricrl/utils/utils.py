@@ -6,6 +6,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.ranks import all_mean, all_sum
 
 ACT_STREAM, TRAIN_STREAM = 0, 1
 
@@ -66,12 +67,8 @@ def normalize_rows(fabric: Fabric, rows: Tensor) -> Tensor:
     The moments are global so that W ranks with B elements each do what one rank with W B elements does.
     """
     count = rows.shape[1] * fabric.world_size
-    if fabric.world_size == 1:
-        mean = rows.mean(1, keepdim=True)
-        square = (rows - mean).square().sum(1, keepdim=True)
-    else:
-        mean = fabric.all_reduce(rows.mean(1, keepdim=True), reduce_op="mean")
-        square = fabric.all_reduce((rows - mean).square().sum(1, keepdim=True), reduce_op="sum")
+    mean = all_mean(fabric, rows.mean(1, keepdim=True))
+    square = all_sum(fabric, (rows - mean).square().sum(1, keepdim=True))
     return (rows - mean) / ((square / (count - 1)).sqrt() + 1e-8)
 
 
@@ -81,7 +78,7 @@ def anneal(initial: float, progress: float, enabled: bool) -> float:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var[returns − values] / Var[returns]: 1 is a perfect critic, 0 one that predicts the mean. NaN if constant."""
+    """1 − Var[returns − values] / Var[returns]: 1 is a perfect critic, 0 predicts the mean. NaN if they are equal."""
     variance = returns.var(correction=0)
     return torch.where(variance == 0, torch.nan, 1 - (returns - values).var(correction=0) / variance)
 

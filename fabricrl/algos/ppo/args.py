@@ -32,11 +32,15 @@ class PPOArgs(StandardArgs):
 
     num_envs: int = arg(4, "environments per rank")
     total_timesteps: int = arg(500_000, "environment steps over all environments and ranks")
-    preset: Literal["classic", "mujoco"] = arg("classic", "a set of defaults for a family of tasks", "rollout and returns")
+    preset: Literal["classic", "mujoco"] = arg(
+        "classic", "a set of defaults for a family of tasks", "rollout and returns"
+    )
     num_steps: int = arg(128, "steps of each environment per iteration")
     gamma: float = arg(0.99, "discount γ")
     gae_lambda: float = arg(0.95, "λ of generalised advantage estimation")
-    bootstrap_truncated: bool = arg(True, "add γ V(final observation) where a time limit, not the task, ended an episode")
+    bootstrap_truncated: bool = arg(
+        True, "add γ V(final observation) where a time limit, not the task, ended an episode"
+    )
     norm_obs: bool = arg(False, "normalise observations by running mean and deviation")
     norm_reward: bool = arg(False, "divide rewards by the running deviation of the discounted return")
     hidden_sizes: tuple[int, ...] = arg((64, 64), "widths of the hidden layers of actor and critic", "networks")
@@ -54,7 +58,9 @@ class PPOArgs(StandardArgs):
     anneal_ent: bool = arg(False, "the weight of the entropy bonus falls linearly to zero over the run")
     vf_coef: float = arg(0.5, "weight of the value loss")
     max_grad_norm: float = arg(0.5, "gradients are clipped to this norm; 0: they are not")
-    target_kl: float | None = arg(None, "stop the epochs of an iteration once the approximate KL divergence passes this")
+    target_kl: float | None = arg(
+        None, "stop the epochs of an iteration once the approximate KL divergence passes this"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +72,9 @@ class PPOArgs(StandardArgs):
         require(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a number above 0")
         require(0 < self.clip_coef < float("inf"), "clip_coef", self.clip_coef, "a number above 0")
         require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "a number above 0, or None")
-        require(all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", self.hidden_sizes, "integers of at least 1")
+        require(
+            all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", self.hidden_sizes, "integers of at least 1"
+        )
         require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
         self._check_minibatches()
 
@@ -75,8 +83,9 @@ class PPOArgs(StandardArgs):
         batch = self.num_envs * self.num_steps
         legal = [n for n in range(1, batch + 1) if batch % n == 0 and (batch // n > 1 or not self.norm_adv)]
         if self.num_minibatches not in legal:
+            least = 2 if self.norm_adv else 1
             near = sorted(sorted(legal, key=lambda n: abs(n - self.num_minibatches))[:2])
             raise ConfigError(
-                f"--num-minibatches is {self.num_minibatches}: it must divide num-envs × num-steps = {batch} into equal "
-                f"parts of at least {2 if self.norm_adv else 1}; nearest are {' and '.join(map(str, near)) or 'none'}"
+                f"--num-minibatches is {self.num_minibatches}: it must divide num-envs × num-steps = {batch} into "
+                f"equal parts of at least {least}; nearest are {' and '.join(map(str, near)) or 'none'}"
             )

@@ -14,8 +14,7 @@ def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: float) -> Tenso
         clip_coef: ε.
     """
     ratio = logratio.exp()
-    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return -torch.min(ratio * advantages, clipped * advantages).mean()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
 def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_coef: float, clip_vloss: bool) -> Tensor:

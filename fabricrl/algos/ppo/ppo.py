@@ -4,7 +4,7 @@
     python fabricrl/algos/ppo/ppo.py --env-id CartPole-v1 --devices 2 --strategy ddp
     lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/ppo/ppo.py --env-id CartPole-v1
 
-Shapes: T steps, N environments of a rank, W ranks, D observation size, A action size, M minibatches of B = T N / M rows.
+Shapes: T steps, N environments of a rank, W ranks, D observation size, A action size, M minibatches, B = T N / M rows.
 """
 
 import torch
@@ -24,7 +24,8 @@ from fabricrl.utils.checkpoint import check_spaces, load_checkpoint, restore
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
-from fabricrl.utils.model import all_finite
+from fabricrl.utils.model import FlatParameters
+from fabricrl.utils.ranks import all_mean
 from fabricrl.utils.run import Run, rank_generators, restore_generators
 from fabricrl.utils.utils import anneal, discounted_sums, env_seeds, explained_variance, gae, generators, normalize_rows
 
@@ -68,9 +69,29 @@ def returns_and_advantages(
     return {name: column.flatten(0, 1) for name, column in columns.items()}, carry
 
 
+class Objective(nn.Module):
+    """L = L_policy + c_ent L_entropy + c_vf L_value (Eq. 9, negated). What DDP wraps and `--compile` compiles:
+    its forward is the one gradient path."""
+
+    def __init__(self, agent: PPOAgent, args: PPOArgs) -> None:
+        super().__init__()
+        self.agent, self.clip_vloss, self.vf_coef = agent, args.clip_vloss, args.vf_coef
+
+    def forward(self, batch: dict[str, Tensor], clip_coef: float, ent_coef: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Minibatch [B, ...] → the loss; detached: policy, value and entropy loss [3], and log ratios [B]."""
+        new_logprobs, entropy, new_values = self.agent(batch["obs"], batch["actions"])
+        logratio = new_logprobs - batch["logprobs"]
+        pg_loss = policy_loss(logratio, batch["advantages"], clip_coef)
+        v_loss = value_loss(new_values, batch["values"], batch["returns"], clip_coef, self.clip_vloss)
+        ent_loss = entropy_loss(entropy)
+        loss = pg_loss + ent_coef * ent_loss + self.vf_coef * v_loss
+        return loss, torch.stack((pg_loss, v_loss, ent_loss)).detach(), logratio.detach()
+
+
 def train(
     fabric: Fabric,
-    agent: nn.Module,
+    objective: nn.Module,
+    flat: FlatParameters,
     optimizer: torch.optim.Optimizer,
     data: dict[str, Tensor],
     rng: torch.Generator,
@@ -78,34 +99,26 @@ def train(
     clip_coef: float,
     ent_coef: float,
 ) -> dict[str, Tensor]:
-    """The update: epochs of minibatch steps on L = L_policy + c_ent L_entropy + c_vf L_value (Eq. 9, negated).
-
-    Returns the losses of all minibatches, detached and still on the device.
-    """
-    history: list[tuple[Tensor, ...]] = []
-    names = ("obs", "actions", "logprobs", "advantages", "returns", "values")
+    """The update: epochs of minibatch steps. Returns the losses of all minibatches, still on the device."""
+    history: list[tuple[Tensor, Tensor]] = []
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(data["obs"]), generator=rng).view(args.num_minibatches, -1)  # [M, B]
-        shuffled = {name: data[name][order.to(fabric.device)] for name in names}  # [M, B, ...], one gather an epoch
+        order = torch.randperm(len(data["obs"]), generator=rng).view(args.num_minibatches, -1).to(fabric.device)
+        shuffled = {name: column[order] for name, column in data.items()}  # [M, B, ...], one gather an epoch
         if args.norm_adv:
             shuffled["advantages"] = normalize_rows(fabric, shuffled["advantages"])
-        for obs, actions, logprobs, advantages, returns, values in zip(*shuffled.values(), strict=True):
-            new_logprobs, entropy, new_values = agent(obs, actions)  # [B]
-            logratio = new_logprobs - logprobs
-            pg_loss = policy_loss(logratio, advantages, clip_coef)
-            v_loss = value_loss(new_values, values, returns, clip_coef, args.clip_vloss)
-            ent_loss = entropy_loss(entropy)
-            optimizer.zero_grad()
-            fabric.backward(pg_loss + ent_coef * ent_loss + args.vf_coef * v_loss)
+        for minibatch in zip(*shuffled.values(), strict=True):
+            loss, losses, logratio = objective(dict(zip(shuffled, minibatch, strict=True)), clip_coef, ent_coef)
+            fabric.backward(loss)
+            flat.collect_gradients()
             if args.max_grad_norm > 0:
-                fabric.clip_gradients(agent, optimizer, max_norm=args.max_grad_norm, error_if_nonfinite=False)
+                fabric.clip_gradients(objective, optimizer, max_norm=args.max_grad_norm, error_if_nonfinite=False)
             optimizer.step()
-            history.append((pg_loss.detach(), v_loss.detach(), ent_loss.detach(), logratio.detach()))
-        if args.target_kl is not None and fabric.all_reduce(approx_kl(history[-1][3])) > args.target_kl:
+            history.append((losses, logratio))
+        if args.target_kl is not None and all_mean(fabric, approx_kl(history[-1][1])) > args.target_kl:
             break  # all ranks or none: the mean over ranks decides
-    pg_losses, v_losses, ent_losses, logratios = (torch.stack(column) for column in zip(*history, strict=True))
-    metrics = {"losses/policy_loss": pg_losses, "losses/value_loss": v_losses, "losses/entropy": -ent_losses}
-    metrics["losses/approx_kl"] = approx_kl(logratios)
+    losses, logratios = (torch.stack(column) for column in zip(*history, strict=True))  # [K, 3], [K, B]
+    metrics = {"losses/policy_loss": losses[:, 0], "losses/value_loss": losses[:, 1], "losses/entropy": -losses[:, 2]}
+    metrics |= {"losses/old_approx_kl": -logratios, "losses/approx_kl": approx_kl(logratios)}
     metrics["losses/clipfrac"] = clip_fraction(logratios, clip_coef)
     return metrics
 
@@ -126,13 +139,19 @@ def main() -> int:
     envs = make_envs(args, fabric.global_rank, run.folder / "videos")
 
     # --- Agent and optimizer
-    agent = make_agent(args, envs)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    agent, optimizer = fabric.setup(agent, optimizer)
-    player = agent.module  # unwrapped once: it acts and evaluates, gradients flow through `agent` alone
+    player = make_agent(args, envs)  # acts and evaluates; gradients flow through `objective` alone
+    objective: nn.Module = Objective(player, args)
+    objective = fabric.setup_module(torch.compile(objective, dynamic=False) if args.compile else objective)
+    flat = FlatParameters(player)
+    adam = torch.optim.Adam([flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda"))
+    optimizer = fabric.setup_optimizers(adam)
 
     # --- Metrics and buffer
-    episodes, losses, clock = EpisodeStatistics(args.num_envs), MeanMetrics(), Stopwatch("env", "act", "train", "comm", "log")
+    episodes, losses, clock = (
+        EpisodeStatistics(args.num_envs),
+        MeanMetrics(),
+        Stopwatch("env", "act", "train", "comm", "log"),
+    )
     obs_shape, head = envs.single_observation_space.shape, player.head
     rb = RolloutBuffer(args.num_steps, args.num_envs, obs_shape, head.num_actions, head.dtype)
     carry = torch.zeros(args.num_envs)  # discounted reward so far, [N]
@@ -166,9 +185,11 @@ def main() -> int:
         clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
         ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
         optimizer.param_groups[0]["lr"] = learning_rate
-        losses.update(train(fabric, agent, optimizer, data, train_rng, args, clip_coef, ent_coef))
-        if not all_finite(player):  # equal on all ranks, so that one line is enough
-            raise NonFiniteError("a loss or gradient was not finite: parameters are NaN" if fabric.is_global_zero else "")
+        losses.update(train(fabric, objective, flat, optimizer, data, train_rng, args, clip_coef, ent_coef))
+        if not flat.vector.isfinite().all():  # equal on all ranks, so that one line is enough
+            raise NonFiniteError(
+                "a loss or gradient was not finite: parameters are NaN" if fabric.is_global_zero else ""
+            )
         if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
             player.obs_normalizer.update(rb.obs[:-1].to(fabric.device), fabric)
         clock.lap("train")

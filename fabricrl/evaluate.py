@@ -1,0 +1,130 @@
+"""Plays a checkpoint of any algorithm, greedily and by sampling, and prints the returns.
+
+python fabricrl/evaluate.py logs/ppo/CartPole-v1/ppo_1_20260101-120000 --episodes 100
+python fabricrl/evaluate.py <checkpoint or run folder> --episodes 1 --render
+python fabricrl/evaluate.py <checkpoint or run folder> --episodes 3 --capture-video
+python fabricrl/evaluate.py <checkpoint or run folder> --json
+"""
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+from fabricrl.envs import check_env, make_env
+from fabricrl.envs.spaces import describe
+from fabricrl.utils.checkpoint import check_spaces, load_checkpoint, restore
+from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.launch import run_script
+from fabricrl.utils.utils import require, stream_seed
+
+Policy = Callable[[np.ndarray, np.ndarray], Any]
+
+
+def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths of `episodes` episodes, [E] each.
+
+    Every environment plays its share to the end. Were the first to finish taken instead, short episodes would count
+    too often.
+    """
+    quota = np.full(envs.num_envs, episodes // envs.num_envs)
+    quota[: episodes % envs.num_envs] += 1
+    running, steps = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
+    returns: list[float] = []
+    lengths: list[int] = []
+    obs, _ = envs.reset(seed=seed)
+    dones = np.ones(envs.num_envs, dtype=bool)
+    while quota.any():
+        obs, rewards, terminated, truncated, _ = envs.step(policy(obs, dones))
+        dones = terminated | truncated
+        running, steps = running + rewards, steps + 1
+        for i in np.flatnonzero(dones & (quota > 0)):
+            returns.append(float(running[i]))
+            lengths.append(int(steps[i]))
+            quota[i] -= 1
+        running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
+    return np.array(returns), np.array(lengths)
+
+
+def summary(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float | int]:
+    """Mean, standard deviation over episodes, minimum and maximum of returns and lengths, and their number."""
+    result: dict[str, float | int] = {}
+    for name, values in (("return", returns), ("length", lengths)):
+        result |= {f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std())}
+        result |= {f"{name}_min": values.min().item(), f"{name}_max": values.max().item()}
+    return result | {"episodes": len(returns)}
+
+
+def evaluate(state: dict[str, Any], greedy: bool, options: argparse.Namespace, video_folder: Path) -> dict[str, Any]:
+    """Plays one mode, greedy or sampled, on environments of its own."""
+    utils = importlib.import_module(f"fabricrl.algos.{state['algo']}.utils")
+    args = utils.ARGS(**{name: tuple(v) if isinstance(v, list) else v for name, v in state["args"].items()})
+    one = options.render or options.capture_video  # one environment is watched, so it plays all episodes
+    mode = "greedy" if greedy else "sampled"
+    num_envs = 1 if one else min(options.episodes, options.num_envs)
+
+    def build() -> gym.Env:
+        folder = video_folder if options.capture_video else None
+        return make_env(args.env_id, args.env_kwargs, "human" if options.render else None, folder, mode)
+
+    envs = SyncVectorEnv([build] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    check_spaces(state["spaces"], describe(envs))
+    agent = utils.make_agent(args, envs)
+    restore(agent, state["agent"], options.path)
+    policy = utils.make_policy(agent.eval(), envs, greedy, stream_seed(options.seed, int(greedy)))
+    try:
+        return summary(*play(envs, policy, options.episodes, options.seed))
+    finally:
+        envs.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="checkpoint, or run folder, whose newest checkpoint is played")
+    parser.add_argument("--episodes", type=int, default=100, help="episodes of each mode (default: 100)")
+    parser.add_argument("--num-envs", type=int, default=8, help="environments played side by side (default: 8)")
+    parser.add_argument("--seed", type=int, default=10_000, help="of environments and sampling (default: 10000)")
+    parser.add_argument("--mode", choices=("both", "greedy", "sampled"), default="both", help="default: both")
+    parser.add_argument("--render", action="store_true", help="show the environment in a window")
+    parser.add_argument("--capture-video", action="store_true", help="record every episode into the run folder")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    options = parser.parse_args()
+    require(options.episodes >= 1, "episodes", options.episodes, "at least 1")
+    require(options.num_envs >= 1, "num_envs", options.num_envs, "at least 1")
+    if options.render and options.capture_video:
+        raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
+    torch.set_num_threads(1)
+
+    state, found = load_checkpoint(options.path)
+    try:
+        utils = importlib.import_module(f"fabricrl.algos.{state['algo']}.utils")
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"{found} was made by {state['algo']}, which this version does not have") from error
+    mode = "human" if options.render else "rgb_array" if options.capture_video else None
+    check_env(state["args"]["env_id"], state["args"]["env_kwargs"], utils.ACTION_SPACES, mode)
+    video_folder = found.parent.parent / "videos" / found.stem
+    modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
+    results = {mode: evaluate(state, mode == "greedy", options, video_folder) for mode in modes}
+    if options.json:
+        print(json.dumps(results))
+        return 0
+    print(f"{state['args']['env_id']}, {found}, {state['global_step']} steps, {options.episodes} episodes")
+    for mode, r in results.items():
+        spread = (
+            f"{r['return_mean']:10.2f} ± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
+        )
+        print(f"  {mode:8s} return {spread}  length {r['length_mean']:.1f} ± {r['length_std']:.1f}")
+    if options.capture_video:
+        print(f"  videos in {video_folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

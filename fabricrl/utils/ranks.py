@@ -1,0 +1,42 @@
+"""Small collectives over all ranks, on host values; with one rank they return what they are given."""
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+
+def all_gather(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """[*shape] of every rank, stacked in rank order on the tensor's own device: [W, *shape]."""
+    if fabric.world_size == 1:
+        return tensor[None]
+    gathered = fabric.all_gather(tensor.to(fabric.device))
+    assert isinstance(gathered, Tensor)
+    return gathered.to(tensor.device)
+
+
+def all_sum(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """The sum over ranks; the same bits on all of them."""
+    return tensor if fabric.world_size == 1 else all_gather(fabric, tensor).sum(0)
+
+
+def all_mean(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """The mean over ranks; the same bits on all of them."""
+    return tensor if fabric.world_size == 1 else all_gather(fabric, tensor).mean(0)
+
+
+def all_max(fabric: Fabric, value: int) -> int:
+    """The largest of the ranks' integers."""
+    return value if fabric.world_size == 1 else int(all_gather(fabric, torch.tensor(value)).max())
+
+
+def gather_rows(fabric: Fabric, rows: Tensor) -> Tensor:
+    """Concatenates [E, C] over ranks, in rank order, where E differs from rank to rank."""
+    if fabric.world_size == 1:
+        return rows
+    counts = all_gather(fabric, torch.tensor(len(rows))).tolist()
+    if not any(counts):
+        return rows
+    padded = rows.new_zeros((max(counts), rows.shape[1]))
+    padded[: len(rows)] = rows
+    blocks = all_gather(fabric, padded)  # [W, max E, C]
+    return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
