@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, b
         descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
         with os.fdopen(descriptor, "wb") as file:
             writer = _HashingWriter(file)
-            torch.save({"format": FORMAT, **state}, writer)
+            torch.save({"format": FORMAT, **state}, cast(BinaryIO, writer))
             file.seek(-len(_NO_COMMENT), os.SEEK_END)
             file.write((64).to_bytes(2, "little") + writer.digest.hexdigest().encode())
             file.flush()

@@ -50,7 +50,8 @@ def launch(args: Any) -> Fabric:
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
         raise ConfigError(f"{given} cannot be had here: {one_line(error)}") from error
-    fabric.launch()
+    if "LT_CLI_USED" not in os.environ:  # that launcher has done it, and forbids it
+        fabric.launch()
     torch.set_num_threads(args.num_threads)  # after launch(): launchers set it too, and wrongly
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.backends.cudnn.deterministic = args.torch_deterministic
