@@ -113,6 +113,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     """Runs `main`, reports a RunError in one line, and ends the process with the exit code that belongs to it."""
     try:
         code = main()
+        _part()
     except RunError as error:
         code = error.exit_code
         _report(str(error), code)
@@ -132,6 +133,13 @@ def one_line(error: BaseException) -> str:
     """The first line of an error's text, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _part() -> None:
+    """All ranks let go of each other at the same time: one that is gone early looks like a fault to the others."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _report(message: str, code: int) -> None:
