@@ -1,2 +1,46 @@
-SHELL := /bin/bash
-.SHELLFLAGS := -euo pipefail -c
+# `make` lists the targets. Everything runs in .venv, which `make setup` creates with pip; an active environment is not touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+# A release inside the range that pyproject.toml allows; make TORCH='torch>=2.11,<2.14' takes the newest instead
+TORCH ?= torch==2.13.0
+
+.PHONY: help setup train test lint format clean
+
+help:
+	@echo "make setup               create $(VENV) with everything that training and testing need"
+	@echo "make train ARGS='...'    train PPO on CartPole-v1, or on what ARGS say (--env-id Acrobot-v1)"
+	@echo "make test                style, types and all tests"
+	@echo "make lint / make format  check style and types / apply the style"
+	@echo "make clean               remove $(VENV) and caches"
+
+setup: $(VENV)/.done
+
+# Installed once, and again when the dependencies change
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| (echo "Python 3.11, 3.12 or 3.13 is needed; say which with make PYTHON=python3.12" >&2; exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+train: setup
+	$(BIN)/python fabricrl/algos/ppo/ppo.py --env-id CartPole-v1 $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import time
+import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,11 @@ def _make_logger(args: Any, folder: Path, step: int) -> Logger:
                 "--logger wandb needs a package that is not here: pip install 'fabricrl[wandb]'"
             ) from error
     elif kind == "csv":
-        return CSVLogger(folder, name="", version="")
+        logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=10)
+        with warnings.catch_warnings():  # it warns that the folder holds files, and appends to its own all the same
+            warnings.simplefilter("ignore")
+            assert logger.experiment
+        return logger
     else:
         # Entries after the checkpoint that is resumed are hidden: the run is about to write them again
         logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False, purge_step=step + 1 or None)
