@@ -74,6 +74,8 @@ class Run:
         self._logged_step = step
         if self._logger is not None:
             self._logger.log_metrics(metrics, step)
+            if isinstance(self._logger, CSVLogger):
+                self._logger.save()  # left alone, it writes at steps that are multiples of a number and may never come
 
     def wants_checkpoint(self, step: int, last: bool) -> bool:
         """Whether a multiple of `checkpoint_every` has been passed since the last checkpoint, or the run ends."""
@@ -171,7 +173,7 @@ def _make_logger(args: Any, folder: Path, step: int) -> Logger:
                 "--logger wandb needs a package that is not here: pip install 'fabricrl[wandb]'"
             ) from error
     elif kind == "csv":
-        logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=10)
+        logger = CSVLogger(folder, name="", version="")
         with warnings.catch_warnings():  # it warns that the folder holds files, and appends to its own all the same
             warnings.simplefilter("ignore")
             assert logger.experiment
