@@ -1,6 +1,7 @@
 """A run's folder: its metrics, checkpoints, progress bar and result line. Only rank 0 writes."""
 
 import atexit
+import csv
 import dataclasses
 import json
 import math
@@ -173,13 +174,25 @@ def _make_logger(args: Any, folder: Path, step: int) -> Logger:
                 "--logger wandb needs a package that is not here: pip install 'fabricrl[wandb]'"
             ) from error
     elif kind == "csv":
-        logger = CSVLogger(folder, name="", version="")
-        with warnings.catch_warnings():  # it warns that the folder holds files, and appends to its own all the same
-            warnings.simplefilter("ignore")
-            assert logger.experiment
-        return logger
+        return _csv_logger(folder, step)
     else:
         # Entries after the checkpoint that is resumed are hidden: the run is about to write them again
         logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False, purge_step=step + 1 or None)
     logger.log_hyperparams(hyperparameters)
+    return logger
+
+
+def _csv_logger(folder: Path, step: int) -> CSVLogger:
+    """Goes on in the folder's metrics.csv: the entries up to `step` stay, those after it are about to come again."""
+    path = folder / "metrics.csv"
+    earlier = list(csv.DictReader(path.open())) if path.exists() else []
+    logger = CSVLogger(folder, name="", version="")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it deletes the file: hence the copy
+        assert logger.experiment
+    if earlier:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, earlier[0])
+            writer.writeheader()
+            writer.writerows(row for row in earlier if int(row["step"]) <= step)
     return logger
