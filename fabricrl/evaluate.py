@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fabricrl.envs import check_env, make_env
 from fabricrl.envs.spaces import describe
+from fabricrl.envs.vector import ReportFailures
 from fabricrl.utils.checkpoint import check_spaces, load_checkpoint, restore
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.launch import run_script
@@ -74,7 +75,7 @@ def evaluate(state: dict[str, Any], greedy: bool, options: argparse.Namespace, v
         folder = video_folder if options.capture_video else None
         return make_env(args.env_id, args.env_kwargs, "human" if options.render else None, folder, mode)
 
-    envs = SyncVectorEnv([build] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    envs = ReportFailures(SyncVectorEnv([build] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP))
     check_spaces(state["spaces"], describe(envs))
     agent = utils.make_agent(args, envs)
     restore(agent, state["agent"], options.path)

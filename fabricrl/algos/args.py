@@ -132,12 +132,19 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
     if early.resume is not None:
         state, _ = load_checkpoint(early.resume, algo)
         known = {field.name for field in dataclasses.fields(kind)}
-        defaults = {name: _tupled(value) for name, value in state["args"].items() if name in known}
+        defaults = {name: _tupled(value) for name, value in state["args"].items() if name in known - _not_resumed()}
     elif early.preset is not None:
         require(early.preset in (presets or {}), "preset", early.preset, f"one of {', '.join(presets or {})}")
         defaults = (presets or {})[early.preset]
     given = _parse_flags(kind, defaults)
     return kind(**given)
+
+
+def _not_resumed() -> set[str]:
+    """Arguments that say where this process stands, not what the run is; another launcher brings its own."""
+    launched = "LT_CLI_USED" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    choices = {"accelerator", "cuda", "devices", "strategy", "num_nodes", "precision"} if launched else set()
+    return {"resume", "node_rank", "main_address", "main_port"} | choices
 
 
 def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class RunningNormalizer(nn.Module):
     mean: Tensor
     var: Tensor
     count: Tensor
+    center: Tensor
+    deviation: Tensor
 
     def __init__(self, size: int, clip: float = 10.0) -> None:
         super().__init__()
@@ -60,17 +62,18 @@ class RunningNormalizer(nn.Module):
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("var", torch.ones(size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        # What acting needs at every step, in the precision of the networks; made anew whenever the statistics change
+        self.register_buffer("center", torch.zeros(size), persistent=False)
+        self.register_buffer("deviation", torch.ones(size), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, keys: self._refresh())
 
     def forward(self, x: Tensor) -> Tensor:
         """(x − mean) / σ, clipped to ±clip; [*, size]."""
-        return self._clipped((x - self.mean.float()) / self.std())
+        return ((x - self.center) / self.deviation).clamp(-self.clip, self.clip)
 
     def scale(self, x: Tensor) -> Tensor:
         """x / σ, clipped to ±clip: for rewards, whose sign must stay."""
-        return self._clipped(x / self.std())
-
-    def std(self) -> Tensor:
-        return (self.var + 1e-8).sqrt().float()
+        return (x / self.deviation).clamp(-self.clip, self.clip)
 
     @torch.no_grad()
     def update(self, x: Tensor, fabric: Fabric | None = None) -> None:
@@ -82,7 +85,9 @@ class RunningNormalizer(nn.Module):
         if fabric is not None:
             moments = all_gather(fabric, moments[0])  # [W, 2 size + 1]
         for part in moments:
-            self._merge(part[:-1].chunk(2)[0], part[:-1].chunk(2)[1], part[-1])
+            mean, square = part[:-1].chunk(2)
+            self._merge(mean, square, part[-1])
+        self._refresh()
 
     def _merge(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         total = self.count + count
@@ -93,5 +98,6 @@ class RunningNormalizer(nn.Module):
         self.var.copy_(m2 / total)
         self.count.copy_(total)
 
-    def _clipped(self, x: Tensor) -> Tensor:
-        return x.clamp(-self.clip, self.clip)
+    def _refresh(self) -> None:
+        self.center.copy_(self.mean)
+        self.deviation.copy_((self.var + 1e-8).sqrt())

@@ -100,6 +100,24 @@ def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str
     return state, found
 
 
+def check_batch(state: Mapping[str, Any], args: Any, world_size: int) -> None:
+    """Holds the steps per iteration against those of the run that is resumed: another number of ranks must keep them.
+
+    Raises:
+        CheckpointError: another number of ranks, and another number of steps per iteration.
+    """
+    stored = state["args"]["num_envs"] * state["args"]["num_steps"] * state["world_size"]
+    own = args.num_envs * args.num_steps * world_size
+    if stored == own:
+        return
+    change = (
+        f"an iteration of the checkpoint has {stored} steps ({state['world_size']} ranks), here {own} ({world_size})"
+    )
+    if state["world_size"] != world_size:
+        raise CheckpointError(f"{change}; keep them by --num-envs or --num-steps")
+    print(f"warning: {change}", file=sys.stderr)
+
+
 def restore(module: nn.Module, stored: Mapping[str, Any], what: str) -> None:
     """Loads a state_dict into a module of exactly the same shape.
 

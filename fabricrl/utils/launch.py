@@ -117,6 +117,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except RunError as error:
         code = error.exit_code
         _report(str(error), code)
+    except KeyboardInterrupt:  # before StopSignal took over
+        code = 128 + signal.SIGINT
     except RuntimeError as error:
         if not _is_communication_error(error):
             raise

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fabricrl.utils.checkpoint import save_checkpoint
 from fabricrl.utils.errors import ConfigError, OutputError
+from fabricrl.utils.launch import failing_together
 from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.ranks import all_gather
 
@@ -93,7 +94,9 @@ class Run:
         best = mean_return > self.best_return or not math.isfinite(self.best_return)
         self.best_return = mean_return if mean_return > self.best_return else self.best_return
         self._saved_step = step
-        if self.fabric.global_rank == 0:
+        with failing_together(self.fabric):
+            if self.fabric.global_rank > 0:
+                return
             extra = {"algo": self.algo, "args": dataclasses.asdict(self.args), "best_return": self.best_return}
             extra |= {"global_step": step, "world_size": self.fabric.world_size}
             folder = self.folder / "checkpoints"
@@ -167,7 +170,12 @@ def _make_logger(args: Any, folder: Path, step: int) -> Logger:
             from lightning.pytorch.loggers import WandbLogger
 
             logger = WandbLogger(
-                name=folder.name, save_dir=folder, project=args.wandb_project_name, entity=args.wandb_entity
+                name=folder.name,
+                save_dir=folder,
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=folder.name,
+                resume="allow",
             )
         except ModuleNotFoundError as error:
             raise ConfigError(

@@ -76,6 +76,9 @@ class PPOArgs(StandardArgs):
             all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", self.hidden_sizes, "integers of at least 1"
         )
         require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        steps = self.num_envs * self.num_steps
+        allowed = f"at least num-envs × num-steps = {steps}, an iteration"
+        require(self.total_timesteps >= steps, "total_timesteps", self.total_timesteps, allowed)
         self._check_minibatches()
 
     def _check_minibatches(self) -> None:

@@ -20,14 +20,23 @@ from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent
 from fabricrl.data.buffers import RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe, env_actions
-from fabricrl.utils.checkpoint import check_spaces, load_checkpoint, restore
+from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, restore
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.model import FlatParameters
 from fabricrl.utils.ranks import all_mean
 from fabricrl.utils.run import Run, rank_generators, restore_generators
-from fabricrl.utils.utils import anneal, discounted_sums, env_seeds, explained_variance, gae, generators, normalize_rows
+from fabricrl.utils.utils import (
+    anneal,
+    discounted_sums,
+    env_seeds,
+    explained_variance,
+    gae,
+    generators,
+    normalize_rows,
+    require,
+)
 
 
 @torch.inference_mode()
@@ -136,7 +145,10 @@ def main() -> int:
     act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
 
     # --- Environments
-    envs = make_envs(args, fabric.global_rank, run.folder / "videos")
+    with failing_together(fabric):
+        envs = make_envs(args, fabric.global_rank, run.folder / "videos")
+        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
+    run.start_clock()
 
     # --- Agent and optimizer
     player = make_agent(args, envs)  # acts and evaluates; gradients flow through `objective` alone
@@ -147,18 +159,17 @@ def main() -> int:
     optimizer = fabric.setup_optimizers(adam)
 
     # --- Metrics and buffer
-    episodes, losses, clock = (
-        EpisodeStatistics(args.num_envs),
-        MeanMetrics(),
-        Stopwatch("env", "act", "train", "comm", "log"),
-    )
+    episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+    clock = Stopwatch("env", "act", "train", "comm", "log")
     obs_shape, head = envs.single_observation_space.shape, player.head
     rb = RolloutBuffer(args.num_steps, args.num_envs, obs_shape, head.num_actions, head.dtype)
     carry = torch.zeros(args.num_envs)  # discounted reward so far, [N]
 
     # --- Counters
     batch_size = args.num_steps * args.num_envs * fabric.world_size  # steps an iteration takes
+    require(batch_size <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {batch_size}")
     if state:
+        check_batch(state, args, fabric.world_size)
         check_spaces(state["spaces"], describe(envs))
         restore(player, state["agent"], str(resumed))
         optimizer.load_state_dict(state["optimizer"])
@@ -166,10 +177,9 @@ def main() -> int:
         restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
         run.best_return = state["best_return"]
 
-    obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
     rb.start(obs)
     check_ranks(fabric, player, rb.obs[0])
-    run.start_clock()
+
     while global_step + batch_size <= args.total_timesteps:
         # 1. Rollout
         with failing_together(fabric):
@@ -187,9 +197,7 @@ def main() -> int:
         optimizer.param_groups[0]["lr"] = learning_rate
         losses.update(train(fabric, objective, flat, optimizer, data, train_rng, args, clip_coef, ent_coef))
         if not flat.vector.isfinite().all():  # equal on all ranks, so that one line is enough
-            raise NonFiniteError(
-                "a loss or gradient was not finite: parameters are NaN" if fabric.is_global_zero else ""
-            )
+            raise NonFiniteError("a loss or gradient was not finite" if fabric.is_global_zero else "")
         if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
             player.obs_normalizer.update(rb.obs[:-1].to(fabric.device), fabric)
         clock.lap("train")
