@@ -1,0 +1,269 @@
+"""Trains a task over several seeds, plays what was learned, and holds both against published results.
+
+    python benchmarks/learning.py --task cartpole --jobs 2
+
+Each seed is one run of the script that users run, and one of `fabricrl/evaluate.py`, in processes of their own. Seeds
+that stand in the results are not run again, so an interrupted benchmark goes on where it was; `--fresh` starts over.
+Exit code 1: a bar was missed, or a run failed.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    "seed",
+    "steps",
+    "sps",
+    "last_100_return",
+    "greedy_return",
+    "greedy_std",
+    "sampled_return",
+    "wall_seconds",
+)
+MEASURES = {"last_100_return": "last 100 training episodes", "greedy_return": "greedy, 100 episodes"}
+CURVE_POINTS = 200  # of a seed
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is run, what the mean over seeds has to reach, and what others have published.
+
+    Attributes:
+        command: the script and its arguments, without seed and logger.
+        measure: which column of the results `bar` is for.
+        reference: mean and ± as published; `source` says over what.
+    """
+
+    command: str
+    seeds: int
+    measure: str
+    bar: float
+    reference: tuple[float, float]
+    source: str
+
+
+PPO = "fabricrl/algos/ppo/ppo.py"
+TASKS = {
+    "cartpole": Task(
+        f"{PPO} --env-id CartPole-v1 --total-timesteps 500000",
+        seeds=5,
+        measure="last_100_return",
+        bar=484,
+        reference=(490.04, 6.12),
+        source="CleanRL ppo.py, 500k steps, 3 seeds",
+    ),
+    "acrobot": Task(
+        f"{PPO} --env-id Acrobot-v1 --total-timesteps 500000",
+        seeds=5,
+        measure="last_100_return",
+        bar=-88,
+        reference=(-86.36, 1.32),
+        source="CleanRL ppo.py, 500k steps, 3 seeds",
+    ),
+    # Hyperparameters of rl-baselines3-zoo, whose batch of 64 is 256 minibatches here. Stable-Baselines3 weighs the mean
+    # squared error of the value by 0.5, we weigh half of it: hence 1.0.
+    "lunarlander": Task(
+        f"{PPO} --env-id LunarLander-v3 --num-envs 16 --num-steps 1024 --num-minibatches 256 "
+        "--update-epochs 4 --gae-lambda 0.98 --gamma 0.999 --ent-coef 0.01 --learning-rate 3e-4 --no-anneal-lr "
+        "--no-clip-vloss --vf-coef 1.0 --total-timesteps 1000000",
+        seeds=3,
+        measure="greedy_return",
+        bar=200,
+        reference=(242.1, 31.8),
+        source="rl-baselines3-zoo, LunarLander-v2, 1M steps, one run, ± over episodes",
+    ),
+    # The bars are one published standard deviation below the published mean
+    "hopper": Task(
+        f"{PPO} --env-id Hopper-v4 --preset mujoco --total-timesteps 1000000",
+        seeds=3,
+        measure="last_100_return",
+        bar=2383 - 272,
+        reference=(2382.86, 271.74),
+        source="CleanRL ppo_continuous_action.py, v4, 1M steps, 3 seeds",
+    ),
+    "walker2d": Task(
+        f"{PPO} --env-id Walker2d-v4 --preset mujoco --total-timesteps 1000000",
+        seeds=3,
+        measure="last_100_return",
+        bar=2288 - 572,
+        reference=(2287.95, 571.78),
+        source="CleanRL ppo_continuous_action.py, v4, 1M steps, 3 seeds",
+    ),
+}
+
+
+def run_seed(command: list[str], seed: int) -> tuple[dict[str, float], list[tuple[int, float]]]:
+    """Trains and evaluates one seed: its row of the results, and its curve as (step, return)."""
+    started = time.perf_counter()
+    output = run([*command, "--seed", str(seed)])
+    wall = time.perf_counter() - started
+    fields = re.search(r"^result steps=(\d+) sps=(\d+) return_mean=(\S+) .*checkpoint=(.*)$", output, re.MULTILINE)
+    if fields is None:
+        raise RuntimeError(f"no result line in the output of seed {seed}: {output!r}")
+    checkpoint = fields[4]
+    played = json.loads(run(["fabricrl/evaluate.py", checkpoint, "--episodes", "100", "--json"]))
+    row = {
+        "seed": seed,
+        "steps": int(fields[1]),
+        "sps": int(fields[2]),
+        "last_100_return": float(fields[3]),
+        "greedy_return": round(played["greedy"]["return_mean"], 2),
+        "greedy_std": round(played["greedy"]["return_std"], 2),
+        "sampled_return": round(played["sampled"]["return_mean"], 2),
+        "wall_seconds": round(wall, 1),
+    }
+    return row, read_curve(ROOT / Path(checkpoint).parent.parent / "metrics.csv", row["steps"])
+
+
+def run(command: list[str]) -> str:
+    """Standard output of `python <command>`, run on one thread in the project's folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode} of: {shlex.join(command)}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def read_curve(path: Path, total: int) -> list[tuple[int, float]]:
+    """The logged returns, averaged over CURVE_POINTS equal stretches of the run, leaving out those without episodes."""
+    with path.open() as file:
+        entries = [(int(row["step"]), row.get("charts/episodic_return")) for row in csv.DictReader(file)]
+    stretches: dict[int, list[float]] = {}
+    for step, value in entries:
+        if value:
+            stretches.setdefault(-(-step * CURVE_POINTS // total), []).append(float(value))
+    return [(total * i // CURVE_POINTS, round(float(np.mean(values)), 2)) for i, values in sorted(stretches.items())]
+
+
+def read_table(path: Path) -> tuple[str, list[dict[str, float]]]:
+    """The command in a table's first line, and its rows; nothing if there is no table."""
+    if not path.exists():
+        return "", []
+    comment, *lines = path.read_text().splitlines()
+    return comment.removeprefix("# "), [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+
+
+def write_table(path: Path, command: str, rows: list[dict[str, float]], columns: tuple[str, ...]) -> None:
+    """Replaces the table in one step, so that an interruption leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        file.write(f"# {command}\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({column: f"{row[column]:.10g}" for column in columns} for row in rows)
+    temporary.replace(path)
+
+
+def plot(path: Path, task: Task, curves: list[dict[str, float]]) -> None:
+    """Each seed's curve thin, their mean thick, the published result dashed with its ± as a band."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    seeds = sorted({row["seed"] for row in curves})
+    grid = np.array(sorted({row["step"] for row in curves}))
+    interpolated = []
+    for seed in seeds:
+        steps, returns = zip(*((r["step"], r["episodic_return"]) for r in curves if r["seed"] == seed), strict=True)
+        axes.plot(steps, returns, color="tab:blue", alpha=0.3, linewidth=0.8)
+        interpolated.append(np.interp(grid, steps, returns))
+    axes.plot(grid, np.mean(interpolated, axis=0), color="tab:blue", linewidth=2, label=f"mean of {len(seeds)} seeds")
+    mean, spread = task.reference
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1, label=f"{task.source}: {mean:g} ± {spread:g}")
+    axes.axhspan(mean - spread, mean + spread, color="black", alpha=0.07, linewidth=0)
+    axes.set_title(task.command.split("/")[-1].split(" --num-envs")[0].split(" --total")[0])
+    axes.set(xlabel="environment steps", ylabel="return of training episodes")
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(task: Task, rows: list[dict[str, float]]) -> bool:
+    """Prints both measures over the seeds, ± as NumPy's std like the references; whether the bar is reached."""
+    reached = False
+    for measure, name in MEASURES.items():
+        values = np.array([row[measure] for row in rows])
+        verdict = ""
+        if measure == task.measure:
+            reached = bool(values.mean() >= task.bar)
+            verdict = f"  bar {task.bar:g}: {'reached' if reached else 'MISSED'}"
+        print(f"  {name:28s} {values.mean():9.2f} ± {values.std():.2f}{verdict}")
+    print(f"  {'published':28s} {task.reference[0]:9.2f} ± {task.reference[1]:.2f}  {task.source}")
+    return reached
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--seeds", type=int, help="seeds 1 to this (default: the task's)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a thread each (default: 1)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of tables and plot")
+    parser.add_argument("--log-dir", default="logs/benchmarks", help="folder of the runs (default: logs/benchmarks)")
+    parser.add_argument("--total-timesteps", type=int, help="instead of the task's, for a quick look")
+    parser.add_argument("--fresh", action="store_true", help="run all seeds again")
+    options = parser.parse_args()
+    task = TASKS[options.task]
+    seeds = range(1, (options.seeds or task.seeds) + 1)
+    command = [*task.command.split(), "--logger", "csv"]
+    if options.total_timesteps:
+        command[command.index("--total-timesteps") + 1] = str(options.total_timesteps)
+    shown = f"python {shlex.join(command)} --seed <seed>"
+
+    table, curve_table = (
+        options.out / f"learning_{options.task}.csv",
+        options.out / f"learning_{options.task}_curves.csv",
+    )
+    stored, rows = read_table(table)
+    curves = read_table(curve_table)[1]
+    if options.fresh:
+        rows, curves = [], []
+    elif rows and stored != shown:
+        print(f"error: {table} was made by another command: {stored}; --fresh replaces it", file=sys.stderr)
+        return 2
+    missing = [seed for seed in seeds if seed not in {row["seed"] for row in rows}]
+    print(f"{options.task}: {shown}\n  seeds to run: {missing or 'none, all are in ' + table.name}", flush=True)
+
+    failures = []
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        jobs = {pool.submit(run_seed, [*command, "--log-dir", options.log_dir], seed): seed for seed in missing}
+        for job in as_completed(jobs):
+            seed = jobs[job]
+            if (error := job.exception()) is not None:
+                failures.append(f"seed {seed}: {error}")
+                continue
+            row, curve = job.result()
+            rows = sorted([*rows, row], key=lambda r: r["seed"])
+            curves = [r for r in curves if r["seed"] != seed]  # what an interruption between both writes left
+            curves += [{"seed": seed, "step": step, "episodic_return": value} for step, value in curve]
+            curves.sort(key=lambda r: (r["seed"], r["step"]))
+            write_table(curve_table, shown, curves, ("seed", "step", "episodic_return"))
+            write_table(table, shown, rows, COLUMNS)
+            print("  " + "  ".join(f"{name} {row[name]:g}" for name in COLUMNS), flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C ends the runs that are going on, and starts no other
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if failures:
+        return 1
+    plot(options.out / f"learning_{options.task}.png", task, curves)
+    return 0 if report(task, [row for row in rows if row["seed"] in seeds]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""Speed beside others: every quantity is measured for A and for B in turn (A B A B ...), and compared pair by pair.
+
+    python benchmarks/speed.py                          every task, against Stable-Baselines3
+    python benchmarks/speed.py --task ppo-cartpole-1env --ours-args=--compile
+    python benchmarks/speed.py --startup                from the command to the first environment step
+    python benchmarks/speed.py --memory                 resident memory after iteration 100 and after 2 000
+    python benchmarks/speed.py --ranks                  one rank with N environments, two with N / 2 each
+
+Prints the median over repetitions with minimum and maximum, and writes them to benchmarks/results/speed.csv and .md,
+where a benchmark replaces what it had there. Let nothing else run meanwhile. Exit code 1: a bar was missed.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PPO = "fabricrl/algos/ppo/ppo.py"
+
+
+class Comparison(NamedTuple):
+    """What A and B are, how they are compared, and what the median of that has to be ("" if nothing)."""
+
+    quantity: str
+    a_is: str
+    b_is: str
+    how: str  # "a / b" or "a - b"
+    bar: str = ""  # such as ">= 2.3"
+
+
+class Task(NamedTuple):
+    """Equal settings in our words and in those of Stable-Baselines3, whose other defaults hold on both sides."""
+
+    ours: str
+    peer: dict[str, Any]
+    bar: str
+
+
+# Stable-Baselines3 weighs the mean squared error of the value by vf_coef, we weigh half of it: ours is twice theirs.
+# Its minibatches have a size, ours a number.
+SB3 = "--learning-rate 3e-4 --no-anneal-lr --ent-coef 0 --no-clip-vloss --vf-coef 1.0"
+PLAIN = {"learning_rate": 3e-4, "anneal_lr": False, "normalize": False, "total_timesteps": 65_536}
+TASKS = {
+    "ppo-cartpole-1env": Task(
+        f"{PPO} --env-id CartPole-v1 --num-envs 1 --num-steps 128 --num-minibatches 2 --update-epochs 10 {SB3}",
+        PLAIN | {"env_id": "CartPole-v1", "num_envs": 1, "ppo": {"n_steps": 128, "batch_size": 64, "n_epochs": 10}},
+        ">= 2.3",
+    ),
+    "ppo-cartpole-4env": Task(
+        f"{PPO} --env-id CartPole-v1 --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 {SB3}",
+        PLAIN | {"env_id": "CartPole-v1", "num_envs": 4, "ppo": {"n_steps": 128, "batch_size": 128, "n_epochs": 4}},
+        ">= 2.3",
+    ),
+    "ppo-walker2d": Task(
+        f"{PPO} --env-id Walker2d-v4 --preset mujoco",
+        {
+            "env_id": "Walker2d-v4",
+            "num_envs": 1,
+            "normalize": True,
+            "learning_rate": 3e-4,
+            "anneal_lr": True,
+            "total_timesteps": 30 * 2048,
+            "ppo": {"n_steps": 2048, "batch_size": 64, "n_epochs": 10, "clip_range_vf": 0.2, "vf_coef": 0.25},
+        },
+        ">= 1.8",
+    ),
+}
+RANKS = {  # arguments, and the environments of a single rank
+    "ppo-cartpole": (f"{PPO} --env-id CartPole-v1 --total-timesteps 131072", 8),
+    "ppo-walker2d": (f"{PPO} --env-id Walker2d-v4 --preset mujoco --total-timesteps 61440", 2),
+}
+IMPORTS = "import os, torch; from lightning.fabric import Fabric; os._exit(0)"
+
+
+class Outcome(NamedTuple):
+    """Steps per second, and the seconds that the process took besides."""
+
+    sps: float
+    startup: float
+
+
+def run(command: list[str], **environment: str) -> tuple[str, float]:
+    """Standard output of a command that runs in the project's folder on one thread, and its wall-clock seconds."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"error: exit code {done.returncode} of: {shlex.join(command)}\n{done.stderr[-2000:]}")
+    return done.stdout, seconds
+
+
+def timed(command: list[str]) -> Outcome:
+    """Runs a script that prints a result line."""
+    output, wall = run(command)
+    fields = re.search(r"^result steps=(\d+) sps=([\d.]+)", output, re.MULTILINE)
+    assert fields is not None, output
+    steps, sps = int(fields[1]), float(fields[2])
+    return Outcome(sps, wall - steps / sps)
+
+
+def ours(arguments: str, log_dir: str, options: argparse.Namespace) -> list[str]:
+    """The command of one of our runs; what `options` say comes last and wins."""
+    steps = ["--total-timesteps", str(options.total_timesteps)] if options.total_timesteps else []
+    return [sys.executable, *arguments.split(), *steps, "--log-dir", log_dir, *shlex.split(options.ours_args)]
+
+
+def bench_task(name: str, options: argparse.Namespace) -> bool:
+    """Steps per second beside Stable-Baselines3's, each with its default logging: TensorBoard here, none there."""
+    task = TASKS[name]
+    peer = task.peer | {"total_timesteps": options.total_timesteps or task.peer["total_timesteps"]}
+    comparisons = [
+        Comparison("steps/s", "fabricrl", "Stable-Baselines3", "a / b", task.bar),
+        Comparison("start-up and end, s", "fabricrl", "Stable-Baselines3", "a - b"),
+    ]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        arguments = f"{task.ours} --total-timesteps {peer['total_timesteps']} --seed {seed}"
+        a = timed(ours(arguments, log_dir, options))
+        b = timed([str(ROOT / options.peer_python), "benchmarks/peer_sb3.py", json.dumps(peer | {"seed": seed})])
+        return list(zip(a, b, strict=True))
+
+    return bench(name, comparisons, measure, options)
+
+
+def bench_startup(options: argparse.Namespace) -> bool:
+    """Seconds from the command to the first environment step, beside those that the imports alone take."""
+    comparisons = [Comparison("start-up, s", "command to first step", "importing torch and Fabric", "a - b", "<= 1.5")]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        command = ours(f"{PPO} --env-id first_step:FirstStep-v0", log_dir, options)
+        _, a = run(command, PYTHONPATH=str(ROOT / "benchmarks"))
+        _, b = run([sys.executable, "-c", IMPORTS])
+        return [(a, b)]
+
+    return bench("startup", comparisons, measure, options)
+
+
+def bench_memory(options: argparse.Namespace) -> bool:
+    """Resident memory over 2 000 iterations that all log, and save every 50: what grows, grows visibly."""
+    iteration, iterations = 128, 2000  # steps of one
+    comparisons = [Comparison("resident MiB", "iteration 2 000", "iteration 100", "a / b", "<= 1.01")]
+    arguments = (
+        f"{PPO} --env-id CartPole-v1 --num-steps 32 --total-timesteps {iteration * iterations} "
+        f"--log-every {iteration} --checkpoint-every {50 * iteration}"
+    )
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        command = ours(arguments, log_dir, options)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        by_step: dict[int, float] = {}  # resident memory when the checkpoint of this step was seen first
+        while process.poll() is None:
+            saved = max((int(path.stem[5:]) for path in Path(log_dir).rglob("step_*.ckpt")), default=0)
+            found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            if found and saved not in by_step:
+                by_step[saved] = int(found[1]) / 1024
+            time.sleep(0.05)
+        assert process.returncode == 0, command
+        return [(by_step[max(by_step)], by_step[100 * iteration])]
+
+    return bench("memory", comparisons, measure, options)
+
+
+def bench_ranks(name: str, options: argparse.Namespace) -> bool:
+    """Two ranks with half the environments each beside one with all: speed, and the shares of time/*."""
+    arguments, num_envs = RANKS[name]
+    parts = ("act", "env", "train", "comm", "log")
+    comparisons = [Comparison("steps/s", "two ranks", "one rank", "a / b")]
+    comparisons += [Comparison(f"share of time/{part}", "two ranks", "one rank", "a - b") for part in parts]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        columns = []
+        for case in (f"--num-envs {num_envs // 2} --devices 2 --strategy ddp", f"--num-envs {num_envs}"):
+            folder = tempfile.mkdtemp(dir=log_dir)
+            outcome = timed(ours(f"{arguments} --logger csv --seed {seed} {case}", folder, options))
+            (metrics,) = Path(folder).rglob("metrics.csv")
+            with metrics.open() as file:
+                entries = list(csv.DictReader(file))
+            shares = [statistics.mean(float(entry[f"time/{part}"]) for entry in entries) for part in parts]
+            columns.append((outcome.sps, *shares))
+        return list(zip(*columns, strict=True))
+
+    return bench(f"ranks-{name}", comparisons, measure, options)
+
+
+def bench(
+    name: str,
+    comparisons: list[Comparison],
+    measure: Callable[[int, str], list[tuple[float, float]]],
+    options: argparse.Namespace,
+) -> bool:
+    """Repeats a measurement of (A, B) for each comparison; prints and stores it. Whether every bar is reached."""
+    name = f"{name} {options.ours_args}".strip()
+    rows = []
+    for repetition in range(1, options.repetitions + 1):
+        with tempfile.TemporaryDirectory() as log_dir:
+            pairs = measure(repetition, log_dir)
+        for comparison, (a, b) in zip(comparisons, pairs, strict=True):
+            compared = a / b if comparison.how == "a / b" else a - b
+            row = {"benchmark": name, **comparison._asdict(), "repetition": str(repetition)}
+            rows.append(row | {"a": number(a), "b": number(b), "compared": number(compared)})
+        first = rows[-len(comparisons)]
+        print(
+            f"{name}, {repetition} of {options.repetitions}: {first['quantity']}, A {first['a']}, B {first['b']}, "
+            f"{first['how']} = {first['compared']}",
+            flush=True,
+        )
+    setup = {"command": options.command, "machine": options.machine}
+    store([row | setup for row in rows], options.out)
+    lines = summarize(rows)
+    print("\n".join(lines), flush=True)
+    return not any("MISSED" in line for line in lines)
+
+
+def summarize(rows: list[dict[str, str]]) -> list[str]:
+    """A line of a Markdown table for each quantity of each benchmark."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["benchmark"], row["quantity"]), []).append(row)
+    lines = []
+    for (name, quantity), group in groups.items():
+        a, b = (f"{group[0][side + '_is']}: {spread([float(row[side]) for row in group])}" for side in "ab")
+        values = [float(row["compared"]) for row in group]
+        verdict = ""
+        if bar := group[0]["bar"]:
+            sign, limit = bar.split()
+            median = statistics.median(values)
+            reached = median >= float(limit) if sign == ">=" else median <= float(limit)
+            verdict = f"{bar}: {'reached' if reached else 'MISSED'}"
+        lines.append(f"| {name} | {quantity} | {a} | {b} | {group[0]['how']} = {spread(values)} | {verdict} |")
+    return lines
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def spread(values: list[float]) -> str:
+    return f"{number(statistics.median(values))} ({number(min(values))} to {number(max(values))})"
+
+
+def store(rows: list[dict[str, str]], folder: Path) -> None:
+    """Replaces a benchmark's rows in speed.csv, and writes speed.md anew from all rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "speed.csv"
+    if path.exists():
+        with path.open() as file:
+            rows = [row for row in csv.DictReader(file) if row["benchmark"] != rows[0]["benchmark"]] + rows
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = ["Medians over repetitions (minimum to maximum); every repetition is in [speed.csv](speed.csv).", ""]
+    lines += ["| benchmark | quantity | A | B | compared, pair by pair | bar |", "|-|-|-|-|-|-|", *summarize(rows), ""]
+    sources = {row["benchmark"]: f"- {row['benchmark']}: `{row['command']}`, on {row['machine']}" for row in rows}
+    (folder / "speed.md").write_text("\n".join([*lines, *sources.values(), ""]))
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    cpu = found[1] if found else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, torch {version('torch')}"
+
+
+def peer_versions(python: Path) -> str:
+    names = ("stable-baselines3", "torch")
+    code = f"from importlib.metadata import version\nprint(', '.join(f'{{n}} {{version(n)}}' for n in {names}))"
+    return "; peer: " + run([str(python), "-c", code])[0].strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, action="append", help="against a peer; can be repeated")
+    parser.add_argument("--startup", action="store_true", help="instead of tasks: start-up")
+    parser.add_argument("--memory", action="store_true", help="instead of tasks: memory (Linux)")
+    parser.add_argument("--ranks", action="store_true", help="instead of tasks: two ranks beside one")
+    parser.add_argument("--repetitions", type=int, default=5, help="pairs (default: 5)")
+    parser.add_argument("--ours-args", default="", help="more flags for our script, such as --ours-args=--compile")
+    parser.add_argument("--total-timesteps", type=int, help="instead of the benchmark's, for a quick look")
+    parser.add_argument("--peer-python", default=".venv-peers/bin/python", help="default: .venv-peers/bin/python")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks/results", help="folder of speed.csv and speed.md"
+    )
+    options = parser.parse_args()
+    jobs: list[tuple[str, Callable[[argparse.Namespace], bool]]] = []
+    jobs += [("--startup", bench_startup)] * options.startup
+    jobs += [("--memory", bench_memory)] * options.memory
+    jobs += [("--ranks", partial(bench_ranks, name)) for name in RANKS] * options.ranks
+    tasks = options.task or (TASKS if not jobs else [])
+    jobs += [(f"--task {name}", partial(bench_task, name)) for name in tasks]
+    options.machine = machine()
+    if tasks:
+        python = ROOT / options.peer_python
+        if not python.exists():
+            parser.error(f"{options.peer_python} is not there; benchmarks/requirements-peers.txt says how to make it")
+        options.machine += peer_versions(python)
+    given = f"--repetitions {options.repetitions}"
+    given += f" --ours-args={shlex.quote(options.ours_args)}" if options.ours_args else ""
+    given += f" --total-timesteps {options.total_timesteps}" if options.total_timesteps else ""
+    reached = []
+    for flag, job in jobs:
+        options.command = f"python benchmarks/speed.py {flag} {given}"
+        reached.append(job(options))
+    return 0 if all(reached) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
