@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ class RecordEpisodes(gym.wrappers.RecordVideo):
     """
 
     def __init__(self, env: gym.Env, folder: Path, prefix: str, every: int = 1, max_frames: int = 5000) -> None:
-        super().__init__(
-            env,
-            video_folder=str(folder),
-            episode_trigger=lambda episode: episode % every == 0,
-            name_prefix=prefix,
-            video_length=0,
-            disable_logger=True,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # greedy and sampled episodes share a folder
+            super().__init__(
+                env,
+                video_folder=str(folder),
+                episode_trigger=lambda episode: episode % every == 0,
+                name_prefix=prefix,
+                disable_logger=True,
+            )
         self._max_frames = max_frames
 
     def step(self, action: Any) -> tuple:

@@ -11,7 +11,7 @@ def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: float) -> Tenso
 
     Args:
         logratio, advantages: [B].
-        clip_coef: ε.
+        clip_coef: ε, a number or, for compiled code, a scalar tensor.
     """
     ratio = logratio.exp()
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()

@@ -86,7 +86,9 @@ class Objective(nn.Module):
         super().__init__()
         self.agent, self.clip_vloss, self.vf_coef = agent, args.clip_vloss, args.vf_coef
 
-    def forward(self, batch: dict[str, Tensor], clip_coef: float, ent_coef: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, batch: dict[str, Tensor], clip_coef: float | Tensor, ent_coef: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Minibatch [B, ...] → the loss; detached: policy, value and entropy loss [3], and log ratios [B]."""
         new_logprobs, entropy, new_values = self.agent(batch["obs"], batch["actions"])
         logratio = new_logprobs - batch["logprobs"]
@@ -110,13 +112,14 @@ def train(
 ) -> dict[str, Tensor]:
     """The update: epochs of minibatch steps. Returns the losses of all minibatches, still on the device."""
     history: list[tuple[Tensor, Tensor]] = []
+    coefs = compiled_coefs(fabric, clip_coef, ent_coef) if args.compile else (clip_coef, ent_coef)
     for _ in range(args.update_epochs):
         order = torch.randperm(len(data["obs"]), generator=rng).view(args.num_minibatches, -1).to(fabric.device)
         shuffled = {name: column[order] for name, column in data.items()}  # [M, B, ...], one gather an epoch
         if args.norm_adv:
             shuffled["advantages"] = normalize_rows(fabric, shuffled["advantages"])
         for minibatch in zip(*shuffled.values(), strict=True):
-            loss, losses, logratio = objective(dict(zip(shuffled, minibatch, strict=True)), clip_coef, ent_coef)
+            loss, losses, logratio = objective(dict(zip(shuffled, minibatch, strict=True)), *coefs)
             fabric.backward(loss)
             flat.collect_gradients()
             if args.max_grad_norm > 0:
@@ -130,6 +133,22 @@ def train(
     metrics |= {"losses/old_approx_kl": -logratios, "losses/approx_kl": approx_kl(logratios)}
     metrics["losses/clipfrac"] = clip_fraction(logratios, clip_coef)
     return metrics
+
+
+def compiled_coefs(fabric: Fabric, *coefs: float) -> tuple[Tensor, ...]:
+    """Coefficients as tensors: numbers would become part of the compiled code, which annealing would compile anew."""
+    return tuple(torch.tensor(coef, device=fabric.device) for coef in coefs)
+
+
+def compile_ahead(fabric: Fabric, objective: nn.Module, flat: FlatParameters, rb: RolloutBuffer, args: PPOArgs) -> None:
+    """Compiles forward and backward on an empty minibatch now, not within the first update; changes nothing."""
+    size = args.num_steps * args.num_envs // args.num_minibatches
+    batch = {name: torch.zeros(size) for name in ("advantages", "returns", "values")}
+    batch |= {"obs": torch.zeros(size, *rb.obs.shape[2:]), "actions": rb.actions.new_zeros(size, rb.actions.shape[2])}
+    batch["logprobs"] = torch.zeros(size)
+    batch = {name: column.to(fabric.device) for name, column in batch.items()}
+    fabric.backward(objective(batch, *compiled_coefs(fabric, args.clip_coef, args.ent_coef))[0])
+    flat.collect_gradients()
 
 
 def main() -> int:
@@ -147,13 +166,11 @@ def main() -> int:
     # --- Environments
     with failing_together(fabric):
         envs = make_envs(args, fabric.global_rank, run.folder / "videos")
-        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
-    run.start_clock()
 
     # --- Agent and optimizer
     player = make_agent(args, envs)  # acts and evaluates; gradients flow through `objective` alone
     objective: nn.Module = Objective(player, args)
-    objective = fabric.setup_module(torch.compile(objective, dynamic=False) if args.compile else objective)
+    objective = fabric.setup_module(torch.compile(objective) if args.compile else objective)
     flat = FlatParameters(player)
     adam = torch.optim.Adam([flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda"))
     optimizer = fabric.setup_optimizers(adam)
@@ -177,6 +194,12 @@ def main() -> int:
         restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
         run.best_return = state["best_return"]
 
+    if args.compile:
+        compile_ahead(fabric, objective, flat, rb, args)
+
+    run.start_clock()
+    with failing_together(fabric):
+        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
     rb.start(obs)
     check_ranks(fabric, player, rb.obs[0])
 
