@@ -71,7 +71,7 @@ class StandardArgs:
     node_rank: int = arg(0, "number of this machine, from 0")
     main_address: str = arg("127.0.0.1", "address of machine 0")
     main_port: int = arg(29400, "port on machine 0 that the ranks meet at; used with several machines")
-    precision: str | None = arg(None, "Fabric precision: 32-true (default), bf16-mixed, 16-mixed, 64-true")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = arg(None, "Fabric precision; default 32-true")
     num_threads: int = arg(1, "threads of PyTorch per rank; small networks are slower with more than one")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
         "highest", "float32 products: medium is faster for wide networks on some processors, slower for narrow ones"
@@ -91,6 +91,8 @@ class StandardArgs:
         require(self.num_nodes is None or self.num_nodes >= 1, "num_nodes", self.num_nodes, "an integer of at least 1")
         require(0 <= self.node_rank < (self.num_nodes or 1), "node_rank", self.node_rank, "from 0 to num-nodes - 1")
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
+        clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
+        require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
         self._check_json()
         self._check_log_dir()
 

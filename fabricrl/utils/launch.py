@@ -35,6 +35,7 @@ def launch(args: Any) -> Fabric:
     if args.cuda:
         options.setdefault("accelerator", "cuda")
     if "LT_CLI_USED" in os.environ:
+        _check_precision(os.environ.get("LT_PRECISION", "32-true"))
         _refuse(options, [name for name in options if f"LT_{name.upper()}" in os.environ])
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         _refuse(options, [name for name in options if name in ("devices", "num_nodes")])
@@ -171,6 +172,12 @@ def _is_communication_error(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(
         word in str(error) for word in ("gloo", "Connection", "NCCL", "Timed out", "peer")
     )
+
+
+def _check_precision(precision: str) -> None:
+    """The launcher offers more than the scripts do: they keep observations and parameters in 32 bits."""
+    if precision not in ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16"):
+        raise ConfigError(f"--precision {precision} is not supported: it must be 32-true, bf16-mixed or 16-mixed")
 
 
 def _refuse(options: dict[str, Any], names: list[str]) -> None:

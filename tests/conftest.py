@@ -1,0 +1,132 @@
+"""What all tests share: one thread, a run folder that goes away, and a script's `main` called in this process."""
+
+import json
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def isolated() -> Iterator[None]:
+    """Puts back what `main` changes in a process: threads, precision, cuDNN, signals and torch's generator."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    deterministic = torch.backends.cudnn.deterministic
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.deterministic = deterministic
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class Ranks:
+    """What Fabric is to the collectives in `fabricrl.utils.ranks`, for threads that play the ranks."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._barrier = threading.Barrier(world_size, timeout=60)
+        self._slots: list[Any] = [None] * world_size
+
+    def fabric(self, rank: int) -> Any:
+        def all_reduce(tensor: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            assert reduce_op == "sum"
+            self._slots[rank] = tensor
+            self._barrier.wait()
+            total = torch.stack(self._slots).sum(0)
+            self._barrier.wait()  # nobody writes the next before all have read this
+            return total
+
+        return SimpleNamespace(
+            world_size=self.world_size, global_rank=rank, device=torch.device("cpu"), all_reduce=all_reduce
+        )
+
+
+def on_ranks(world_size: int, function: Callable[[Any], Any]) -> list[Any]:
+    """Results of `function(fabric)` on so many simulated ranks, in rank order."""
+    ranks, results, errors = Ranks(world_size), [None] * world_size, []
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = function(ranks.fabric(rank))
+        except BaseException as error:
+            errors.append(error)
+            ranks._barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+SINGLE = SimpleNamespace(world_size=1, global_rank=0, device=torch.device("cpu"))  # one rank: no collectives
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Calls `main` as if the script had been started with these arguments."""
+
+    def call(main: Callable[[], int], *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        return main()
+
+    return call
+
+
+class Trained:
+    """What a training in this process left behind."""
+
+    def __init__(self, code: int, line: str, output: str) -> None:
+        self.code, self.line, self.output = code, line, output
+        self.result = dict(re.findall(r"(\w+)=(\S+)", line))
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.result["checkpoint"])
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.parent.parent
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return torch.load(self.checkpoint, weights_only=True)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        return json.loads((self.folder / "args.json").read_text())
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The agent's weights as one vector, without the statistics of its normalisers."""
+        state = self.state["agent"].items()
+        return torch.cat([value.reshape(-1) for name, value in state if "normalizer" not in name])
+
+
+@pytest.fixture
+def ppo(script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., Trained]:
+    """Trains PPO in this process with these arguments; the run folder is temporary."""
+    from fabricrl.algos.ppo.ppo import main
+
+    def train(*arguments: object) -> Trained:
+        given = arguments if "--log-dir" in arguments else ("--log-dir", tmp_path / "logs", *arguments)
+        code = script(main, *given)
+        output = capsys.readouterr()
+        line = next((line for line in output.out.splitlines() if line.startswith("result ")), "")
+        return Trained(code, line, output.out + output.err)
+
+    return train

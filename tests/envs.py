@@ -1,0 +1,214 @@
+"""Small environments that tests understand completely, registered when this is imported: `tests.envs:Name-v0`."""
+
+import os
+import signal
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
+
+
+class Identity(gym.Env):
+    """The observation tells which action to take; a step earns 1 for the right one, less for a wrong one.
+
+    Each step draws a new target, so only the action taken now matters. An episode takes `length` steps, and its best
+    return is `length`.
+    """
+
+    def __init__(self, kind: str = "Discrete", length: int = 10) -> None:
+        spaces: dict[str, tuple[Space, int]] = {
+            "Discrete": (Discrete(4), 4),
+            "MultiDiscrete": (MultiDiscrete([2, 3]), 5),
+            "MultiBinary": (MultiBinary(3), 3),
+            "Box": (Box(-1.0, 1.0, (2,), np.float32), 2),
+        }
+        self.kind, self.length = kind, length
+        self.action_space, size = spaces[kind]
+        self.observation_space = Box(-1.0, 1.0, (size,), np.float32)
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._draw(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        assert self.action_space.contains(action if self.kind != "Discrete" else int(action)), action
+        reward = self._reward(np.asarray(action))
+        self._steps += 1
+        return self._draw(), reward, self._steps >= self.length, False, {}
+
+    def _draw(self) -> np.ndarray:
+        if self.kind == "Box":
+            self._target = self.np_random.uniform(-0.8, 0.8, 2).astype(np.float32)
+            return self._target
+        if self.kind == "MultiBinary":
+            self._target = self.np_random.integers(0, 2, 3)
+            return self._target.astype(np.float32)
+        choices = [4] if self.kind == "Discrete" else [2, 3]
+        self._target = np.array([self.np_random.integers(n) for n in choices])
+        return np.concatenate([np.eye(n, dtype=np.float32)[k] for n, k in zip(choices, self._target, strict=True)])
+
+    def _reward(self, action: np.ndarray) -> float:
+        if self.kind == "Box":
+            return float(1.0 - np.abs(action - self._target).mean())
+        return float((action.reshape(-1) == self._target).mean())
+
+
+class Counting(gym.Env):
+    """Observation (steps taken in this episode, number of the episode from 0, seed given last); reward: the steps.
+
+    An episode is terminated after `terminate_after` steps and truncated after `truncate_after`; 0: never, and both
+    may fall on the same step. The seed prolongs an episode by seed % stagger steps, so that environments side by side
+    end at different times.
+    """
+
+    def __init__(self, terminate_after: int = 0, truncate_after: int = 0, stagger: int = 1) -> None:
+        self.terminate_after, self.truncate_after, self.stagger = terminate_after, truncate_after, stagger
+        self.observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+        self.action_space = Discrete(2)
+        self._steps, self._episode, self._seed = 0, -1, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._seed = self._seed if seed is None else seed
+        self._steps, self._episode = 0, self._episode + 1
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._steps += 1
+        steps = self._steps - self._seed % self.stagger
+        terminated = self.terminate_after > 0 and steps >= self.terminate_after
+        truncated = self.truncate_after > 0 and steps >= self.truncate_after
+        return self._obs(), float(self._steps), terminated, truncated, {}
+
+    def _obs(self) -> np.ndarray:
+        return np.array([self._steps, self._episode, self._seed], dtype=np.float32)
+
+
+class Deterministic(gym.Env):
+    """No randomness whatever the seed; observation and reward depend on the actions of this episode.
+
+    Every episode takes `length` steps, so that one that starts with a rollout whose length is a multiple ends with it.
+    """
+
+    def __init__(self, length: int = 8, truncate: bool = False) -> None:
+        self.length, self.truncate = length, truncate
+        self.observation_space = Box(-2.0, 2.0, (3,), np.float32)
+        self.action_space = Discrete(3)
+        self._steps, self._angle = 0, 0.3
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._steps, self._angle = 0, 0.3
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._steps += 1
+        self._angle += 0.7 * (int(action) - 1) + 0.1
+        done = self._steps >= self.length
+        return self._obs(), float(np.cos(self._angle)), done and not self.truncate, done and self.truncate, {}
+
+    def _obs(self) -> np.ndarray:
+        return np.array([np.sin(self._angle), np.cos(self._angle), self._steps / self.length], dtype=np.float32)
+
+
+class TwoArgumentError(Exception):
+    """Cannot be made from its text alone, as some libraries' errors cannot."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"code {code}: {text}")
+
+
+class Fault(gym.Env):
+    """Goes wrong in the way of `kind` from step `at_step` on, counted from 0 over all episodes of this environment.
+
+    Args:
+        kind: reward_nan, reward_inf, obs_nan, raise_step, raise_reset (the first reset after `at_step` steps, the very
+            first if that is 0), raise_init, multi_arg_error, die (the process kills itself), none.
+        only_seed: go wrong only in the environment whose last seed was this; None: in all.
+        length: steps of an episode.
+    """
+
+    def __init__(self, kind: str = "none", at_step: int = 0, only_seed: int | None = None, length: int = 8) -> None:
+        if kind == "raise_init":
+            raise RuntimeError("this environment cannot be built")
+        self.kind, self.at_step, self.only_seed, self.length = kind, at_step, only_seed, length
+        self.observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = Discrete(2)
+        self._total, self._steps, self._seed = 0, 0, None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._seed = self._seed if seed is None else seed
+        self._steps = 0
+        if self._fails("raise_reset"):
+            raise RuntimeError("this environment cannot be reset")
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        if self._fails("raise_step"):
+            raise RuntimeError("this environment cannot step")
+        if self._fails("multi_arg_error"):
+            raise TwoArgumentError(17, "this environment is out of order")
+        if self._fails("die"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        reward = np.nan if self._fails("reward_nan") else np.inf if self._fails("reward_inf") else 1.0
+        obs = np.full(2, np.nan, dtype=np.float32) if self._fails("obs_nan") else self._obs()
+        self._total, self._steps = self._total + 1, self._steps + 1
+        return obs, float(reward), self._steps >= self.length, False, {}
+
+    def _fails(self, kind: str) -> bool:
+        return kind == self.kind and self._total >= self.at_step and self.only_seed in (None, self._seed)
+
+    def _obs(self) -> np.ndarray:
+        return np.array([self._steps / self.length, self._total % 5], dtype=np.float32)
+
+
+ODD_SPACES: dict[str, Space] = {
+    "box": Box(-1.0, 1.0, (3,), np.float32),
+    "box_2d": Box(-1.0, 1.0, (2, 3), np.float32),
+    "box_int": Box(0, 5, (2,), np.int64),
+    "box_unbounded": Box(-np.inf, np.inf, (3,), np.float32),
+    "box_uneven": Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32)),
+    "dict": Dict({"speed": Box(-1.0, 1.0, (2,), np.float32), "gear": Discrete(3)}),
+    "dict_nested": Dict({"inner": Dict({"speed": Box(-1.0, 1.0, (2,), np.float32)})}),
+    "discrete": Discrete(3),
+    "discrete_start": Discrete(3, start=5),
+    "multi_binary": MultiBinary(4),
+    "multi_binary_2d": MultiBinary((2, 3)),
+    "multi_discrete": MultiDiscrete([2, 3]),
+    "multi_discrete_2d": MultiDiscrete([[2, 3], [4, 2]]),
+    "multi_discrete_start": MultiDiscrete([2, 3], start=[1, -1]),
+    "tuple": Tuple((Discrete(2), Box(-1.0, 1.0, (2,), np.float32))),
+}
+
+
+class Odd(gym.Env):
+    """Spaces chosen by name from ODD_SPACES, random observations; refuses an action that is not in its space."""
+
+    def __init__(self, obs: str = "box", action: str = "discrete", length: int = 5) -> None:
+        self.observation_space, self.action_space, self.length = ODD_SPACES[obs], ODD_SPACES[action], length
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self._steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        if not self.action_space.contains(action):
+            raise ValueError(f"{action!r} is not in {self.action_space}")
+        self._steps += 1
+        return self.observation_space.sample(), 1.0, self._steps >= self.length, False, {}
+
+
+for _kind in ("Discrete", "MultiDiscrete", "MultiBinary", "Box"):
+    gym.register(f"Identity{_kind}-v0", entry_point=Identity, kwargs={"kind": _kind})
+gym.register("Counting-v0", entry_point=Counting)
+gym.register("Deterministic-v0", entry_point=Deterministic)
+gym.register("Fault-v0", entry_point=Fault)
+gym.register("Odd-v0", entry_point=Odd)

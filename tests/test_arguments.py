@@ -1,0 +1,588 @@
+"""Every argument does something: turning it changes a number, a file, or what torch, Fabric or a logger is told."""
+
+import dataclasses
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+
+from fabricrl.algos.args import parse
+from fabricrl.algos.ppo import ppo as ppo_script
+from fabricrl.algos.ppo.args import PRESETS, PPOArgs
+from fabricrl.envs import make_envs
+from fabricrl.utils import launch as launching
+from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.model import parameter_hash
+from fabricrl.utils.utils import generators
+from tests.conftest import Trained
+
+Train = Callable[..., Trained]
+
+# A training of three iterations that takes a fraction of a second. The learning rate is high, so that ratios leave the
+# clipping range and gradients the norm; time limits end its episodes.
+TINY: dict[str, Any] = {
+    "env_id": "tests.envs:Deterministic-v0",
+    "env_kwargs": '{"length": 5, "truncate": true}',
+    "num_envs": 2,
+    "num_steps": 16,
+    "total_timesteps": 96,
+    "num_minibatches": 2,
+    "update_epochs": 2,
+    "hidden_sizes": (8, 8),
+    "learning_rate": 0.02,
+    "logger": "csv",
+}
+BOX = {"env_id": "tests.envs:IdentityBox-v0", "env_kwargs": "{}"}
+
+# Field -> another value than TINY's, and what else has to be set for it to matter. The parameters after the training
+# must be others.
+CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "env_id": ("CartPole-v1", {"env_kwargs": "{}"}),
+    "env_kwargs": ('{"length": 7, "truncate": true}', {}),
+    "num_envs": (4, {}),
+    "total_timesteps": (64, {}),
+    "seed": (2, {}),
+    "precision": ("bf16-mixed", {}),
+    "preset": ("mujoco", {}),
+    "num_steps": (8, {}),
+    "gamma": (0.9, {}),
+    "gae_lambda": (0.5, {}),
+    "bootstrap_truncated": (False, {}),
+    "norm_obs": (True, {}),
+    "norm_reward": (True, {}),
+    "hidden_sizes": ((8, 4), {}),
+    "activation": ("relu", {}),
+    "log_std_init": (-1.0, BOX),
+    "learning_rate": (0.01, {}),
+    "anneal_lr": (False, {}),
+    "num_minibatches": (4, {}),
+    "update_epochs": (3, {}),
+    "norm_adv": (False, {}),
+    "clip_coef": (0.05, {}),
+    "anneal_clip": (True, {}),
+    "clip_vloss": (False, {}),
+    "ent_coef": (0.1, {}),
+    "anneal_ent": (True, {}),
+    "vf_coef": (1.0, {}),
+    "max_grad_norm": (0.05, {}),
+    "target_kl": (1e-6, {}),
+}
+
+# Field -> the test below that shows its effect
+CHANGES_SOMETHING_ELSE = {
+    "vectorization": "test_vectorization_chooses_processes_and_changes_nothing_else",
+    "capture_video": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
+    "video_every": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
+    "exp_name": "test_name_and_folder_of_a_run",
+    "log_dir": "test_name_and_folder_of_a_run",
+    "logger": "test_logger_chooses_the_kind_of_files",
+    "log_every": "test_log_every_sets_the_distance_of_entries",
+    "track": "test_wandb_gets_project_and_entity",
+    "wandb_project_name": "test_wandb_gets_project_and_entity",
+    "wandb_entity": "test_wandb_gets_project_and_entity",
+    "save_model": "test_checkpoints_are_written_as_often_as_asked_and_as_many_kept",
+    "checkpoint_every": "test_checkpoints_are_written_as_often_as_asked_and_as_many_kept",
+    "keep_checkpoints": "test_checkpoints_are_written_as_often_as_asked_and_as_many_kept",
+    "resume": "test_resume_goes_on_with_the_stored_arguments_and_flags_win_over_them",
+    "accelerator": "test_fabric_is_given_what_the_user_set_and_nothing_else",
+    "cuda": "test_fabric_is_given_what_the_user_set_and_nothing_else",
+    "devices": "test_fabric_is_given_what_the_user_set_and_nothing_else",
+    "strategy": "test_fabric_is_given_what_the_user_set_and_nothing_else",
+    "num_nodes": "test_fabric_is_given_what_the_user_set_and_nothing_else",
+    "node_rank": "test_several_nodes_are_told_where_they_stand_and_where_to_meet",
+    "main_address": "test_several_nodes_are_told_where_they_stand_and_where_to_meet",
+    "main_port": "test_several_nodes_are_told_where_they_stand_and_where_to_meet",
+    "num_threads": "test_torch_is_set_as_asked",
+    "matmul_precision": "test_torch_is_set_as_asked",
+    "torch_deterministic": "test_torch_is_set_as_asked",
+    "compile": "test_compile_compiles_the_update",
+}
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """The command line that gives these arguments."""
+    line: list[str] = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            line += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return line
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *line: object) -> PPOArgs:
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, line)])
+    return parse(PPOArgs, "ppo", PRESETS)
+
+
+def test_every_argument_has_a_test_that_shows_what_it_does() -> None:
+    fields = {field.name for field in dataclasses.fields(PPOArgs)}
+    assert not CHANGES_PARAMETERS.keys() & CHANGES_SOMETHING_ELSE.keys()
+    assert fields == CHANGES_PARAMETERS.keys() | CHANGES_SOMETHING_ELSE.keys()
+    assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
+
+
+def test_every_argument_has_a_help_text() -> None:
+    assert all(field.metadata["help"] for field in dataclasses.fields(PPOArgs))
+
+
+@pytest.fixture(scope="module")
+def trained_before() -> dict[tuple, torch.Tensor]:
+    """Weights of trainings that several tests compare with."""
+    return {}
+
+
+@pytest.fixture
+def base(ppo: Train, trained_before: dict[tuple, torch.Tensor]) -> Callable[[dict[str, Any]], torch.Tensor]:
+    def train(extra: dict[str, Any]) -> torch.Tensor:
+        key = tuple(extra.items())
+        if key not in trained_before:
+            trained_before[key] = ppo(*flags(TINY | extra)).weights
+        return trained_before[key]
+
+    return train
+
+
+@pytest.mark.parametrize("name", CHANGES_PARAMETERS)
+def test_turning_it_changes_the_parameters(name: str, ppo: Train, base: Callable) -> None:
+    value, extra = CHANGES_PARAMETERS[name]
+    if name == "env_id":
+        before = base({})
+    elif name == "preset":  # TINY's own flags win, so what changes is what it leaves open
+        before = base(extra)
+        assert PRESETS[value].keys() - TINY.keys()
+    else:
+        before = base(extra)
+    run = ppo(*flags(TINY | extra | {name: value}))
+    assert run.code == 0
+    assert run.weights.isfinite().all()
+    assert run.weights.shape != before.shape or not torch.equal(run.weights, before)
+    stored = run.args[name]
+    assert (tuple(stored) if isinstance(stored, list) else stored) == value  # the run's args.json says what ran
+
+
+def test_the_same_arguments_give_the_same_bits(ppo: Train, base: Callable) -> None:
+    assert torch.equal(ppo(*flags(TINY)).weights, base({}))
+
+
+def test_the_seed_reaches_parameters_environments_action_noise_and_minibatches(
+    ppo: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real_rollout, real_train = ppo_script.rollout, ppo_script.train
+
+    def check_ranks(fabric: Any, player: torch.nn.Module, obs: torch.Tensor) -> None:
+        seen[:] = [parameter_hash(player).item(), obs.tolist()]
+
+    def rollout(*given: Any) -> None:
+        seen.append(given[3].initial_seed())
+        real_rollout(*given)
+
+    def train(*given: Any) -> Any:
+        seen.append(given[5].initial_seed())
+        return real_train(*given)
+
+    for function in (check_ranks, rollout, train):
+        monkeypatch.setattr(ppo_script, function.__name__, function)
+    once = TINY | {"env_id": "CartPole-v1", "env_kwargs": "{}", "total_timesteps": 32}
+    runs = {}
+    for seed in (1, 2):
+        ppo(*flags(once | {"seed": seed}))
+        runs[seed] = list(seen)
+    for what, first, second in zip(("parameters", "environments", "noise", "minibatches"), *runs.values(), strict=True):
+        assert first != second, what
+    assert runs[1][1][1] == runs[2][1][0]  # environment i has seed + i, so that the second of one is the first here
+    assert runs[1][2] != runs[1][3]  # streams of their own
+
+
+def test_streams_differ_by_seed_rank_purpose_and_the_step_of_resumption() -> None:
+    states = {
+        (seed, rank, step, purpose): generator.initial_seed()
+        for seed in (1, 2)
+        for rank in (0, 1)
+        for step in (0, 1000)
+        for purpose, generator in enumerate(generators(seed, rank, step))
+    }
+    assert len(set(states.values())) == len(states) == 16
+
+
+def test_vectorization_chooses_processes_and_changes_nothing_else(ppo: Train, base: Callable, tmp_path: Path) -> None:
+    for kind, expected in (("sync", SyncVectorEnv), ("async", AsyncVectorEnv)):
+        envs = make_envs(PPOArgs(**(TINY | {"vectorization": kind})), 0, tmp_path)
+        assert type(envs.unwrapped) is expected
+        envs.close()
+    assert torch.equal(ppo(*flags(TINY), "--vectorization", "async").weights, base({}))
+
+
+def test_videos_are_recorded_only_if_asked_and_as_often_as_asked(ppo: Train) -> None:
+    # CartPole's episodes take at most a few dozen steps at first: environment 0 ends several in 96 steps
+    cartpole = TINY | {"env_id": "CartPole-v1", "env_kwargs": "{}", "num_steps": 48}
+
+    def videos(**settings: Any) -> list[str]:
+        folder = ppo(*flags(cartpole | settings)).folder / "videos"
+        return sorted(file.name for file in folder.glob("*.mp4"))
+
+    assert videos() == []
+    every_second = videos(capture_video=True, video_every=2)
+    assert every_second[:2] == ["train-episode-0.mp4", "train-episode-2.mp4"]
+    assert videos(capture_video=True, video_every=100) == ["train-episode-0.mp4"]
+
+
+def test_name_and_folder_of_a_run(ppo: Train, tmp_path: Path) -> None:
+    run = ppo(*flags(TINY), "--exp-name", "mine", "--log-dir", tmp_path / "elsewhere")
+    assert run.folder.parent == tmp_path / "elsewhere" / "ppo" / "tests.envs_Deterministic-v0"
+    assert run.folder.name.startswith("mine_1_")
+    assert ppo(*flags(TINY)).folder.name.startswith("ppo_1_")
+
+
+def test_logger_chooses_the_kind_of_files(ppo: Train) -> None:
+    def kinds(logger: str) -> tuple[bool, bool]:
+        folder = ppo(*flags(TINY | {"logger": logger})).folder
+        return any(folder.rglob("metrics.csv")), any(folder.rglob("events.out.tfevents.*"))
+
+    assert kinds("csv") == (True, False)
+    assert kinds("tensorboard") == (False, True)
+
+
+def test_log_every_sets_the_distance_of_entries(ppo: Train) -> None:
+    def steps(log_every: int) -> list[int]:
+        lines = (ppo(*flags(TINY), "--log-every", log_every).folder / "metrics.csv").read_text().splitlines()
+        column = lines[0].split(",").index("step")
+        return [int(line.split(",")[column]) for line in lines[1:]]
+
+    assert steps(1) == [32, 64, 96]
+    assert steps(64) == [64, 96]  # the last iteration is always logged
+    assert steps(1000) == [96]
+
+
+def test_wandb_gets_project_and_entity(ppo: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Recorder:
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+            self.entries: list[int] = []
+
+        def log_hyperparams(self, values: dict[str, Any]) -> None:
+            made[-1]["hyperparameters"] = values
+
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            made[-1].setdefault("steps", []).append(step)
+
+        def finalize(self, status: str) -> None:
+            made[-1]["status"] = status
+
+    module = types.ModuleType("lightning.pytorch.loggers")
+    module.WandbLogger = Recorder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    ppo(*flags(TINY))
+    assert made == []
+    for choice in (["--track"], ["--logger", "wandb"]):
+        ppo(*flags(TINY), *choice, "--wandb-project-name", "ours", "--wandb-entity", "us")
+        assert (made[-1]["project"], made[-1]["entity"]) == ("ours", "us")
+        assert made[-1]["hyperparameters"]["gamma"] == 0.99
+        assert made[-1]["steps"] == [96]
+        assert made[-1]["status"] == "success"
+    assert len(made) == 2
+    ppo(*flags(TINY), "--track")
+    assert (made[-1]["project"], made[-1]["entity"]) == ("fabricrl", None)
+
+
+def test_checkpoints_are_written_as_often_as_asked_and_as_many_kept(ppo: Train, tmp_path: Path) -> None:
+    def steps(*line: object) -> list[int]:
+        folder = tmp_path / "_".join(map(str, line))
+        ppo(*flags(TINY), *line, "--log-dir", folder)
+        return sorted(int(file.stem.split("_")[1]) for file in folder.rglob("step_*.ckpt"))
+
+    assert steps("--checkpoint-every", 0) == [96]
+    assert steps("--checkpoint-every", 32) == [32, 64, 96]
+    assert steps("--checkpoint-every", 64) == [64, 96]
+    assert steps("--checkpoint-every", 32, "--keep-checkpoints", 2) == [64, 96]
+    assert steps("--no-save-model") == []
+
+
+def test_resume_goes_on_with_the_stored_arguments_and_flags_win_over_them(ppo: Train) -> None:
+    first = ppo(*flags(TINY | {"gamma": 0.9}))
+    second = ppo("--resume", first.folder, "--total-timesteps", 160, "--ent-coef", 0.2)
+    assert second.folder == first.folder
+    assert second.state["global_step"] == 160
+    expected = first.state["args"] | {"total_timesteps": 160, "ent_coef": 0.2, "resume": str(first.folder)}
+    assert second.state["args"] == expected
+    assert not torch.equal(second.weights, first.weights)
+
+
+class FabricStub:
+    """Records what Fabric is told; launching ends the script, which would otherwise wait for other ranks."""
+
+    told: dict[str, Any] | None = None
+
+    def __init__(self, **options: Any) -> None:
+        type(self).told = options
+
+    def launch(self) -> None:
+        pass
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """What Fabric is given for a command line."""
+    monkeypatch.setattr(launching, "Fabric", FabricStub)
+    for name in ("LT_CLI_USED", "LT_ACCELERATOR", "TORCHELASTIC_RUN_ID", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def ask(*line: object) -> dict[str, Any]:
+        launching.launch(parsed(monkeypatch, *line))
+        assert FabricStub.told is not None
+        return FabricStub.told
+
+    return ask
+
+
+def test_fabric_is_given_what_the_user_set_and_nothing_else(told: Callable[..., dict[str, Any]]) -> None:
+    default = {"accelerator": "cpu", "devices": "1"}
+    assert told() == default
+    assert told("--accelerator", "auto") == default | {"accelerator": "auto"}
+    assert told("--cuda") == default | {"accelerator": "cuda"}
+    assert told("--devices", 2) == default | {"devices": "2"}
+    assert told("--devices", "0,2") == default | {"devices": "0,2"}
+    assert told("--strategy", "ddp") == default | {"strategy": "ddp"}
+    assert told("--num-nodes", 1) == default | {"num_nodes": 1}
+    assert told("--precision", "bf16-mixed") == default | {"precision": "bf16-mixed"}
+
+
+def test_several_nodes_are_told_where_they_stand_and_where_to_meet(
+    told: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what launch() writes is taken away after the test
+    line = ("--num-nodes", 3, "--node-rank", 2, "--main-address", "10.0.0.7", "--main-port", 4567)
+    assert told(*line) == {"accelerator": "cpu", "devices": "1", "num_nodes": 3}
+    assert [os.environ[name] for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")] == ["2", "10.0.0.7", "4567"]
+
+
+def test_torch_is_set_as_asked(told: Callable[..., dict[str, Any]]) -> None:
+    for threads in (1, 2):
+        told("--num-threads", threads)
+        assert torch.get_num_threads() == threads
+    for precision in ("medium", "high", "highest"):
+        told("--matmul-precision", precision)
+        assert torch.get_float32_matmul_precision() == precision
+    for flag, expected in (("--no-torch-deterministic", False), ("--torch-deterministic", True)):
+        told(flag)
+        assert torch.backends.cudnn.deterministic is expected
+
+
+def test_compile_compiles_the_update(ppo: Train, base: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compiling for real takes half a minute; that it is asked for, and that its result is used, is what counts here
+    compiled, calls = [], []
+
+    def fake(module: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        compiled.append(module)
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+        return module
+
+    monkeypatch.setattr(torch, "compile", fake)
+    ppo(*flags(TINY))
+    assert compiled == []
+    run = ppo(*flags(TINY | {"compile": True}))
+    assert [type(module) for module in compiled] == [ppo_script.Objective]
+    assert len(calls) >= 3 * 2 * 2  # iterations, epochs, minibatches; and perhaps once before the clock starts
+    assert torch.equal(run.weights, base({}))
+
+
+def test_annealed_coefficients_do_not_compile_the_update_again(ppo: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+    real = torch.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: real(module, **options | {"backend": backend}))
+    run = ppo(*flags(TINY | {"compile": True, "anneal_clip": True, "anneal_ent": True, "total_timesteps": 256}))
+    torch.compiler.reset()
+    assert run.code == 0
+    assert 1 <= len(graphs) <= 3  # of eight iterations: the second value may show that it is one that changes
+
+
+@pytest.mark.parametrize("precision", get_args(get_args(typing.get_type_hints(PPOArgs)["precision"])[0]))
+def test_every_precision_that_the_help_names_trains(precision: str, ppo: Train) -> None:
+    run = ppo(*flags(TINY), "--precision", precision)
+    assert run.code == 0
+    assert run.weights.isfinite().all()
+
+
+def test_the_environments_own_arguments_reach_it(ppo: Train) -> None:
+    run = ppo(*flags(TINY), "--env-kwargs", '{"length": 4}', "--log-every", 1)
+    assert run.result["episodes"] == str(96 // 4)
+
+
+# DESIGN.md, section 4
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2.5e-4,
+    "anneal_lr": True,
+    "num_envs": 4,
+    "num_steps": 128,
+    "num_minibatches": 4,
+    "update_epochs": 4,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "clip_coef": 0.2,
+    "clip_vloss": True,
+    "ent_coef": 0.01,
+    "vf_coef": 0.5,
+    "max_grad_norm": 0.5,
+    "norm_adv": True,
+    "target_kl": None,
+    "activation": "tanh",
+    "hidden_sizes": (64, 64),
+    "norm_obs": False,
+    "norm_reward": False,
+    "log_std_init": 0.0,
+    "total_timesteps": 500_000,
+    "env_id": "CartPole-v1",
+    "seed": 1,
+    "anneal_clip": False,
+    "anneal_ent": False,
+    "bootstrap_truncated": True,
+}
+MUJOCO: dict[str, Any] = DEFAULTS | {
+    "learning_rate": 3e-4,
+    "num_envs": 1,
+    "num_steps": 2048,
+    "num_minibatches": 32,
+    "update_epochs": 10,
+    "ent_coef": 0.0,
+    "norm_obs": True,
+    "norm_reward": True,
+    "total_timesteps": 1_000_000,
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ([], DEFAULTS),
+        (["--preset", "classic"], DEFAULTS),
+        (["--preset", "mujoco"], MUJOCO),
+        (["--preset=mujoco"], MUJOCO),
+    ],
+)
+def test_presets_are_the_design(line: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = dataclasses.asdict(parsed(monkeypatch, *line))
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_flags_win_over_the_preset_wherever_they_stand(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [["--preset", "mujoco"], ["--num-steps", "64", "--no-norm-obs", "--ent-coef", "0.01"]]
+    args = dataclasses.asdict(parsed(monkeypatch, *[flag for part in parts[::order] for flag in part]))
+    changed = {"num_steps": 64, "norm_obs": False, "ent_coef": 0.01, "preset": "mujoco"}
+    assert {name: args[name] for name in MUJOCO | changed} == MUJOCO | changed
+
+
+def test_every_argument_that_is_not_in_a_preset_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    default, mujoco = (dataclasses.asdict(parsed(monkeypatch, "--preset", name)) for name in ("classic", "mujoco"))
+    assert {name for name in default if default[name] != mujoco[name]} == set(PRESETS["mujoco"])
+
+
+def test_cleanrls_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All arguments of CleanRL's ppo.py, and --save-model of ppo_continuous_action.py, each as it is given there."""
+    line = """--exp-name ppo --seed 3 --no-torch-deterministic --no-cuda --no-track --wandb-project-name p
+        --wandb-entity e --no-capture-video --no-save-model --env-id CartPole-v1 --total-timesteps 1000
+        --learning-rate 0.001 --num-envs 2 --num-steps 16 --no-anneal-lr --gamma 0.9 --gae-lambda 0.8
+        --num-minibatches 2 --update-epochs 3 --no-norm-adv --clip-coef 0.1 --no-clip-vloss --ent-coef 0.02
+        --vf-coef 0.4 --max-grad-norm 0.3 --target-kl 0.02"""
+    args = parsed(monkeypatch, *line.split())
+    assert (args.exp_name, args.seed, args.torch_deterministic, args.cuda, args.track) == (
+        "ppo",
+        3,
+        False,
+        False,
+        False,
+    )
+    assert (args.wandb_project_name, args.wandb_entity, args.capture_video, args.save_model) == ("p", "e", False, False)
+    assert (args.env_id, args.total_timesteps, args.learning_rate) == ("CartPole-v1", 1000, 0.001)
+    assert (args.num_envs, args.num_steps, args.anneal_lr, args.gamma, args.gae_lambda) == (2, 16, False, 0.9, 0.8)
+    assert (args.num_minibatches, args.update_epochs, args.norm_adv, args.clip_coef) == (2, 3, False, 0.1)
+    assert (args.clip_vloss, args.ent_coef, args.vf_coef, args.max_grad_norm) == (False, 0.02, 0.4, 0.3)
+    assert args.target_kl == 0.02
+
+
+def test_other_shapes_of_values_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parsed(monkeypatch, "--hidden-sizes", 32, 16, 8, "--target-kl", "None", "--env-kwargs", '{"a": [1, "b"]}')
+    assert args.hidden_sizes == (32, 16, 8)
+    assert args.target_kl is None
+    assert json.loads(args.env_kwargs) == {"a": [1, "b"]}
+
+
+def test_learning_rate_clipping_and_entropy_fall_linearly_to_zero(ppo: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, float, float]] = []
+    train = ppo_script.train
+
+    def record(*given: Any) -> Any:
+        optimizer, (clip_coef, ent_coef) = given[3], given[-2:]
+        seen.append((optimizer.param_groups[0]["lr"], clip_coef, ent_coef))
+        return train(*given)
+
+    monkeypatch.setattr(ppo_script, "train", record)
+    ppo(*flags(TINY | {"anneal_clip": True, "anneal_ent": True}))
+    # Three iterations: from the full value in the first, a third less in each
+    for i, numbers in enumerate(seen):
+        assert numbers == pytest.approx([0.02 * (1 - i / 3), 0.2 * (1 - i / 3), 0.01 * (1 - i / 3)])
+    assert len(seen) == 3
+    seen.clear()
+    ppo(*flags(TINY | {"anneal_lr": False}))
+    assert seen == [(0.02, 0.2, 0.01)] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_envs", 0),
+        ("num_steps", 0),
+        ("total_timesteps", 0),
+        ("num_threads", 0),
+        ("update_epochs", 0),
+        ("num_minibatches", 0),
+        ("num_minibatches", 3),
+        ("log_every", 0),
+        ("checkpoint_every", -1),
+        ("keep_checkpoints", 0),
+        ("video_every", 0),
+        ("seed", -1),
+        ("gamma", 1.1),
+        ("gamma", float("nan")),
+        ("gae_lambda", -0.1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("clip_coef", 0.0),
+        ("ent_coef", -0.1),
+        ("vf_coef", -0.1),
+        ("max_grad_norm", -0.1),
+        ("target_kl", 0.0),
+        ("log_std_init", 50.0),
+        ("hidden_sizes", (8, 0)),
+        ("activation", "sine"),
+        ("env_kwargs", "[1]"),
+        ("env_kwargs", "{"),
+        ("exp_name", "a/b"),
+        ("num_nodes", 0),
+        ("node_rank", 1),
+        ("main_port", 0),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} is ") as caught:
+        PPOArgs(**{name: value})
+    assert "\n" not in str(caught.value)

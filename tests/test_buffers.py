@@ -1,0 +1,195 @@
+"""What a rollout stores, under an environment that counts, for both kinds of vector environment."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import VectorEnv
+
+from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo.ppo import rollout
+from fabricrl.algos.ppo.utils import make_agent
+from fabricrl.data.buffers import RolloutBuffer
+from fabricrl.envs import make_envs
+from fabricrl.utils.errors import NonFiniteError
+from fabricrl.utils.metric import Stopwatch
+from fabricrl.utils.utils import env_seeds
+
+STEPS, ENVS = 7, 3
+# Lengths 3, 4 and 5 for the three environments (seeds 0, 1, 2), so that ends fall on every step of a rollout
+KINDS = {
+    "terminated": '{"terminate_after": 3, "stagger": 3}',
+    "truncated": '{"truncate_after": 3, "stagger": 3}',
+    "both": '{"terminate_after": 3, "truncate_after": 3, "stagger": 3}',
+    "one step": '{"truncate_after": 1}',
+}
+
+
+@pytest.fixture(params=["sync", "async"])
+def vectorization(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def build(vectorization: str, tmp_path: Path) -> Iterator[Any]:
+    made: list[VectorEnv] = []
+
+    def make(env_kwargs: str, env_id: str = "tests.envs:Counting-v0", num_envs: int = ENVS) -> VectorEnv:
+        args = PPOArgs(env_id=env_id, env_kwargs=env_kwargs, vectorization=vectorization, num_envs=num_envs)
+        made.append(make_envs(args, 0, tmp_path))
+        return made[-1]
+
+    yield make
+    for envs in made:
+        envs.close()
+
+
+class Expected:
+    """The counting environment written a second time, one environment after the other, as an independent reference."""
+
+    def __init__(self, kind: str, seed: int) -> None:
+        self.length = 1 if kind == "one step" else 3 + seed % 3
+        self.terminates, self.truncates = kind in ("terminated", "both"), kind != "terminated"
+        self.seed, self.steps, self.episode = seed, 0, 0
+
+    def obs(self) -> list[int]:
+        return [self.steps, self.episode, self.seed]
+
+    def step(self) -> tuple[float, bool, bool, list[int] | None]:
+        self.steps += 1
+        reward, final = float(self.steps), None
+        done = self.steps == self.length
+        if done:
+            final = self.obs()
+            self.steps, self.episode = 0, self.episode + 1
+        return reward, done and self.terminates, done and self.truncates, final
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_is_a_real_step_and_every_field_belongs_to_it(build: Any, kind: str) -> None:
+    envs = build(KINDS[kind])
+    agent = make_agent(PPOArgs(), envs)
+    rb = RolloutBuffer(STEPS, ENVS, (3,), 1, torch.int64)
+    obs, _ = envs.reset(seed=env_seeds(0, 0, ENVS))
+    rb.start(obs)
+    references = [Expected(kind, seed) for seed in range(ENVS)]
+    generator = torch.Generator().manual_seed(0)
+    for iteration in range(3):  # ends fall on first, middle and last rows, and episodes cross rollouts
+        rollout(agent, envs, rb, generator, Stopwatch("act", "env"))
+        limits: dict[tuple[int, int], list[float]] = {}
+        if (stored := rb.time_limits()) is not None:
+            limits = {(t, env): final.tolist() for t, env, final in zip(*map(list, stored), strict=True)}
+            limits = {(int(t), int(env)): final for (t, env), final in limits.items()}
+        expected_limits = {}
+        for env, reference in enumerate(references):
+            for t in range(STEPS):
+                where = (iteration, t, env)
+                assert rb.obs[t, env].tolist() == reference.obs(), where  # the observation that the action answered
+                reward, terminated, truncated, final = reference.step()
+                assert rb.rewards[t, env].item() == reward, where  # a row of a reset would have reward 0
+                assert rb.terminated[t, env].item() == terminated, where
+                assert rb.truncated[t, env].item() == truncated, where
+                assert rb.dones[t, env].item() == (terminated or truncated), where
+                assert rb.obs[t + 1, env].tolist() == reference.obs(), where  # after an end: the reset's, not the last
+                if truncated and not terminated:
+                    expected_limits[t, env] = final
+        assert limits == expected_limits
+        assert (kind == "terminated" or kind == "both") == (rb.time_limits() is None)
+        rb.start()
+        assert rb.obs[0].tolist() == [reference.obs() for reference in references]
+
+
+def test_actions_are_stored_as_they_were_drawn_but_reach_the_environment_clipped(build: Any) -> None:
+    envs = build('{"action": "box_uneven"}', "tests.envs:Odd-v0")  # bounds [−1, 1] and [0, 10]; refuses others
+    agent = make_agent(PPOArgs(log_std_init=2.0), envs)
+    rb = RolloutBuffer(STEPS, ENVS, (3,), 2, torch.float32)
+    rb.start(envs.reset(seed=1)[0])
+    noise = agent.head.noise((STEPS, ENVS), torch.Generator().manual_seed(3))
+    rollout(agent, envs, rb, torch.Generator().manual_seed(3), Stopwatch("act", "env"))
+    with torch.no_grad():
+        torch.testing.assert_close(rb.actions, agent.act(rb.obs[:-1], noise))
+    low, high = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 10.0])
+    assert ((rb.actions < low) | (rb.actions > high)).any()
+
+
+def test_environments_of_different_ranks_and_indices_start_from_different_seeds(build: Any) -> None:
+    envs = build(KINDS["terminated"])
+    seeds = [envs.reset(seed=env_seeds(5, rank, ENVS))[0][:, 2].tolist() for rank in range(3)]
+    assert seeds == [[5, 6, 7], [8, 9, 10], [11, 12, 13]]  # seed + rank · num_envs + i
+
+
+def step(rb: RolloutBuffer, t: int, **changes: Any) -> None:
+    """Adds an ordinary step with some fields changed."""
+    fields: dict[str, Any] = {
+        "actions": np.zeros((2, 1), np.int64),
+        "next_obs": np.zeros((2, 2), np.float32),
+        "rewards": np.zeros(2),
+        "terminated": np.zeros(2, bool),
+        "truncated": np.zeros(2, bool),
+        "infos": {},
+    }
+    rb.add(t, **(fields | changes))
+
+
+def small_buffer() -> RolloutBuffer:
+    rb = RolloutBuffer(3, 2, (2,), 1, torch.int64)
+    rb.start(np.zeros((2, 2), np.float32))
+    for t in range(3):
+        step(rb, t)
+    return rb
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_first_number_that_is_not_finite_is_found_and_named(bad: float) -> None:
+    rb = small_buffer()
+    assert rb.first_bad() is None
+    step(rb, 1, rewards=np.array([0.0, bad]))
+    assert rb.first_bad() == "reward of environment 1 is not finite after step 1 of the rollout"
+    rb = small_buffer()
+    step(rb, 2, next_obs=np.array([[0.0, bad], [0.0, 0.0]]))
+    assert rb.first_bad() == "observation of environment 0 is not finite after step 2 of the rollout"
+    rb = small_buffer()
+    step(rb, 0, rewards=np.array([bad, 0.0]))
+    step(rb, 1, rewards=np.array([0.0, -bad]))
+    assert rb.first_bad() == "reward of environment 0 is not finite after step 0 of the rollout"
+    rb = small_buffer()
+    rb.start(np.array([[bad, 0.0], [0.0, 0.0]]))
+    assert rb.first_bad() == "first observation is not finite"
+
+
+def test_a_final_observation_that_is_not_finite_is_found_though_no_row_holds_it() -> None:
+    rb = small_buffer()
+    finals = np.empty(2, dtype=object)
+    finals[1] = np.array([0.0, np.nan])
+    step(rb, 1, truncated=np.array([False, True]), infos={"final_obs": finals})
+    assert rb.first_bad() == "final observation of environment 1 is not finite after step 1 of the rollout"
+
+
+def test_large_finite_numbers_are_not_taken_for_infinite_ones() -> None:
+    rb = small_buffer()
+    for t in range(3):
+        step(rb, t, rewards=np.full(2, 3e38))  # the sum overflows float32
+    assert rb.first_bad() is None
+
+
+def test_final_observations_are_copies() -> None:
+    # Environments may write their next observation into the array that they returned
+    rb = small_buffer()
+    finals = np.empty(2, dtype=object)
+    finals[0] = np.array([1.0, 2.0], np.float32)
+    step(rb, 0, truncated=np.array([True, False]), infos={"final_obs": finals})
+    finals[0][:] = 9.0
+    _, _, stored = rb.time_limits()
+    assert stored.tolist() == [[1.0, 2.0]]
+
+
+def test_a_rollout_with_a_bad_number_ends_in_an_error_that_names_it(build: Any) -> None:
+    envs = build('{"kind": "reward_nan", "at_step": 4, "only_seed": 1}', "tests.envs:Fault-v0")
+    agent = make_agent(PPOArgs(), envs)
+    rb = RolloutBuffer(STEPS, ENVS, (2,), 1, torch.int64)
+    rb.start(envs.reset(seed=env_seeds(0, 0, ENVS))[0])
+    with pytest.raises(NonFiniteError, match="reward of environment 1 is not finite after step 4"):
+        rollout(agent, envs, rb, torch.Generator(), Stopwatch("act", "env"))

@@ -1,0 +1,113 @@
+"""Spaces of every supported kind and shape: what the network sees, and what reaches the environment."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+
+from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo.utils import make_agent
+from fabricrl.envs import make_env, make_envs
+from fabricrl.envs.spaces import env_actions
+from tests.conftest import Trained
+from tests.envs import ODD_SPACES
+
+OBSERVATIONS = {  # kind -> length of the vector that the network sees
+    "box": 3,
+    "box_2d": 6,
+    "box_int": 2,
+    "box_unbounded": 3,
+    "dict": 5,  # 2 numbers and one of 3 choices
+    "discrete": 3,
+    "discrete_start": 3,
+    "multi_binary": 4,
+    "multi_binary_2d": 6,
+    "multi_discrete": 5,
+    "multi_discrete_2d": 11,
+}
+ACTIONS = (
+    "box",
+    "box_2d",
+    "box_unbounded",
+    "box_uneven",
+    "discrete",
+    "discrete_start",
+    "multi_binary",
+    "multi_binary_2d",
+    "multi_discrete",
+    "multi_discrete_2d",
+    "multi_discrete_start",
+)
+TINY = "--num-envs 2 --num-steps 8 --num-minibatches 2 --total-timesteps 32 --hidden-sizes 8 --logger csv"
+
+
+def odd(obs: str = "box", action: str = "discrete") -> list[str]:
+    return ["--env-id", "tests.envs:Odd-v0", "--env-kwargs", f'{{"obs": "{obs}", "action": "{action}"}}']
+
+
+@pytest.mark.parametrize("kind", OBSERVATIONS)
+def test_ppo_trains_on_observations_of_this_kind(kind: str, ppo: Callable[..., Trained]) -> None:
+    run = ppo(*odd(obs=kind), *TINY.split(), "--norm-obs")
+    assert run.code == 0
+    assert run.weights.isfinite().all()
+    assert run.state["agent"]["actor.hidden.0.weight"].shape == (8, OBSERVATIONS[kind])
+
+
+@pytest.mark.parametrize("kind", ACTIONS)
+def test_ppo_trains_with_actions_of_this_kind_and_the_environment_accepts_them(
+    kind: str, ppo: Callable[..., Trained]
+) -> None:
+    run = ppo(*odd(action=kind), *TINY.split())  # the environment refuses what is not in its space
+    assert run.code == 0
+    assert run.weights.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ACTIONS)
+def test_greedy_and_drawn_actions_are_in_the_space(kind: str, tmp_path: Path) -> None:
+    args = PPOArgs(env_id="tests.envs:Odd-v0", env_kwargs=f'{{"action": "{kind}"}}', num_envs=64)
+    envs = make_envs(args, 0, tmp_path)
+    agent = make_agent(args, envs)
+    obs = torch.randn(64, 3)
+    space = ODD_SPACES[kind]
+    drawn = agent.act(obs, agent.head.noise((64,), torch.Generator().manual_seed(1)))
+    for actions in (drawn, agent.greedy(obs)):
+        batch = env_actions(space, actions.detach().numpy())
+        assert len(batch) == 64
+        assert all(space.contains(action.astype(space.dtype)) for action in batch)
+    envs.close()
+
+
+@pytest.mark.parametrize("kind", ["discrete_start", "multi_discrete", "multi_discrete_start"])
+def test_every_choice_is_drawn_including_those_that_do_not_count_from_zero(kind: str) -> None:
+    space = ODD_SPACES[kind]
+    sizes = [int(space.n)] if isinstance(space, Discrete) else space.nvec.tolist()
+    indices = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, len(sizes))
+    actions = {tuple(np.atleast_1d(action).tolist()) for action in env_actions(space, indices)}
+    assert len(actions) == np.prod(sizes)
+    assert all(space.contains(np.array(a) if len(a) > 1 else np.int64(a[0])) for a in actions)
+
+
+def test_actions_by_hand() -> None:
+    assert env_actions(Discrete(3, start=5), np.array([[0], [2]])).tolist() == [5, 7]
+    assert env_actions(MultiDiscrete([2, 3], start=[1, -1]), np.array([[0, 2]])).tolist() == [[1, 1]]
+    matrix = env_actions(MultiDiscrete([[2, 3], [4, 2]]), np.array([[1, 2, 3, 0]]))
+    assert matrix.tolist() == [[[1, 2], [3, 0]]]
+    bits = env_actions(MultiBinary((2, 2)), np.array([[1.0, 0.0, 0.0, 1.0]], np.float32))
+    assert bits.tolist() == [[[1, 0], [0, 1]]]
+    assert bits.dtype == np.int8
+    box = Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32))
+    assert env_actions(box, np.array([[-3.0, -3.0], [0.5, 30.0]], np.float32)).tolist() == [[-1.0, 0.0], [0.5, 10.0]]
+
+
+def test_a_flat_observation_keeps_every_part_in_a_fixed_place() -> None:
+    env = make_env("tests.envs:Odd-v0", '{"obs": "dict"}')
+    obs, _ = env.reset(seed=1)
+    raw = env.unwrapped.observation_space
+    raw.seed(1)
+    sample = raw.sample()  # the same draw
+    gear = np.eye(3)[sample["gear"]]
+    np.testing.assert_allclose(obs, np.concatenate([gear, sample["speed"]]), rtol=1e-6)  # keys in alphabetical order
+    assert obs.dtype == np.float32 or obs.dtype == np.float64
