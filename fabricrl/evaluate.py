@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from fabricrl.envs import check_env, make_env
 from fabricrl.envs.spaces import describe
 from fabricrl.envs.vector import ReportFailures
+from fabricrl.envs.wrappers import NameFailures
 from fabricrl.utils.checkpoint import check_spaces, load_checkpoint, restore
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.launch import run_script
@@ -71,11 +73,15 @@ def evaluate(state: dict[str, Any], greedy: bool, options: argparse.Namespace, v
     mode = "greedy" if greedy else "sampled"
     num_envs = 1 if one else min(options.episodes, options.num_envs)
 
-    def build() -> gym.Env:
+    def build(index: int) -> gym.Env:
         folder = video_folder if options.capture_video else None
-        return make_env(args.env_id, args.env_kwargs, "human" if options.render else None, folder, mode)
+        shown = "human" if options.render else None
+        env = make_env(args.env_id, args.env_kwargs, shown, folder, mode, video_episodes=options.episodes)
+        return NameFailures(env, index)
 
-    envs = ReportFailures(SyncVectorEnv([build] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP))
+    envs = ReportFailures(
+        SyncVectorEnv([partial(build, i) for i in range(num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
+    )
     check_spaces(state["spaces"], describe(envs))
     agent = utils.make_agent(args, envs)
     restore(agent, state["agent"], options.path)

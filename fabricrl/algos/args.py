@@ -200,8 +200,12 @@ def _tupled(value: Any) -> Any:
 
 def _complain(text: str) -> NoReturn:
     """One line out of tyro's box: what is wrong, and the flag that was probably meant."""
-    lines = [line.strip("│ ").strip() for line in text.splitlines() if line[:1] == "│"]
-    head = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))])
+    boxed = "╭" in text  # elsewhere, on terminals without such characters, a title and a rule come first
+    lines = [line.strip("│ ") for line in text.splitlines() if line.strip() and line[0] not in "╭╰"][
+        0 if boxed else 2 :
+    ]
+    rules = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}]
+    head = " ".join(lines[: rules[0] if rules else len(lines)])
     meant = [lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")]
     hint = f"; did you mean {meant[0].split(' ')[0].rstrip(',')}?" if meant else "; see --help"
     raise ConfigError(head + hint)

@@ -3,10 +3,10 @@
 import atexit
 import difflib
 import json
+import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fabricrl.envs.spaces import check_action_space, check_observation_space, is_flat
-from fabricrl.envs.wrappers import RecordEpisodes, shield_worker
+from fabricrl.envs.wrappers import NameFailures, RecordEpisodes, shield_worker
 from fabricrl.utils.errors import ConfigError, EnvError
 
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d"}  # module that is missing -> extra that brings it
@@ -29,13 +29,14 @@ def make_env(
     video_folder: Path | None = None,
     video_prefix: str = "train",
     video_every: int = 1,
+    video_episodes: float = math.inf,
 ) -> gym.Env:
     """One environment whose observations are vectors: what is not one yet is flattened, Discrete parts one-hot.
 
     Args:
         env_id: an id of Gymnasium, or `module:Id-v0`, where `module` registers the id and is found from here.
         env_kwargs: a JSON object of arguments for the environment's constructor.
-        video_folder: where to record every `video_every`-th episode; None records nothing.
+        video_folder: where to record every `video_every`-th of the first `video_episodes` episodes; None: nowhere.
 
     Raises:
         ConfigError: the id, an argument, or a package that it needs is not there.
@@ -48,7 +49,7 @@ def make_env(
         kwargs["render_mode"] = render_mode
     env = _construct(env_id, env_kwargs, kwargs)
     if video_folder is not None:
-        env = RecordEpisodes(env, video_folder, video_prefix, video_every)
+        env = RecordEpisodes(env, video_folder, video_prefix, video_every, video_episodes)
     # Images will pass here as they are, for a NatureCNN; everything else becomes one vector for an MLP.
     return env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
 
@@ -70,7 +71,8 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
             record = args.capture_video and rank == 0 and index == 0
             folder = video_folder if record and (args.vectorization == "sync" or os.getpid() != script) else None
             mode = "rgb_array" if record else None  # also in the async dummy, whose spaces and modes must agree
-            return make_env(args.env_id, args.env_kwargs, mode, folder, video_every=args.video_every)
+            env = make_env(args.env_id, args.env_kwargs, mode, folder, video_every=args.video_every)
+            return NameFailures(env, index)
 
         return build
 
@@ -88,7 +90,7 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
 
 
 class ReportFailures(gym.vector.VectorWrapper):
-    """Turns whatever an environment raises, and the death of its process, into an EnvError with its index."""
+    """Turns the death of an environment's process, and observations that do not fit their space, into an EnvError."""
 
     def __init__(self, env: VectorEnv) -> None:
         super().__init__(env)
@@ -112,16 +114,16 @@ class ReportFailures(gym.vector.VectorWrapper):
             self.env.close(**({"terminate": True} if isinstance(self.env, AsyncVectorEnv) else {}))
 
     def _failure(self, call: str, error: Exception) -> EnvError:
+        if isinstance(error, EnvError):
+            return error
         for index, process in enumerate(getattr(self.env, "processes", [])):
-            process.join(0.1 if isinstance(error, EOFError | BrokenPipeError | ConnectionError) else 0)
-            if process.exitcode is not None and process.exitcode < 0:
-                return EnvError(f"env worker {index} died in {call} ({signal.Signals(-process.exitcode).name})")
-        traceback.print_exception(error, limit=-4)
-        where = ""
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_code.co_filename.endswith("sync_vector_env.py") and "i" in frame.f_locals:
-                where = f" {frame.f_locals['i']}"
-        return EnvError(f"environment{where} failed in {call}: {type(error).__name__}: {error}")
+            process.join(0.1)
+            if process.exitcode:
+                how = (
+                    signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
+                )
+                return EnvError(f"env worker {index} died in {call} ({how})")
+        return EnvError(f"environments failed in {call}: {type(error).__name__}: {error}")
 
 
 def check_env(env_id: str, env_kwargs: str, action_spaces: tuple[type[Space], ...], render_mode: str | None) -> None:
@@ -160,7 +162,7 @@ def _construction_error(env_id: str, env_kwargs: str, error: Exception) -> Confi
         extra = next((extra for module, extra in EXTRAS.items() if module == name or extra in text.lower()), None)
         hint = f"pip install 'fabricrl[{extra}]'" if extra else f"install the package that has {name or 'it'}"
         return ConfigError(f"--env-id {env_id} needs a package that is not here ({text}): {hint}")
-    if isinstance(error, gym.error.UnregisteredEnv | gym.error.Error) and not isinstance(error, gym.error.ResetNeeded):
+    if env_id.count(":") > 1 or isinstance(error, gym.error.Error):
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else "see gymnasium.pprint_registry() for those there are"
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {hint}")

@@ -1,31 +1,67 @@
 """Single-environment wrappers that Gymnasium does not have, and what protects a run from its environments."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 
+from fabricrl.utils.errors import EnvError
+
 PR_SET_PDEATHSIG = 1
 
 
+class NameFailures(gym.Wrapper):
+    """Turns what an environment raises into an EnvError with its index, which also crosses a pipe unharmed."""
+
+    def __init__(self, env: gym.Env, index: int) -> None:
+        super().__init__(env)
+        self.index = index
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
+        try:
+            return self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            raise self._named("reset", error) from error
+
+    def step(self, action: Any) -> tuple:
+        try:
+            return self.env.step(action)
+        except Exception as error:
+            raise self._named("step", error) from error
+
+    def _named(self, call: str, error: Exception) -> EnvError:
+        traceback.print_exception(error)
+        return EnvError(f"environment {self.index} failed in {call}: {type(error).__name__}: {error}")
+
+
 class RecordEpisodes(gym.wrappers.RecordVideo):
-    """Records every `every`-th episode as `<folder>/<prefix>-episode-N.mp4`, and no more than `max_frames` of it.
+    """Records every `every`-th of `episodes` episodes, up to `max_frames` each, as `<folder>/<prefix>-episode-N.mp4`.
 
     The frames of one episode are all that is ever held in memory. Needs render_mode "rgb_array".
     """
 
-    def __init__(self, env: gym.Env, folder: Path, prefix: str, every: int = 1, max_frames: int = 5000) -> None:
+    def __init__(
+        self,
+        env: gym.Env,
+        folder: Path,
+        prefix: str,
+        every: int = 1,
+        episodes: float = math.inf,
+        max_frames: int = 5000,
+    ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # greedy and sampled episodes share a folder
             super().__init__(
                 env,
                 video_folder=str(folder),
-                episode_trigger=lambda episode: episode % every == 0,
+                episode_trigger=lambda episode: episode % every == 0 and episode < episodes,
                 name_prefix=prefix,
                 disable_logger=True,
             )

@@ -53,6 +53,11 @@ class Run:
         self._bar = tqdm(total=args.total_timesteps, initial=step, disable=hidden, unit=" steps", smoothing=0.05)
         atexit.register(self.close)
 
+    @property
+    def videos(self) -> Path:
+        """Where episodes are recorded; a run that goes on counts them anew, in a folder of its own."""
+        return self.folder / "videos" / (f"from_step_{self.first_step}" if self.first_step else "")
+
     def start_clock(self) -> None:
         """The first reset: steps per second are counted from here."""
         self._started = self._stopped = time.perf_counter()
@@ -106,6 +111,8 @@ class Run:
         """Closes the run and prints its result, one line that programs can read, on standard output."""
         self.close()
         if self.fabric.global_rank == 0:
+            if step == self.first_step:
+                print(f"nothing to do: {step} of {self.args.total_timesteps} steps are done", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
             print(f"result {fields} episodes={episodes.count} checkpoint={self.checkpoint}", flush=True)
 

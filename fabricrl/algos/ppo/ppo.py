@@ -165,7 +165,7 @@ def main() -> int:
 
     # --- Environments
     with failing_together(fabric):
-        envs = make_envs(args, fabric.global_rank, run.folder / "videos")
+        envs = make_envs(args, fabric.global_rank, run.videos)
 
     # --- Agent and optimizer
     player = make_agent(args, envs)  # acts and evaluates; gradients flow through `objective` alone

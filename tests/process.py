@@ -1,0 +1,262 @@
+"""Scripts run as a user runs them: real processes with a hard time limit, of which none may be left at the end."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+PPO = str(ROOT / "fabricrl/algos/ppo/ppo.py")
+EVALUATE = str(ROOT / "fabricrl/evaluate.py")
+PYTHON = [sys.executable]
+LIMIT = 120  # seconds; only a process that hangs ever needs them
+# What a launcher around the tests would have set, and what would make our launchers believe that they run inside it
+LAUNCHERS = re.compile(
+    r"(LT|TORCHELASTIC|TORCH_NCCL|SLURM)_.*|(LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE|NAME)|MASTER_.*"
+)
+MARK = "FABRICRL_TEST_RUN"  # a variable that all processes of a run inherit, also those that leave its process group
+
+
+def command(name: str) -> str:
+    """The path of a command that is installed beside this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def processes(mark: str) -> dict[int, dict[str, str]]:
+    """The environment variables of all living processes of a run, by process id."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                continue  # has ended, its parent only has not noticed yet
+            variables = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            pairs = dict(pair.split("=", 1) for pair in variables if "=" in pair)
+            if pairs.get(MARK) == mark:
+                found[int(entry.name)] = pairs
+    return found
+
+
+def parsed(line: str) -> dict[str, str]:
+    """The fields of a result line; the last is a path, which may have spaces."""
+    fields, _, checkpoint = line.partition(" checkpoint=")
+    return dict(re.findall(r"(\w+)=(\S+)", fields)) | {"checkpoint": checkpoint}
+
+
+@dataclass
+class Running:
+    """A command in a process group of its own."""
+
+    arguments: list[str]
+    process: subprocess.Popen[str]
+    mark: str
+    code: int | None = None
+    out: str = ""
+    err: str = ""
+    left: list[int] = field(default_factory=list)
+
+    @property
+    def result(self) -> dict[str, str]:
+        """The fields of the result line."""
+        lines = [line for line in self.out.splitlines() if line.startswith("result ")]
+        assert len(lines) == 1, f"not one result line but {len(lines)}\n{self.report()}"
+        return parsed(lines[0])
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+    def rank_pid(self, rank: int) -> int:
+        """The process of a rank that Fabric has started; that of rank 0 is the one that started them."""
+        if rank == 0:
+            return self.process.pid
+        pids = [pid for pid, variables in processes(self.mark).items() if variables.get("LOCAL_RANK") == str(rank)]
+        assert len(pids) == 1, f"{len(pids)} processes of rank {rank}\n{self.report()}"
+        return pids[0]
+
+    def finish(self, limit: float = LIMIT) -> "Running":
+        """Waits for the end, and for the end of all processes that the command has started; kills what is left."""
+        try:
+            self.out, self.err = self.process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.out, self.err = self.process.communicate()
+            raise AssertionError(f"still running after {limit} s\n{self.report()}") from None
+        self.code = self.process.returncode
+        deadline = time.monotonic() + 15  # those of other ranks may need a moment longer than the first
+        while (left := processes(self.mark)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.left = list(left)
+        self.kill()
+        assert not left, f"processes {self.left} are left\n{self.report()}"
+        return self
+
+    def kill(self) -> None:
+        for pid in {self.process.pid, *processes(self.mark)} if self.process.poll() is None else processes(self.mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def report(self) -> str:
+        return f"$ {' '.join(self.arguments)}\ncode {self.code}\n--- out\n{self.out}\n--- err\n{self.err}"
+
+
+@contextlib.contextmanager
+def started(*arguments: object, cwd: Path = ROOT, variables: dict[str, str] | None = None) -> Iterator[Running]:
+    """Starts a command; on leaving, nothing of it is alive, whatever happened."""
+    mark = uuid.uuid4().hex
+    clean = {name: value for name, value in os.environ.items() if not LAUNCHERS.fullmatch(name)}
+    words = [str(argument) for argument in arguments]
+    process = subprocess.Popen(
+        words,
+        cwd=cwd,
+        env=clean | {"PYTHONPATH": str(ROOT), MARK: mark} | (variables or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    running = Running(words, process, mark)
+    try:
+        yield running
+    finally:
+        running.kill()
+        if process.poll() is None or not process.stdout or not process.stdout.closed:
+            process.communicate()
+
+
+def run(*arguments: object, cwd: Path = ROOT, variables: dict[str, str] | None = None) -> Running:
+    """Runs a command to its end; fails if it hangs or leaves a process behind."""
+    with started(*arguments, cwd=cwd, variables=variables) as running:
+        return running.finish()
+
+
+def wait_for(condition: Callable[[], Any], running: Running) -> Any:
+    """Waits until `condition` holds, and returns its value; fails if the command has ended before."""
+    deadline = time.monotonic() + LIMIT
+    while not (value := condition()):
+        if running.process.poll() is not None or time.monotonic() > deadline:
+            running.kill()
+            running.out, running.err = running.process.communicate()
+            raise AssertionError(f"ended too early, or waited in vain\n{running.report()}")
+        time.sleep(0.02)
+    return value
+
+
+@dataclass
+class Finished:
+    """A script's `main` that was called in this process."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, str]:
+        return parsed(self.out.splitlines()[-1])
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.result["checkpoint"])
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.parent.parent
+
+
+class Output(io.StringIO):
+    """Keeps what is printed, as a file would whose encoding is known."""
+
+    encoding = "utf-8"
+
+
+def call(main: Callable[[], int], *arguments: object, encoding: str = "utf-8") -> Finished:
+    """Calls `main` with a command line, in this process and without a terminal; for fixtures that tests share."""
+    out, err = Output(), Output()
+    out.encoding = err.encoding = encoding
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["script.py", *map(str, arguments)]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            return Finished(main(), out.getvalue(), err.getvalue())
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_folder(log_dir: Path) -> Path:
+    """The only run folder under a log folder."""
+    folders = list(log_dir.glob("*/*/*"))
+    assert len(folders) == 1, folders
+    return folders[0]
+
+
+def files(folder: Path) -> set[str]:
+    """All files under a folder, with what differs from run to run cut off."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {re.sub(r"tfevents\..*", "tfevents", name) for name in names}
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of a run folder's checkpoints, oldest first."""
+    return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("checkpoints/step_*.ckpt"))
+
+
+def load(path: Path | str) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def differences(first: Any, second: Any, name: str = "") -> list[str]:
+    """The names of all parts in which two nested states are not equal to the last bit; NaN equals NaN."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys = sorted(first.keys() | second.keys(), key=str)
+        missing = [f"{name}/{key}" for key in keys if key not in first or key not in second]
+        return missing + [
+            part for key in keys if key in first and key in second
+            for part in differences(first[key], second[key], f"{name}/{key}")
+        ]  # fmt: skip
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        pairs = enumerate(zip(first, second, strict=True))
+        return [part for i, (a, b) in pairs for part in differences(a, b, f"{name}/{i}")]
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        same = first.dtype == second.dtype and first.shape == second.shape
+        return [] if same and first.numpy().tobytes() == second.numpy().tobytes() else [name]
+    return [] if first == second or (first != first and second != second) else [name]
+
+
+def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All scalars of a run folder's TensorBoard events, as TensorBoard shows them: tag → (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # TensorBoard reads files by name, which holds second, process and a counter: two runs of one process in the same
+    # second may come in the wrong order, as nobody's but a test's do. Hence names in the order of writing
+    written = sorted(folder.glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+    with tempfile.TemporaryDirectory() as ordered:
+        for index, path in enumerate(written):
+            shutil.copy(path, Path(ordered) / f"events.out.tfevents.{index:06d}")
+        events = EventAccumulator(ordered, size_guidance={"scalars": 0})
+        events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -1,0 +1,297 @@
+"""Mistakes on the command line end in one line that names the argument, before anything starts; exit code 2."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fabricrl import evaluate
+from fabricrl.algos.ppo import ppo
+from fabricrl.utils.errors import ConfigError
+from tests.process import EVALUATE, PPO, PYTHON, call, run
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither ranks nor environments of a run; tests of launching itself are marked by their name."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the mistake was not noticed before anything started")
+
+    if "launch" not in request.node.name:
+        monkeypatch.setattr(ppo, "launch", forbidden)
+    monkeypatch.setattr(ppo, "make_envs", forbidden)
+    monkeypatch.setattr(ppo, "Run", forbidden)
+
+
+def complaint(*flags: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call(ppo.main, *flags)
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+VALUES = [
+    # case 34 of the list of faults: counts
+    ("--num-envs", "0", "at least 1"),
+    ("--num-envs", "-3", "at least 1"),
+    ("--num-envs", "1.5", "int"),
+    ("--num-envs", "two", "int"),
+    ("--num-steps", "0", "at least 1"),
+    ("--num-minibatches", "0", "at least 1"),
+    ("--update-epochs", "0", "at least 1"),
+    ("--total-timesteps", "0", "at least 1"),
+    ("--num-threads", "0", "at least 1"),
+    ("--keep-checkpoints", "0", "at least 1"),
+    ("--checkpoint-every", "-1", "0 or more"),
+    ("--log-every", "0", "at least 1"),
+    ("--video-every", "0", "at least 1"),
+    ("--num-nodes", "0", "at least 1"),
+    ("--node-rank", "1", "num-nodes"),
+    ("--main-port", "70000", "65535"),
+    ("--seed", "-1", "between 0"),
+    # case 45: rates and coefficients
+    ("--learning-rate", "0", "above 0"),
+    ("--learning-rate", "-0.1", "above 0"),
+    ("--learning-rate", "nan", "above 0"),
+    ("--learning-rate", "inf", "above 0"),
+    ("--learning-rate", "fast", "float"),
+    ("--gamma", "1.01", "between 0 and 1"),
+    ("--gamma", "-0.1", "between 0 and 1"),
+    ("--gamma", "nan", "between 0 and 1"),
+    ("--gae-lambda", "2", "between 0 and 1"),
+    ("--clip-coef", "0", "above 0"),
+    ("--ent-coef", "-1", "between 0"),
+    ("--vf-coef", "nan", "between 0"),
+    ("--max-grad-norm", "-1", "between 0"),
+    ("--target-kl", "0", "above 0"),
+    ("--activation", "sine", "tanh"),
+    ("--vectorization", "threads", "sync"),
+    ("--logger", "paper", "tensorboard"),
+    ("--matmul-precision", "low", "medium"),
+    ("--precision", "33-true", "bf16-mixed"),
+    ("--preset", "atary", "mujoco"),
+    ("--exp-name", "a/b", "letters"),
+    ("--env-kwargs", "{length: 3}", "JSON object"),
+    ("--env-kwargs", "[1]", "JSON object"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "allowed"), VALUES, ids=[f"{flag}={value}" for flag, value, _ in VALUES])
+def test_a_value_that_is_not_allowed_is_refused_with_flag_value_and_what_is_allowed(
+    flag: str, value: str, allowed: str
+) -> None:
+    message = complaint(flag, value)
+    assert flag in message
+    assert value in message or float(value) == float(message.split(" is ")[1].split(":")[0])
+    assert allowed in message
+
+
+def test_hidden_sizes_below_one_are_refused() -> None:
+    assert "--hidden-sizes" in complaint("--hidden-sizes", 64, 0)
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("--learning-rat", "--learning-rate"), ("--num-env", "--num-envs")])
+def test_an_unknown_flag_is_refused_with_the_nearest_one(typo: str, meant: str) -> None:
+    message = complaint(typo, 1)
+    assert typo in message
+    assert f"did you mean {meant}?" in message
+
+
+def test_a_flag_that_resembles_none_and_a_stray_word_are_refused() -> None:
+    assert "--zzz" in complaint("--zzz", 1)
+    assert "CartPole-v1" in complaint("CartPole-v1")
+
+
+def test_mistakes_are_told_whatever_characters_the_terminal_can_print() -> None:
+    for flag in ("--learning-rat", "--zzz"):
+        with pytest.raises(ConfigError, match=flag):
+            call(ppo.main, flag, 1, encoding="ascii")
+
+
+# --- Case 35: minibatches
+
+
+def test_minibatches_that_do_not_divide_the_rollout_are_refused_with_the_nearest_that_do() -> None:
+    message = complaint("--num-envs", 2, "--num-steps", 10, "--num-minibatches", 3)  # 20 = 2 × 10 = 4 × 5
+    assert "--num-minibatches is 3" in message
+    assert "20" in message
+    assert "2 and 4" in message
+
+
+def test_minibatches_of_one_row_are_refused_if_advantages_are_normalised() -> None:
+    flags = ["--num-envs", 1, "--num-steps", 4, "--num-minibatches", 4]
+    assert "at least 2" in complaint(*flags)
+    with pytest.raises(AssertionError, match="not noticed"):  # legal without: the run would start
+        call(ppo.main, *flags, "--no-norm-adv")
+
+
+# --- Case 44: shorter than one iteration
+
+
+def test_a_run_that_is_shorter_than_one_iteration_is_refused() -> None:
+    message = complaint("--num-envs", 4, "--num-steps", 128, "--total-timesteps", 511)
+    assert "--total-timesteps" in message
+    assert "511" in message
+    assert "512" in message
+
+
+# --- Cases 37 to 39: environments
+
+
+def test_an_unknown_environment_is_refused_with_close_names() -> None:
+    message = complaint("--env-id", "CartPol-v1")
+    assert "--env-id CartPol-v1" in message
+    assert "CartPole-v1" in message.split("did you mean")[1]
+
+
+@pytest.mark.parametrize("env_id", ["nosuchmodule:Thing-v0", "tests.envs:NoSuch-v0", "CartPole-v99", "::", ""])
+def test_an_environment_that_cannot_be_had_is_refused_by_name(env_id: str) -> None:
+    assert f"--env-id {env_id}" in complaint("--env-id", env_id)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "package", "folder", "extra"),
+    [
+        ("LunarLander-v3", "Box2D", "gymnasium.envs.box2d", "box2d"),
+        ("Hopper-v4", "mujoco", "gymnasium.envs.mujoco", "mujoco"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, env_id: str, package: str, folder: str, extra: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(folder) or name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    message = complaint("--env-id", env_id)
+    assert f"--env-id {env_id}" in message
+    assert f"fabricrl[{extra}]" in message
+    for name in [name for name in sys.modules if name.startswith(folder)]:
+        sys.modules.pop(name)  # those that were imported without the package
+
+
+def test_constructor_arguments_that_an_environment_does_not_have_are_refused() -> None:
+    message = complaint("--env-kwargs", '{"gravitation": 3}')
+    assert "--env-kwargs" in message
+    assert "gravitation" in message
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "space"),
+    [('{"action": "tuple"}', "Tuple"), ('{"action": "box_int"}', "int64"), ('{"action": "dict"}', "Dict")],
+)
+def test_an_action_space_that_is_not_supported_is_refused_with_those_that_are(kwargs: str, space: str) -> None:
+    message = complaint("--env-id", "tests.envs:Odd-v0", "--env-kwargs", kwargs)
+    assert "action space" in message
+    assert space in message
+    assert "Box" in message
+
+
+@pytest.mark.parametrize(("kwargs", "space"), [('{"obs": "tuple"}', "Tuple"), ('{"obs": "dict_nested"}', "inner")])
+def test_an_observation_space_that_is_not_supported_is_refused_with_those_that_are(kwargs: str, space: str) -> None:
+    message = complaint("--env-id", "tests.envs:Odd-v0", "--env-kwargs", kwargs)
+    assert "observation space" in message
+    assert space in message
+    assert "MultiBinary" in message
+
+
+def test_video_of_an_environment_that_cannot_be_drawn_is_refused() -> None:
+    assert "rgb_array" in complaint("--env-id", "tests.envs:Odd-v0", "--capture-video")
+
+
+# --- Case 21: folders
+
+
+def test_a_log_folder_that_is_a_file_or_lies_under_one_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "logs"):
+        message = complaint("--log-dir", folder)
+        assert f"--log-dir is {folder}" in message
+    assert file.read_text() == ""
+
+
+def test_a_log_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # a superuser could write anywhere
+    assert "--log-dir" in complaint("--log-dir", tmp_path)
+
+
+# --- Case 46: hardware
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--accelerator", "abacus"),
+        ("--strategy", "hope"),
+        ("--devices", "0"),
+        ("--devices", "many"),
+    ],
+    ids=" ".join,
+)
+def test_launch_refuses_hardware_and_strategies_that_do_not_exist(flags: tuple[str, str]) -> None:
+    message = complaint(*flags)
+    assert " ".join(flags) in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("flags", [("--accelerator", "cuda"), ("--cuda",)], ids=" ".join)
+def test_launch_refuses_a_gpu_that_is_not_there(flags: tuple[str, ...]) -> None:
+    assert "--accelerator cuda" in complaint(*flags)
+
+
+def test_launch_refuses_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what launch() sets goes away again
+        monkeypatch.delenv(name)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = complaint("--num-nodes", 2, "--devices", 1, "--strategy", "ddp", "--main-port", port)
+    assert f"--main-port {port}" in message
+
+
+def test_launch_refuses_what_the_launcher_has_chosen_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LT_CLI_USED", "1")
+    monkeypatch.setenv("LT_DEVICES", "2")
+    message = complaint("--devices", 4)
+    assert "--devices 4" in message
+    assert "launcher" in message
+
+
+# --- Evaluation
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--episodes", "0"), ("--num-envs", "-1")])
+def test_evaluation_refuses_counts_below_one(flag: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} is {value}"):
+        call(evaluate.main, "missing.ckpt", flag, value)
+
+
+# --- As a user sees it
+
+
+def test_real_processes_end_with_code_2_and_exactly_one_line_on_standard_error(tmp_path: Path) -> None:
+    commands = {
+        "--num-envs": [PPO, "--num-envs", "0", "--devices", "2", "--strategy", "ddp"],
+        "--learning-rat": [PPO, "--learning-rat", "1"],
+    }
+    for named, arguments in commands.items():
+        ended = run(*PYTHON, *arguments, cwd=tmp_path)
+        assert ended.code == 2, ended.report()
+        assert ended.out == ""
+        lines = ended.err.splitlines()
+        assert len(lines) == 1, ended.report()
+        assert lines[0].startswith("error: ")
+        assert named in lines[0]
+    ended = run(*PYTHON, EVALUATE, tmp_path / "missing.ckpt", cwd=tmp_path)
+    assert ended.code == 3, ended.report()
+    assert ended.err.splitlines() == [
+        f"error: cannot read checkpoint {tmp_path}/missing.ckpt: No such file or directory"
+    ]
+    assert not list(tmp_path.iterdir())

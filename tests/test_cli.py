@@ -1,0 +1,71 @@
+"""The `lightning` command."""
+
+import signal
+import sys
+from typing import Any
+
+import pytest
+
+from fabricrl import cli
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: str, raises: BaseException | None = None) -> list[list[str]]:
+    """What `lightning` with these arguments hands to Fabric's command line."""
+    calls = []
+
+    def fabric(arguments: list[str], **_: Any) -> None:
+        calls.append(arguments)
+        if raises is not None:
+            raise raises
+
+    monkeypatch.setattr(cli, "fabric_cli", fabric)
+    monkeypatch.setattr(sys, "argv", ["lightning", *arguments])
+    cli.main()
+    return calls
+
+
+def test_run_model_is_another_spelling_of_fabric_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--accelerator=cpu", "--strategy=ddp", "--devices=2", "script.py", "--env-id", "CartPole-v1"]
+    assert called(monkeypatch, "run", "model", *options) == [["run", *options]]
+    assert called(monkeypatch, "run", *options) == [["run", *options]]
+
+
+def test_a_script_may_be_called_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert called(monkeypatch, "run", "model", "model", "run") == [["run", "model", "run"]]
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["-h"], 0), ([], 2), (["train"], 2)])
+def test_usage_is_shown_for_anything_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], code: int
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        called(monkeypatch, *arguments)
+    assert caught.value.code == code
+    output = capsys.readouterr()
+    assert "usage: lightning run model" in (output.err if code else output.out)
+    assert (output.out if code else output.err) == ""
+
+
+@pytest.mark.parametrize(("exitcode", "code"), [(5, 5), (3, 3), (-signal.SIGKILL, 137)])
+def test_the_exit_code_is_that_of_the_rank_that_failed_first(
+    monkeypatch: pytest.MonkeyPatch, exitcode: int, code: int
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    first = ProcessFailure(local_rank=1, pid=1, exitcode=exitcode, error_file="none")
+    later = ProcessFailure(local_rank=0, pid=2, exitcode=7, error_file="none")
+    later.timestamp = first.timestamp + 1
+    with pytest.raises(SystemExit) as caught:
+        called(monkeypatch, "run", "model", "script.py", raises=ChildFailedError("script.py", {0: later, 1: first}))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_is_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    with pytest.raises(SystemExit) as caught:
+        called(monkeypatch, "run", "model", "script.py", raises=SignalException("stopped", number))
+    assert caught.value.code == code

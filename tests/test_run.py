@@ -1,0 +1,162 @@
+"""What a run leaves behind: its folder, metrics, result line, progress bar and videos."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+
+from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo.ppo import main
+from fabricrl.envs import make_envs
+from fabricrl.envs.wrappers import RecordEpisodes
+from tests.process import PPO, PYTHON, Finished, call, load, logged, run, run_folder, saved_steps
+
+RESULT = re.compile(r"result steps=(\d+) sps=(\d+) return_mean=(-?[\d.]+|nan) episodes=(\d+) checkpoint=(\S+)")
+TAGS = {
+    "charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS",
+    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac",
+    "losses/explained_variance", "time/env", "time/act", "time/train", "time/comm",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """2048 steps of CartPole-v1: 2 environments × 128 steps, 8 iterations, a log entry every second."""
+    flags = ["--num-envs", 2, "--total-timesteps", 2048, "--log-every", 512, "--checkpoint-every", 1024]
+    flags += ["--capture-video", "--video-every", 10, "--seed", 3, "--exp-name", "named.run-1"]
+    return call(main, *flags, "--log-dir", tmp_path_factory.mktemp("run") / "logs")
+
+
+def test_run_folder_is_named_after_algorithm_environment_experiment_seed_and_time(finished: Finished) -> None:
+    algo, env, name = finished.folder.parts[-3:]
+    assert (algo, env) == ("ppo", "CartPole-v1")
+    assert re.fullmatch(r"named\.run-1_3_\d{8}-\d{6}", name)
+
+
+def test_run_folder_holds_events_arguments_checkpoints_and_videos_and_nothing_else(finished: Finished) -> None:
+    names = sorted(re.sub(r"tfevents.*", "tfevents", path.name) for path in finished.folder.iterdir())
+    names = [name for name in names if name != "hparams.yaml"]  # TensorBoard's logger may add it
+    assert names == ["args.json", "checkpoints", "events.out.tfevents", "videos"]
+    assert saved_steps(finished.folder) == [1024, 2048]
+
+
+def test_args_json_holds_the_arguments_that_ran(finished: Finished) -> None:
+    stored = json.loads((finished.folder / "args.json").read_text())
+    expected = dataclasses.asdict(PPOArgs(num_envs=2, total_timesteps=2048, log_every=512, checkpoint_every=1024))
+    expected |= {"capture_video": True, "video_every": 10, "seed": 3, "exp_name": "named.run-1"}
+    expected |= {"hidden_sizes": [64, 64], "log_dir": str(finished.folder.parent.parent.parent)}
+    assert stored == expected
+
+
+def test_result_is_one_line_on_standard_output_that_tells_what_happened(finished: Finished) -> None:
+    match = RESULT.fullmatch(finished.out.rstrip("\n"))
+    assert match, finished.out
+    steps, sps, return_mean, episodes, checkpoint = match.groups()
+    state = load(checkpoint)
+    assert int(steps) == 2048 == state["global_step"]
+    assert int(sps) > 0
+    assert int(episodes) == state["episodes"]["count"]
+    assert float(return_mean) == pytest.approx(
+        sum(state["episodes"]["returns"]) / len(state["episodes"]["returns"]), abs=0.01
+    )
+    assert finished.code == 0
+
+
+def test_every_tag_of_the_design_is_logged_and_steps_are_environment_steps(finished: Finished) -> None:
+    scalars = logged(finished.folder)
+    assert scalars.keys() >= TAGS
+    for tag in TAGS:
+        assert [step for step, _ in scalars[tag]] == [512, 1024, 1536, 2048], tag
+        assert all(math.isfinite(value) for _, value in scalars[tag]), tag
+    assert scalars["charts/learning_rate"][-1][1] == pytest.approx(2.5e-4 / 8)  # the last of 8 iterations: 7/8 is gone
+    assert all(length == score for length, score in zip(  # CartPole pays 1 a step
+        scalars["charts/episodic_length"], scalars["charts/episodic_return"], strict=True))  # fmt: skip
+
+
+def test_time_shares_of_each_entry_add_up_to_one(finished: Finished) -> None:
+    shares = {tag: values for tag, values in logged(finished.folder).items() if tag.startswith("time/")}
+    for entry in zip(*shares.values(), strict=True):
+        assert all(0 <= share <= 1 for _, share in entry)
+        assert sum(share for _, share in entry) == pytest.approx(1, abs=1e-4)
+
+
+def test_every_tenth_episode_of_environment_zero_is_recorded(finished: Finished) -> None:
+    videos = sorted((finished.folder / "videos").iterdir())
+    assert {video.suffix for video in videos} == {".mp4"}
+    numbers = [int(re.fullmatch(r"train-episode-(\d+)", video.stem).group(1)) for video in videos]  # type: ignore[union-attr]
+    assert sorted(numbers) == list(range(0, 10 * len(numbers), 10))
+    # Two environments share the episodes about equally: half of them over ten, not all of them over ten
+    assert len(numbers) <= int(finished.result["episodes"]) // 10 - 2
+    assert all(b"ftyp" in video.read_bytes()[:16] for video in videos)
+
+
+def test_only_environment_zero_of_rank_zero_is_recorded(tmp_path: Path) -> None:
+    def layers(env: gym.Env) -> Iterator[gym.Env]:
+        while isinstance(env, gym.Wrapper):
+            yield env
+            env = env.env
+
+    def recorded(rank: int) -> list[bool]:
+        envs = make_envs(PPOArgs(num_envs=3, capture_video=True), rank, tmp_path)
+        try:
+            return [any(isinstance(layer, RecordEpisodes) for layer in layers(env)) for env in envs.unwrapped.envs]
+        finally:
+            envs.close()
+
+    assert recorded(0) == [True, False, False]
+    assert recorded(1) == [False, False, False]
+
+
+def test_no_progress_bar_without_a_terminal_and_one_with_it(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "\r" not in finished.err
+    assert len(finished.err.splitlines()) == 1  # what runs where
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--total-timesteps", "1024", "--log-dir", str(tmp_path)])
+    assert main() == 0
+    assert "1.02k/1.02k" in terminal.getvalue() or "1024/1024" in terminal.getvalue()
+    assert re.search(r"return \d+\.\d", terminal.getvalue())
+
+
+def test_csv_logger_writes_a_row_for_each_entry_and_two_runs_of_a_second_have_two_folders(tmp_path: Path) -> None:
+    flags = ["--logger", "csv", "--total-timesteps", 1024, "--log-every", 512, "--log-dir", tmp_path]
+    first, second = call(main, *flags), call(main, *flags)
+    assert first.folder != second.folder
+    for finished in (first, second):
+        assert not list(finished.folder.glob("events*"))
+        with (finished.folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in rows] == [512, 1024]
+        assert rows[0].keys() >= TAGS - {"charts/episodic_return", "charts/episodic_length"}
+
+
+def test_without_save_model_no_checkpoint_is_written(tmp_path: Path) -> None:
+    finished = call(main, "--no-save-model", "--total-timesteps", 512, "--log-dir", tmp_path)
+    assert finished.result["checkpoint"] == "None"
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_weights_and_biases_work_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    variables = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    flags = ["--track", "--total-timesteps", 1024, "--log-every", 512, "--log-dir", tmp_path / "logs"]
+    ended = run(*PYTHON, PPO, *flags, variables=variables)
+    assert ended.code == 0, ended.report()
+    folder = run_folder(tmp_path / "logs")
+    assert list(folder.glob("wandb/offline-run-*/*.wandb")), list(folder.rglob("*"))
+    assert not list(folder.glob("events*"))
