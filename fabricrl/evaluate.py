@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -20,7 +21,6 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fabricrl.envs import check_env, make_env
-from fabricrl.envs.spaces import describe
 from fabricrl.envs.vector import ReportFailures
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.utils.checkpoint import check_spaces, load_checkpoint, restore
@@ -68,7 +68,7 @@ def summary(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float | int]:
 def evaluate(state: dict[str, Any], greedy: bool, options: argparse.Namespace, video_folder: Path) -> dict[str, Any]:
     """Plays one mode, greedy or sampled, on environments of its own."""
     utils = importlib.import_module(f"fabricrl.algos.{state['algo']}.utils")
-    args = utils.ARGS(**{name: tuple(v) if isinstance(v, list) else v for name, v in state["args"].items()})
+    args = SimpleNamespace(**state["args"])
     one = options.render or options.capture_video  # one environment is watched, so it plays all episodes
     mode = "greedy" if greedy else "sampled"
     num_envs = 1 if one else min(options.episodes, options.num_envs)
@@ -82,7 +82,6 @@ def evaluate(state: dict[str, Any], greedy: bool, options: argparse.Namespace, v
     envs = ReportFailures(
         SyncVectorEnv([partial(build, i) for i in range(num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
     )
-    check_spaces(state["spaces"], describe(envs))
     agent = utils.make_agent(args, envs)
     restore(agent, state["agent"], options.path)
     policy = utils.make_policy(agent.eval(), envs, greedy, stream_seed(options.seed, int(greedy)))
@@ -115,7 +114,8 @@ def main() -> int:
     except ModuleNotFoundError as error:
         raise CheckpointError(f"{found} was made by {state['algo']}, which this version does not have") from error
     mode = "human" if options.render else "rgb_array" if options.capture_video else None
-    check_env(state["args"]["env_id"], state["args"]["env_kwargs"], utils.ACTION_SPACES, mode)
+    spaces = check_env(state["args"]["env_id"], state["args"]["env_kwargs"], utils.ACTION_SPACES, mode)
+    check_spaces(state["spaces"], spaces)
     video_folder = found.parent.parent / "videos" / found.stem
     modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
     results = {mode: evaluate(state, mode == "greedy", options, video_folder) for mode in modes}

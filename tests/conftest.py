@@ -1,5 +1,6 @@
 """What all tests share: one thread, a run folder that goes away, and a script's `main` called in this process."""
 
+import contextlib
 import json
 import re
 import signal
@@ -73,7 +74,8 @@ def on_ranks(world_size: int, function: Callable[[Any], Any]) -> list[Any]:
     return results
 
 
-SINGLE = SimpleNamespace(world_size=1, global_rank=0, device=torch.device("cpu"))  # one rank: no collectives
+# One rank in full precision: no collectives
+SINGLE = SimpleNamespace(world_size=1, global_rank=0, device=torch.device("cpu"), autocast=contextlib.nullcontext)
 
 
 @pytest.fixture

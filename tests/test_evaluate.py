@@ -84,10 +84,11 @@ def test_one_mode_can_be_chosen(trained: Finished) -> None:
 
 def test_sampled_actions_follow_the_probabilities_of_the_policy(trained: Finished) -> None:
     """A policy whose logits are constant, 0 and log 3, takes action 1 three times out of four, greedily always."""
-    from fabricrl.algos.ppo.utils import ARGS, make_agent, make_policy
+    from fabricrl.algos.ppo.args import PPOArgs
+    from fabricrl.algos.ppo.utils import make_agent, make_policy
 
     envs = SyncVectorEnv([lambda: gym.make("CartPole-v1")])
-    agent = make_agent(ARGS(), envs)
+    agent = make_agent(PPOArgs(), envs)
     with torch.no_grad():
         agent.actor.out.weight.zero_()
         agent.actor.out.bias.copy_(torch.tensor([0.0, np.log(3.0)]))

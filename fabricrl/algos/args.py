@@ -1,9 +1,10 @@
 """The arguments that every script accepts, and how a command line becomes a frozen dataclass."""
 
-import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
@@ -62,7 +63,7 @@ class StandardArgs:
 
     # --- hardware
     accelerator: str | None = arg(
-        None, "cpu (default: faster for small networks), cuda, mps, auto", "hardware and launching"
+        None, "cpu (default: faster for small networks), cuda, auto", "hardware and launching"
     )
     cuda: bool = arg(False, "the same as --accelerator cuda")
     devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; default 1")
@@ -93,6 +94,9 @@ class StandardArgs:
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
         clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
         require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
+        if self.track or self.logger == "wandb":
+            there = importlib.util.find_spec("wandb") is not None
+            require(there, "logger", "wandb", "another one, or wandb after: pip install 'fabricrl[wandb]'")
         self._check_json()
         self._check_log_dir()
 
@@ -125,85 +129,78 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         ConfigError: an unknown flag, or a value that is not allowed.
         CheckpointError: `--resume` names something that cannot be resumed.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=None)
-    first.add_argument("--resume", default=None)
-    with contextlib.suppress(argparse.ArgumentError), contextlib.redirect_stderr(io.StringIO()):
-        early, _ = first.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")] or [""])
     defaults: dict[str, Any] = {}
-    if early.resume is not None:
-        state, _ = load_checkpoint(early.resume, algo)
-        known = {field.name for field in dataclasses.fields(kind)}
-        defaults = {name: _tupled(value) for name, value in state["args"].items() if name in known - _not_resumed()}
-    elif early.preset is not None:
-        require(early.preset in (presets or {}), "preset", early.preset, f"one of {', '.join(presets or {})}")
-        defaults = (presets or {})[early.preset]
-    given = _parse_flags(kind, defaults)
-    return kind(**given)
+    preset = _early("--preset")
+    if (resume := _early("--resume")) is not None:
+        if preset is not None:
+            raise ConfigError(f"--preset {preset} beside --resume: a run that is resumed keeps the arguments it has")
+        state, _ = load_checkpoint(resume, algo)
+        inherited = {field.name for field in dataclasses.fields(kind)} - _not_resumed()
+        defaults = {name: value for name, value in state["args"].items() if name in inherited}
+    elif preset is not None:
+        require(preset in (presets or {}), "preset", preset, f"one of {', '.join(presets or {})}")
+        defaults = {"preset": preset, **(presets or {})[preset]}
+    return kind(**_parse_flags(kind, defaults))
+
+
+def _early(flag: str) -> str | None:
+    """What is given for a flag that the defaults of the others depend on."""
+    words = sys.argv[1:]
+    given = [after for word, after in itertools.pairwise(words) if word == flag]
+    given += [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+    return given[-1] if given and given[-1] != "None" else None
 
 
 def _not_resumed() -> set[str]:
     """Arguments that say where this process stands, not what the run is; another launcher brings its own."""
-    launched = "LT_CLI_USED" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    choices = {"accelerator", "cuda", "devices", "strategy", "num_nodes", "precision"} if launched else set()
+    if "LT_CLI_USED" in os.environ:
+        choices = {"accelerator", "cuda", "devices", "strategy", "num_nodes", "precision"}
+    else:
+        choices = {"devices", "num_nodes"} if "TORCHELASTIC_RUN_ID" in os.environ else set()
     return {"resume", "node_rank", "main_address", "main_port"} | choices
 
 
 def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Values by field name. tyro shows one box of help for each nested dataclass, so each section becomes one."""
-    sections: dict[str, list[tuple]] = {}
-    group = ""
-    for field in dataclasses.fields(kind):
-        group = field.metadata.get("group") or group
-        default = defaults.get(field.name, field.default)
-        help_text = tyro.conf.arg(help=field.metadata["help"])
-        part = (field.name, _annotated(field.type, help_text), dataclasses.field(default=default))
-        sections.setdefault(group, []).append(part)
-    own = [name for name in sections if name not in _standard_groups()]
-    order = [*list(sections)[:1], *own, *[name for name in list(sections)[1:] if name not in own]]
-    parts = []
-    for name in order:
-        section = dataclasses.make_dataclass(re.sub(r"\W+", "_", name), sections[name], frozen=True)
-        section.__doc__ = ""
-        key = re.sub(r"\W+", "_", name)
-        parts.append((key, _annotated(section, tyro.conf.OmitArgPrefixes), dataclasses.field(default=section())))
-    whole = dataclasses.make_dataclass("Arguments", parts, frozen=True)
+    """The arguments by name. tyro draws a box of help for each nested dataclass, so each section becomes one."""
+    sections = _sections(kind, defaults)
+    boxes = []
+    for title, fields in sections.items():
+        box = dataclasses.make_dataclass(title, fields, frozen=True)
+        box.__doc__ = ""  # tyro would print the one that is made up
+        boxes.append((title, Annotated[box, tyro.conf.OmitArgPrefixes], dataclasses.field(default=box())))
     description = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            parsed = tyro.cli(whole, description=description, compact_help=False)
-    except SystemExit as exit_:
-        if exit_.code == 0:  # --help
+            parsed: Any = tyro.cli(dataclasses.make_dataclass("Arguments", boxes, frozen=True), description=description)
+    except SystemExit as end:
+        if end.code == 0:  # --help
             raise
         _complain(errors.getvalue())
-    return {
-        field.name: getattr(getattr(parsed, part[0]), field.name)
-        for part in parts
-        for field in dataclasses.fields(part[2].default)
-    }
+    return {name: getattr(getattr(parsed, title), name) for title, fields in sections.items() for name, *_ in fields}
 
 
-def _standard_groups() -> set[str]:
-    return {field.metadata["group"] for field in dataclasses.fields(StandardArgs) if field.metadata["group"]}
-
-
-def _annotated(kind: Any, *marks: Any) -> Any:
-    from typing import Annotated
-
-    return Annotated[(kind, *marks)]
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _sections(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str, list[tuple]]:
+    """Title → fields (name, type, default): the environment, then what the algorithm adds, then the rest."""
+    sections: dict[str, list[tuple]] = {}
+    title = ""
+    for field in dataclasses.fields(kind):
+        title = re.sub(r"\W+", "_", field.metadata["group"] or title)
+        kind_and_help = Annotated[field.type, tyro.conf.arg(help=field.metadata["help"])]
+        default = dataclasses.field(default=defaults.get(field.name, field.default))
+        sections.setdefault(title, []).append((field.name, kind_and_help, default))
+    standard = [
+        re.sub(r"\W+", "_", f.metadata["group"]) for f in dataclasses.fields(StandardArgs) if f.metadata["group"]
+    ]
+    rank = {title: len(sections) + i if i else -1 for i, title in enumerate(standard)}
+    return dict(sorted(sections.items(), key=lambda item: rank.get(item[0], 0)))
 
 
 def _complain(text: str) -> NoReturn:
     """One line out of tyro's box: what is wrong, and the flag that was probably meant."""
     boxed = "╭" in text  # elsewhere, on terminals without such characters, a title and a rule come first
-    lines = [line.strip("│ ") for line in text.splitlines() if line.strip() and line[0] not in "╭╰"][
-        0 if boxed else 2 :
-    ]
+    lines = [line.strip("│ ") for line in text.splitlines() if line.strip() and line[0] not in "╭╰"]
+    lines = lines if boxed else lines[2:]
     rules = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}]
     head = " ".join(lines[: rules[0] if rules else len(lines)])
     meant = [lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")]

@@ -11,8 +11,8 @@ class RolloutBuffer:
     """T steps of N environments, on the CPU, for on-policy algorithms.
 
     Row t holds the observation of step t, the action drawn for it, and what the environment answered. Row T of `obs`
-    is the observation that the next rollout starts from. Everything is written through NumPy views of the tensors:
-    no tensor is made, no list grows.
+    is the observation that the next rollout starts from. Everything is written through NumPy views of the tensors: a
+    step makes no tensor.
 
     Attributes:
         obs: [T + 1, N, *obs_shape]; actions: [T, N, A]; rewards: [T, N], as the environment gave them;
@@ -56,7 +56,6 @@ class RolloutBuffer:
         self._truncated[t] = truncated
         if truncated.any():
             for env in np.flatnonzero(truncated & ~terminated):
-                # A copy: the environment may write its next observation into the same array
                 self._final.append((t, int(env), np.array(infos["final_obs"][env], dtype=np.float32)))
 
     @property

@@ -1,6 +1,5 @@
 """Which observation and action spaces are supported, and how actions reach the environment."""
 
-import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space
 
@@ -51,9 +50,9 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     raise TypeError(f"no actions for {space}")
 
 
-def describe(envs: gym.vector.VectorEnv) -> dict[str, str]:
-    """The spaces as a checkpoint stores them and as messages print them."""
-    return {"obs": _text(envs.single_observation_space), "actions": _text(envs.single_action_space)}
+def describe(observation_space: Space, action_space: Space) -> dict[str, str]:
+    """A single environment's spaces as a checkpoint stores them and as messages print them."""
+    return {"obs": _text(observation_space), "actions": _text(action_space)}
 
 
 def _text(space: Space) -> str:

@@ -4,10 +4,11 @@ import atexit
 import difflib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import gymnasium as gym
 from gymnasium.spaces import Space
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from fabricrl.envs.spaces import check_action_space, check_observation_space, is_flat
+from fabricrl.envs.spaces import check_action_space, check_observation_space, describe, is_flat
 from fabricrl.envs.wrappers import NameFailures, RecordEpisodes, shield_worker
 from fabricrl.utils.errors import ConfigError, EnvError
 
@@ -82,9 +83,10 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     kind = SyncVectorEnv if args.vectorization == "sync" else AsyncVectorEnv
     try:
         envs = kind(thunks, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-    except (ConfigError, EnvError):
-        raise
     except Exception as error:
+        _kill(multiprocessing.active_children())  # workers ignore the signal that would end them at exit
+        if isinstance(error, ConfigError | EnvError):
+            raise
         raise EnvError(f"environments of {args.env_id} cannot be built: {type(error).__name__}: {error}") from error
     return ReportFailures(envs)
 
@@ -110,6 +112,8 @@ class ReportFailures(gym.vector.VectorWrapper):
 
     def abandon(self) -> None:
         """Ends the environments whatever state they are in; for the end of a process that may have failed."""
+        if isinstance(self.env, AsyncVectorEnv):
+            _kill(self.env.processes)
         if not self.env.closed:
             self.env.close(**({"terminate": True} if isinstance(self.env, AsyncVectorEnv) else {}))
 
@@ -126,8 +130,17 @@ class ReportFailures(gym.vector.VectorWrapper):
         return EnvError(f"environments failed in {call}: {type(error).__name__}: {error}")
 
 
-def check_env(env_id: str, env_kwargs: str, action_spaces: tuple[type[Space], ...], render_mode: str | None) -> None:
+def _kill(processes: Iterable[Any]) -> None:
+    for process in processes:
+        process.kill()
+
+
+def check_env(
+    env_id: str, env_kwargs: str, action_spaces: tuple[type[Space], ...], render_mode: str | None
+) -> dict[str, str]:
     """Builds one environment and throws it away, so that mistakes are told before anything starts.
+
+    Returns its spaces as `describe` does for those that `make_envs` builds.
 
     Raises:
         ConfigError: the environment cannot be had, or has spaces that are not supported, or cannot be rendered.
@@ -140,6 +153,8 @@ def check_env(env_id: str, env_kwargs: str, action_spaces: tuple[type[Space], ..
         modes = env.metadata.get("render_modes", [])
         if render_mode is not None and render_mode not in modes:
             raise ConfigError(f"{env_id} cannot be rendered as {render_mode!r}, only as {modes}")
+        flat = env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
+        return describe(flat.observation_space, flat.action_space)
     finally:
         env.close()
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ PR_SET_PDEATHSIG = 1
 
 
 class NameFailures(gym.Wrapper):
-    """Turns what an environment raises into an EnvError with its index, which also crosses a pipe unharmed."""
+    """Turns what an environment raises into an EnvError with its index, which also crosses a pipe unharmed.
+
+    And copies an episode's last observation: the reset that follows at once may write into the same array.
+    """
 
     def __init__(self, env: gym.Env, index: int) -> None:
         super().__init__(env)
@@ -32,9 +36,10 @@ class NameFailures(gym.Wrapper):
 
     def step(self, action: Any) -> tuple:
         try:
-            return self.env.step(action)
+            obs, reward, terminated, truncated, info = self.env.step(action)
         except Exception as error:
             raise self._named("step", error) from error
+        return (deepcopy(obs) if terminated or truncated else obs), reward, terminated, truncated, info
 
     def _named(self, call: str, error: Exception) -> EnvError:
         traceback.print_exception(error)
@@ -76,11 +81,11 @@ class RecordEpisodes(gym.wrappers.RecordVideo):
 def shield_worker() -> None:
     """In the process of one asynchronous environment: leave signals to the script, and never outlive it.
 
-    A worker leads a session of its own, so that Ctrl-C reaches the script alone and the iteration can end; on Linux
-    the kernel ends it with its parent, however that died.
+    It ignores them, so that the iteration can end when a whole job is told to stop; on Linux the kernel ends it with
+    its parent, however that died.
     """
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

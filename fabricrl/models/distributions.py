@@ -25,8 +25,9 @@ class CategoricalHead(nn.Module):
         self.num_actions, self.size, self.most = len(choices), sum(choices), max(choices)
         self.noise_size = self.num_actions * self.most
         self.uneven = len(set(choices)) > 1
-        mask = torch.arange(self.most) < torch.tensor(choices)[:, None]  # [A, most]
-        self.register_buffer("mask", mask, persistent=False)
+        if self.uneven:
+            mask = torch.arange(self.most) < torch.tensor(choices)[:, None]  # [A, most]
+            self.register_buffer("mask", mask, persistent=False)
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
         """Gumbel-max: argmax(logits + Gumbel noise) is distributed as softmax(logits)."""
@@ -49,6 +50,7 @@ class CategoricalHead(nn.Module):
         """[*, size] → [*, A, most]; what pads variables with fewer choices is very unlikely."""
         if not self.uneven:
             return params.view(*params.shape[:-1], self.num_actions, self.most)
+        params = params.to(torch.promote_types(params.dtype, torch.float32))  # half precision does not have -1e8
         padded = params.new_full((*params.shape[:-1], self.num_actions, self.most), -1e8)
         return padded.masked_scatter(self.mask.expand_as(padded), params)
 

@@ -83,7 +83,7 @@ def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str
     Raises:
         CheckpointError: missing, truncated, altered, of another format or another algorithm than `algo`.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if not path.is_dir():
         state, found = _read(path), path
     else:

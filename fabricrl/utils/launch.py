@@ -1,6 +1,7 @@
 """Starting and ending a script: Fabric under every launcher, signals, and errors that all ranks agree on."""
 
 import os
+import random
 import signal
 import socket
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.ranks import all_gather, all_max
+from fabricrl.utils.utils import require
 
 DEFAULT_PORT = 29400
 
@@ -35,7 +38,6 @@ def launch(args: Any) -> Fabric:
     if args.cuda:
         options.setdefault("accelerator", "cuda")
     if "LT_CLI_USED" in os.environ:
-        _check_precision(os.environ.get("LT_PRECISION", "32-true"))
         _refuse(options, [name for name in options if f"LT_{name.upper()}" in os.environ])
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         _refuse(options, [name for name in options if name in ("devices", "num_nodes")])
@@ -46,6 +48,8 @@ def launch(args: Any) -> Fabric:
         _set_nodes(args)
     if "LT_ACCELERATOR" not in os.environ:
         options.setdefault("accelerator", "cpu")  # small networks train slower on a GPU
+    _check_choice("precision", options, ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16"))
+    _check_choice("strategy", options, ("auto", "ddp"))
     try:
         fabric = Fabric(**options)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
@@ -57,6 +61,8 @@ def launch(args: Any) -> Fabric:
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)  # the same on every rank: parameters start equal
+    random.seed(args.seed + fabric.global_rank)  # this and the next for environments that draw from global generators
+    np.random.seed(args.seed + fabric.global_rank)
     return fabric
 
 
@@ -149,7 +155,7 @@ def _report(message: str, code: int) -> None:
     """One line on standard error; mistakes in the arguments, which every rank makes alike, are told by the first."""
     told_by_first = code in (2, 3) and int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0
     if message and not told_by_first:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _outlive_launcher() -> None:
@@ -174,10 +180,10 @@ def _is_communication_error(error: RuntimeError) -> bool:
     )
 
 
-def _check_precision(precision: str) -> None:
-    """The launcher offers more than the scripts do: they keep observations and parameters in 32 bits."""
-    if precision not in ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16"):
-        raise ConfigError(f"--precision {precision} is not supported: it must be 32-true, bf16-mixed or 16-mixed")
+def _check_choice(name: str, options: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    """Launchers offer more than these scripts do: parameters and observations are whole on every rank, in 32 bits."""
+    given = options.get(name, os.environ.get(f"LT_{name.upper()}", allowed[0]))
+    require(given in allowed, name, given, f"one of {', '.join(allowed)}")
 
 
 def _refuse(options: dict[str, Any], names: list[str]) -> None:
@@ -190,7 +196,7 @@ def _refuse(options: dict[str, Any], names: list[str]) -> None:
 
 def _set_nodes(args: Any) -> None:
     """Tells Fabric's launcher where this node stands; on one node it finds a free port by itself."""
-    if args.num_nodes is None or args.num_nodes == 1:
+    if args.num_nodes is None or args.num_nodes == 1 or "SLURM_NTASKS" in os.environ:
         return
     os.environ["NODE_RANK"] = str(args.node_rank)
     os.environ["MASTER_ADDR"] = args.main_address

@@ -22,7 +22,6 @@ class EpisodeStatistics:
 
     def __init__(self, num_envs: int) -> None:
         self.returns: deque[float] = deque(maxlen=WINDOW)
-        self.lengths: deque[int] = deque(maxlen=WINDOW)
         self.count = 0
         self._unlogged: list[Tensor] = []  # [E, 2]
         self._return = np.zeros(num_envs)  # of the episodes that are still running
@@ -33,7 +32,6 @@ class EpisodeStatistics:
         ended = gather_rows(fabric, self._ended(rewards.numpy(), dones.numpy()))  # [E, 2]
         self._unlogged.append(ended)
         self.returns.extend(ended[:, 0].tolist())
-        self.lengths.extend(ended[:, 1].int().tolist())
         self.count += len(ended)
 
     def compute(self) -> dict[str, float]:
@@ -64,11 +62,10 @@ class EpisodeStatistics:
         return float(np.mean(self.returns)) if self.returns else float("nan")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"returns": list(self.returns), "lengths": list(self.lengths), "count": self.count}
+        return {"returns": list(self.returns), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.returns.extend(state["returns"])
-        self.lengths.extend(state["lengths"])
         self.count = state["count"]
 
 

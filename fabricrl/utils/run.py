@@ -1,26 +1,25 @@
 """A run's folder: its metrics, checkpoints, progress bar and result line. Only rank 0 writes."""
 
 import atexit
-import csv
 import dataclasses
 import json
 import math
 import re
 import sys
 import time
-import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
 from fabricrl.utils.checkpoint import save_checkpoint
 from fabricrl.utils.errors import ConfigError, OutputError
 from fabricrl.utils.launch import failing_together
+from fabricrl.utils.logger import make_logger
 from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.ranks import all_gather
 
@@ -42,30 +41,34 @@ class Run:
         self.checkpoint: Path | None = resumed
         self.first_step = self._logged_step = self._saved_step = step
         self._started = self._stopped = time.perf_counter()
-        self.folder = Path(fabric.broadcast(str(self._make_folder(resumed)) if fabric.global_rank == 0 else ""))
         self._logger: Logger | None = None
-        if fabric.global_rank == 0:
-            self._logger = _make_logger(args, self.folder, step)
-            cores = f"{args.num_threads} thread{'s' if args.num_threads > 1 else ''} each"
-            where = f"{fabric.world_size} rank{'s' if fabric.world_size > 1 else ''} on {fabric.device.type}, {cores}"
-            print(f"{algo} {args.env_id}: {where}; writing to {self.folder}", file=sys.stderr, flush=True)
-        hidden = fabric.global_rank > 0 or not sys.stderr.isatty()
-        self._bar = tqdm(total=args.total_timesteps, initial=step, disable=hidden, unit=" steps", smoothing=0.05)
+        self._bar: tqdm | None = None
+        folder = ""
+        with failing_together(fabric):
+            if fabric.global_rank == 0:
+                folder = str(self._make_folder(resumed))
+        self.folder = Path(fabric.broadcast(folder))
+
+    def start(self) -> None:
+        """Just before the first reset: opens the logs, and counts steps per second from here. All ranks call it.
+
+        Until then nothing of a run that is resumed has been touched.
+        """
+        with failing_together(self.fabric):
+            if self.fabric.global_rank == 0:
+                self._open_logs()
         atexit.register(self.close)
+        self._started = self._stopped = time.perf_counter()
 
     @property
     def videos(self) -> Path:
         """Where episodes are recorded; a run that goes on counts them anew, in a folder of its own."""
         return self.folder / "videos" / (f"from_step_{self.first_step}" if self.first_step else "")
 
-    def start_clock(self) -> None:
-        """The first reset: steps per second are counted from here."""
-        self._started = self._stopped = time.perf_counter()
-
     def advance(self, step: int, mean_return: float) -> None:
         """After an iteration: moves the bar, and the moment up to which steps per second are counted."""
         self._stopped = time.perf_counter()
-        if not self._bar.disable:
+        if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             self._bar.update(step - self._bar.n)
 
@@ -81,8 +84,6 @@ class Run:
         self._logged_step = step
         if self._logger is not None:
             self._logger.log_metrics(metrics, step)
-            if isinstance(self._logger, CSVLogger):
-                self._logger.save()  # left alone, it writes at steps that are multiples of a number and may never come
 
     def wants_checkpoint(self, step: int, last: bool) -> bool:
         """Whether a multiple of `checkpoint_every` has been passed since the last checkpoint, or the run ends."""
@@ -118,26 +119,41 @@ class Run:
 
     def close(self) -> None:
         """Flushes what is still held back; harmless when called again."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         if self._logger is not None:
             self._logger.finalize("success")
             self._logger = None
         atexit.unregister(self.close)
 
+    def _open_logs(self) -> None:
+        arguments = dataclasses.asdict(self.args)
+        kind = "wandb" if self.args.track else self.args.logger
+        try:
+            (self.folder / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+            self._logger = make_logger(kind, self.folder, self.first_step, arguments)
+        except OSError as error:
+            raise OutputError(f"cannot write into {self.folder}: {error.strerror}") from error
+        ranks, threads = self.fabric.world_size, self.args.num_threads
+        where = (
+            f"{ranks} rank{'s' * (ranks > 1)} on {self.fabric.device.type}, {threads} thread{'s' * (threads > 1)} each"
+        )
+        print(f"{self.algo} {self.args.env_id}: {where}; writing to {self.folder}", file=sys.stderr, flush=True)
+        total, hidden = self.args.total_timesteps, not sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=self.first_step, disable=hidden, unit=" steps", smoothing=0.05)
+
     def _make_folder(self, resumed: Path | None) -> Path:
-        """Goes on in the resumed run's folder if its newest checkpoint is resumed; an older one begins a new run."""
+        """That of the run that is resumed, if it was named or its newest checkpoint was; else a new one."""
         if resumed is not None and (resumed.parent.parent / "args.json").exists():
             newest = max(resumed.parent.glob("step_*.ckpt"), default=None)
-            if newest == resumed:
+            if newest == resumed or Path(self.args.resume).is_dir():
                 return resumed.parent.parent
         env = re.sub(r"[^\w.-]", "_", self.args.env_id)
         name = f"{self.args.exp_name or self.algo}_{self.args.seed}_{datetime.now():%Y%m%d-%H%M%S}"
         try:
-            folder = _fresh_folder(Path(self.args.log_dir) / self.algo / env, name)
-            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=2) + "\n")
+            return _fresh_folder(Path(self.args.log_dir) / self.algo / env, name)
         except OSError as error:
             raise ConfigError(f"--log-dir {self.args.log_dir} cannot be written: {error.strerror}") from error
-        return folder
 
 
 def rank_generators(fabric: Fabric, *generators: torch.Generator) -> torch.Tensor:
@@ -166,48 +182,3 @@ def _fresh_folder(parent: Path, name: str) -> Path:
             continue
         return folder
     raise OutputError(f"no free name for a run folder beside {folder}")
-
-
-def _make_logger(args: Any, folder: Path, step: int) -> Logger:
-    kind = "wandb" if args.track else args.logger
-    hyperparameters = dataclasses.asdict(args)
-    logger: Logger
-    if kind == "wandb":
-        try:
-            from lightning.pytorch.loggers import WandbLogger
-
-            logger = WandbLogger(
-                name=folder.name,
-                save_dir=folder,
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                id=folder.name,
-                resume="allow",
-            )
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                "--logger wandb needs a package that is not here: pip install 'fabricrl[wandb]'"
-            ) from error
-    elif kind == "csv":
-        return _csv_logger(folder, step)
-    else:
-        # Entries after the checkpoint that is resumed are hidden: the run is about to write them again
-        logger = TensorBoardLogger(folder, name="", version="", default_hp_metric=False, purge_step=step + 1 or None)
-    logger.log_hyperparams(hyperparameters)
-    return logger
-
-
-def _csv_logger(folder: Path, step: int) -> CSVLogger:
-    """Goes on in the folder's metrics.csv: the entries up to `step` stay, those after it are about to come again."""
-    path = folder / "metrics.csv"
-    earlier = list(csv.DictReader(path.open())) if path.exists() else []
-    logger = CSVLogger(folder, name="", version="")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it deletes the file: hence the copy
-        assert logger.experiment
-    if earlier:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, earlier[0])
-            writer.writeheader()
-            writer.writerows(row for row in earlier if int(row["step"]) <= step)
-    return logger

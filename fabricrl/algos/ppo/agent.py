@@ -16,8 +16,8 @@ class PPOAgent(nn.Module):
         actor:  obs [*, D] → (normalise) → MLP → head: distribution of actions [*, A]
         critic: obs [*, D] → (normalise) → MLP → value [*]
 
-    `forward` is the one gradient path, and what DDP wraps. It takes observations as `prepare` returns them: they are
-    normalised once a rollout, not once a minibatch.
+    `forward` is the one gradient path. It takes observations as `prepare` returns them: they are normalised once a
+    rollout, not once a minibatch.
 
     Args:
         obs_size: D.

@@ -12,7 +12,6 @@ from fabricrl.utils.utils import require
 PRESETS: dict[str, dict[str, Any]] = {
     "classic": {},
     "mujoco": {
-        "preset": "mujoco",
         "total_timesteps": 1_000_000,
         "learning_rate": 3e-4,
         "num_envs": 1,

@@ -19,7 +19,7 @@ from fabricrl.algos.ppo.loss import approx_kl, clip_fraction, entropy_loss, poli
 from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent
 from fabricrl.data.buffers import RolloutBuffer
 from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.spaces import describe, env_actions
+from fabricrl.envs.spaces import env_actions
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, restore
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
@@ -44,14 +44,16 @@ def rollout(player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer, rng: torch.Gen
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
     num_steps, device = len(rb.actions), next(player.parameters()).device
     noise = player.head.noise(rb.actions.shape[:2], rng).to(device).unbind()  # T × [N, noise_size]
-    for t in range(num_steps):
-        actions = player.act(rb.obs_rows[t].to(device), noise[t]).cpu().numpy()  # [N, A]
-        clock.lap("act")
-        step = envs.step(env_actions(envs.single_action_space, actions))
-        clock.lap("env")
-        rb.add(t, actions, *step)
-    if problem := rb.first_bad():
-        raise NonFiniteError(problem)
+    try:
+        for t in range(num_steps):
+            actions = player.act(rb.obs_rows[t].to(device), noise[t]).cpu().numpy()  # [N, A]
+            clock.lap("act")
+            step = envs.step(env_actions(envs.single_action_space, actions))
+            clock.lap("env")
+            rb.add(t, actions, *step)
+    finally:
+        if problem := rb.first_bad():  # also if an environment choked on the action that NaN led to
+            raise NonFiniteError(problem)
 
 
 @torch.no_grad()
@@ -70,8 +72,10 @@ def returns_and_advantages(
         rewards[t, env] += args.gamma * player.value(final_obs.to(fabric.device)).cpu()  # truncated, not terminated
     inputs = player.prepare(rb.obs.to(fabric.device))  # [T + 1, N, D]
     actions = rb.actions.to(fabric.device)
-    logprobs, _, values = player(inputs[:-1], actions)  # [T, N]: the policy has not changed since it acted
-    next_values = player.critic(inputs[-1]).squeeze(-1)  # [N]
+    with fabric.autocast():  # as in the update, so that the first ratio is 1 in any precision
+        logprobs, _, values = player(inputs[:-1], actions)  # [T, N]: the policy has not changed since it acted
+        next_values = player.critic(inputs[-1]).squeeze(-1)  # [N]
+    logprobs, values, next_values = logprobs.float(), values.float(), next_values.float()
     advantages, returns = gae(rewards, values.cpu(), dones, next_values.cpu(), args.gamma, args.gae_lambda)
     columns = {"advantages": advantages.to(fabric.device), "returns": returns.to(fabric.device), "values": values}
     columns |= {"obs": inputs[:-1], "actions": actions, "logprobs": logprobs}
@@ -110,7 +114,11 @@ def train(
     clip_coef: float,
     ent_coef: float,
 ) -> dict[str, Tensor]:
-    """The update: epochs of minibatch steps. Returns the losses of all minibatches, still on the device."""
+    """The update: epochs of minibatch steps. Returns the losses of all minibatches, still on the device.
+
+    Raises:
+        NonFiniteError: a loss or a parameter is NaN or infinite, as it is once a gradient was.
+    """
     history: list[tuple[Tensor, Tensor]] = []
     coefs = compiled_coefs(fabric, clip_coef, ent_coef) if args.compile else (clip_coef, ent_coef)
     for _ in range(args.update_epochs):
@@ -130,8 +138,12 @@ def train(
             break  # all ranks or none: the mean over ranks decides
     losses, logratios = (torch.stack(column) for column in zip(*history, strict=True))  # [K, 3], [K, B]
     metrics = {"losses/policy_loss": losses[:, 0], "losses/value_loss": losses[:, 1], "losses/entropy": -losses[:, 2]}
-    metrics |= {"losses/old_approx_kl": -logratios, "losses/approx_kl": approx_kl(logratios)}
+    metrics |= {"losses/old_approx_kl": -logratios.mean(), "losses/approx_kl": approx_kl(logratios)}
     metrics["losses/clipfrac"] = clip_fraction(logratios, clip_coef)
+    finite = torch.stack([value.isfinite().all() for value in (flat.vector, *metrics.values())])
+    if not finite.all():
+        names = [name for name, good in zip(("parameters", *metrics), finite.tolist(), strict=True) if not good]
+        raise NonFiniteError(f"not finite after the update: {', '.join(names)}")
     return metrics
 
 
@@ -153,13 +165,18 @@ def compile_ahead(fabric: Fabric, objective: nn.Module, flat: FlatParameters, rb
 
 def main() -> int:
     args = parse(PPOArgs, "ppo", PRESETS)
-    check_env(args.env_id, args.env_kwargs, ACTION_SPACES, "rgb_array" if args.capture_video else None)
+    spaces = check_env(args.env_id, args.env_kwargs, ACTION_SPACES, "rgb_array" if args.capture_video else None)
+    state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
+    global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
 
     # --- Fabric, seed, run folder
     fabric = launch(args)
     stop = StopSignal()
-    state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
-    global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
+    batch_size = args.num_steps * args.num_envs * fabric.world_size  # steps an iteration takes
+    require(batch_size <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {batch_size}")
+    if state:
+        check_batch(state, args, fabric.world_size)
+        check_spaces(state["spaces"], spaces)
     run = Run(fabric, args, "ppo", resumed, global_step)
     act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
 
@@ -177,27 +194,22 @@ def main() -> int:
 
     # --- Metrics and buffer
     episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
-    clock = Stopwatch("env", "act", "train", "comm", "log")
     obs_shape, head = envs.single_observation_space.shape, player.head
     rb = RolloutBuffer(args.num_steps, args.num_envs, obs_shape, head.num_actions, head.dtype)
     carry = torch.zeros(args.num_envs)  # discounted reward so far, [N]
 
     # --- Counters
-    batch_size = args.num_steps * args.num_envs * fabric.world_size  # steps an iteration takes
-    require(batch_size <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {batch_size}")
     if state:
-        check_batch(state, args, fabric.world_size)
-        check_spaces(state["spaces"], describe(envs))
         restore(player, state["agent"], str(resumed))
         optimizer.load_state_dict(state["optimizer"])
         episodes.load_state_dict(state["episodes"])
         restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
         run.best_return = state["best_return"]
-
     if args.compile:
         compile_ahead(fabric, objective, flat, rb, args)
 
-    run.start_clock()
+    run.start()
+    clock = Stopwatch("env", "act", "train", "comm", "log")
     with failing_together(fabric):
         obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
     rb.start(obs)
@@ -207,6 +219,7 @@ def main() -> int:
         # 1. Rollout
         with failing_together(fabric):
             rollout(player, envs, rb, act_rng, clock)
+        clock.lap("comm")
         global_step += batch_size
 
         # 2. Returns and advantages
@@ -218,9 +231,8 @@ def main() -> int:
         clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
         ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
         optimizer.param_groups[0]["lr"] = learning_rate
-        losses.update(train(fabric, objective, flat, optimizer, data, train_rng, args, clip_coef, ent_coef))
-        if not flat.vector.isfinite().all():  # equal on all ranks, so that one line is enough
-            raise NonFiniteError("a loss or gradient was not finite" if fabric.is_global_zero else "")
+        with failing_together(fabric):
+            losses.update(train(fabric, objective, flat, optimizer, data, train_rng, args, clip_coef, ent_coef))
         if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
             player.obs_normalizer.update(rb.obs[:-1].to(fabric.device), fabric)
         clock.lap("train")
@@ -239,7 +251,7 @@ def main() -> int:
         # 5. Checkpoint
         if run.wants_checkpoint(global_step, last):
             state = {
-                "spaces": describe(envs),
+                "spaces": spaces,
                 "agent": player.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "episodes": episodes.state_dict(),

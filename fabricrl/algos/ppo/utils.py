@@ -9,10 +9,8 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import VectorEnv
 
 from fabricrl.algos.ppo.agent import PPOAgent
-from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.envs.spaces import env_actions
 
-ARGS = PPOArgs
 ACTION_SPACES = (Discrete, MultiDiscrete, MultiBinary, Box)
 
 
