@@ -138,7 +138,7 @@ def train(
             break  # all ranks or none: the mean over ranks decides
     losses, logratios = (torch.stack(column) for column in zip(*history, strict=True))  # [K, 3], [K, B]
     metrics = {"losses/policy_loss": losses[:, 0], "losses/value_loss": losses[:, 1], "losses/entropy": -losses[:, 2]}
-    metrics |= {"losses/old_approx_kl": -logratios.mean(), "losses/approx_kl": approx_kl(logratios)}
+    metrics |= {"losses/old_approx_kl": -logratios.mean(1), "losses/approx_kl": approx_kl(logratios)}
     metrics["losses/clipfrac"] = clip_fraction(logratios, clip_coef)
     finite = torch.stack([value.isfinite().all() for value in (flat.vector, *metrics.values())])
     if not finite.all():
