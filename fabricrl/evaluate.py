@@ -23,7 +23,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from fabricrl.envs import check_env, make_env
 from fabricrl.envs.vector import ReportFailures
 from fabricrl.envs.wrappers import NameFailures
-from fabricrl.utils.checkpoint import check_spaces, load_checkpoint, restore
+from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpoint, reading, restore
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.launch import run_script
 from fabricrl.utils.utils import require, stream_seed
@@ -82,8 +82,9 @@ def evaluate(state: dict[str, Any], greedy: bool, options: argparse.Namespace, v
     envs = ReportFailures(
         SyncVectorEnv([partial(build, i) for i in range(num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
     )
-    agent = utils.make_agent(args, envs)
-    restore(agent, state["agent"], options.path)
+    with reading(options.path):
+        agent = utils.make_agent(args, envs)
+        restore(agent, state["agent"])
     policy = utils.make_policy(agent.eval(), envs, greedy, stream_seed(options.seed, int(greedy)))
     try:
         return summary(*play(envs, policy, options.episodes, options.seed))
@@ -103,19 +104,22 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     options = parser.parse_args()
     require(options.episodes >= 1, "episodes", options.episodes, "at least 1")
+    require(0 <= options.seed < 2**31, "seed", options.seed, "between 0 and 2^31 - 1")
     require(options.num_envs >= 1, "num_envs", options.num_envs, "at least 1")
     if options.render and options.capture_video:
         raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
     torch.set_num_threads(1)
 
     state, found = load_checkpoint(options.path)
+    check_contents(state, found)
     try:
         utils = importlib.import_module(f"fabricrl.algos.{state['algo']}.utils")
     except ModuleNotFoundError as error:
         raise CheckpointError(f"{found} was made by {state['algo']}, which this version does not have") from error
     mode = "human" if options.render else "rgb_array" if options.capture_video else None
-    spaces = check_env(state["args"]["env_id"], state["args"]["env_kwargs"], utils.ACTION_SPACES, mode)
-    check_spaces(state["spaces"], spaces)
+    with reading(found):
+        env_id, env_kwargs = state["args"]["env_id"], state["args"]["env_kwargs"]
+    check_spaces(state["spaces"], check_env(env_id, env_kwargs, utils.ACTION_SPACES, mode))
     video_folder = found.parent.parent / "videos" / found.stem
     modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
     results = {mode: evaluate(state, mode == "greedy", options, video_folder) for mode in modes}

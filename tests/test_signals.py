@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -121,6 +122,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     with started(*PYTHON, PPO, *flags, *log_under(tmp_path), cwd=tmp_path) as running:
         wait_for((tmp_path / "stepping").exists, running)
         os.kill(running.process.pid, signal.SIGINT)
+        time.sleep(1.2)  # sooner it would count as the same
         (tmp_path / "stepping").unlink()
         wait_for((tmp_path / "stepping").exists, running)  # the first one alone does not end it
         os.kill(running.process.pid, signal.SIGINT)

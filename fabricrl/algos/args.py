@@ -10,13 +10,14 @@ import math
 import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
-from fabricrl.utils.checkpoint import load_checkpoint
+from fabricrl.utils.checkpoint import load_checkpoint, reading
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.utils import require
 
@@ -108,7 +109,7 @@ class StandardArgs:
         require(valid, "env_kwargs", repr(self.env_kwargs), """a JSON object such as '{"continuous": true}'""")
 
     def _check_log_dir(self) -> None:
-        folder = Path(self.log_dir).absolute()
+        folder = Path(self.log_dir).expanduser().absolute()
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
@@ -137,6 +138,8 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         state, _ = load_checkpoint(resume, algo)
         inherited = {field.name for field in dataclasses.fields(kind)} - _not_resumed()
         defaults = {name: value for name, value in state["args"].items() if name in inherited}
+        with reading(resume):
+            kind(**defaults | {"log_dir": tempfile.gettempdir()})  # where it writes now is another matter
     elif preset is not None:
         require(preset in (presets or {}), "preset", preset, f"one of {', '.join(presets or {})}")
         defaults = {"preset": preset, **(presets or {})[preset]}

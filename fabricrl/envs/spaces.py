@@ -1,7 +1,7 @@
 """Which observation and action spaces are supported, and how actions reach the environment."""
 
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, flatdim
 
 from fabricrl.utils.errors import ConfigError
 
@@ -17,6 +17,8 @@ def check_observation_space(space: Space) -> None:
                 raise ConfigError(f"observation space {space} has an unsupported part {key!r}: {part}; {SUPPORTED}")
     elif not isinstance(space, VECTOR_SPACES):
         raise ConfigError(f"observation space {space} is not supported; {SUPPORTED}")
+    if not flatdim(space):
+        raise ConfigError(f"observation space {space} is empty")
 
 
 def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None:
@@ -24,6 +26,8 @@ def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None
     if not isinstance(space, supported):
         names = ", ".join(kind.__name__ for kind in supported)
         raise ConfigError(f"action space {space} is not supported; supported are {names}")
+    if not flatdim(space):
+        raise ConfigError(f"action space {space} is empty")
     if isinstance(space, Box) and not np.issubdtype(space.dtype, np.floating):
         raise ConfigError(f"action space {space} is not supported: a Box must be of real numbers, not {space.dtype}")
 
@@ -46,7 +50,7 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     if isinstance(space, MultiBinary):
         return actions.reshape(-1, *space.shape).astype(space.dtype)
     if isinstance(space, Box):
-        return np.clip(actions.reshape(-1, *space.shape), space.low, space.high)
+        return np.clip(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype, copy=False)
     raise TypeError(f"no actions for {space}")
 
 

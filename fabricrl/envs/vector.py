@@ -1,6 +1,7 @@
 """Vector environments: construction, and failures that name the environment."""
 
 import atexit
+import contextlib
 import difflib
 import json
 import math
@@ -122,7 +123,7 @@ class ReportFailures(gym.vector.VectorWrapper):
             return error
         for index, process in enumerate(getattr(self.env, "processes", [])):
             process.join(0.1)
-            if process.exitcode:
+            if process.exitcode is not None:
                 how = (
                     signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
                 )
@@ -156,7 +157,8 @@ def check_env(
         flat = env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
         return describe(flat.observation_space, flat.action_space)
     finally:
-        env.close()
+        with contextlib.suppress(Exception):  # what it says at its end does not matter yet
+            env.close()
 
 
 def _construct(env_id: str, env_kwargs: str, kwargs: dict[str, Any]) -> gym.Env:
@@ -164,11 +166,11 @@ def _construct(env_id: str, env_kwargs: str, kwargs: dict[str, Any]) -> gym.Env:
         sys.path.insert(0, os.getcwd())  # `module` of one's own is looked for where the command was given
     try:
         return gym.make(env_id, disable_env_checker=True, **kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _construction_error(env_id, env_kwargs, error) from error
 
 
-def _construction_error(env_id: str, env_kwargs: str, error: Exception) -> ConfigError | EnvError:
+def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
     """What to tell a user whose environment could not be built."""
     missing = error if isinstance(error, ImportError) else error.__cause__
     text = " ".join(str(error).split())
@@ -181,6 +183,6 @@ def _construction_error(env_id: str, env_kwargs: str, error: Exception) -> Confi
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else "see gymnasium.pprint_registry() for those there are"
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {hint}")
-    if isinstance(error, TypeError) and "unexpected keyword argument" in text:
+    if isinstance(error, TypeError) and json.loads(env_kwargs):
         return ConfigError(f"--env-kwargs {env_kwargs} does not fit {env_id}: {text}")
     return EnvError(f"{env_id} cannot be built: {type(error).__name__}: {text}")

@@ -1,6 +1,5 @@
 """Single-environment wrappers that Gymnasium does not have, and what protects a run from its environments."""
 
-import ctypes
 import math
 import os
 import signal
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 from fabricrl.utils.errors import EnvError
-
-PR_SET_PDEATHSIG = 1
+from fabricrl.utils.launch import die_with_parent
 
 
 class NameFailures(gym.Wrapper):
@@ -27,21 +26,34 @@ class NameFailures(gym.Wrapper):
     def __init__(self, env: gym.Env, index: int) -> None:
         super().__init__(env)
         self.index = index
+        self._shape = env.observation_space.shape
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         try:
-            return self.env.reset(seed=seed, options=options)
-        except Exception as error:
+            obs, info = self.env.reset(seed=seed, options=options)
+        except BaseException as error:  # also SystemExit: an environment does not end a run quietly
             raise self._named("reset", error) from error
+        self._check(obs, "reset")
+        return obs, info
 
     def step(self, action: Any) -> tuple:
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
-        except Exception as error:
+            reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
+        except BaseException as error:
             raise self._named("step", error) from error
+        self._check(obs, "step")
         return (deepcopy(obs) if terminated or truncated else obs), reward, terminated, truncated, info
 
-    def _named(self, call: str, error: Exception) -> EnvError:
+    def _check(self, obs: Any, call: str) -> None:
+        """Shared memory would take an observation of another shape and spread it."""
+        if getattr(obs, "shape", None) != self._shape and np.shape(obs) != self._shape:
+            what = f"an observation of shape {np.shape(obs)} and type {np.asarray(obs).dtype}"
+            raise EnvError(
+                f"environment {self.index} returned from {call} {what}, its space is {self.observation_space}"
+            )
+
+    def _named(self, call: str, error: BaseException) -> EnvError:
         traceback.print_exception(error)
         return EnvError(f"environment {self.index} failed in {call}: {type(error).__name__}: {error}")
 
@@ -88,4 +100,4 @@ def shield_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()

@@ -9,14 +9,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 from torch import nn
 
-from fabricrl.utils.errors import CheckpointError, OutputError
+from fabricrl.utils.errors import CheckpointError, ConfigError, OutputError
 
 FORMAT = 1
 BEST = "best.ckpt"
@@ -97,7 +98,17 @@ def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str
         )
     if algo is not None and state.get("algo") != algo:
         raise CheckpointError(f"{found} was made by {state.get('algo')}, not by {algo}")
+    if algo is not None:
+        check_contents(state, found)
     return state, found
+
+
+def check_contents(state: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError unless the parts are there that every algorithm's checkpoint has."""
+    kinds = {"algo": str, "args": dict, "spaces": dict, "agent": dict, "global_step": int, "world_size": int}
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind):
+            raise CheckpointError(f"{path} has no valid {key!r}")
 
 
 def check_batch(state: Mapping[str, Any], args: Any, world_size: int) -> None:
@@ -118,17 +129,45 @@ def check_batch(state: Mapping[str, Any], args: Any, world_size: int) -> None:
     print(f"warning: {change}", file=sys.stderr)
 
 
-def restore(module: nn.Module, stored: Mapping[str, Any], what: str) -> None:
+@contextmanager
+def reading(path: str | Path | None) -> Iterator[None]:
+    """Whatever does not fit while a checkpoint's contents are used becomes a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ConfigError) as error:
+        raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def restore_optimizer(optimizer: Any, stored: Mapping[str, Any]) -> None:
+    """Loads an optimizer's state, whose tensors must have the shapes of its parameters: fused kernels do not check.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in stored["state"].items():
+        for name, value in state.items():
+            if name != "step" and value.shape != parameters[index].shape:
+                ours, theirs = tuple(parameters[index].shape), tuple(value.shape)
+                raise CheckpointError(f"the optimizer's {name} is {theirs} there and {ours} here")
+    optimizer.load_state_dict(stored)
+
+
+def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
     """Loads a state_dict into a module of exactly the same shape.
 
     Raises:
-        CheckpointError: names the first parameter that is missing, unknown or of another shape.
+        CheckpointError: names the first parameter that is missing, unknown, of another shape, or not finite.
     """
     own = module.state_dict()
     for key in sorted(own.keys() | stored.keys()):
         ours, theirs = (tuple(d[key].shape) if key in d else "absent" for d in (own, stored))
         if ours != theirs:
-            raise CheckpointError(f"{what} does not fit this agent: {key} is {theirs} there and {ours} here")
+            raise CheckpointError(f"does not fit this agent: {key} is {theirs} there and {ours} here")
+        if not stored[key].isfinite().all():
+            raise CheckpointError(f"{key} is not finite")
     module.load_state_dict(stored)
 
 

@@ -1,5 +1,6 @@
 """Starting and ending a script: Fabric under every launcher, signals, and errors that all ranks agree on."""
 
+import ctypes
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.ranks import all_gather, all_max
 from fabricrl.utils.utils import require
 
-DEFAULT_PORT = 29400
+PR_SET_PDEATHSIG = 1
 
 
 def launch(args: Any) -> Fabric:
@@ -33,6 +34,7 @@ def launch(args: Any) -> Fabric:
     Raises:
         ConfigError: devices that do not exist, a port in use, or a choice made twice.
     """
+    _follow_launcher()
     names = ("accelerator", "strategy", "devices", "num_nodes", "precision")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.cuda:
@@ -83,17 +85,21 @@ def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask for a stop at the end of the iteration; a second SIGINT stops at once."""
+    """SIGINT and SIGTERM ask for a stop at the end of the iteration; another, a second later or more, stops at once.
+
+    Not sooner: on Ctrl-C a rank hears from the terminal and, a moment later, from the launcher that heard it too.
+    """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._when = 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
-        if number == self.received == signal.SIGINT:
+        if self.received and time.monotonic() - self._when >= 1:
             os._exit(128 + number)
-        self.received = number
+        if not self.received:
+            self.received, self._when = number, time.monotonic()
 
     def exit_code(self, fabric: Fabric) -> int:
         """130 or 143 if any rank was asked to stop, else 0; the same on all ranks, which call it together."""
@@ -118,6 +124,7 @@ def failing_together(fabric: Fabric) -> Iterator[None]:
 
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Runs `main`, reports a RunError in one line, and ends the process with the exit code that belongs to it."""
+    parent = os.getppid()
     try:
         code = main()
         _part()
@@ -134,7 +141,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
             f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} lost a peer: {one_line(error)}", code
         )
     if code and "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        _outlive_launcher()
+        _outlive_launcher(parent)
     sys.exit(code)
 
 
@@ -158,13 +165,39 @@ def _report(message: str, code: int) -> None:
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-def _outlive_launcher() -> None:
+def _follow_launcher() -> None:
+    """A rank that a launcher has started ends with it, however that died (Linux); what it leaves waits for nobody.
+
+    Raises:
+        ConfigError: variables of a launcher that is not there.
+    """
+    needed = {"TORCHELASTIC_RUN_ID": ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"), "LOCAL_RANK": ("MASTER_PORT",)}
+    for sign, others in needed.items():
+        missing = [name for name in others if name not in os.environ]
+        if sign in os.environ and missing:
+            raise ConfigError(f"{sign} is set in the environment, but not {missing[0]}: unset it, or use a launcher")
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ and _is_launched():
+        die_with_parent()
+
+
+def _is_launched() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK") != "0"
+
+
+def die_with_parent() -> None:
+    """Asks the kernel (Linux) to kill this process as soon as the one that started it has ended."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent == 1:
+        raise LostPeerError("the launcher has ended already")
+
+
+def _outlive_launcher(launcher: int) -> None:
     """Lets a rank that Fabric started end after rank 0 of its node.
 
     Fabric's observer kills that process as soon as it sees a child gone with an exit code other than 0, even while it
     is about to end with the very same code.
     """
-    launcher = os.getppid()
     if os.environ["LOCAL_RANK"] == "0":
         return
     deadline = time.monotonic() + 10

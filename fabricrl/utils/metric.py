@@ -73,17 +73,21 @@ class MeanMetrics:
     """Means of scalar tensors, kept on their device until they are asked for: nothing here waits for a GPU."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
 
     def update(self, metrics: dict[str, Tensor]) -> None:
         """Adds scalars, or tensors of any shape whose elements count alike."""
         for name, value in metrics.items():
-            self._values[name].append(value.reshape(-1))
+            total = value.sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._counts[name] += value.numel()
 
     def compute(self) -> dict[str, float]:
         """The means since the last call; forgets them."""
-        means = {name: torch.cat(values).mean().item() for name, values in self._values.items()}
-        self._values.clear()
+        means = {name: total.item() / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
         return means
 
 

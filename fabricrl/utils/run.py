@@ -1,9 +1,11 @@
 """A run's folder: its metrics, checkpoints, progress bar and result line. Only rank 0 writes."""
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -42,6 +44,7 @@ class Run:
         self.first_step = self._logged_step = self._saved_step = step
         self._started = self._stopped = time.perf_counter()
         self._logger: Logger | None = None
+        self._lock: int | None = None
         self._bar: tqdm | None = None
         folder = ""
         with failing_together(fabric):
@@ -82,8 +85,13 @@ class Run:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._logged_step = step
-        if self._logger is not None:
+        if self._logger is None:
+            return
+        try:
             self._logger.log_metrics(metrics, step)
+        except OSError as error:  # training is worth more than its log
+            print(f"warning: no more metrics are written: {error.strerror or error}", file=sys.stderr, flush=True)
+            self._logger = None
 
     def wants_checkpoint(self, step: int, last: bool) -> bool:
         """Whether a multiple of `checkpoint_every` has been passed since the last checkpoint, or the run ends."""
@@ -115,21 +123,29 @@ class Run:
             if step == self.first_step:
                 print(f"nothing to do: {step} of {self.args.total_timesteps} steps are done", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
-            print(f"result {fields} episodes={episodes.count} checkpoint={self.checkpoint}", flush=True)
+            try:
+                print(f"result {fields} episodes={episodes.count} checkpoint={self.checkpoint}", flush=True)
+            except OSError:  # nobody reads it: no reason to fail after the work is done
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
         """Flushes what is still held back; harmless when called again."""
         if self._bar is not None:
             self._bar.close()
         if self._logger is not None:
-            self._logger.finalize("success")
+            with contextlib.suppress(OSError):  # the disk is full or gone, as has been told
+                self._logger.finalize("success")
             self._logger = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         atexit.unregister(self.close)
 
     def _open_logs(self) -> None:
         arguments = dataclasses.asdict(self.args)
         kind = "wandb" if self.args.track else self.args.logger
         try:
+            self._lock = _lock(self.folder)
             (self.folder / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
             self._logger = make_logger(kind, self.folder, self.first_step, arguments)
         except OSError as error:
@@ -151,7 +167,7 @@ class Run:
         env = re.sub(r"[^\w.-]", "_", self.args.env_id)
         name = f"{self.args.exp_name or self.algo}_{self.args.seed}_{datetime.now():%Y%m%d-%H%M%S}"
         try:
-            return _fresh_folder(Path(self.args.log_dir) / self.algo / env, name)
+            return _fresh_folder(Path(self.args.log_dir).expanduser() / self.algo / env, name)
         except OSError as error:
             raise ConfigError(f"--log-dir {self.args.log_dir} cannot be written: {error.strerror}") from error
 
@@ -169,6 +185,25 @@ def restore_generators(states: torch.Tensor, rank: int, *generators: torch.Gener
         for generator, state in zip(generators, own, strict=True):
             generator.set_state(state)
         torch.set_rng_state(default)
+
+
+def _lock(folder: Path) -> int | None:
+    """Holds a run's folder until this process ends, however it does; None where the system has no such locks.
+
+    Raises:
+        ConfigError: another process writes there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(folder / "args.json", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"--resume: another process is running in {folder}") from error
+    os.set_inheritable(descriptor, False)
+    return descriptor
 
 
 def _fresh_folder(parent: Path, name: str) -> Path:

@@ -20,7 +20,7 @@ from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent
 from fabricrl.data.buffers import RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import env_actions
-from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, restore
+from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore, restore_optimizer
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
@@ -170,8 +170,8 @@ def main() -> int:
     global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
 
     # --- Fabric, seed, run folder
-    fabric = launch(args)
     stop = StopSignal()
+    fabric = launch(args)
     batch_size = args.num_steps * args.num_envs * fabric.world_size  # steps an iteration takes
     require(batch_size <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {batch_size}")
     if state:
@@ -200,11 +200,12 @@ def main() -> int:
 
     # --- Counters
     if state:
-        restore(player, state["agent"], str(resumed))
-        optimizer.load_state_dict(state["optimizer"])
-        episodes.load_state_dict(state["episodes"])
-        restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-        run.best_return = state["best_return"]
+        with reading(resumed):
+            restore(player, state["agent"])
+            restore_optimizer(optimizer, state["optimizer"])
+            episodes.load_state_dict(state["episodes"])
+            restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
+            run.best_return = state["best_return"]
     if args.compile:
         compile_ahead(fabric, objective, flat, rb, args)
 
