@@ -40,13 +40,13 @@ class StandardArgs:
         "sync", "sync: one process steps all; async: a process each, for slow ones"
     )
     num_envs: int = arg(1, "environments per rank")
-    total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
+    total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
     video_every: int = arg(100, "record every so many episodes of that environment")
 
     # --- run
-    exp_name: str = arg("", "name of the run; default: that of the algorithm", "run, logging and checkpoints")
+    exp_name: str = arg("", "name of the run; empty: that of the algorithm", "run, logging and checkpoints")
     log_dir: str = arg("logs", "folder of all runs")
     logger: Literal["tensorboard", "csv", "wandb"] = arg(
         "tensorboard", "where metrics go; wandb needs the extra of that name"
@@ -64,16 +64,16 @@ class StandardArgs:
 
     # --- hardware
     accelerator: str | None = arg(
-        None, "cpu (default: faster for small networks), cuda, auto", "hardware and launching"
+        None, "cpu, cuda or auto; None: cpu, which is faster for small networks", "hardware and launching"
     )
     cuda: bool = arg(False, "the same as --accelerator cuda")
-    devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; default 1")
-    strategy: str | None = arg(None, "Fabric strategy such as ddp; default: ddp with several devices")
-    num_nodes: int | None = arg(None, "machines; default 1")
+    devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; None: 1")
+    strategy: str | None = arg(None, "auto or ddp; None: ddp with several devices")
+    num_nodes: int | None = arg(None, "machines; None: 1")
     node_rank: int = arg(0, "number of this machine, from 0")
     main_address: str = arg("127.0.0.1", "address of machine 0")
     main_port: int = arg(29400, "port on machine 0 that the ranks meet at; used with several machines")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = arg(None, "Fabric precision; default 32-true")
+    precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true")
     num_threads: int = arg(1, "threads of PyTorch per rank; small networks are slower with more than one")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
         "highest", "float32 products: medium is faster for wide networks on some processors, slower for narrow ones"
@@ -97,7 +97,7 @@ class StandardArgs:
         require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
         if self.track or self.logger == "wandb":
             there = importlib.util.find_spec("wandb") is not None
-            require(there, "logger", "wandb", "another one, or wandb after: pip install 'fabricrl[wandb]'")
+            require(there, "logger", "wandb", "another one, or wandb after: pip install -e '.[wandb]'")
         self._check_json()
         self._check_log_dir()
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def make_env(
     kwargs = json.loads(env_kwargs)
     if video_folder is not None:
         render_mode = "rgb_array"
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # drawing into an array needs no screen
     if render_mode is not None:
         kwargs["render_mode"] = render_mode
     env = _construct(env_id, env_kwargs, kwargs)
@@ -165,7 +167,9 @@ def _construct(env_id: str, env_kwargs: str, kwargs: dict[str, Any]) -> gym.Env:
     if ":" in env_id and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # `module` of one's own is looked for where the command was given
     try:
-        return gym.make(env_id, disable_env_checker=True, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old versions; an unknown one is an error that says more
+            return gym.make(env_id, disable_env_checker=True, **kwargs)
     except (Exception, SystemExit) as error:
         raise _construction_error(env_id, env_kwargs, error) from error
 
@@ -177,8 +181,10 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
     if isinstance(error, gym.error.DependencyNotInstalled) or isinstance(missing, ImportError):
         name = (getattr(missing, "name", None) or "").split(".")[0]
         extra = next((extra for module, extra in EXTRAS.items() if module == name or extra in text.lower()), None)
-        hint = f"pip install 'fabricrl[{extra}]'" if extra else f"install the package that has {name or 'it'}"
-        return ConfigError(f"--env-id {env_id} needs a package that is not here ({text}): {hint}")
+        if extra:
+            return ConfigError(f"--env-id {env_id} needs a package that is not here: pip install -e '.[{extra}]'")
+        looked = f"; a module of your own is looked for in {os.getcwd()}" if ":" in env_id else ""
+        return ConfigError(f"--env-id {env_id} needs a package that is not here ({text}){looked}")
     if env_id.count(":") > 1 or isinstance(error, gym.error.Error):
         close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else "see gymnasium.pprint_registry() for those there are"

@@ -50,7 +50,7 @@ def launch(args: Any) -> Fabric:
         _set_nodes(args)
     if "LT_ACCELERATOR" not in os.environ:
         options.setdefault("accelerator", "cpu")  # small networks train slower on a GPU
-    _check_choice("precision", options, ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16"))
+    _check_choice("precision", options, ("32-true", "32", "bf16-mixed", "bf16"))
     _check_choice("strategy", options, ("auto", "ddp"))
     try:
         fabric = Fabric(**options)
@@ -133,6 +133,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         _report(str(error), code)
     except KeyboardInterrupt:  # before StopSignal took over
         code = 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except RuntimeError as error:
         if not _is_communication_error(error):
             raise

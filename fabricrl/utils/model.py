@@ -48,3 +48,9 @@ class FlatParameters:
         self.vector.grad = torch.cat([p.grad.reshape(-1) for p in self._parameters])  # type: ignore[union-attr]
         for parameter in self._parameters:
             parameter.grad = None
+
+    def clip_gradients(self, max_norm: float) -> None:
+        """Scales the collected gradients down to the norm `max_norm` if theirs is larger; without waiting for a GPU."""
+        grad = self.vector.grad
+        assert grad is not None
+        grad.mul_((max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp_(max=1.0))

@@ -154,9 +154,12 @@ class Run:
         where = (
             f"{ranks} rank{'s' * (ranks > 1)} on {self.fabric.device.type}, {threads} thread{'s' * (threads > 1)} each"
         )
-        print(f"{self.algo} {self.args.env_id}: {where}; writing to {self.folder}", file=sys.stderr, flush=True)
+        since = f"; from step {self.first_step} of {self.checkpoint}" if self.first_step else ""
+        print(f"{self.algo} {self.args.env_id}: {where}; writing to {self.folder}{since}", file=sys.stderr, flush=True)
         total, hidden = self.args.total_timesteps, not sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=self.first_step, disable=hidden, unit=" steps", smoothing=0.05)
+        self._bar = tqdm(
+            total=total, initial=self.first_step, disable=hidden, unit=" steps", smoothing=0.05, dynamic_ncols=True
+        )
 
     def _make_folder(self, resumed: Path | None) -> Path:
         """That of the run that is resumed, if it was named or its newest checkpoint was; else a new one."""

@@ -30,9 +30,9 @@ class PPOArgs(StandardArgs):
     """CleanRL's names and defaults, and some that it lacks."""
 
     num_envs: int = arg(4, "environments per rank")
-    total_timesteps: int = arg(500_000, "environment steps over all environments and ranks")
+    total_timesteps: int = arg(500_000, "environment steps over all environments and ranks, in whole iterations")
     preset: Literal["classic", "mujoco"] = arg(
-        "classic", "a set of defaults for a family of tasks", "rollout and returns"
+        "classic", "defaults for a family of tasks; --help --preset mujoco shows its", "rollout and returns"
     )
     num_steps: int = arg(128, "steps of each environment per iteration")
     gamma: float = arg(0.99, "discount γ")
@@ -42,7 +42,9 @@ class PPOArgs(StandardArgs):
     )
     norm_obs: bool = arg(False, "normalise observations by running mean and deviation")
     norm_reward: bool = arg(False, "divide rewards by the running deviation of the discounted return")
-    hidden_sizes: tuple[int, ...] = arg((64, 64), "widths of the hidden layers of actor and critic", "networks")
+    hidden_sizes: tuple[int, ...] = arg(
+        (64, 64), "widths of the hidden layers of actor and critic, such as 64 64; none: linear", "networks"
+    )
     activation: Literal["tanh", "relu", "elu", "silu"] = arg("tanh", "activation of the hidden layers")
     log_std_init: float = arg(0.0, "initial logarithm of the standard deviation of Box actions")
     learning_rate: float = arg(2.5e-4, "Adam's learning rate", "update")

@@ -131,7 +131,7 @@ def train(
             fabric.backward(loss)
             flat.collect_gradients()
             if args.max_grad_norm > 0:
-                fabric.clip_gradients(objective, optimizer, max_norm=args.max_grad_norm, error_if_nonfinite=False)
+                flat.clip_gradients(args.max_grad_norm)
             optimizer.step()
             history.append((losses, logratio))
         if args.target_kl is not None and all_mean(fabric, approx_kl(history[-1][1])) > args.target_kl:
