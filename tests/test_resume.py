@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from fabricrl.algos.ppo import ppo
-from fabricrl.utils import run
+from fabricrl.utils import run as run_module
 from fabricrl.utils.checkpoint import save_checkpoint
 from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.launch import StopSignal
@@ -105,7 +105,7 @@ def test_entries_after_the_checkpoint_of_a_crash_are_replaced(straight: Finished
     # The lock of a run goes with its process, and this one stays
     with (
         mock.patch.object(ppo, "gae", cut),
-        mock.patch.object(run, "_lock", return_value=None),
+        mock.patch.object(run_module, "_lock", return_value=None),
         pytest.raises(PowerCutError),
     ):
         call(ppo.main, *FLAGS, "--log-dir", tmp_path)
