@@ -1,7 +1,7 @@
 """Action distributions as heads of a network: the formulas alone, without objects in the hot path.
 
 A head turns `params` [*, size], the output of the actor's last layer, into actions [*, A], and says how likely actions
-are. Randomness comes from outside as `noise` [*, noise_size], drawn for a whole rollout at once, so that sampling is
+are. Randomness comes from outside as `noise`, drawn for a whole rollout at once, so that sampling is
 a plain function of tensors.
 """
 
@@ -23,7 +23,6 @@ class CategoricalHead(nn.Module):
     def __init__(self, choices: list[int]) -> None:
         super().__init__()
         self.num_actions, self.size, self.most = len(choices), sum(choices), max(choices)
-        self.noise_size = self.num_actions * self.most
         self.uneven = len(set(choices)) > 1
         if self.uneven:
             mask = torch.arange(self.most) < torch.tensor(choices)[:, None]  # [A, most]
@@ -31,7 +30,7 @@ class CategoricalHead(nn.Module):
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
         """Gumbel-max: argmax(logits + Gumbel noise) is distributed as softmax(logits)."""
-        return (self._logits(params) + noise.view(*noise.shape[:-1], self.num_actions, self.most)).argmax(-1)
+        return (self._logits(params) + noise).argmax(-1)
 
     def mode(self, params: Tensor) -> Tensor:
         return self._logits(params).argmax(-1)
@@ -43,8 +42,8 @@ class CategoricalHead(nn.Module):
         return chosen.sum((-1, -2)), -(log_probs.exp() * log_probs).sum((-1, -2))
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Standard Gumbel noise: −log(E) with E exponential."""
-        return -torch.empty(*shape, self.noise_size).exponential_(generator=generator).log()
+        """Standard Gumbel noise: −log(E) with E exponential; [*, A, most]."""
+        return -torch.empty(*shape, self.num_actions, self.most).exponential_(generator=generator).log()
 
     def _logits(self, params: Tensor) -> Tensor:
         """[*, size] → [*, A, most]; what pads variables with fewer choices is very unlikely."""
@@ -62,7 +61,7 @@ class BernoulliHead(nn.Module):
 
     def __init__(self, num_actions: int) -> None:
         super().__init__()
-        self.num_actions = self.size = self.noise_size = num_actions
+        self.num_actions = self.size = num_actions
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
         """logit + logistic noise > 0 has probability σ(logit)."""
@@ -78,7 +77,7 @@ class BernoulliHead(nn.Module):
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Standard logistic noise: the difference of two Gumbels."""
-        first, second = torch.empty(2, *shape, self.noise_size).exponential_(generator=generator).log()
+        first, second = torch.empty(2, *shape, self.num_actions).exponential_(generator=generator).log()
         return first - second
 
 
@@ -92,7 +91,7 @@ class NormalHead(nn.Module):
 
     def __init__(self, num_actions: int, log_std: float = 0.0) -> None:
         super().__init__()
-        self.num_actions = self.size = self.noise_size = num_actions
+        self.num_actions = self.size = num_actions
         self.log_std = nn.Parameter(torch.full((num_actions,), log_std))
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ class NormalHead(nn.Module):
         return -0.5 * z.square().sum(-1) - log_scale - constant, entropy.expand(params.shape[:-1])
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.randn(*shape, self.noise_size, generator=generator)
+        return torch.randn(*shape, self.num_actions, generator=generator)
 
 
 Head = CategoricalHead | BernoulliHead | NormalHead

@@ -56,7 +56,7 @@ class PPOAgent(nn.Module):
 
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Draws actions [N, A] at raw observations [N, D], from noise of `head.noise`. Only what acting needs."""
-        return self.head.sample(self.actor(self.prepare(obs)), noise)
+        return self.head.sample(self.actor.forward(self.prepare(obs)), noise)
 
     def greedy(self, obs: Tensor) -> Tensor:
         """The most likely actions [N, A] at raw observations [N, D]."""

@@ -43,7 +43,7 @@ from fabricrl.utils.utils import (
 def rollout(player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer, rng: torch.Generator, clock: Stopwatch) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
     num_steps, device = len(rb.actions), next(player.parameters()).device
-    noise = player.head.noise(rb.actions.shape[:2], rng).to(device).unbind()  # T × [N, noise_size]
+    noise = player.head.noise(rb.actions.shape[:2], rng).to(device).unbind()  # T × [N, ...]
     try:
         for t in range(num_steps):
             actions = player.act(rb.obs_rows[t].to(device), noise[t]).cpu().numpy()  # [N, A]
@@ -99,7 +99,9 @@ class Objective(nn.Module):
         pg_loss = policy_loss(logratio, batch["advantages"], clip_coef)
         v_loss = value_loss(new_values, batch["values"], batch["returns"], clip_coef, self.clip_vloss)
         ent_loss = entropy_loss(entropy)
-        loss = pg_loss + ent_coef * ent_loss + self.vf_coef * v_loss
+        loss = pg_loss + self.vf_coef * v_loss
+        if isinstance(ent_coef, Tensor) or ent_coef > 0:  # a weight of 0 would cost its backward pass all the same
+            loss = loss + ent_coef * ent_loss
         return loss, torch.stack((pg_loss, v_loss, ent_loss)).detach(), logratio.detach()
 
 
