@@ -324,6 +324,7 @@ class FabricStub:
     """Records what Fabric is told; launching ends the script, which would otherwise wait for other ranks."""
 
     told: dict[str, Any] | None = None
+    global_rank = 0
 
     def __init__(self, **options: Any) -> None:
         type(self).told = options
@@ -492,7 +493,7 @@ def test_flags_win_over_the_preset_wherever_they_stand(order: int, monkeypatch: 
 
 def test_every_argument_that_is_not_in_a_preset_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     default, mujoco = (dataclasses.asdict(parsed(monkeypatch, "--preset", name)) for name in ("classic", "mujoco"))
-    assert {name for name in default if default[name] != mujoco[name]} == set(PRESETS["mujoco"])
+    assert {name for name in default if default[name] != mujoco[name]} == {*PRESETS["mujoco"], "preset"}
 
 
 def test_cleanrls_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:

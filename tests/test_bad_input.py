@@ -169,7 +169,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     message = complaint("--env-id", env_id)
     assert f"--env-id {env_id}" in message
-    assert f"fabricrl[{extra}]" in message
+    assert f"pip install -e '.[{extra}]'" in message
     for name in [name for name in sys.modules if name.startswith(folder)]:
         sys.modules.pop(name)  # those that were imported without the package
 
