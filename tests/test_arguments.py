@@ -284,6 +284,7 @@ def test_wandb_gets_project_and_entity(ppo: Train, monkeypatch: pytest.MonkeyPat
     module = types.ModuleType("lightning.pytorch.loggers")
     module.WandbLogger = Recorder  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: types.SimpleNamespace(name=name))  # it is installed
     ppo(*flags(TINY))
     assert made == []
     for choice in (["--track"], ["--logger", "wandb"]):
