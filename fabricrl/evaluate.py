@@ -1,6 +1,6 @@
 """Plays a checkpoint of any algorithm, greedily and by sampling, and prints the returns.
 
-python fabricrl/evaluate.py logs/ppo/CartPole-v1/ppo_1_20260101-120000 --episodes 100
+python fabricrl/evaluate.py logs/ppo/CartPole-v1/ppo_1_20261122-140732 --episodes 100
 python fabricrl/evaluate.py <checkpoint or run folder> --episodes 1 --render
 python fabricrl/evaluate.py <checkpoint or run folder> --episodes 3 --capture-video
 python fabricrl/evaluate.py <checkpoint or run folder> --json
