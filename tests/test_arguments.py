@@ -88,6 +88,8 @@ CHANGES_SOMETHING_ELSE = {
     "track": "test_wandb_gets_project_and_entity",
     "wandb_project_name": "test_wandb_gets_project_and_entity",
     "wandb_entity": "test_wandb_gets_project_and_entity",
+    "upload_model": "test_a_run_is_uploaded_to_the_hub_of_its_owner",
+    "hf_entity": "test_a_run_is_uploaded_to_the_hub_of_its_owner",
     "save_model": "test_checkpoints_are_written_as_often_as_asked_and_as_many_kept",
     "checkpoint_every": "test_checkpoints_are_written_as_often_as_asked_and_as_many_kept",
     "keep_checkpoints": "test_checkpoints_are_written_as_often_as_asked_and_as_many_kept",
@@ -262,6 +264,38 @@ def test_log_every_sets_the_distance_of_entries(ppo: Train) -> None:
     assert steps(1) == [32, 64, 96]
     assert steps(64) == [64, 96]  # the last iteration is always logged
     assert steps(1000) == [96]
+
+
+def test_a_run_is_uploaded_to_the_hub_of_its_owner(ppo: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Recorder:
+        def create_repo(self, name: str, exist_ok: bool) -> Any:
+            calls.append(("create", name))
+            if name.startswith("nobody/"):
+                raise OSError("offline")
+            return types.SimpleNamespace(repo_id=f"me/{name}" if "/" not in name else name)
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
+            assert (folder_path / "args.json").exists()
+            assert list(folder_path.glob("checkpoints/step_*.ckpt"))
+            calls.append(("upload", repo_id))
+
+    module = types.ModuleType("huggingface_hub")
+    module.HfApi = Recorder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: types.SimpleNamespace(name=name))  # it is installed
+    ppo(*flags(TINY))
+    assert calls == []
+    name = "-".join(ppo(*flags(TINY), "--upload-model").folder.parts[-2:])
+    assert calls == [("create", name), ("upload", f"me/{name}")]
+    calls.clear()
+    name = "-".join(ppo(*flags(TINY), "--upload-model", "--hf-entity", "lab").folder.parts[-2:])
+    assert calls == [("create", f"lab/{name}"), ("upload", f"lab/{name}")]
+    assert ppo(*flags(TINY), "--upload-model", "--hf-entity", "nobody").code == 0
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="huggingface_hub"):
+        ppo(*flags(TINY), "--upload-model")
 
 
 def test_wandb_gets_project_and_entity(ppo: Train, monkeypatch: pytest.MonkeyPatch) -> None:

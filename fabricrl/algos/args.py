@@ -58,6 +58,8 @@ class StandardArgs:
     save_model: bool = arg(True, "write checkpoints, the last at the end or when the run is stopped")
     checkpoint_every: int = arg(100_000, "environment steps between checkpoints; 0: only the last")
     keep_checkpoints: int = arg(3, "newest checkpoints to keep, besides the best")
+    upload_model: bool = arg(False, "upload the run's folder to the Hugging Face Hub at the end; needs huggingface_hub")
+    hf_entity: str | None = arg(None, "user or organisation on the Hugging Face Hub; None: whose token it is")
     resume: str | None = arg(
         None, "checkpoint or run folder to go on from, with its arguments; flags given beside it win"
     )
@@ -98,6 +100,9 @@ class StandardArgs:
         if self.track or self.logger == "wandb":
             there = importlib.util.find_spec("wandb") is not None
             require(there, "logger", "wandb", "another one, or wandb after: pip install -e '.[wandb]'")
+        if self.upload_model:
+            there = importlib.util.find_spec("huggingface_hub") is not None
+            require(there, "upload_model", "set", "left out, or set after: pip install huggingface_hub")
         self._check_json()
         self._check_log_dir()
 

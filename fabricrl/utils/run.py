@@ -120,6 +120,8 @@ class Run:
         """Closes the run and prints its result, one line that programs can read, on standard output."""
         self.close()
         if self.fabric.global_rank == 0:
+            if self.args.upload_model:
+                self._upload()
             if step == self.first_step:
                 print(f"nothing to do: {step} of {self.args.total_timesteps} steps are done", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
@@ -140,6 +142,20 @@ class Run:
             os.close(self._lock)
             self._lock = None
         atexit.unregister(self.close)
+
+    def _upload(self) -> None:
+        """Sends the run's folder to a model repository named after environment and run; a failure is told, no more."""
+        from huggingface_hub import HfApi
+
+        name = "-".join(self.folder.parts[-2:])
+        try:
+            api = HfApi()
+            repository = api.create_repo(
+                f"{self.args.hf_entity}/{name}" if self.args.hf_entity else name, exist_ok=True
+            )
+            api.upload_folder(repo_id=repository.repo_id, folder_path=self.folder)
+        except Exception as error:  # whatever the package or its network raises: the run itself is on disk
+            print(f"warning: {self.folder} was not uploaded: {error}", file=sys.stderr, flush=True)
 
     def _open_logs(self) -> None:
         arguments = dataclasses.asdict(self.args)
