@@ -21,6 +21,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fabricrl.envs import check_env, make_env
+from fabricrl.envs.spaces import describe
 from fabricrl.envs.vector import ReportFailures
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpoint, reading, restore
@@ -119,7 +120,7 @@ def main() -> int:
     mode = "human" if options.render else "rgb_array" if options.capture_video else None
     with reading(found):
         env_id, env_kwargs = state["args"]["env_id"], state["args"]["env_kwargs"]
-    check_spaces(state["spaces"], check_env(env_id, env_kwargs, utils.ACTION_SPACES, mode))
+    check_spaces(state["spaces"], describe(*check_env(env_id, env_kwargs, utils.ACTION_SPACES, mode)))
     video_folder = found.parent.parent / "videos" / found.stem
     modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
     results = {mode: evaluate(state, mode == "greedy", options, video_folder) for mode in modes}

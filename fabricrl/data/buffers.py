@@ -1,10 +1,27 @@
 """Preallocated storage for what environments return."""
 
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from torch import Tensor
+
+from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.utils import require
+
+GIB = 2**30
+TORCH_TYPES = {
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.bool_): torch.bool,
+}
 
 
 class RolloutBuffer:
@@ -82,3 +99,266 @@ class RolloutBuffer:
             if not np.isfinite(final_obs).all():
                 return f"final observation of environment {env} is not finite after step {step} of the rollout"
         return None if self.obs[0].isfinite().all() else "first observation is not finite"
+
+
+class ReplayBuffer:
+    """A ring of the last `capacity` transitions of N environments, on the CPU, for off-policy algorithms.
+
+    One record holds one transition, all its fields side by side, so that sampling reads one place in memory for each:
+
+        obs | actions | rewards | terminated | ended | next_obs
+
+    `next_obs` is what the action led to: an episode's last observation where it ended, never the first of the next.
+    `ended` marks the last transition of an episode, whatever ended it: n-step returns do not reach beyond.
+    With `implicit_next` it is not stored but read from the record that follows; where none does (an episode's end, or
+    a run that was resumed) it is kept apart. That halves the memory, and costs sampling a second read.
+
+    Records lie in a ring of rows × N, in which one row more than the capacity holds the observation that the next
+    step starts from. Sampling is uniform, with replacement.
+
+    Args:
+        capacity: transitions; rounded down to whole rows.
+        obs_space: a single environment's Box; uint8 stays uint8, everything else becomes float32.
+        num_actions: A, float32.
+        gamma: discount γ per step of n-step returns.
+        n_step: rewards summed into a transition; fewer where an episode or the ring ends before.
+        file: where to keep the records instead of in memory, a new file of the buffer's size.
+        sharing: buffers like this one that the machine has to hold.
+
+    Attributes:
+        size: transitions of each environment that can be sampled.
+
+    Raises:
+        ConfigError: the capacity holds less than a row, or neither memory nor disk holds the buffer.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        obs_space: Box,
+        num_actions: int,
+        gamma: float = 0.99,
+        n_step: int = 1,
+        implicit_next: bool = False,
+        file: Path | None = None,
+        sharing: int = 1,
+    ) -> None:
+        self.capacity, self.num_envs = capacity // num_envs, num_envs
+        self.gamma, self.n_step, self.implicit_next, self.file = gamma, n_step, implicit_next, file
+        require(self.capacity > 0, "buffer_size", capacity, f"at least num-envs = {num_envs}")
+        obs = (obs_space.dtype if obs_space.dtype == np.uint8 else np.float32, obs_space.shape)
+        fields = {"obs": obs, "actions": (np.float32, (num_actions,)), "rewards": (np.float32, ())}
+        fields |= {"terminated": (np.bool_, ()), "ended": (np.bool_, ())}
+        fields |= {"final": (np.int32, ())} if implicit_next else {"next_obs": obs}
+        dtype = np.dtype([(name, kind, shape) for name, (kind, shape) in fields.items()], align=True)
+        self._rows = self.capacity + 1
+        self.num_bytes = self._rows * num_envs * dtype.itemsize
+        self._records = _allocate((self._rows, num_envs), dtype, file, sharing)
+        self._words = torch.from_numpy(self._records.reshape(-1).view(np.int32).reshape(self._rows * num_envs, -1))
+        self._columns = {name: self._records[name] for name in fields}  # [rows, N, ...] views, made once
+        self._flat = {name: torch.from_numpy(self._records.reshape(-1)[name]) for name in fields}  # [rows N, ...]
+        self._finals = np.zeros((0, *obs_space.shape), dtype=obs[0])  # next observations kept apart, [F, *obs_shape]
+        self._free: list[int] = []  # rows of `_finals` that are not in use
+        self._ended: list[tuple[int, np.ndarray]] = []  # environments whose episode the newest step ended
+        if implicit_next:
+            self._columns["final"][:] = -1
+        self.position = self.size = 0
+
+    def start(self, obs: np.ndarray) -> None:
+        """Goes on from `obs` [N, *obs_shape], the answer of a reset: at the beginning, and after a resume."""
+        if self.size:  # the step before did not lead here
+            last = self.position - 1
+            if self.implicit_next:
+                for env in np.flatnonzero(self._columns["final"][last] < 0):
+                    self._keep_apart(last, env, self._columns["obs"][self.position, env])
+            self._columns["ended"][last] = True
+        self._columns["obs"][self.position] = obs
+
+    def add(
+        self,
+        actions: np.ndarray,
+        next_obs: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        infos: dict[str, Any],
+    ) -> None:
+        """Stores a step: `actions` [N, A] as the policy gave them, and what `envs.step` returned under SAME_STEP."""
+        columns, row = self._columns, self.position
+        self.position = (row + 1) % self._rows
+        self.size = min(self.size + 1, self.capacity)
+        ended = terminated | truncated
+        self._ended = [(int(env), infos["final_obs"][env]) for env in np.flatnonzero(ended)] if ended.any() else []
+        columns["actions"][row] = actions
+        columns["rewards"][row] = rewards
+        columns["terminated"][row] = terminated
+        columns["ended"][row] = ended
+        columns["obs"][self.position] = next_obs  # crucial: the first observation of the next episode, not the final one
+        if self.implicit_next:
+            for env in np.flatnonzero(columns["final"][row] >= 0):  # of the transition that this one overwrites
+                self._free.append(int(columns["final"][row, env]))
+            columns["final"][row] = -1
+        else:
+            columns["next_obs"][row] = next_obs
+        for env, final_obs in self._ended:
+            if self.implicit_next:
+                self._keep_apart(row, env, final_obs)
+            else:
+                columns["next_obs"][row, env] = final_obs
+
+    def sample(self, num_batches: int, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Draws batches in one call; [K, B, ...] each.
+
+        Returns:
+            obs, actions; rewards Σ_k γ^k r_k over the m ≤ n steps that follow; next_obs after those; terminated, as
+            0 or 1, whether they ended there; discounts γ^m.
+        """
+        total = self._rows * self.num_envs
+        first = (self.position - self.size) % self._rows * self.num_envs
+        index = torch.randint(self.size * self.num_envs, (num_batches * batch_size,), generator=rng)
+        index = (index + first).remainder_(total)
+        fields = self._gather(index)
+        rewards, terminated, discounts = fields["rewards"], fields["terminated"], torch.full(index.shape, self.gamma)
+        last = index
+        if self.n_step > 1:
+            last, rewards, discounts = self._look_ahead(index, rewards, discounts)
+            terminated = self._flat["terminated"][last]
+        if self.implicit_next:
+            next_obs = self._gather((last + self.num_envs).remainder_(total))["obs"]
+            final = self._flat["final"][last]
+            (apart,) = (final >= 0).nonzero(as_tuple=True)
+            next_obs[apart] = torch.from_numpy(self._finals)[final[apart].long()]
+        else:
+            next_obs = (fields if last is index else self._gather(last))["next_obs"]
+        batch = {"obs": fields["obs"], "actions": fields["actions"], "rewards": rewards, "next_obs": next_obs}
+        batch |= {"terminated": terminated.float(), "discounts": discounts}
+        return {name: column.view(num_batches, batch_size, *column.shape[1:]) for name, column in batch.items()}
+
+    def newest_obs(self) -> Tensor:
+        """What the next step starts from, [N, *obs_shape]; a view."""
+        return torch.from_numpy(self._columns["obs"][self.position])
+
+    def first_bad(self) -> str | None:
+        """Where the newest step brought NaN or infinity, in words; None if nowhere."""
+        row = self.position - 1
+        seen = (("reward", self._columns["rewards"][row]), ("observation", self._columns["obs"][self.position]))
+        for name, values in seen:
+            if not np.isfinite(values).all():
+                bad = ~np.isfinite(values.reshape(self.num_envs, -1)).all(1)
+                return f"{name} of environment {np.flatnonzero(bad)[0]} is not finite"
+        bad = [env for env, final_obs in self._ended if not np.isfinite(final_obs).all()]
+        return f"final observation of environment {bad[0]} is not finite" if bad else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores: records without a copy, so save it before the next `add`."""
+        used = self._rows if self.size == self.capacity else self.position + 1
+        records = torch.from_numpy(self._records[:used].reshape(-1).view(np.uint8))
+        state = {"records": records, "position": self.position, "size": self.size, "layout": self._layout()}
+        return state | {"finals": torch.from_numpy(self._finals), "free": list(self._free)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError unless the buffer was of this capacity, for as many environments, of this layout."""
+        if state["layout"] != self._layout():
+            raise CheckpointError(
+                f"the replay buffer there is {state['layout']}, here {self._layout()}: keep the arguments it had"
+            )
+        bytes_ = self._words.view(torch.uint8).view(-1)
+        bytes_[: len(state["records"])] = state["records"]
+        self.position, self.size = state["position"], state["size"]
+        self._finals, self._free = state["finals"].numpy().copy(), list(state["free"])
+
+    def clear(self) -> None:
+        """Forgets all transitions."""
+        self.position = self.size = 0
+        self._finals, self._free = self._finals[:0], []
+        if self.implicit_next:
+            self._columns["final"][:] = -1
+
+    def close(self) -> None:
+        """Removes the file, if there is one; what it held is in the checkpoints."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+    def _layout(self) -> str:
+        fields = ", ".join(f"{name} {kind}" for name, kind in self._records.dtype.fields.items())
+        return f"{self.capacity} × {self.num_envs} of {fields}"
+
+    def _gather(self, index: Tensor) -> dict[str, Tensor]:
+        """The records [I] as one read; [I, ...] each, views of one block."""
+        words = self._words.index_select(0, index)
+        fields = {}
+        for name, (kind, offset, *_) in self._records.dtype.fields.items():
+            dtype = TORCH_TYPES[kind.base]
+            first = offset // dtype.itemsize
+            column = words.view(dtype)[:, first : first + math.prod(kind.shape)]
+            fields[name] = column.unflatten(1, kind.shape) if kind.shape else column[:, 0]
+        return fields
+
+    def _look_ahead(self, index: Tensor, rewards: Tensor, discounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ_k γ^k r_{t+k} up to n steps, the episode's end or the newest transition: last index, sum, γ^m; [I] each."""
+        last, newest = index, (self.position - 1) % self._rows
+        for _ in range(self.n_step - 1):
+            goes_on = ~(self._flat["ended"][last] | (last // self.num_envs == newest))
+            last = torch.where(goes_on, (last + self.num_envs) % len(self._words), last)
+            rewards = rewards + torch.where(goes_on, discounts * self._flat["rewards"][last], 0.0)
+            discounts = torch.where(goes_on, discounts * self.gamma, discounts)
+        return last, rewards, discounts
+
+    def _keep_apart(self, row: int, env: int, next_obs: np.ndarray) -> None:
+        """Stores what the transition led to where no record that follows does; grows in steps of twice the room."""
+        if not self._free:
+            room = len(self._finals)
+            grown = np.zeros((max(64, 2 * room), *self._finals.shape[1:]), dtype=self._finals.dtype)
+            grown[:room] = self._finals
+            self._finals, self._free = grown, list(range(len(grown) - 1, room - 1, -1))
+        slot = self._free.pop()
+        self._finals[slot] = next_obs
+        self._columns["final"][row, env] = slot
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype, file: Path | None, sharing: int) -> np.ndarray:
+    """Zeros in memory, or in a file whose room on the disk is taken at once.
+
+    Raises:
+        ConfigError: there is less room than `sharing` such arrays need.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    free = available_memory() if file is None else shutil.disk_usage(file.parent).free
+    if num_bytes * sharing > free:
+        where = "memory" if file is None else f"{file.parent}"
+        advice = "; --buffer-memmap keeps it on disk, --implicit-next-obs takes about half" if file is None else ""
+        raise ConfigError(
+            f"--buffer-size: {sharing} replay buffer{'s' * (sharing > 1)} of {num_bytes / GIB:.2f} GiB do not fit into "
+            f"the {free / GIB:.2f} GiB that are free in {where}{advice}"
+        )
+    if file is None:
+        return np.zeros(shape, dtype)
+    file.unlink(missing_ok=True)  # a process that still writes there keeps the file it has
+    try:
+        with file.open("wb") as target:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(target.fileno(), 0, num_bytes)  # a full disk would be a crash later
+            else:
+                target.truncate(num_bytes)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        size = f"{num_bytes / GIB:.2f} GiB"
+        raise ConfigError(f"--buffer-memmap: cannot reserve {size} in {file}: {error.strerror}") from error
+    return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def available_memory() -> float:
+    """Bytes that this process can still take: what the system says, and no more than its control group may."""
+    free = math.inf
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        free = float(line.split()[1]) * 1024
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = float(os.sysconf("SC_AVPHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        cached = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        free = min(free, int(text) - int(used.read_text()) + int(cached.get("inactive_file", 0)))
+    return free

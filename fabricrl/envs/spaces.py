@@ -32,6 +32,16 @@ def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None
         raise ConfigError(f"action space {space} is not supported: a Box must be of real numbers, not {space.dtype}")
 
 
+def check_bounded(space: Space) -> None:
+    """Raises ConfigError unless every number of a Box action space has a lower and an upper bound, one below the other.
+
+    A squashed policy is stretched to the bounds, so there must be some.
+    """
+    assert isinstance(space, Box)
+    if not (space.is_bounded() and (space.low < space.high).all()):
+        raise ConfigError(f"action space {space} is not supported: this algorithm needs a Box with finite bounds")
+
+
 def is_flat(space: Space) -> bool:
     """Whether observations are vectors of numbers already."""
     return isinstance(space, Box) and len(space.shape) == 1
@@ -52,6 +62,12 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     if isinstance(space, Box):
         return np.clip(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype, copy=False)
     raise TypeError(f"no actions for {space}")
+
+
+def stretch(space: Box, actions: np.ndarray) -> np.ndarray:
+    """What `envs.step` takes, from actions [N, A] in [−1, 1]: low + (a + 1) (high − low) / 2."""
+    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+    return np.clip(middle + half * actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
 
 
 def describe(observation_space: Space, action_space: Space) -> dict[str, str]:

@@ -18,7 +18,7 @@ import gymnasium as gym
 from gymnasium.spaces import Space
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from fabricrl.envs.spaces import check_action_space, check_observation_space, describe, is_flat
+from fabricrl.envs.spaces import check_action_space, check_bounded, check_observation_space, is_flat
 from fabricrl.envs.wrappers import NameFailures, RecordEpisodes, shield_worker
 from fabricrl.utils.errors import ConfigError, EnvError
 
@@ -139,11 +139,17 @@ def _kill(processes: Iterable[Any]) -> None:
 
 
 def check_env(
-    env_id: str, env_kwargs: str, action_spaces: tuple[type[Space], ...], render_mode: str | None
-) -> dict[str, str]:
+    env_id: str,
+    env_kwargs: str,
+    action_spaces: tuple[type[Space], ...],
+    render_mode: str | None,
+    bounded: bool = False,
+) -> tuple[Space, Space]:
     """Builds one environment and throws it away, so that mistakes are told before anything starts.
 
-    Returns its spaces as `describe` does for those that `make_envs` builds.
+    `bounded`: actions must be a Box with finite bounds.
+
+    Returns the observation and the action space that `make_envs` will give each environment.
 
     Raises:
         ConfigError: the environment cannot be had, or has spaces that are not supported, or cannot be rendered.
@@ -153,11 +159,13 @@ def check_env(
     try:
         check_observation_space(env.observation_space)
         check_action_space(env.action_space, action_spaces)
+        if bounded:
+            check_bounded(env.action_space)
         modes = env.metadata.get("render_modes", [])
         if render_mode is not None and render_mode not in modes:
             raise ConfigError(f"{env_id} cannot be rendered as {render_mode!r}, only as {modes}")
         flat = env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
-        return describe(flat.observation_space, flat.action_space)
+        return flat.observation_space, flat.action_space
     finally:
         with contextlib.suppress(Exception):  # what it says at its end does not matter yet
             env.close()

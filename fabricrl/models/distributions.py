@@ -112,6 +112,51 @@ class NormalHead(nn.Module):
         return torch.randn(*shape, self.num_actions, generator=generator)
 
 
+class TanhNormalHead(nn.Module):
+    """A normal variables squashed by tanh into (−1, 1), with a deviation that depends on the state: bounded Box for
+    off-policy algorithms (Haarnoja et al. 2018, arXiv:1812.05905v2, Appendix C).
+
+    `params` [*, 2 A] are means and logarithms of deviations; these are clamped, as in the authors' code.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, num_actions: int, log_std_min: float = -20.0, log_std_max: float = 2.0) -> None:
+        super().__init__()
+        self.num_actions, self.size = num_actions, 2 * num_actions
+        self.log_std_min, self.log_std_max = log_std_min, log_std_max
+
+    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+        """a = tanh(μ + σ ε), [*, A]."""
+        mean, log_std = self._split(params)
+        return torch.tanh(mean + log_std.exp() * noise)
+
+    def mode(self, params: Tensor) -> Tensor:
+        """tanh(μ): the median, and what everybody calls the greedy action."""
+        return torch.tanh(params[..., : self.num_actions])
+
+    def sample_with_logprob(self, params: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """a = tanh(u) with u = μ + σ ε, and
+
+            log π(a) = Σ_i −ε_i²/2 − log σ_i − log √2π − log(1 − tanh²(u_i)).
+
+        The last term is written 2 (log 2 − u − softplus(−2u)), which is exact also where tanh has saturated.
+        Differentiable in `params` through both (reparametrisation); [*, A] and [*].
+        """
+        mean, log_std = self._split(params)
+        u = mean + log_std.exp() * noise
+        logprob = -0.5 * noise.square() - log_std + 2.0 * (u + F.softplus(-2.0 * u))
+        constant = self.num_actions * (0.5 * math.log(2 * math.pi) + 2.0 * math.log(2.0))
+        return torch.tanh(u), logprob.sum(-1) - constant
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(*shape, self.num_actions, generator=generator)
+
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = params.chunk(2, -1)
+        return mean, log_std.clamp(self.log_std_min, self.log_std_max)
+
+
 Head = CategoricalHead | BernoulliHead | NormalHead
 
 

@@ -31,7 +31,7 @@ class MLP(nn.Module):
         self, inputs: int, outputs: int, hidden_sizes: Sequence[int], activation: str = "tanh", gain: float = 1.0
     ) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.inputs = ACTIVATIONS[activation], inputs
         sizes = [inputs, *hidden_sizes]
         pairs = itertools.pairwise(sizes)
         self.hidden = nn.ModuleList(orthogonal_init(nn.Linear(a, b), math.sqrt(2)) for a, b in pairs)
@@ -44,6 +44,58 @@ class MLP(nn.Module):
         for hidden_weight, hidden_bias in hidden:
             x = self.activation(functional.linear(x, hidden_weight, hidden_bias))
         return functional.linear(x, weight, bias)
+
+
+class EnsembleMLP(nn.Module):
+    """C networks of one shape, evaluated together: [B, inputs] → [C, B], each layer as one batched product.
+
+        hidden layer: Linear → (Dropout) → (LayerNorm) → activation (Hiraoka et al. 2022, arXiv:2110.02034v2, Fig. 1)
+
+    Args:
+        dropout: share of a hidden layer's outputs that training and targets set to zero; 0: none.
+        layer_norm: whether hidden layers are normalised, with a scale and a shift that are learned.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        inputs: int,
+        hidden_sizes: Sequence[int],
+        activation: str = "relu",
+        dropout: float = 0.0,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.activation, self.dropout, self.layer_norm = ACTIVATIONS[activation], dropout, layer_norm
+        sizes = [inputs, *hidden_sizes, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for a, b in itertools.pairwise(sizes):
+            gain = 1.0 if b == 1 else math.sqrt(2)
+            layers = [orthogonal_init(nn.Linear(a, b), gain) for _ in range(count)]
+            self.weights.append(torch.stack([layer.weight.detach().T for layer in layers]))  # [C, a, b]
+            self.biases.append(torch.stack([layer.bias.detach()[None] for layer in layers]))  # [C, 1, b]
+        norms = hidden_sizes if layer_norm else ()
+        self.scales = nn.ParameterList(torch.ones(count, 1, width) for width in norms)
+        self.shifts = nn.ParameterList(torch.zeros(count, 1, width) for width in norms)
+        self._layers = list(zip(self.weights, self.biases, strict=True))  # looking them up costs as in MLP
+        self._norms = list(zip(self.scales, self.shifts, strict=True))
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """`frozen`: gradients flow to `x` alone; those of the parameters are not even computed."""
+        layers, norms = self._layers, self._norms
+        if frozen:
+            layers = [(weight.detach(), bias.detach()) for weight, bias in layers]
+            norms = [(scale.detach(), shift.detach()) for scale, shift in norms]
+        *hidden, (weight, bias) = layers
+        x = x.expand(len(weight), *x.shape)
+        for i, (hidden_weight, hidden_bias) in enumerate(hidden):
+            x = torch.baddbmm(hidden_bias, x, hidden_weight)  # [C, B, H]
+            if self.dropout > 0:
+                x = functional.dropout(x, self.dropout)
+            if self.layer_norm:
+                x = torch.addcmul(norms[i][1], functional.layer_norm(x, x.shape[-1:]), norms[i][0])
+            x = self.activation(x)
+        return torch.baddbmm(bias, x, weight).squeeze(-1)
 
 
 class RunningNormalizer(nn.Module):

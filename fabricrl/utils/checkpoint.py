@@ -49,31 +49,57 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, b
         OutputError: the disk is full or the folder cannot be written; no partial file stays.
     """
     path = folder / f"step_{step:012d}.ckpt"
-    temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".*.tmp"):  # of a run that was killed while it saved
             stale.unlink(missing_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
-        with os.fdopen(descriptor, "wb") as file:
-            writer = _HashingWriter(file)
-            torch.save({"format": FORMAT, **state}, cast(BinaryIO, writer))
-            file.seek(-len(_NO_COMMENT), os.SEEK_END)
-            file.write((64).to_bytes(2, "little") + writer.digest.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        _write(path, state)
         if best:
+            for old in folder.glob(f"{Path(BEST).stem}.shard*"):
+                old.unlink()
+            for shard in folder.glob(f"{path.stem}.shard*"):
+                _link(shard, folder / f"{Path(BEST).stem}{shard.suffix}")
             _link(path, folder / BEST)
         _sync_folder(folder)
         for old in sorted(folder.glob("step_*.ckpt"))[:-keep]:
             old.unlink()
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            for shard in folder.glob(f"{old.stem}.shard*"):
+                shard.unlink()
+    except OSError as error:
         raise OutputError(f"cannot save {path}: {_cause(error)}; earlier checkpoints are untouched") from error
     return path
+
+
+def save_shard(folder: Path, step: int, rank: int, shard: dict[str, Any]) -> None:
+    """Writes what one rank alone has, beside the checkpoint that rank 0 writes after all have done so.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    path = folder / f"step_{step:012d}.shard{rank}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, {"global_step": step, "shard": shard})
+        _sync_folder(folder)
+    except OSError as error:
+        raise OutputError(f"cannot save {path}: {_cause(error)}; earlier checkpoints are untouched") from error
+
+
+def load_shard(state: Mapping[str, Any], path: Path, rank: int) -> dict[str, Any]:
+    """What this rank stored with the checkpoint `state`, read from `path`; rank 0's is in the checkpoint itself.
+
+    Raises:
+        CheckpointError: there is none, or it belongs to another checkpoint.
+    """
+    if rank == 0 and state.get("shard") is not None:
+        return state["shard"]
+    file = path.with_name(f"{path.stem}.shard{rank}")
+    if rank == 0 or not file.exists():
+        raise CheckpointError(f"{path} comes without the replay buffer of rank {rank}")
+    stored = _read(file)
+    if stored.get("global_step") != state["global_step"]:
+        raise CheckpointError(f"{file} is of step {stored.get('global_step')}, {path} of {state['global_step']}")
+    return stored["shard"]
 
 
 def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str, Any], Path]:
@@ -117,8 +143,8 @@ def check_batch(state: Mapping[str, Any], args: Any, world_size: int) -> None:
     Raises:
         CheckpointError: another number of ranks, and another number of steps per iteration.
     """
-    stored = state["args"]["num_envs"] * state["args"]["num_steps"] * state["world_size"]
-    own = args.num_envs * args.num_steps * world_size
+    stored = state["args"]["num_envs"] * state["args"].get("num_steps", 1) * state["world_size"]
+    own = args.num_envs * getattr(args, "num_steps", 1) * world_size
     if stored == own:
         return
     change = (
@@ -171,6 +197,24 @@ def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
     module.load_state_dict(stored)
 
 
+def _write(path: Path, state: dict[str, Any]) -> None:
+    """The sealed archive of `state`, complete under its name or absent. Raises OSError; no partial file stays."""
+    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            writer = _HashingWriter(file)
+            torch.save({"format": FORMAT, **state}, cast(BinaryIO, writer))
+            file.seek(-len(_NO_COMMENT), os.SEEK_END)
+            file.write((64).to_bytes(2, "little") + writer.digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(_cause(error)) from error
+
+
 def _newest_good(candidates: list[Path]) -> tuple[dict[str, Any], Path]:
     problems = []
     for candidate in candidates:
@@ -185,7 +229,7 @@ def _newest_good(candidates: list[Path]) -> tuple[dict[str, Any], Path]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         _verify(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a buffer may be large
     except CheckpointError:
         raise
     except OSError as error:

@@ -24,6 +24,7 @@ class EpisodeStatistics:
         self.returns: deque[float] = deque(maxlen=WINDOW)
         self.count = 0
         self._unlogged: list[Tensor] = []  # [E, 2]
+        self._steps: list[tuple[np.ndarray, np.ndarray]] = []  # rewards and dones, [N] each
         self._return = np.zeros(num_envs)  # of the episodes that are still running
         self._length = np.zeros(num_envs, dtype=np.int64)
 
@@ -33,6 +34,17 @@ class EpisodeStatistics:
         self._unlogged.append(ended)
         self.returns.extend(ended[:, 0].tolist())
         self.count += len(ended)
+
+    def add(self, rewards: np.ndarray, dones: np.ndarray) -> None:
+        """Notes one step, [N] each, for `flush`: where a rollout is a single step, looking at each would cost more."""
+        self._steps.append((rewards.copy(), dones))
+
+    def flush(self, fabric: Fabric) -> None:
+        """`update` with the steps noted since the last flush; all ranks must call it together."""
+        if self._steps:
+            rewards, dones = (torch.from_numpy(np.stack(column)) for column in zip(*self._steps, strict=True))
+            self._steps.clear()
+            self.update(fabric, rewards, dones)
 
     def compute(self) -> dict[str, float]:
         """Mean return and length of the episodes that ended on any rank since the last call; nothing if none did."""

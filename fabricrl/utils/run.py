@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
-from fabricrl.utils.checkpoint import save_checkpoint
+from fabricrl.utils.checkpoint import save_checkpoint, save_shard
 from fabricrl.utils.errors import ConfigError, OutputError
 from fabricrl.utils.launch import failing_together
 from fabricrl.utils.logger import make_logger
@@ -99,21 +99,29 @@ class Run:
         due = every > 0 and step // every > self._saved_step // every
         return self.args.save_model and (last or due)
 
-    def save(self, step: int, mean_return: float, state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, mean_return: float, state: dict[str, Any], shard: dict[str, Any] | None = None
+    ) -> None:
         """Writes a checkpoint, also as the best if the mean return has never been higher at one. All ranks call it.
 
+        `state` is the same on all ranks; `shard` is what each has of its own, such as a replay buffer.
+
         Raises:
-            OutputError: on every rank, if rank 0 could not write.
+            OutputError: on every rank, if one could not write.
         """
         best = mean_return > self.best_return or not math.isfinite(self.best_return)
         self.best_return = mean_return if mean_return > self.best_return else self.best_return
         self._saved_step = step
+        folder = self.folder / "checkpoints"
+        if shard is not None:
+            with failing_together(self.fabric):  # before rank 0 writes the file that makes the checkpoint complete
+                if self.fabric.global_rank > 0:
+                    save_shard(folder, step, self.fabric.global_rank, shard)
         with failing_together(self.fabric):
             if self.fabric.global_rank > 0:
                 return
             extra = {"algo": self.algo, "args": dataclasses.asdict(self.args), "best_return": self.best_return}
-            extra |= {"global_step": step, "world_size": self.fabric.world_size}
-            folder = self.folder / "checkpoints"
+            extra |= {"global_step": step, "world_size": self.fabric.world_size, "shard": shard}
             self.checkpoint = save_checkpoint(folder, step, extra | state, self.args.keep_checkpoints, best)
 
     def finish(self, step: int, episodes: EpisodeStatistics) -> None:

@@ -19,7 +19,7 @@ from fabricrl.algos.ppo.loss import approx_kl, clip_fraction, entropy_loss, poli
 from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent
 from fabricrl.data.buffers import RolloutBuffer
 from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.spaces import env_actions
+from fabricrl.envs.spaces import describe, env_actions
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore, restore_optimizer
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
@@ -167,7 +167,8 @@ def compile_ahead(fabric: Fabric, objective: nn.Module, flat: FlatParameters, rb
 
 def main() -> int:
     args = parse(PPOArgs, "ppo", PRESETS)
-    spaces = check_env(args.env_id, args.env_kwargs, ACTION_SPACES, "rgb_array" if args.capture_video else None)
+    video_mode = "rgb_array" if args.capture_video else None
+    spaces = describe(*check_env(args.env_id, args.env_kwargs, ACTION_SPACES, video_mode))
     state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
     global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
 

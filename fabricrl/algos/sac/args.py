@@ -1,0 +1,97 @@
+"""Arguments of SAC, and those that it shares with other off-policy algorithms."""
+
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from fabricrl.algos.args import StandardArgs, arg, require_between
+from fabricrl.models.models import ACTIVATIONS
+from fabricrl.utils.utils import require
+
+
+@dataclass(frozen=True)
+class OffPolicyArgs(StandardArgs):
+    """Replay, networks and update of an actor-critic algorithm with entropy; CleanRL's names and defaults."""
+
+    env_id: str = arg("Pendulum-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
+    total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
+    num_threads: int = arg(
+        min(2, os.cpu_count() or 1), "threads of PyTorch per rank; with several ranks a core each is best"
+    )
+    buffer_size: int = arg(1_000_000, "transitions that a rank keeps, over its environments", "replay")
+    learning_starts: int = arg(
+        5_000, "environment steps over all ranks, with random actions, before the first update; at least a batch"
+    )
+    batch_size: int = arg(256, "transitions that a rank draws per update")
+    replay_ratio: float = arg(1.0, "critic updates per environment step, over all environments and ranks")
+    n_step: int = arg(1, "rewards summed into the return of a transition")
+    implicit_next_obs: bool = arg(
+        False, "do not store next observations but read them from the step that follows: half the memory"
+    )
+    buffer_memmap: bool = arg(False, "keep the buffer in a file of the run folder, for one larger than memory")
+    checkpoint_buffer: bool = arg(
+        True, "store the buffer in checkpoints; without it a resumed run first refills one, --learning-starts steps"
+    )
+    allow_empty_buffer: bool = arg(
+        False, "resume with an empty buffer where the checkpoint's is missing or does not fit, and refill it first"
+    )
+    gamma: float = arg(0.99, "discount γ")
+    norm_obs: bool = arg(False, "normalise observations by running mean and deviation")
+    hidden_sizes: tuple[int, ...] = arg(
+        (256, 256), "widths of the hidden layers of actor and critics, such as 256 256; none: linear", "networks"
+    )
+    activation: Literal["tanh", "relu", "elu", "silu"] = arg("relu", "activation of the hidden layers")
+    num_critics: int = arg(2, "critics of the ensemble")
+    policy_lr: float = arg(3e-4, "Adam's learning rate for the actor", "update")
+    q_lr: float = arg(1e-3, "Adam's learning rate for critics and temperature")
+    tau: float = arg(0.005, "share of the critics that moves into their targets at each update of those")
+    alpha: float = arg(1.0, "entropy temperature: the first one if --autotune, else the only one")
+    autotune: bool = arg(True, "learn the temperature so that the policy's entropy approaches the target")
+    target_entropy: float | None = arg(
+        None, "entropy that the temperature aims at, of actions in [-1, 1]; None: minus their number"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("buffer_size", "batch_size", "n_step", "num_critics"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        require(self.learning_starts >= 0, "learning_starts", self.learning_starts, "0 or more")
+        require_between(self, 0, 1, "gamma", "tau")
+        require(self.tau > 0, "tau", self.tau, "above 0, or the targets never move")
+        for name in ("alpha", "policy_lr", "q_lr", "replay_ratio"):
+            require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "a number above 0")
+        entropy = self.target_entropy
+        require(entropy is None or abs(entropy) < float("inf"), "target_entropy", entropy, "a number, or None")
+        require(
+            all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", self.hidden_sizes, "integers of at least 1"
+        )
+        require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        self._check_amounts()
+
+    def _check_amounts(self) -> None:
+        allowed = f"at most buffer-size = {self.buffer_size}"
+        require(self.batch_size <= self.buffer_size, "batch_size", self.batch_size, allowed)
+        allowed = f"at least num-envs = {self.num_envs}, an iteration"
+        require(self.total_timesteps >= self.num_envs, "total_timesteps", self.total_timesteps, allowed)
+        allowed = f"below total-timesteps = {self.total_timesteps}"
+        require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, allowed)
+
+    def updates(self, steps: int) -> int:
+        """Critic updates that belong to so many environment steps after learning has started: exact, not a float's."""
+        return int(Fraction(str(self.replay_ratio)) * max(steps, 0))
+
+
+@dataclass(frozen=True)
+class SACArgs(OffPolicyArgs):
+    """Arguments of SAC."""
+
+    policy_frequency: int = arg(
+        2, "updates of actor and temperature come every so many critic updates, and then as many at once", "update"
+    )
+    target_network_frequency: int = arg(1, "critic updates between updates of the target critics")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("policy_frequency", "target_network_frequency"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")

@@ -1,0 +1,56 @@
+"""Losses of soft actor-critic: tensors in, scalar out. Numbers are those of arXiv:1812.05905v2.
+
+B rows, C critics. Entropies and log-probabilities are those of actions in [−1, 1], before they are stretched to the
+environment's bounds.
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def td_target(
+    rewards: Tensor, terminated: Tensor, discounts: Tensor, next_q: Tensor, next_logprobs: Tensor, alpha: Tensor
+) -> Tensor:
+    """What the critics shall say (the bracket of Eq. 5, with V of Eq. 3), [B].
+
+        y = r + γ (1 − terminated) ( min_i Q̄_i(s', a') − α log π(a'|s') ),  a' ~ π(·|s')
+
+    The minimum over target critics is that of Section 6. A time limit is no termination: its s' has a value.
+
+    Args:
+        rewards, terminated, discounts, next_logprobs: [B]; discounts is γ^m for an m-step return.
+        next_q: [C, B], the target critics at s', a'.
+        alpha: scalar.
+    """
+    return rewards + discounts * (1.0 - terminated) * (next_q.amin(0) - alpha * next_logprobs)
+
+
+def critic_loss(q: Tensor, targets: Tensor) -> Tensor:
+    """Half the squared Bellman error (Eq. 5), summed over critics: J_Q = Σ_i mean( ½ (Q_i(s, a) − y)² ).
+
+    Args:
+        q: [C, B]; targets: [B].
+    """
+    return 0.5 * (q - targets).square().mean(1).sum()
+
+
+def actor_loss(q: Tensor, logprobs: Tensor, alpha: Tensor) -> Tensor:
+    """J_π = mean( α log π(a|s) − Q(s, a) ) with a reparametrised (Eq. 9).
+
+    Args:
+        q: [B], over critics reduced as the algorithm does; logprobs: [B]; alpha: scalar without gradient.
+    """
+    return (alpha * logprobs - q).mean()
+
+
+def alpha_loss(log_alpha: Tensor, logprobs: Tensor, target_entropy: float) -> Tensor:
+    """J(α) = mean( −log α · (log π(a|s) + H̄) ): α rises while the policy's entropy is below the target H̄.
+
+    Eq. 18 has α in place of log α. Its gradient by log α is this one's times α, so that a small temperature would
+    hardly move; the authors' code (github.com/rail-berkeley/softlearning) takes the logarithm too.
+
+    Args:
+        log_alpha: scalar; logprobs: [B], taken as constants.
+    """
+    return -(log_alpha * (logprobs.detach() + target_entropy)).mean()

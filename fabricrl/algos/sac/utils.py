@@ -1,0 +1,144 @@
+"""What SAC's scripts and evaluation share."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from gymnasium.vector import VectorEnv
+from lightning.fabric import Fabric
+
+from fabricrl.algos.sac.agent import SACAgent
+from fabricrl.algos.sac.args import OffPolicyArgs
+from fabricrl.data.buffers import GIB, ReplayBuffer
+from fabricrl.envs.spaces import stretch
+from fabricrl.utils.checkpoint import load_shard
+from fabricrl.utils.errors import CheckpointError
+from fabricrl.utils.ranks import all_max
+from fabricrl.utils.utils import require
+
+ACTION_SPACES = (Box,)
+
+
+def make_agent(args: Any, envs: VectorEnv, **critics: Any) -> SACAgent:
+    """The agent that `args` describe, for these environments; `critics` are further arguments of its ensemble."""
+    (obs_size,) = envs.single_observation_space.shape
+    num_actions = int(np.prod(envs.single_action_space.shape))
+    return SACAgent(
+        obs_size,
+        num_actions,
+        args.hidden_sizes,
+        args.activation,
+        args.num_critics,
+        args.alpha,
+        args.autotune,
+        args.norm_obs,
+        **critics,
+    )
+
+
+def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[[np.ndarray, np.ndarray], Any]:
+    """A function (observations [N, D], dones [N] of the step before) → actions for `envs.step`, for evaluation."""
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.inference_mode()
+    def policy(obs: np.ndarray, dones: np.ndarray) -> np.ndarray:
+        inputs = torch.as_tensor(obs, dtype=torch.float32)
+        actions = agent.greedy(inputs) if greedy else agent.act(inputs, agent.head.noise((len(obs),), generator))
+        return stretch(envs.single_action_space, actions.numpy())
+
+    return policy
+
+
+def make_buffer(args: Any, obs_space: Box, action_space: Box, fabric: Fabric, folder: Path) -> ReplayBuffer:
+    """The replay buffer of this rank; rank 0 prints what it takes.
+
+    Raises:
+        ConfigError: there is no room for it.
+    """
+    file = folder / f"buffer_rank{fabric.global_rank}.bin" if args.buffer_memmap else None
+    rb = ReplayBuffer(
+        args.buffer_size,
+        args.num_envs,
+        obs_space,
+        int(np.prod(action_space.shape)),
+        args.gamma,
+        args.n_step,
+        args.implicit_next_obs,
+        file,
+        sharing=fabric.world_size // (args.num_nodes or 1),
+    )
+    if fabric.global_rank == 0:
+        where = f"in {file}" if file else "in memory"
+        size = f"{rb.capacity * rb.num_envs} transitions, {rb.num_bytes / GIB:.3f} GiB"
+        print(f"replay buffer: {size} per rank, {where}", file=sys.stderr, flush=True)
+    return rb
+
+
+def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: Any, fabric: Fabric) -> bool:
+    """Fills the buffer with this rank's part of a checkpoint; whether it did. Rank 0 says so if not.
+
+    Raises:
+        CheckpointError: the part is missing or does not fit, and neither `checkpoint_buffer` was off in the run that
+            saved it nor `allow_empty_buffer` is on.
+    """
+    problem: CheckpointError | None = None
+    stored = state["args"]["checkpoint_buffer"]
+    if stored:
+        try:
+            rb.load_state_dict(load_shard(state, path, fabric.global_rank))
+        except CheckpointError as error:
+            problem = error
+    if stored and not all_max(fabric, int(problem is not None)):
+        return True
+    if problem is not None and not args.allow_empty_buffer:
+        raise CheckpointError(f"{problem}; --allow-empty-buffer goes on without, after filling a new one")
+    if fabric.global_rank == 0:
+        steps = max(args.learning_starts, args.batch_size * fabric.world_size)
+        print(f"the replay buffer starts empty: {steps} steps fill it before the next update", file=sys.stderr)
+    rb.clear()
+    return False
+
+
+class UpdateSchedule:
+    """Which critic updates are due: exactly `replay_ratio` times the steps since learning started, resumed or not.
+
+    Attributes:
+        starts: environment steps, over all ranks, after which updates are due.
+        done: critic updates taken, or handed out by `take`, so far.
+    """
+
+    def __init__(self, args: OffPolicyArgs, world_size: int) -> None:
+        """Raises ConfigError if learning would never start."""
+        self.args = args
+        self.least = max(args.learning_starts, args.batch_size * world_size)
+        if self.least > args.learning_starts:
+            print(f"warning: learning starts after {self.least} steps, a batch of each rank", file=sys.stderr)
+        self.starts, self.before, self.done = self.least, 0, 0
+        allowed = f"above {self.least}, when learning starts"
+        require(args.total_timesteps > self.least, "total_timesteps", args.total_timesteps, allowed)
+
+    def explores(self, step: int) -> bool:
+        """Whether actions are drawn uniformly: before a policy has learned anything."""
+        return self.done == 0 and step < self.starts
+
+    def take(self, step: int) -> tuple[int, int]:
+        """Number of the first update that is due after `step` environment steps, from 1, and how many are."""
+        first = self.done + 1
+        self.done = max(self.done, self.before + self.args.updates(step - self.starts))
+        return first, self.done + 1 - first
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"starts": self.starts, "before": self.before, "done": self.done, "ratio": self.args.replay_ratio}
+
+    def load_state_dict(self, state: dict[str, Any], step: int, refill: bool) -> None:
+        """Goes on after `step` steps; from anew, without catching up, if the buffer is to be filled first or the ratio
+        is another one."""
+        self.starts, self.before, self.done = state["starts"], state["before"], state["done"]
+        if refill:
+            self.starts, self.before = step + self.least, self.done
+        elif state["ratio"] != self.args.replay_ratio:
+            self.starts, self.before = max(step, self.starts), self.done
