@@ -52,7 +52,7 @@ class EnsembleMLP(nn.Module):
         hidden layer: Linear → (Dropout) → (LayerNorm) → activation (Hiraoka et al. 2022, arXiv:2110.02034v2, Fig. 1)
 
     Args:
-        dropout: share of a hidden layer's outputs that training and targets set to zero; 0: none.
+        dropout: share of a hidden layer's outputs that are set to zero, wherever `forward` is given which.
         layer_norm: whether hidden layers are normalised, with a scale and a shift that are learned.
     """
 
@@ -80,8 +80,13 @@ class EnsembleMLP(nn.Module):
         self._layers = list(zip(self.weights, self.biases, strict=True))  # looking them up costs as in MLP
         self._norms = list(zip(self.scales, self.shifts, strict=True))
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """`frozen`: gradients flow to `x` alone; those of the parameters are not even computed."""
+    def forward(self, x: Tensor, dropped: Sequence[Tensor] = (), frozen: bool = False) -> Tensor:
+        """The ensemble's outputs.
+
+        Args:
+            dropped: for each hidden layer, which of its outputs, as C × B × H in one row, dropout sets to zero.
+            frozen: gradients flow to `x` alone; those of the parameters are not even computed.
+        """
         layers, norms = self._layers, self._norms
         if frozen:
             layers = [(weight.detach(), bias.detach()) for weight, bias in layers]
@@ -90,12 +95,30 @@ class EnsembleMLP(nn.Module):
         x = x.expand(len(weight), *x.shape)
         for i, (hidden_weight, hidden_bias) in enumerate(hidden):
             x = torch.baddbmm(hidden_bias, x, hidden_weight)  # [C, B, H]
-            if self.dropout > 0:
-                x = functional.dropout(x, self.dropout)
+            if dropped:
+                x = x.view(-1).index_fill_(0, dropped[i], 0.0).view_as(x) / (1.0 - self.dropout)
             if self.layer_norm:
                 x = torch.addcmul(norms[i][1], functional.layer_norm(x, x.shape[-1:]), norms[i][0])
             x = self.activation(x)
         return torch.baddbmm(bias, x, weight).squeeze(-1)
+
+
+def draw_dropped(rate: float, layers: int, units: int, generator: torch.Generator) -> list[Tensor]:
+    """Which of the `units` outputs of each of `layers` layers dropout sets to zero, each with probability `rate`.
+
+    Draws the gaps from one to the next, which are geometric: exact, and the cost is that of the share dropped, where a
+    draw for each output takes longer than the layer's product does.
+    """
+    total = layers * units
+    draws = math.ceil(total * rate + 6 * math.sqrt(total * rate) + 16)
+    positions = torch.zeros(1, dtype=torch.float64)
+    while positions[-1] <= total:  # nearly always once
+        gaps = torch.empty(draws, dtype=torch.float64).geometric_(rate, generator=generator)
+        positions = torch.cat((positions, positions[-1] + gaps.cumsum(0)))
+    positions = positions[1:].long() - 1
+    ends = torch.searchsorted(positions, torch.arange(1, layers + 1) * units)  # [layers]
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return list((positions[: ends[-1]] % units).split(counts))
 
 
 class RunningNormalizer(nn.Module):

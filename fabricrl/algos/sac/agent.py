@@ -45,7 +45,7 @@ class SACAgent(nn.Module):
         self.critics = EnsembleMLP(
             num_critics, obs_size + num_actions, hidden_sizes, activation, dropout, layer_norm
         )
-        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.target_critics = copy.deepcopy(self.critics)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)), requires_grad=autotune)
         self.obs_normalizer = RunningNormalizer(obs_size) if norm_obs else None
 

@@ -7,6 +7,7 @@
 Shapes: N environments of a rank, W ranks, D observation size, A action size, C critics, K updates, B rows of a batch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,9 @@ class CriticObjective(nn.Module):
         super().__init__()
         self.critics = agent.critics
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, targets: Tensor, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Prepared observations beside actions [B, D + A], targets [B] → the loss; detached: loss and mean Q [2]."""
-        q = self.critics(inputs)  # [C, B]
+        q = self.critics(inputs, dropped)  # [C, B]
         loss = critic_loss(q, targets)
         return loss, torch.stack((loss, q.mean())).detach()
 
@@ -86,11 +87,12 @@ class ActorObjective(nn.Module):
         self._critics = (agent.critics,)  # hidden in a tuple from nn.Module
         self.target_entropy, self.mean_over_critics = target_entropy, mean_over_critics
 
-    def forward(self, inputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepared observations [B, D], noise [B, A] → the loss; detached: actor loss, temperature loss, entropy [3]."""
+    def forward(self, inputs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """Prepared observations [B, D], noise [B, A] → the loss; detached: actor and temperature loss, entropy [3]."""
         actions, logprobs = self.head.sample_with_logprob(self.actor(inputs), noise)
-        q = self._critics[0](torch.cat((inputs, actions), -1), frozen=True)  # [C, B]
-        pi_loss = actor_loss(q.mean(0) if self.mean_over_critics else q.amin(0), logprobs, self.log_alpha.detach().exp())
+        q = self._critics[0](torch.cat((inputs, actions), -1), dropped, frozen=True)  # [C, B]
+        q = q.mean(0) if self.mean_over_critics else q.amin(0)  # [B]
+        pi_loss = actor_loss(q, logprobs, self.log_alpha.detach().exp())
         temperature_loss = alpha_loss(self.log_alpha, logprobs, self.target_entropy)
         loss = pi_loss + temperature_loss if self.log_alpha.requires_grad else pi_loss
         return loss, torch.stack((pi_loss, temperature_loss, -logprobs.mean())).detach()
@@ -109,38 +111,40 @@ class Learner:
         critic, actor = CriticObjective(agent), ActorObjective(agent, target_entropy, mean_over_critics)
         self.critic_objective = fabric.setup_module(torch.compile(critic) if args.compile else critic)
         self.actor_objective = fabric.setup_module(torch.compile(actor) if args.compile else actor)
+        self._next_actions = torch.compile(next_actions) if args.compile else next_actions
         self._td_targets = torch.compile(td_targets) if args.compile else td_targets
-        self.critics, self.actor = FlatParameters(agent.critics), FlatParameters(agent.actor)
-        self.target_critics = FlatParameters(agent.target_critics)
+        self.critics, self.target_critics = FlatParameters(agent.critics), FlatParameters(agent.target_critics)
+        self.actor = FlatParameters(actor)  # and temperature
         fused = fabric.device.type in ("cpu", "cuda")
-        groups = [{"params": [self.actor.vector]}]
-        groups += [{"params": [agent.log_alpha], "lr": args.q_lr}] if args.autotune else []
         self.q_optimizer, self.actor_optimizer = (
             fabric.setup_optimizers(torch.optim.Adam([self.critics.vector], lr=args.q_lr, fused=fused)),
-            fabric.setup_optimizers(torch.optim.Adam(groups, lr=args.policy_lr, fused=fused)),
+            fabric.setup_optimizers(torch.optim.Adam([self.actor.vector], lr=args.policy_lr, fused=fused)),
         )
 
-    def td_targets(self, batch: dict[str, Tensor], noise: Tensor) -> Tensor:
-        """What the critics shall say at a prepared batch; noise [B, A]."""
+    def next_actions(self, batch: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
+        """The prepared batch [*, B, ...] with an action at each next observation; noise [*, B, A]."""
         with self.fabric.autocast():
-            return self._td_targets(self.agent, batch, noise)
+            return self._next_actions(self.agent, batch, noise)
 
-    def update_critics(self, batch: dict[str, Tensor], targets: Tensor) -> Tensor:
-        """One step of the critics toward targets [B]. Returns loss and mean Q, [2]."""
-        loss, metrics = self.critic_objective(batch["inputs"], targets)
+    def update_critics(
+        self, batch: dict[str, Tensor], dropped: Sequence[Tensor] = (), target_dropped: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """One step of the critics at a batch with next actions. Returns loss and mean Q, [2]."""
+        with self.fabric.autocast():
+            targets = self._td_targets(self.agent, batch, target_dropped)
+        loss, metrics = self.critic_objective(batch["inputs"], targets, dropped)
         self.fabric.backward(loss)
         self.critics.collect_gradients()
         self.q_optimizer.step()
         return metrics
 
-    def update_actor(self, batch: dict[str, Tensor], noise: Tensor) -> Tensor:
+    def update_actor(self, batch: dict[str, Tensor], noise: Tensor, dropped: Sequence[Tensor] = ()) -> Tensor:
         """One step of actor and temperature; noise [B, A]. Returns both losses, entropy, and the temperature before."""
         alpha = self.agent.alpha
-        loss, metrics = self.actor_objective(batch["obs"], noise)
+        loss, metrics = self.actor_objective(batch["obs"], noise, dropped)
         self.fabric.backward(loss)
         self.actor.collect_gradients()
         self.actor_optimizer.step()
-        self.agent.log_alpha.grad = None
         return torch.cat((metrics, alpha[None]))
 
     def update_targets(self) -> None:
@@ -171,12 +175,18 @@ class Learner:
 
 
 @torch.no_grad()
-def td_targets(agent: SACAgent, batch: dict[str, Tensor], noise: Tensor) -> Tensor:
-    """The bracket of Eq. 5 at a prepared batch, with one next action for each row; [B]."""
-    next_actions, next_logprobs = agent.policy(batch["next_obs"], noise)
-    next_q = agent.target_critics(torch.cat((batch["next_obs"], next_actions), -1))  # [C, B]
-    values = (batch["rewards"], batch["terminated"], batch["discounts"])
-    return td_target(*values, next_q.float(), next_logprobs.float(), agent.alpha)
+def next_actions(agent: SACAgent, batch: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
+    """Adds a' ~ π(·|s') beside s', and log π(a'|s')."""
+    actions, logprobs = agent.policy(batch["next_obs"], noise)
+    return batch | {"next_inputs": torch.cat((batch["next_obs"], actions), -1), "next_logprobs": logprobs.float()}
+
+
+@torch.no_grad()
+def td_targets(agent: SACAgent, batch: dict[str, Tensor], dropped: Sequence[Tensor]) -> Tensor:
+    """What the critics shall say at a batch with next actions, [B]."""
+    next_q = agent.target_critics(batch["next_inputs"], dropped).float()  # [C, B]
+    rewards, terminated, discounts = batch["rewards"], batch["terminated"], batch["discounts"]
+    return td_target(rewards, terminated, discounts, next_q, batch["next_logprobs"], agent.alpha)
 
 
 def train(
@@ -197,7 +207,7 @@ def train(
     critic_history, actor_history = [], []
     for k, (update, minibatch) in enumerate(enumerate(zip(*batches.values(), strict=True), first)):
         batch = dict(zip(batches, minibatch, strict=True))
-        critic_history.append(learner.update_critics(batch, learner.td_targets(batch, noise[k, :, 0])))
+        critic_history.append(learner.update_critics(learner.next_actions(batch, noise[k, :, 0])))
         if update % args.policy_frequency == 0:  # delayed, and then as often as it was put off
             actor_history += [learner.update_actor(batch, noise[k, :, i]) for i in range(1, 1 + args.policy_frequency)]
         if update % args.target_network_frequency == 0:
@@ -207,7 +217,9 @@ def train(
 
 def named(learner: Learner, critic_history: list[Tensor], actor_history: list[Tensor]) -> dict[str, Tensor]:
     """What the steps of an update have returned, under the tags of the log; [K] each. Raises NonFiniteError."""
-    metrics = dict(zip(("losses/qf_loss", "losses/qf_values"), torch.stack(critic_history, 1), strict=True))
+    metrics: dict[str, Tensor] = {}
+    if critic_history:
+        metrics |= dict(zip(("losses/qf_loss", "losses/qf_values"), torch.stack(critic_history, 1), strict=True))
     if actor_history:
         tags = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "losses/alpha")
         metrics |= dict(zip(tags, torch.stack(actor_history, 1), strict=True))
@@ -223,11 +235,11 @@ def compile_ahead(learner: Learner, args: OffPolicyArgs) -> None:
     batch |= {name: torch.zeros(size, agent.actor.inputs, device=device) for name in ("obs", "next_obs")}
     batch["inputs"] = torch.zeros(size, agent.actor.inputs + num_actions, device=device)
     noise = torch.zeros(size, num_actions, device=device)
-    learner.fabric.backward(learner.critic_objective(batch["inputs"], learner.td_targets(batch, noise))[0])
+    learner.td_targets(learner.next_actions(batch, noise))
+    learner.fabric.backward(learner.critic_objective(batch["inputs"], batch["rewards"])[0])
     learner.fabric.backward(learner.actor_objective(batch["obs"], noise)[0])
     learner.critics.collect_gradients()
     learner.actor.collect_gradients()
-    agent.log_alpha.grad = None
 
 
 def main() -> int:

@@ -23,11 +23,11 @@ from fabricrl.utils.utils import require
 ACTION_SPACES = (Box,)
 
 
-def make_agent(args: Any, envs: VectorEnv, **critics: Any) -> SACAgent:
-    """The agent that `args` describe, for these environments; `critics` are further arguments of its ensemble."""
+def make_agent(args: Any, envs: VectorEnv, kind: type[SACAgent] = SACAgent, **more: Any) -> SACAgent:
+    """The agent that `args` describe, for these environments; `more` is what its `kind` needs besides."""
     (obs_size,) = envs.single_observation_space.shape
     num_actions = int(np.prod(envs.single_action_space.shape))
-    return SACAgent(
+    return kind(
         obs_size,
         num_actions,
         args.hidden_sizes,
@@ -36,7 +36,7 @@ def make_agent(args: Any, envs: VectorEnv, **critics: Any) -> SACAgent:
         args.alpha,
         args.autotune,
         args.norm_obs,
-        **critics,
+        **more,
     )
 
 
