@@ -16,12 +16,7 @@ from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.utils import require
 
 GIB = 2**30
-TORCH_TYPES = {
-    np.dtype(np.float32): torch.float32,
-    np.dtype(np.int32): torch.int32,
-    np.dtype(np.uint8): torch.uint8,
-    np.dtype(np.bool_): torch.bool,
-}
+TORCH_TYPES = {"f4": torch.float32, "i4": torch.int32, "u1": torch.uint8, "b1": torch.bool}
 
 
 class RolloutBuffer:
@@ -147,18 +142,20 @@ class ReplayBuffer:
         self.capacity, self.num_envs = capacity // num_envs, num_envs
         self.gamma, self.n_step, self.implicit_next, self.file = gamma, n_step, implicit_next, file
         require(self.capacity > 0, "buffer_size", capacity, f"at least num-envs = {num_envs}")
-        obs = (obs_space.dtype if obs_space.dtype == np.uint8 else np.float32, obs_space.shape)
-        fields = {"obs": obs, "actions": (np.float32, (num_actions,)), "rewards": (np.float32, ())}
-        fields |= {"terminated": (np.bool_, ()), "ended": (np.bool_, ())}
-        fields |= {"final": (np.int32, ())} if implicit_next else {"next_obs": obs}
-        dtype = np.dtype([(name, kind, shape) for name, (kind, shape) in fields.items()], align=True)
+        obs_type = "u1" if obs_space.dtype == np.uint8 else "f4"
+        fields: list[tuple] = [("obs", obs_type, obs_space.shape), ("actions", "f4", (num_actions,)), ("rewards", "f4")]
+        fields += [("terminated", "?"), ("ended", "?")]
+        fields += [("final", "i4")] if implicit_next else [("next_obs", obs_type, obs_space.shape)]
+        dtype = np.dtype(fields, align=True)
         self._rows = self.capacity + 1
         self.num_bytes = self._rows * num_envs * dtype.itemsize
         self._records = _allocate((self._rows, num_envs), dtype, file, sharing)
         self._words = torch.from_numpy(self._records.reshape(-1).view(np.int32).reshape(self._rows * num_envs, -1))
-        self._columns = {name: self._records[name] for name in fields}  # [rows, N, ...] views, made once
-        self._flat = {name: torch.from_numpy(self._records.reshape(-1)[name]) for name in fields}  # [rows N, ...]
-        self._finals = np.zeros((0, *obs_space.shape), dtype=obs[0])  # next observations kept apart, [F, *obs_shape]
+        names = [name for name, *_ in fields]
+        self._columns = {name: self._records[name] for name in names}  # [rows, N, ...] views, made once
+        self._flat = {name: torch.from_numpy(self._records.reshape(-1)[name]) for name in names}  # [rows N, ...]
+        self._places = {name: _place(dtype, name) for name in names}
+        self._finals = np.zeros((0, *obs_space.shape), obs_type)  # next observations kept apart, [F, *obs_shape]
         self._free: list[int] = []  # rows of `_finals` that are not in use
         self._ended: list[tuple[int, np.ndarray]] = []  # environments whose episode the newest step ended
         if implicit_next:
@@ -171,7 +168,7 @@ class ReplayBuffer:
             last = self.position - 1
             if self.implicit_next:
                 for env in np.flatnonzero(self._columns["final"][last] < 0):
-                    self._keep_apart(last, env, self._columns["obs"][self.position, env])
+                    self._keep_apart(last, int(env), self._columns["obs"][self.position, env])
             self._columns["ended"][last] = True
         self._columns["obs"][self.position] = obs
 
@@ -194,11 +191,11 @@ class ReplayBuffer:
         columns["rewards"][row] = rewards
         columns["terminated"][row] = terminated
         columns["ended"][row] = ended
-        columns["obs"][self.position] = next_obs  # crucial: the first observation of the next episode, not the final one
+        columns["obs"][self.position] = next_obs  # crucial: where an episode ended, the first of the next
         if self.implicit_next:
-            for env in np.flatnonzero(columns["final"][row] >= 0):  # of the transition that this one overwrites
-                self._free.append(int(columns["final"][row, env]))
-            columns["final"][row] = -1
+            final = columns["final"][row]
+            self._free += final[final >= 0].tolist()  # of the transitions that are overwritten
+            final[:] = -1
         else:
             columns["next_obs"][row] = next_obs
         for env, final_obs in self._ended:
@@ -281,19 +278,15 @@ class ReplayBuffer:
             self.file.unlink(missing_ok=True)
 
     def _layout(self) -> str:
-        fields = ", ".join(f"{name} {kind}" for name, kind in self._records.dtype.fields.items())
-        return f"{self.capacity} × {self.num_envs} of {fields}"
+        return f"{self.capacity} × {self.num_envs} of {self._records.dtype.descr}"
 
     def _gather(self, index: Tensor) -> dict[str, Tensor]:
         """The records [I] as one read; [I, ...] each, views of one block."""
         words = self._words.index_select(0, index)
-        fields = {}
-        for name, (kind, offset, *_) in self._records.dtype.fields.items():
-            dtype = TORCH_TYPES[kind.base]
-            first = offset // dtype.itemsize
-            column = words.view(dtype)[:, first : first + math.prod(kind.shape)]
-            fields[name] = column.unflatten(1, kind.shape) if kind.shape else column[:, 0]
-        return fields
+        return {
+            name: words.view(dtype)[:, place].view(len(index), *shape)
+            for name, (dtype, place, shape) in self._places.items()
+        }
 
     def _look_ahead(self, index: Tensor, rewards: Tensor, discounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Σ_k γ^k r_{t+k} up to n steps, the episode's end or the newest transition: last index, sum, γ^m; [I] each."""
@@ -315,6 +308,13 @@ class ReplayBuffer:
         slot = self._free.pop()
         self._finals[slot] = next_obs
         self._columns["final"][row, env] = slot
+
+
+def _place(record: np.dtype, name: str) -> tuple[torch.dtype, slice, tuple[int, ...]]:
+    """Where a field stands in a record that is looked at as a row of the field's type, and its shape."""
+    kind, offset = record.fields[name][:2]  # type: ignore[index]
+    first = offset // kind.base.itemsize
+    return TORCH_TYPES[kind.base.str[1:]], slice(first, first + math.prod(kind.shape)), kind.shape
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype, file: Path | None, sharing: int) -> np.ndarray:

@@ -77,6 +77,7 @@ class EnsembleMLP(nn.Module):
         norms = hidden_sizes if layer_norm else ()
         self.scales = nn.ParameterList(torch.ones(count, 1, width) for width in norms)
         self.shifts = nn.ParameterList(torch.zeros(count, 1, width) for width in norms)
+        self.hidden = list(self.weights)[:-1]
         self._layers = list(zip(self.weights, self.biases, strict=True))  # looking them up costs as in MLP
         self._norms = list(zip(self.scales, self.shifts, strict=True))
 

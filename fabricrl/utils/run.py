@@ -99,9 +99,7 @@ class Run:
         due = every > 0 and step // every > self._saved_step // every
         return self.args.save_model and (last or due)
 
-    def save(
-        self, step: int, mean_return: float, state: dict[str, Any], shard: dict[str, Any] | None = None
-    ) -> None:
+    def save(self, step: int, mean_return: float, state: dict[str, Any], shard: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint, also as the best if the mean return has never been higher at one. All ranks call it.
 
         `state` is the same on all ranks; `shard` is what each has of its own, such as a replay buffer.

@@ -1,7 +1,6 @@
 """DroQ's agent: SAC's actor and temperature, with critics of its own."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +14,11 @@ class DroQAgent(SACAgent):
 
     Dropout is active wherever critics are asked in training, in targets and in the actor's loss too. What it drops
     comes from outside, as noise does: see `drop`.
-
-    Args:
-        dropout: share of the critics' hidden units that is dropped.
-        layer_norm: whether their hidden layers are normalised.
     """
-
-    def __init__(self, *args: Any, dropout: float = 0.01, layer_norm: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, dropout=dropout, layer_norm=layer_norm, **kwargs)
 
     def drop(self, passes: int, rows: int, generator: torch.Generator) -> list[Sequence[Tensor]]:
         """For each of so many forward passes of the critics over batches of so many rows, what it drops."""
-        widths = [weight.shape[2] for weight in self.critics.weights[:-1]]
-        count = len(self.critics.weights[0])
-        if not self.critics.dropout:
+        rate, units = self.critics.dropout, [layer.shape[0] * layer.shape[2] * rows for layer in self.critics.hidden]
+        if rate == 0 or not units:
             return [()] * passes
-        layers = [draw_dropped(self.critics.dropout, passes, count * rows * width, generator) for width in widths]
-        return list(zip(*layers, strict=True))
+        return list(zip(*(draw_dropped(rate, passes, count, generator) for count in units), strict=True))

@@ -50,7 +50,8 @@ def train(
             batch = dict(zip(minibatches, minibatch, strict=True))
             critic_history.append(learner.update_critics(batch, next(dropped), next(dropped)))
             learner.update_targets()
-        actor_history.append(learner.update_actor({"obs": batches["obs"][updates + step]}, noise[updates + step], next(dropped)))
+        row = updates + step
+        actor_history.append(learner.update_actor(batches["obs"][row], noise[row], next(dropped)))
     return named(learner, critic_history, actor_history)
 
 

@@ -42,9 +42,7 @@ class SACAgent(nn.Module):
         super().__init__()
         self.head = TanhNormalHead(num_actions)
         self.actor = MLP(obs_size, self.head.size, hidden_sizes, activation)
-        self.critics = EnsembleMLP(
-            num_critics, obs_size + num_actions, hidden_sizes, activation, dropout, layer_norm
-        )
+        self.critics = EnsembleMLP(num_critics, obs_size + num_actions, hidden_sizes, activation, dropout, layer_norm)
         self.target_critics = copy.deepcopy(self.critics)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)), requires_grad=autotune)
         self.obs_normalizer = RunningNormalizer(obs_size) if norm_obs else None

@@ -138,10 +138,13 @@ class Learner:
         self.q_optimizer.step()
         return metrics
 
-    def update_actor(self, batch: dict[str, Tensor], noise: Tensor, dropped: Sequence[Tensor] = ()) -> Tensor:
-        """One step of actor and temperature; noise [B, A]. Returns both losses, entropy, and the temperature before."""
+    def update_actor(self, obs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> Tensor:
+        """One step of actor and temperature at prepared observations [B, D], noise [B, A].
+
+        Returns both losses, the policy's entropy, and the temperature that it was weighed with; [4].
+        """
         alpha = self.agent.alpha
-        loss, metrics = self.actor_objective(batch["obs"], noise, dropped)
+        loss, metrics = self.actor_objective(obs, noise, dropped)
         self.fabric.backward(loss)
         self.actor.collect_gradients()
         self.actor_optimizer.step()
@@ -209,7 +212,9 @@ def train(
         batch = dict(zip(batches, minibatch, strict=True))
         critic_history.append(learner.update_critics(learner.next_actions(batch, noise[k, :, 0])))
         if update % args.policy_frequency == 0:  # delayed, and then as often as it was put off
-            actor_history += [learner.update_actor(batch, noise[k, :, i]) for i in range(1, 1 + args.policy_frequency)]
+            actor_history += [
+                learner.update_actor(batch["obs"], noise[k, :, i + 1]) for i in range(args.policy_frequency)
+            ]
         if update % args.target_network_frequency == 0:
             learner.update_targets()
     return named(learner, critic_history, actor_history)
