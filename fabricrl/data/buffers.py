@@ -155,6 +155,7 @@ class ReplayBuffer:
         self._columns = {name: self._records[name] for name in names}  # [rows, N, ...] views, made once
         self._flat = {name: torch.from_numpy(self._records.reshape(-1)[name]) for name in names}  # [rows N, ...]
         self._places = {name: _place(dtype, name) for name in names}
+        self._types = {place[0] for place in self._places.values()}
         self._finals = np.zeros((0, *obs_space.shape), obs_type)  # next observations kept apart, [F, *obs_shape]
         self._free: list[int] = []  # rows of `_finals` that are not in use
         self._ended: list[tuple[int, np.ndarray]] = []  # environments whose episode the newest step ended
@@ -211,23 +212,21 @@ class ReplayBuffer:
             obs, actions; rewards Σ_k γ^k r_k over the m ≤ n steps that follow; next_obs after those; terminated, as
             0 or 1, whether they ended there; discounts γ^m.
         """
-        total = self._rows * self.num_envs
-        first = (self.position - self.size) % self._rows * self.num_envs
         index = torch.randint(self.size * self.num_envs, (num_batches * batch_size,), generator=rng)
-        index = (index + first).remainder_(total)
-        fields = self._gather(index)
-        rewards, terminated, discounts = fields["rewards"], fields["terminated"], torch.full(index.shape, self.gamma)
-        last = index
+        index += self.num_envs * (index >= self.position * self.num_envs)  # all rows but the one that is yet to be
+        fields = last_fields = self._gather(index)
+        rewards, discounts = fields["rewards"], torch.full((len(index),), self.gamma)
         if self.n_step > 1:
-            last, rewards, discounts = self._look_ahead(index, rewards, discounts)
-            terminated = self._flat["terminated"][last]
+            index, rewards, discounts = self._look_ahead(index, rewards, discounts)
+            last_fields = self._gather(index)
+        terminated = last_fields["terminated"]
         if self.implicit_next:
-            next_obs = self._gather((last + self.num_envs).remainder_(total))["obs"]
-            final = self._flat["final"][last]
+            next_obs = self._gather((index + self.num_envs) % len(self._words))["obs"]
+            final = last_fields["final"]
             (apart,) = (final >= 0).nonzero(as_tuple=True)
             next_obs[apart] = torch.from_numpy(self._finals)[final[apart].long()]
         else:
-            next_obs = (fields if last is index else self._gather(last))["next_obs"]
+            next_obs = last_fields["next_obs"]
         batch = {"obs": fields["obs"], "actions": fields["actions"], "rewards": rewards, "next_obs": next_obs}
         batch |= {"terminated": terminated.float(), "discounts": discounts}
         return {name: column.view(num_batches, batch_size, *column.shape[1:]) for name, column in batch.items()}
@@ -283,9 +282,10 @@ class ReplayBuffer:
     def _gather(self, index: Tensor) -> dict[str, Tensor]:
         """The records [I] as one read; [I, ...] each, views of one block."""
         words = self._words.index_select(0, index)
+        views = {dtype: words.view(dtype) for dtype in self._types}
         return {
-            name: words.view(dtype)[:, place].view(len(index), *shape)
-            for name, (dtype, place, shape) in self._places.items()
+            name: views[dtype].as_strided((len(index), *shape), (views[dtype].stride(0), *strides), offset)
+            for name, (dtype, offset, shape, strides) in self._places.items()
         }
 
     def _look_ahead(self, index: Tensor, rewards: Tensor, discounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,11 +310,11 @@ class ReplayBuffer:
         self._columns["final"][row, env] = slot
 
 
-def _place(record: np.dtype, name: str) -> tuple[torch.dtype, slice, tuple[int, ...]]:
-    """Where a field stands in a record that is looked at as a row of the field's type, and its shape."""
+def _place(record: np.dtype, name: str) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
+    """A field's type, where it stands in a record that is looked at as a row of that type, its shape and strides."""
     kind, offset = record.fields[name][:2]  # type: ignore[index]
-    first = offset // kind.base.itemsize
-    return TORCH_TYPES[kind.base.str[1:]], slice(first, first + math.prod(kind.shape)), kind.shape
+    strides = tuple(math.prod(kind.shape[i + 1 :]) for i in range(len(kind.shape)))
+    return TORCH_TYPES[kind.base.str[1:]], offset // kind.base.itemsize, kind.shape, strides
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype, file: Path | None, sharing: int) -> np.ndarray:

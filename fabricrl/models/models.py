@@ -13,9 +13,9 @@ from fabricrl.utils.model import orthogonal_init
 from fabricrl.utils.ranks import all_gather
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "elu": functional.elu,
+    "tanh": torch.tanh_,  # in place where the gradient needs the result alone: a layer's output is nobody else's
+    "relu": torch.relu_,
+    "elu": functional.elu_,
     "silu": functional.silu,
 }
 
@@ -96,10 +96,15 @@ class EnsembleMLP(nn.Module):
         x = x.expand(len(weight), *x.shape)
         for i, (hidden_weight, hidden_bias) in enumerate(hidden):
             x = torch.baddbmm(hidden_bias, x, hidden_weight)  # [C, B, H]
+            eps, keep = 1e-5, 1.0 - self.dropout
             if dropped:
-                x = x.view(-1).index_fill_(0, dropped[i], 0.0).view_as(x) / (1.0 - self.dropout)
+                x = x.view(-1).index_fill_(0, dropped[i], 0.0).view_as(x)
+                if self.layer_norm:  # whatever divides x by `keep` is divided out again, but for ε
+                    eps *= keep**2
+                else:
+                    x = x / keep
             if self.layer_norm:
-                x = torch.addcmul(norms[i][1], functional.layer_norm(x, x.shape[-1:]), norms[i][0])
+                x = torch.addcmul(norms[i][1], functional.layer_norm(x, x.shape[-1:], eps=eps), norms[i][0])
             x = self.activation(x)
         return torch.baddbmm(bias, x, weight).squeeze(-1)
 

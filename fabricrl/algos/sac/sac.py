@@ -126,13 +126,16 @@ class Learner:
         with self.fabric.autocast():
             return self._next_actions(self.agent, batch, noise)
 
+    def td_targets(self, batch: dict[str, Tensor], dropped: Sequence[Tensor] = ()) -> Tensor:
+        """What the critics shall say at a batch with next actions, [B]."""
+        with self.fabric.autocast():
+            return self._td_targets(self.agent, batch, dropped)
+
     def update_critics(
         self, batch: dict[str, Tensor], dropped: Sequence[Tensor] = (), target_dropped: Sequence[Tensor] = ()
     ) -> Tensor:
         """One step of the critics at a batch with next actions. Returns loss and mean Q, [2]."""
-        with self.fabric.autocast():
-            targets = self._td_targets(self.agent, batch, target_dropped)
-        loss, metrics = self.critic_objective(batch["inputs"], targets, dropped)
+        loss, metrics = self.critic_objective(batch["inputs"], self.td_targets(batch, target_dropped), dropped)
         self.fabric.backward(loss)
         self.critics.collect_gradients()
         self.q_optimizer.step()
