@@ -76,7 +76,7 @@ class StandardArgs:
     main_address: str = arg("127.0.0.1", "address of machine 0")
     main_port: int = arg(29400, "port on machine 0 that the ranks meet at; used with several machines")
     precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true")
-    num_threads: int = arg(1, "threads of PyTorch per rank; small networks are slower with more than one")
+    num_threads: int | None = arg(1, "threads of PyTorch per rank; small networks are slower with more than one")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
         "highest", "float32 products: medium is faster for wide networks on some processors, slower for narrow ones"
     )
@@ -86,7 +86,8 @@ class StandardArgs:
     def __post_init__(self) -> None:
         """Raises ConfigError, which names the argument, what was given, and what is allowed."""
         for name in ("num_envs", "total_timesteps", "video_every", "log_every", "keep_checkpoints", "num_threads"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "an integer of at least 1")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2^31 - 1")
         require(

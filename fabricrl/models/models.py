@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -98,15 +99,31 @@ class EnsembleMLP(nn.Module):
             x = torch.baddbmm(hidden_bias, x, hidden_weight)  # [C, B, H]
             eps, keep = 1e-5, 1.0 - self.dropout
             if dropped:
-                x = x.view(-1).index_fill_(0, dropped[i], 0.0).view_as(x)
+                x = _Drop.apply(x, dropped[i])
                 if self.layer_norm:  # whatever divides x by `keep` is divided out again, but for ε
                     eps *= keep**2
                 else:
                     x = x / keep
             if self.layer_norm:
-                x = torch.addcmul(norms[i][1], functional.layer_norm(x, x.shape[-1:], eps=eps), norms[i][0])
+                scale, shift = norms[i]
+                x = (functional.layer_norm(x, x.shape[-1:], eps=eps) * scale).add_(shift)
             x = self.activation(x)
         return torch.baddbmm(bias, x, weight).squeeze(-1)
+
+
+class _Drop(torch.autograd.Function):
+    """Sets elements of a layer's output to zero in place, and so its gradient there; autograd would make copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: Tensor) -> Tensor:
+        ctx.dropped = dropped
+        ctx.mark_dirty(x)
+        x.view(-1).index_fill_(0, dropped, 0.0)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.contiguous().view(-1).index_fill(0, ctx.dropped, 0.0).view_as(grad), None
 
 
 def draw_dropped(rate: float, layers: int, units: int, generator: torch.Generator) -> list[Tensor]:

@@ -59,7 +59,7 @@ def launch(args: Any) -> Fabric:
         raise ConfigError(f"{given} cannot be had here: {one_line(error)}") from error
     if "LT_CLI_USED" not in os.environ:  # that launcher has done it, and forbids it
         fabric.launch()
-    torch.set_num_threads(args.num_threads)  # after launch(): launchers set it too, and wrongly
+    torch.set_num_threads(_threads(args, fabric))  # after launch(): launchers set it too, and wrongly
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)  # the same on every rank: parameters start equal
@@ -220,6 +220,14 @@ def _check_choice(name: str, options: dict[str, Any], allowed: tuple[str, ...]) 
     """Launchers offer more than these scripts do: parameters and observations are whole on every rank, in 32 bits."""
     given = options.get(name, os.environ.get(f"LT_{name.upper()}", allowed[0]))
     require(given in allowed, name, given, f"one of {', '.join(allowed)}")
+
+
+def _threads(args: Any, fabric: Fabric) -> int:
+    """Those asked for, else two if each rank here can have two cores: threads that share one spend it waiting."""
+    if args.num_threads is not None:
+        return args.num_threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 if cores >= 2 * (fabric.world_size // (args.num_nodes or 1)) else 1
 
 
 def _refuse(options: dict[str, Any], names: list[str]) -> None:

@@ -172,7 +172,7 @@ class Run:
             self._logger = make_logger(kind, self.folder, self.first_step, arguments)
         except OSError as error:
             raise OutputError(f"cannot write into {self.folder}: {error.strerror}") from error
-        ranks, threads = self.fabric.world_size, self.args.num_threads
+        ranks, threads = self.fabric.world_size, torch.get_num_threads()
         where = (
             f"{ranks} rank{'s' * (ranks > 1)} on {self.fabric.device.type}, {threads} thread{'s' * (threads > 1)} each"
         )

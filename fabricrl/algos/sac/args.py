@@ -1,6 +1,5 @@
 """Arguments of SAC, and those that it shares with other off-policy algorithms."""
 
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -16,8 +15,8 @@ class OffPolicyArgs(StandardArgs):
 
     env_id: str = arg("Pendulum-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
-    num_threads: int = arg(
-        min(2, os.cpu_count() or 1), "threads of PyTorch per rank; with several ranks a core each is best"
+    num_threads: int | None = arg(
+        None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Beside other work take 1"
     )
     buffer_size: int = arg(1_000_000, "transitions that a rank keeps, over its environments", "replay")
     learning_starts: int = arg(
