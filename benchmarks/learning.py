@@ -46,20 +46,27 @@ class Task:
     """What is run, what the mean over seeds has to reach, and what others have published.
 
     Attributes:
-        command: the script and its arguments, without seed and logger.
+        command: the script and its arguments as a shell reads them, without seed and logger.
         measure: which column of the results `bar` is for.
+        bar: None if the result is only reported.
         reference: mean and ± as published; `source` says over what.
+        rival: the task whose mean this one's has to be at least `times` as high as, once that has been run.
     """
 
     command: str
     seeds: int
     measure: str
-    bar: float
+    bar: float | None
     reference: tuple[float, float]
     source: str
+    rival: str = ""
+    times: float = 1.0
 
 
 PPO = "fabricrl/algos/ppo/ppo.py"
+SAC = "fabricrl/algos/sac/sac.py"
+DROQ = "fabricrl/algos/droq/droq.py"
+ONE = "--num-threads 1"  # off-policy scripts take two threads by default, and with --jobs runs share the cores
 TASKS = {
     "cartpole": Task(
         f"{PPO} --env-id CartPole-v1 --total-timesteps 500000",
@@ -105,6 +112,54 @@ TASKS = {
         bar=2288 - 572,
         reference=(2287.95, 571.78),
         source="CleanRL ppo_continuous_action.py, v4, 1M steps, 3 seeds",
+    ),
+    # Hyperparameters of rl-baselines3-zoo, which starts to learn after 100 steps, here a batch
+    "sac-pendulum": Task(
+        f"{SAC} --env-id Pendulum-v1 --total-timesteps 20000 --learning-starts 256 --policy-lr 1e-3 --q-lr 1e-3 "
+        f"--policy-frequency 1 --log-every 200 {ONE}",
+        seeds=5,
+        measure="greedy_return",
+        bar=-200,
+        reference=(-157.0, 88.7),
+        source="rl-baselines3-zoo, 20k steps, one run, ± over episodes",
+    ),
+    "sac-halfcheetah": Task(
+        f"{SAC} --env-id HalfCheetah-v4 --total-timesteps 100000 --log-every 1000 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=5400,
+        reference=(6156, 738),
+        source="SAC in SimbaV2's results, v4, 100k steps, 10 seeds",
+    ),
+    # What DroQ has to beat
+    "sac-halfcheetah-16700": Task(
+        f"{SAC} --env-id HalfCheetah-v4 --total-timesteps 16700 --log-every 1000 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=None,
+        reference=(547, 373),
+        source="SAC in SimbaV2's results, v4, 16.7k steps, 10 seeds",
+    ),
+    # Hyperparameters of rl-baselines3-zoo, but its learning rate falls linearly, to 60 % at this number of steps
+    "sac-lunarlander": Task(
+        f"""{SAC} --env-id LunarLander-v3 --env-kwargs '{{"continuous":true}}' --total-timesteps 200000 """
+        "--learning-starts 10000 --hidden-sizes 400 300 --policy-lr 7.3e-4 --q-lr 7.3e-4 --tau 0.01 "
+        f"--policy-frequency 1 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=None,
+        reference=(260.4, 65.5),
+        source="rl-baselines3-zoo, LunarLanderContinuous-v2, 500k steps, one run, ± over episodes",
+    ),
+    "droq-halfcheetah": Task(
+        f"{DROQ} --env-id HalfCheetah-v4 --total-timesteps 16700 --log-every 1000 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=3700,
+        reference=(4271, 571),
+        source="DroQ in SimbaV2's results, v4, 16.7k steps, 10 seeds",
+        rival="sac-halfcheetah-16700",
+        times=5,
     ),
 }
 
@@ -193,17 +248,25 @@ def plot(path: Path, task: Task, curves: list[dict[str, float]]) -> None:
     plt.close(figure)
 
 
-def report(task: Task, rows: list[dict[str, float]]) -> bool:
-    """Prints both measures over the seeds, ± as NumPy's std like the references; whether the bar is reached."""
-    reached = False
+def report(task: Task, rows: list[dict[str, float]], rivals: list[dict[str, float]]) -> bool:
+    """Prints both measures over the seeds, ± as NumPy's std like the references; whether every bar is reached."""
+    reached = True
     for measure, name in MEASURES.items():
         values = np.array([row[measure] for row in rows])
         verdict = ""
-        if measure == task.measure:
+        if measure == task.measure and task.bar is not None:
             reached = bool(values.mean() >= task.bar)
             verdict = f"  bar {task.bar:g}: {'reached' if reached else 'MISSED'}"
         print(f"  {name:28s} {values.mean():9.2f} ± {values.std():.2f}{verdict}")
     print(f"  {'published':28s} {task.reference[0]:9.2f} ± {task.reference[1]:.2f}  {task.source}")
+    if rivals:
+        mean, other = (float(np.mean([row[task.measure] for row in table])) for table in (rows, rivals))
+        beaten = mean >= task.times * other
+        verdict = f"bar {task.times:g}: {'reached' if beaten else 'MISSED'}"
+        print(f"  {'times ' + task.rival:28s} {mean / other:9.2f}  {verdict}, of {other:.2f} ({len(rivals)} seeds)")
+        reached = reached and beaten
+    elif task.rival:
+        print(f"  not compared with {task.rival}, which has not been run")
     return reached
 
 
@@ -219,7 +282,7 @@ def main() -> int:
     options = parser.parse_args()
     task = TASKS[options.task]
     seeds = range(1, (options.seeds or task.seeds) + 1)
-    command = [*task.command.split(), "--logger", "csv"]
+    command = [*shlex.split(task.command), "--logger", "csv"]
     if options.total_timesteps:
         command[command.index("--total-timesteps") + 1] = str(options.total_timesteps)
     shown = f"python {shlex.join(command)} --seed <seed>"
@@ -262,7 +325,8 @@ def main() -> int:
     if failures:
         return 1
     plot(options.out / f"learning_{options.task}.png", task, curves)
-    return 0 if report(task, [row for row in rows if row["seed"] in seeds]) else 1
+    rivals = read_table(options.out / f"learning_{task.rival}.csv")[1] if task.rival else []
+    return 0 if report(task, [row for row in rows if row["seed"] in seeds], rivals) else 1
 
 
 if __name__ == "__main__":

@@ -1,22 +1,29 @@
-"""One timed run of Stable-Baselines3's PPO, for speed.py. The only argument is JSON with the run's settings.
+"""One timed run of Stable-Baselines3's PPO or SAC, for speed.py. The only argument is JSON with the run's settings.
 
-Prints its result as fabricrl's scripts do, with steps per second from the first reset to the end of the last update.
+Prints PPO's result as fabricrl's scripts do, with steps per second from the first reset to the end of the last update;
+of SAC the updates per second, after a warm-up.
 """
 
 import json
 import sys
 import time
+from functools import partial
+from typing import Any
 
 import gymnasium as gym
 import torch
-from stable_baselines3 import PPO
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
-    torch.set_num_threads(1)  # networks this small are slower with more
-    envs: VecEnv = DummyVecEnv([lambda: gym.make(settings["env_id"])] * settings["num_envs"])
+def make_envs(settings: dict[str, Any]) -> VecEnv:
+    make_env = partial(gym.make, settings["env_id"], **settings.get("env_kwargs", {}))
+    return DummyVecEnv([make_env] * settings["num_envs"])
+
+
+def run_ppo(settings: dict[str, Any]) -> None:
+    envs = make_envs(settings)
     if settings["normalize"]:
         envs = VecNormalize(envs, gamma=settings["ppo"].get("gamma", 0.99))
     rate = settings["learning_rate"]
@@ -26,6 +33,27 @@ def main() -> None:
     ppo.learn(settings["total_timesteps"])
     seconds = time.perf_counter() - started
     print(f"result steps={ppo.num_timesteps} sps={ppo.num_timesteps / seconds:.1f}")
+
+
+def run_off_policy(algorithm: type[OffPolicyAlgorithm], settings: dict[str, Any]) -> None:
+    """Learns for a stretch that is not timed, then for one that is; SBX's algorithms are made and called alike."""
+    model = algorithm("MlpPolicy", make_envs(settings), device="cpu", seed=settings["seed"], **settings["model"])
+    model.learn(settings["warm_up"])
+    steps, updates = model.num_timesteps, model._n_updates
+    started = time.perf_counter()
+    model.learn(settings["total_timesteps"] - steps, reset_num_timesteps=False)
+    seconds = time.perf_counter() - started
+    updates = model._n_updates - updates
+    print(f"result steps={model.num_timesteps - steps} updates={updates} updates_per_second={updates / seconds:.2f}")
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    torch.set_num_threads(settings["num_threads"])  # one for PPO: networks that small are slower with more
+    if settings["algo"] == "ppo":
+        run_ppo(settings)
+    else:
+        run_off_policy(SAC, settings)
 
 
 if __name__ == "__main__":

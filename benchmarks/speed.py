@@ -1,7 +1,8 @@
 """Speed beside others: every quantity is measured for A and for B in turn (A B A B ...), and compared pair by pair.
 
-    python benchmarks/speed.py                          every task, against Stable-Baselines3
+    python benchmarks/speed.py                          every task, against Stable-Baselines3 and SBX
     python benchmarks/speed.py --task ppo-cartpole-1env --ours-args=--compile
+    python benchmarks/speed.py --sampling               drawing from a full replay buffer, beside copying
     python benchmarks/speed.py --startup                from the command to the first environment step
     python benchmarks/speed.py --memory                 resident memory after iteration 100 and after 2 000
     python benchmarks/speed.py --ranks                  one rank with N environments, two with N / 2 each
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PPO = "fabricrl/algos/ppo/ppo.py"
+PPO, SAC, DROQ = (f"fabricrl/algos/{name}/{name}.py" for name in ("ppo", "sac", "droq"))
 
 
 class Comparison(NamedTuple):
@@ -48,6 +49,21 @@ class Task(NamedTuple):
     ours: str
     peer: dict[str, Any]
     bar: str
+
+
+class UpdateTask(NamedTuple):
+    """Equal settings again, for critic updates per second of a stretch of a run: after `warm_up` steps, to the end.
+
+    Attributes:
+        peer: what both peers have in common; "model" holds arguments of their SAC.
+        bars: which peers, and what ours is to reach beside each.
+    """
+
+    ours: str
+    updates_per_step: float
+    warm_up: int
+    peer: dict[str, Any]
+    bars: dict[str, str]
 
 
 # Stable-Baselines3 weighs the mean squared error of the value by vf_coef, we weigh half of it: ours is twice theirs.
@@ -79,6 +95,44 @@ TASKS = {
         ">= 1.8",
     ),
 }
+# Learning starts early, so that few steps are random; what a peer compiles is compiled before the warm-up ends.
+# Batches of 256 and layers of 256 × 256 are defaults on all sides.
+UPDATE_TASKS = {
+    "sac-lunarlander": UpdateTask(
+        f"""{SAC} --env-id LunarLander-v3 --env-kwargs '{{"continuous":true}}' --num-envs 4 --replay-ratio 0.25 """
+        "--policy-frequency 1 --policy-lr 3e-4 --q-lr 3e-4 --learning-starts 400",
+        updates_per_step=1 / 4,
+        warm_up=1_600,
+        peer={
+            "env_id": "LunarLander-v3",
+            "env_kwargs": {"continuous": True},
+            "num_envs": 4,
+            "total_timesteps": 13_600,
+            "model": {"learning_rate": 3e-4, "learning_starts": 400},
+        },
+        bars={"sb3": ">= 1.8", "sbx": ">= 1.0"},
+    ),
+    "droq-halfcheetah": UpdateTask(
+        f"{DROQ} --env-id HalfCheetah-v5 --replay-ratio 20 --dropout 0.01 --layer-norm "
+        "--policy-lr 3e-4 --q-lr 3e-4 --learning-starts 256",
+        updates_per_step=20,
+        warm_up=300,
+        peer={
+            "env_id": "HalfCheetah-v5",
+            "num_envs": 1,
+            "total_timesteps": 500,
+            "model": {
+                "learning_rate": 3e-4,
+                "learning_starts": 256,
+                "gradient_steps": 20,
+                "policy_delay": 20,
+                "policy_kwargs": {"dropout_rate": 0.01, "layer_norm": True},
+            },
+        },
+        bars={"sbx": ">= 1.0"},
+    ),
+}
+PEERS = {"sb3": "Stable-Baselines3, faster of 1 and 2 threads", "sbx": "SBX"}
 RANKS = {  # arguments, and the environments of a single rank
     "ppo-cartpole": (f"{PPO} --env-id CartPole-v1 --total-timesteps 131072", 8),
     "ppo-walker2d": (f"{PPO} --env-id Walker2d-v4 --preset mujoco --total-timesteps 61440", 2),
@@ -116,25 +170,93 @@ def timed(command: list[str]) -> Outcome:
 def ours(arguments: str, log_dir: str, options: argparse.Namespace) -> list[str]:
     """The command of one of our runs; what `options` say comes last and wins."""
     steps = ["--total-timesteps", str(options.total_timesteps)] if options.total_timesteps else []
-    return [sys.executable, *arguments.split(), *steps, "--log-dir", log_dir, *shlex.split(options.ours_args)]
+    return [sys.executable, *shlex.split(arguments), *steps, "--log-dir", log_dir, *shlex.split(options.ours_args)]
+
+
+def theirs(script: str, settings: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """The command of one of a peer's runs."""
+    return [str(ROOT / options.peer_python), f"benchmarks/{script}.py", json.dumps(settings)]
+
+
+def logged(folder: str) -> list[dict[str, str]]:
+    """What the only run below a folder has written with `--logger csv`."""
+    (metrics,) = Path(folder).rglob("metrics.csv")
+    with metrics.open() as file:
+        return list(csv.DictReader(file))
 
 
 def bench_task(name: str, options: argparse.Namespace) -> bool:
     """Steps per second beside Stable-Baselines3's, each with its default logging: TensorBoard here, none there."""
     task = TASKS[name]
-    peer = task.peer | {"total_timesteps": options.total_timesteps or task.peer["total_timesteps"]}
+    total = options.total_timesteps or task.peer["total_timesteps"]
+    peer = task.peer | {"algo": "ppo", "num_threads": 1, "total_timesteps": total}
     comparisons = [
         Comparison("steps/s", "fabricrl", "Stable-Baselines3", "a / b", task.bar),
         Comparison("start-up and end, s", "fabricrl", "Stable-Baselines3", "a - b"),
     ]
 
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
-        arguments = f"{task.ours} --total-timesteps {peer['total_timesteps']} --seed {seed}"
+        arguments = f"{task.ours} --total-timesteps {total} --seed {seed}"
         a = timed(ours(arguments, log_dir, options))
-        b = timed([str(ROOT / options.peer_python), "benchmarks/peer_sb3.py", json.dumps(peer | {"seed": seed})])
+        b = timed(theirs("peer_sb3", peer | {"seed": seed}, options))
         return list(zip(a, b, strict=True))
 
     return bench(name, comparisons, measure, options)
+
+
+def fastest(which: str, settings: dict[str, Any], options: argparse.Namespace) -> float:
+    """Updates per second of a peer, at its better number of threads; JAX takes what it finds."""
+    speeds = []
+    for threads in (1, 2) if which == "sb3" else (None,):
+        output, _ = run(theirs(f"peer_{which}", settings | {"num_threads": threads}, options))
+        fields = re.search(r"^result .*updates_per_second=(\S+)", output, re.MULTILINE)
+        assert fields is not None, output
+        speeds.append(float(fields[1]))
+    return max(speeds)
+
+
+def bench_updates(name: str, options: argparse.Namespace) -> bool:
+    """Critic updates per second beside each peer, with acting and environment, without start and compilation.
+
+    Ours logs to a file whose entries tell the seconds since the first reset, from which those of the stretch follow.
+    """
+    task = UPDATE_TASKS[name]
+    total = options.total_timesteps or task.peer["total_timesteps"]
+    if total <= task.warm_up:
+        raise SystemExit(f"error: --total-timesteps {total}: {name} warms up for {task.warm_up}")
+    peer = task.peer | {"algo": "sac", "total_timesteps": total, "warm_up": task.warm_up}
+    comparisons = [Comparison("updates/s", "fabricrl", PEERS[which], "a / b", bar) for which, bar in task.bars.items()]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        arguments = f"{task.ours} --total-timesteps {total} --seed {seed} --logger csv --log-every {task.warm_up}"
+        run(ours(arguments, log_dir, options))
+        entries = [(int(entry["step"]), float(entry["charts/SPS"])) for entry in logged(log_dir)]
+        (first, *_, last) = [(step, step / sps) for step, sps in entries if step >= task.warm_up]
+        a = task.updates_per_step * (last[0] - first[0]) / (last[1] - first[1])
+        return [(a, fastest(which, peer | {"seed": seed}, options)) for which in task.bars]
+
+    return bench(name, comparisons, measure, options)
+
+
+def bench_sampling(options: argparse.Namespace) -> bool:
+    """Drawing the batches of one step at an update-to-data ratio of 20, beside copying as many bytes."""
+    stored = {"stored": "<= 2.0", "implicit": ""}
+    comparisons = [
+        Comparison(f"20 batches of 256, next observations {how}, ms", "sampling", "copying", "a / b", bar)
+        for how, bar in stored.items()
+    ]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        pairs = []
+        for how in stored:
+            settings = json.dumps({"implicit_next": how == "implicit", "seed": seed})
+            output, _ = run([sys.executable, "benchmarks/sampling.py", settings])
+            fields = re.search(r"^result sampling=(\S+) copying=(\S+)", output, re.MULTILINE)
+            assert fields is not None, output
+            pairs.append((float(fields[1]), float(fields[2])))
+        return pairs
+
+    return bench("sampling", comparisons, measure, options)
 
 
 def bench_startup(options: argparse.Namespace) -> bool:
@@ -187,9 +309,7 @@ def bench_ranks(name: str, options: argparse.Namespace) -> bool:
         for case in (f"--num-envs {num_envs // 2} --devices 2 --strategy ddp", f"--num-envs {num_envs}"):
             folder = tempfile.mkdtemp(dir=log_dir)
             outcome = timed(ours(f"{arguments} --logger csv --seed {seed} {case}", folder, options))
-            (metrics,) = Path(folder).rglob("metrics.csv")
-            with metrics.open() as file:
-                entries = list(csv.DictReader(file))
+            entries = logged(folder)
             shares = [statistics.mean(float(entry[f"time/{part}"]) for entry in entries) for part in parts]
             columns.append((outcome.sps, *shares))
         return list(zip(*columns, strict=True))
@@ -227,12 +347,12 @@ def bench(
 
 
 def summarize(rows: list[dict[str, str]]) -> list[str]:
-    """A line of a Markdown table for each quantity of each benchmark."""
-    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    """A line of a Markdown table for each quantity of each benchmark, beside each peer."""
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault((row["benchmark"], row["quantity"]), []).append(row)
+        groups.setdefault((row["benchmark"], row["quantity"], row["b_is"]), []).append(row)
     lines = []
-    for (name, quantity), group in groups.items():
+    for (name, quantity, _), group in groups.items():
         a, b = (f"{group[0][side + '_is']}: {spread([float(row[side]) for row in group])}" for side in "ab")
         values = [float(row["compared"]) for row in group]
         verdict = ""
@@ -277,15 +397,17 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, torch {version('torch')}"
 
 
-def peer_versions(python: Path) -> str:
-    names = ("stable-baselines3", "torch")
+def peer_versions(python: Path, names: tuple[str, ...]) -> str:
     code = f"from importlib.metadata import version\nprint(', '.join(f'{{n}} {{version(n)}}' for n in {names}))"
     return "; peer: " + run([str(python), "-c", code])[0].strip()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, action="append", help="against a peer; can be repeated")
+    parser.add_argument(
+        "--task", choices=[*TASKS, *UPDATE_TASKS], action="append", help="against a peer; can be repeated"
+    )
+    parser.add_argument("--sampling", action="store_true", help="instead of tasks: the replay buffer")
     parser.add_argument("--startup", action="store_true", help="instead of tasks: start-up")
     parser.add_argument("--memory", action="store_true", help="instead of tasks: memory (Linux)")
     parser.add_argument("--ranks", action="store_true", help="instead of tasks: two ranks beside one")
@@ -299,16 +421,18 @@ def main() -> int:
     options = parser.parse_args()
     jobs: list[tuple[str, Callable[[argparse.Namespace], bool]]] = []
     jobs += [("--startup", bench_startup)] * options.startup
+    jobs += [("--sampling", bench_sampling)] * options.sampling
     jobs += [("--memory", bench_memory)] * options.memory
     jobs += [("--ranks", partial(bench_ranks, name)) for name in RANKS] * options.ranks
-    tasks = options.task or (TASKS if not jobs else [])
-    jobs += [(f"--task {name}", partial(bench_task, name)) for name in tasks]
+    tasks = options.task or ([*TASKS, *UPDATE_TASKS] if not jobs else [])
+    jobs += [(f"--task {name}", partial(bench_task if name in TASKS else bench_updates, name)) for name in tasks]
     options.machine = machine()
     if tasks:
         python = ROOT / options.peer_python
         if not python.exists():
             parser.error(f"{options.peer_python} is not there; benchmarks/requirements-peers.txt says how to make it")
-        options.machine += peer_versions(python)
+        jax = ("sbx-rl", "jax") if UPDATE_TASKS.keys() & tasks else ()
+        options.machine += peer_versions(python, ("stable-baselines3", "torch", *jax))
     given = f"--repetitions {options.repetitions}"
     given += f" --ours-args={shlex.quote(options.ours_args)}" if options.ours_args else ""
     given += f" --total-timesteps {options.total_timesteps}" if options.total_timesteps else ""
