@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,15 +121,21 @@ class Trained:
 
 
 @pytest.fixture
-def ppo(script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., Trained]:
-    """Trains PPO in this process with these arguments; the run folder is temporary."""
-    from fabricrl.algos.ppo.ppo import main
+def train(script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., Trained]:
+    """Trains by a script's `main` in this process with these arguments; the run folder is temporary."""
 
-    def train(*arguments: object) -> Trained:
+    def call(main: Callable[[], int], *arguments: object) -> Trained:
         given = arguments if "--log-dir" in arguments else ("--log-dir", tmp_path / "logs", *arguments)
         code = script(main, *given)
         output = capsys.readouterr()
         line = next((line for line in output.out.splitlines() if line.startswith("result ")), "")
         return Trained(code, line, output.out + output.err)
 
-    return train
+    return call
+
+
+@pytest.fixture
+def ppo(train: Callable[..., Trained]) -> Callable[..., Trained]:
+    from fabricrl.algos.ppo.ppo import main
+
+    return partial(train, main)

@@ -91,12 +91,13 @@ class Deterministic(gym.Env):
     """No randomness whatever the seed; observation and reward depend on the actions of this episode.
 
     Every episode takes `length` steps, so that one that starts with a rollout whose length is a multiple ends with it.
+    Actions turn the angle: by one of three amounts, or, if `continuous`, by any amount between two of other sizes.
     """
 
-    def __init__(self, length: int = 8, truncate: bool = False) -> None:
-        self.length, self.truncate = length, truncate
+    def __init__(self, length: int = 8, truncate: bool = False, continuous: bool = False) -> None:
+        self.length, self.truncate, self.continuous = length, truncate, continuous
         self.observation_space = Box(-2.0, 2.0, (3,), np.float32)
-        self.action_space = Discrete(3)
+        self.action_space = Box(-0.7, 1.4, (1,), np.float32) if continuous else Discrete(3)
         self._steps, self._angle = 0, 0.3
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
@@ -106,7 +107,7 @@ class Deterministic(gym.Env):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         self._steps += 1
-        self._angle += 0.7 * (int(action) - 1) + 0.1
+        self._angle += (float(action[0]) if self.continuous else 0.7 * (int(action) - 1)) + 0.1
         done = self._steps >= self.length
         return self._obs(), float(np.cos(self._angle)), done and not self.truncate, done and self.truncate, {}
 
@@ -129,14 +130,22 @@ class Fault(gym.Env):
             first if that is 0), raise_init, multi_arg_error, die (the process kills itself), none.
         only_seed: go wrong only in the environment whose last seed was this; None: in all.
         length: steps of an episode.
+        continuous: whether actions are a Box.
     """
 
-    def __init__(self, kind: str = "none", at_step: int = 0, only_seed: int | None = None, length: int = 8) -> None:
+    def __init__(
+        self,
+        kind: str = "none",
+        at_step: int = 0,
+        only_seed: int | None = None,
+        length: int = 8,
+        continuous: bool = False,
+    ) -> None:
         if kind == "raise_init":
             raise RuntimeError("this environment cannot be built")
         self.kind, self.at_step, self.only_seed, self.length = kind, at_step, only_seed, length
         self.observation_space = Box(-np.inf, np.inf, (2,), np.float32)
-        self.action_space = Discrete(2)
+        self.action_space = Box(-1.0, 1.0, (1,), np.float32) if continuous else Discrete(2)
         self._total, self._steps, self._seed = 0, 0, None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
@@ -171,6 +180,8 @@ ODD_SPACES: dict[str, Space] = {
     "box_2d": Box(-1.0, 1.0, (2, 3), np.float32),
     "box_int": Box(0, 5, (2,), np.int64),
     "box_unbounded": Box(-np.inf, np.inf, (3,), np.float32),
+    "box_half_bounded": Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, np.inf], np.float32)),
+    "box_point": Box(np.array([-1.0, 2.0], np.float32), np.array([1.0, 2.0], np.float32)),
     "box_uneven": Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32)),
     "dict": Dict({"speed": Box(-1.0, 1.0, (2,), np.float32), "gear": Discrete(3)}),
     "dict_nested": Dict({"inner": Dict({"speed": Box(-1.0, 1.0, (2,), np.float32)})}),

@@ -1,6 +1,7 @@
 """Every argument does something: turning it changes a number, a file, or what torch, Fabric or a logger is told."""
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -14,7 +15,8 @@ import pytest
 import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
-from fabricrl.algos.args import parse
+from fabricrl import algos
+from fabricrl.algos.args import StandardArgs, parse
 from fabricrl.algos.ppo import ppo as ppo_script
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.envs import make_envs
@@ -131,6 +133,24 @@ def test_every_argument_has_a_test_that_shows_what_it_does() -> None:
     assert not CHANGES_PARAMETERS.keys() & CHANGES_SOMETHING_ELSE.keys()
     assert fields == CHANGES_PARAMETERS.keys() | CHANGES_SOMETHING_ELSE.keys()
     assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
+
+
+# Arguments that scripts parse -> the tests that have a guard like the one above
+GUARDS = {
+    "PPOArgs": "tests.test_arguments",
+    "SACArgs": "tests.test_off_policy_arguments",
+    "DroQArgs": "tests.test_off_policy_arguments",
+}
+
+
+def test_the_arguments_of_every_algorithm_are_guarded() -> None:
+    folder = Path(algos.__file__).parent
+    modules = [importlib.import_module(f"fabricrl.algos.{path.parent.name}.args") for path in folder.glob("*/args.py")]
+    kinds = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    parsed = {kind.__name__ for kind in kinds if issubclass(kind, StandardArgs) and not kind.__subclasses__()}
+    assert parsed == GUARDS.keys()
+    for module in GUARDS.values():
+        assert hasattr(importlib.import_module(module), "test_every_argument_has_a_test_that_shows_what_it_does")
 
 
 def test_every_argument_has_a_help_text() -> None:

@@ -1,5 +1,6 @@
 """Action heads against torch.distributions: densities, entropies, gradients, and frequencies of what is drawn."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -7,9 +8,17 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    Normal,
+    TanhTransform,
+    TransformedDistribution,
+)
 
-from fabricrl.models.distributions import make_head
+from fabricrl.models.distributions import TanhNormalHead, make_head
 
 
 class Several:
@@ -170,3 +179,133 @@ def test_the_deviation_of_a_box_is_one_learned_number_per_action() -> None:
 def test_a_space_without_a_distribution_is_refused() -> None:
     with pytest.raises(TypeError, match="Dict"):
         make_head(Dict({"a": Discrete(2)}))
+
+
+def squashed(params: Tensor, low: float = -20.0, high: float = 2.0) -> TransformedDistribution:
+    """The squashed normal of torch, which takes logarithms of 1 − tanh² of what it has drawn itself."""
+    mean, log_std = params.chunk(2, -1)
+    normal = Normal(mean, log_std.clamp(low, high).exp())
+    return TransformedDistribution(normal, [TanhTransform(cache_size=1)])
+
+
+def exact_logprob(mean: list[float], log_std: list[float], noise: list[float]) -> float:
+    """log π(tanh u), u = μ + σ ε, with log(1 − tanh² u) = log 4 − 2 |u| − 2 log(1 + e^(−2 |u|)), in float64."""
+    total = 0.0
+    for m, s, e in zip(mean, log_std, noise, strict=True):
+        u = abs(m + math.exp(s) * e)
+        squash = math.log(4) - 2 * u - 2 * math.log1p(math.exp(-2 * u))
+        total += -0.5 * e * e - s - 0.5 * math.log(2 * math.pi) - squash
+    return total
+
+
+def squashed_params(generator: torch.Generator, *shape: int) -> Tensor:
+    """Means up to ±3 or so, and log-deviations of which some lie beyond both of the bounds −20 and 2."""
+    mean = 1.5 * torch.randn(*shape, 3, generator=generator, dtype=torch.float64)
+    log_std = -0.5 + torch.randn(*shape, 3, generator=generator, dtype=torch.float64)
+    log_std[..., 0, 0], log_std[..., 1, 1] = 2.7, -23.0
+    return torch.cat((mean, log_std), -1)
+
+
+def test_squashed_log_probability_and_its_gradients_are_those_of_torch() -> None:
+    head, generator = TanhNormalHead(3), torch.Generator().manual_seed(5)
+    params = squashed_params(generator, 6, 4)  # two leading dimensions
+    noise = head.noise((6, 4), generator).double()
+    ours, theirs = params.clone().requires_grad_(), params.clone().requires_grad_()
+    actions, logprobs = head.sample_with_logprob(ours, noise)
+    distribution = squashed(theirs)
+    mean, log_std = theirs.chunk(2, -1)
+    drawn = distribution.transforms[0](mean + log_std.clamp(-20, 2).exp() * noise)
+    expected = distribution.log_prob(drawn).sum(-1)
+    assert actions.shape == (6, 4, 3)
+    assert logprobs.shape == (6, 4)
+    torch.testing.assert_close(actions, drawn)
+    # Theirs loses seven digits where σ is e^-20 and ε = (u − μ)/σ is computed back
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-7)
+    weights = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    pulls = torch.randn(6, 4, 3, generator=generator, dtype=torch.float64)
+    ((weights * logprobs).sum() + (pulls * actions).sum()).backward()
+    ((weights * expected).sum() + (pulls * drawn).sum()).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-8)
+    for grad in (ours.grad, theirs.grad):  # no pull on what is clamped
+        assert not grad[..., 0, 3].any()
+        assert not grad[..., 1, 4].any()
+    assert ours.grad[..., 0, 0].all()  # but on the mean beside it
+
+
+def test_squashed_log_probability_of_actions_that_have_saturated() -> None:
+    head = TanhNormalHead(2)
+    for u in (0.0, 1e-3, 1.0, 5.0, 9.0, 9.9, 10.1, 15.0, 20.0, 25.0, 60.0, 400.0):
+        for sign in (1.0, -1.0):
+            mean, log_std, noise = [sign * u, 0.3], [-1.0, 0.5], [0.0, -1.2]
+            exact = exact_logprob(mean, log_std, noise)
+            actions, logprob = head.sample_with_logprob(
+                torch.tensor([mean + log_std], dtype=torch.float64), torch.tensor([noise], dtype=torch.float64)
+            )
+            assert logprob.item() == pytest.approx(exact, rel=1e-9, abs=1e-8), u
+            actions, logprob = head.sample_with_logprob(torch.tensor([mean + log_std]), torch.tensor([noise]))
+            assert logprob.item() == pytest.approx(exact, rel=1e-6, abs=2e-6), u  # float32, where 1 − tanh² is 0
+            assert actions.abs().max() <= 1
+
+
+def test_the_gradient_that_is_written_out_equals_finite_differences() -> None:
+    head, generator = TanhNormalHead(3), torch.Generator().manual_seed(8)
+    params = squashed_params(generator, 3, 2).requires_grad_()
+    noise = head.noise((3, 2), generator).double()
+    function = head.sample_with_logprob
+    assert torch.autograd.gradcheck(lambda p: function(p, noise), (params,), atol=1e-7)
+    assert torch.autograd.gradcheck(lambda p: function(p, noise)[0], (params,), atol=1e-7)  # one of the outputs alone
+    assert torch.autograd.gradcheck(lambda p: function(p, noise)[1], (params,), atol=1e-7)
+    saturated = torch.tensor([[25.0, -40.0, 8.0, -1.0, -0.5, 0.1]], dtype=torch.float64, requires_grad=True)
+    noise = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda p: function(p, noise), (saturated,), atol=1e-7)
+    # There log π grows as 2 |u|: ∂/∂μ = ±2 and ∂/∂log σ = ±2 σ ε − 1
+    function(saturated, noise)[1].sum().backward()
+    sigma = math.exp(-1.0)
+    assert saturated.grad[0, 0].item() == pytest.approx(2.0)
+    assert saturated.grad[0, 1].item() == pytest.approx(-2.0)
+    assert saturated.grad[0, 3].item() == pytest.approx(2 * sigma * 0.5 - 1)
+
+
+def test_log_deviations_are_clamped_to_the_given_bounds() -> None:
+    head = TanhNormalHead(1, log_std_min=-1.0, log_std_max=0.5)
+    noise = torch.tensor([[0.7]])
+    for given, used in ((-3.0, -1.0), (-0.5, -0.5), (2.0, 0.5)):
+        inside = head.sample_with_logprob(torch.tensor([[0.2, used]]), noise)
+        for ours, theirs in zip(head.sample_with_logprob(torch.tensor([[0.2, given]]), noise), inside, strict=True):
+            assert torch.equal(ours, theirs)
+        u = 0.2 + math.exp(used) * 0.7
+        assert inside[0].item() == pytest.approx(math.tanh(u), rel=1e-6)
+        assert head.sample(torch.tensor([[0.2, given]]), noise).item() == pytest.approx(math.tanh(u), rel=1e-6)
+
+
+def test_a_squashed_density_integrates_to_one() -> None:
+    head = TanhNormalHead(1)
+    for mean, log_std in ((0.0, -0.5), (0.8, -1.0), (-1.5, 0.0)):
+        noise = torch.linspace(-9, 9, 20_001, dtype=torch.float64)[:, None]
+        params = torch.tensor([mean, log_std], dtype=torch.float64).expand(len(noise), -1)
+        actions, logprobs = head.sample_with_logprob(params, noise)
+        mass = torch.trapezoid(logprobs.exp(), actions[:, 0])
+        assert mass.item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_squashed_actions_are_the_same_with_and_without_log_probability_and_the_mode_has_no_noise() -> None:
+    head, generator = TanhNormalHead(3), torch.Generator().manual_seed(9)
+    assert head.size == 6
+    params = squashed_params(generator, 5, 2).float()
+    noise = head.noise((5, 2), generator)
+    assert noise.shape == (5, 2, 3)
+    assert torch.equal(head.sample(params, noise), head.sample_with_logprob(params, noise)[0])
+    torch.testing.assert_close(head.mode(params), params[..., :3].tanh())
+    assert torch.equal(head.mode(params), head.sample(params, torch.zeros(5, 2, 3)))
+
+
+def test_squashed_draws_have_the_quantiles_of_the_normal_and_are_independent() -> None:
+    head = TanhNormalHead(2)
+    params = torch.tensor([0.3, -0.5, -1.0, 0.2])
+    drawn = head.sample(params.expand(20_000, -1), head.noise((20_000,), torch.Generator().manual_seed(7))).numpy()
+    quintiles = np.array([-np.inf, -0.8416, -0.2533, 0.2533, 0.8416, np.inf])
+    cells = []
+    for i, (mean, log_std) in enumerate(((0.3, -1.0), (-0.5, 0.2))):
+        cells.append(np.searchsorted(np.tanh(mean + math.exp(log_std) * quintiles[1:-1]), drawn[:, i]))
+        assert chi_square(np.bincount(cells[-1], minlength=5), np.full(5, 0.2)) < CHI_999[4]
+    assert chi_square(np.bincount(cells[0] * 5 + cells[1], minlength=25), np.full(25, 0.04)) < 51.2

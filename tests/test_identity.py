@@ -1,11 +1,14 @@
-"""PPO learns which action the observation asks for, for each kind of action space, in seconds."""
+"""Every algorithm learns which action the observation asks for, for each kind of action space, in seconds."""
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from fabricrl import evaluate
+from fabricrl.algos.droq import droq
+from fabricrl.algos.sac import sac
 from tests.conftest import Trained
 
 
@@ -24,4 +27,30 @@ def test_ppo_learns_the_identity(
     results = json.loads(capsys.readouterr().out)
     assert results["greedy"]["episodes"] == results["sampled"]["episodes"] == 20
     assert results["greedy"]["return_mean"] >= least
+    assert results["greedy"]["length_mean"] == 10
+
+
+OFF_POLICY = {
+    "sac": (sac.main, "--num-envs 4 --total-timesteps 2000 --learning-starts 400 --batch-size 128 --policy-lr 0.003"),
+    "droq": (
+        droq.main,
+        "--num-envs 2 --total-timesteps 600 --learning-starts 200 --replay-ratio 5 --batch-size 64 --policy-lr 0.01",
+    ),
+}
+
+
+@pytest.mark.parametrize("algorithm", OFF_POLICY)
+def test_off_policy_algorithms_learn_the_identity(
+    algorithm: str, script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    # The best return is 10; actions that are uniform earn 4.5, and zeros earn 6
+    main, flags = OFF_POLICY[algorithm]
+    common = "--env-id tests.envs:IdentityBox-v0 --hidden-sizes 32 32 --gamma 0 --q-lr 0.003 --num-threads 1"
+    assert script(main, *common.split(), *flags.split(), "--log-dir", tmp_path) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("result "))
+    checkpoint = Path(line.partition(" checkpoint=")[2])
+    script(evaluate.main, checkpoint.parent.parent, "--json", "--episodes", 20)
+    results = json.loads(capsys.readouterr().out)
+    assert results["greedy"]["return_mean"] >= 9.0
+    assert 7.5 <= results["sampled"]["return_mean"] < results["greedy"]["return_mean"]  # some entropy is left
     assert results["greedy"]["length_mean"] == 10

@@ -64,6 +64,37 @@ def test_two_ends_in_one_rollout_and_an_episode_over_three_rollouts_by_hand() ->
     assert np.isnan(EpisodeStatistics(1).mean_return)
 
 
+@pytest.mark.parametrize("every", [1, 7, 50, 10_000])
+def test_steps_noted_one_by_one_count_like_a_rollout_whenever_they_are_flushed(every: int) -> None:
+    rng = np.random.default_rng(1)
+    rewards, dones = rng.normal(size=(120, 3)), rng.random((120, 3)) < 0.1
+    whole, noted = EpisodeStatistics(3), EpisodeStatistics(3)
+    whole.update(SINGLE, torch.from_numpy(rewards), torch.from_numpy(dones))
+    answer, ended = np.zeros(3), np.zeros(3, bool)  # overwritten by each step, as environments may
+    for t in range(120):
+        answer[:], ended[:] = rewards[t], dones[t]
+        noted.add(answer, ended | False)
+        if t % every == 0:
+            noted.flush(SINGLE)
+    noted.flush(SINGLE)
+    noted.flush(SINGLE)  # nothing twice
+    assert noted.count == whole.count > 20
+    assert sorted(noted.returns) == pytest.approx(sorted(whole.returns))
+    assert noted.compute() == pytest.approx(whole.compute())
+
+
+def test_steps_are_counted_on_all_ranks() -> None:
+    def count(fabric: Any) -> EpisodeStatistics:
+        episodes = EpisodeStatistics(1)
+        episodes.add(np.array([1.0]), np.array([False]))
+        episodes.add(np.array([float(fabric.global_rank)]), np.array([fabric.global_rank > 0]))
+        episodes.flush(fabric)
+        return episodes
+
+    for episodes in on_ranks(3, count):
+        assert list(episodes.returns) == [2.0, 3.0]
+
+
 def test_the_mean_return_looks_back_on_the_last_hundred_episodes() -> None:
     episodes = EpisodeStatistics(1)
     rewards = torch.arange(150.0)[:, None]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fabricrl.models.models import ACTIVATIONS, MLP, RunningNormalizer
+from fabricrl.models.models import ACTIVATIONS, MLP, EnsembleMLP, RunningNormalizer, draw_dropped
 from fabricrl.utils.model import FlatParameters, parameter_hash
 from tests.conftest import on_ranks
 
@@ -107,6 +107,195 @@ def test_network_is_layers_with_activations_between_but_not_after(activation: st
     plain = nn.Sequential(first, modules[activation], second, modules[activation], network.out)
     x = 3 * torch.randn(8, 4)
     torch.testing.assert_close(network(x), plain(x))
+
+
+def separate(ensemble: EnsembleMLP, member: int, activation: type[nn.Module], norm: bool = False) -> nn.Sequential:
+    """One network of an ensemble, made of torch's layers with copies of its parameters."""
+    layers: list[nn.Module] = []
+    for i, (weight, bias) in enumerate(zip(ensemble.weights, ensemble.biases, strict=True)):
+        linear = nn.Linear(*weight.shape[1:])
+        linear.weight.data.copy_(weight[member].T)
+        linear.bias.data.copy_(bias[member, 0])
+        layers.append(linear)
+        if i == len(ensemble.hidden):
+            return nn.Sequential(*layers)
+        if norm:
+            layers.append(nn.LayerNorm(weight.shape[2]))
+            layers[-1].weight.data.copy_(ensemble.scales[i][member, 0])
+            layers[-1].bias.data.copy_(ensemble.shifts[i][member, 0])
+        layers.append(activation())
+    raise AssertionError("an ensemble has an output layer")
+
+
+def gradients(ensemble: EnsembleMLP, member: int) -> list[torch.Tensor]:
+    """Those of one network, as `separate` orders its parameters."""
+    found = []
+    for i, (weight, bias) in enumerate(zip(ensemble.weights, ensemble.biases, strict=True)):
+        found += [weight.grad[member].T, bias.grad[member, 0]]
+        if i < len(ensemble.scales):
+            found += [ensemble.scales[i].grad[member, 0], ensemble.shifts[i].grad[member, 0]]
+    return found
+
+
+def shaken(ensemble: EnsembleMLP) -> EnsembleMLP:
+    """With parameters that have nothing special: no zero biases, no unit scales."""
+    with torch.no_grad():
+        for parameter in ensemble.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    return ensemble
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
+@pytest.mark.parametrize(
+    ("activation", "module"), [("relu", nn.ReLU), ("tanh", nn.Tanh), ("silu", nn.SiLU), ("elu", nn.ELU)]
+)
+@pytest.mark.parametrize(("count", "hidden"), [(1, (7,)), (3, (8, 5)), (2, ())])
+def test_an_ensemble_is_so_many_separate_networks_in_outputs_and_gradients(
+    count: int, hidden: tuple[int, ...], activation: str, module: type[nn.Module], norm: bool
+) -> None:
+    ensemble = shaken(EnsembleMLP(count, 4, hidden, activation, layer_norm=norm))
+    x = torch.randn(6, 4, requires_grad=True)
+    weights = torch.randn(count, 6)  # so that no two outputs pull alike
+    given = x.detach().clone()
+    outputs = ensemble(x)
+    assert torch.equal(x, given)
+    assert outputs.shape == (count, 6)
+    (weights * outputs).sum().backward()
+    input_gradient = torch.zeros(6, 4)
+    for member in range(count):
+        plain, y = separate(ensemble, member, module, norm), x.detach().requires_grad_()
+        output = plain(y)[:, 0]
+        torch.testing.assert_close(outputs[member], output)
+        (weights[member] * output).sum().backward()
+        input_gradient += y.grad
+        for ours, theirs in zip(gradients(ensemble, member), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad, input_gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
+def test_a_frozen_ensemble_has_the_same_outputs_and_input_gradient_but_no_other(norm: bool) -> None:
+    ensemble = shaken(EnsembleMLP(3, 4, (8, 5), "relu", 0.5, norm))
+    dropped = [torch.tensor([0, 3, 50]), torch.tensor([1, 2])]
+    found = []
+    for frozen in (False, True):
+        ensemble.zero_grad()
+        x = torch.linspace(-1, 1, 24).view(6, 4).requires_grad_()
+        outputs = ensemble(x, dropped, frozen=frozen)
+        outputs.square().sum().backward()
+        assert [parameter.grad is None for parameter in ensemble.parameters()] == [frozen] * len(
+            [*ensemble.parameters()]
+        )
+        found.append((outputs, x.grad))
+    for free, frozen in zip(*found, strict=True):
+        assert torch.equal(free, frozen)
+    assert ensemble(torch.randn(6, 4), dropped).requires_grad  # frozen for that one call
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
+def test_dropout_is_a_mask_behind_the_product_and_what_stays_is_scaled_up(norm: bool) -> None:
+    rate, rows, count = 0.2, 5, 2
+    ensemble = shaken(EnsembleMLP(count, 4, (8, 6), "relu", rate, norm))
+    x, masks, dropped = torch.randn(rows, 4, requires_grad=True), [], []
+    for width in (8, 6):
+        mask = torch.rand(count, rows, width) < rate
+        masks.append(mask)
+        dropped.append(mask.flatten().nonzero()[:, 0])
+    outputs = ensemble(x, dropped)
+    outputs.square().sum().backward()
+    ours = [gradients(ensemble, member) for member in range(count)]
+    input_gradient = torch.zeros(rows, 4)
+    for member in range(count):
+        y = x.detach().requires_grad_()
+        network, hidden = separate(ensemble, member, nn.ReLU, norm), y
+        layers = iter(network)
+        for mask in masks:  # Linear → Dropout → (LayerNorm) → ReLU
+            hidden = next(layers)(hidden) * ~mask[member] / (1 - rate)
+            hidden = next(layers)(hidden) if norm else hidden
+            hidden = next(layers)(hidden)
+        output = next(layers)(hidden)[:, 0]
+        torch.testing.assert_close(outputs[member], output)
+        output.square().sum().backward()
+        input_gradient += y.grad
+        for gradient, parameter in zip(ours[member], network.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad, input_gradient, rtol=1e-4, atol=1e-5)
+    plain_outputs = ensemble(x)  # nothing is dropped unless it is said what
+    assert not torch.allclose(plain_outputs, outputs)
+    torch.testing.assert_close(plain_outputs[0], separate(ensemble, 0, nn.ReLU, norm)(x)[:, 0])
+
+
+def test_the_networks_of_an_ensemble_start_differently_each_as_an_mlp_does() -> None:
+    ensemble = EnsembleMLP(3, 16, (16, 16), layer_norm=True)
+    identity = torch.eye(16)
+    for weight in ensemble.weights[:2]:
+        for member in weight.detach():
+            torch.testing.assert_close(member @ member.T, 2 * identity, atol=1e-5, rtol=1e-5)  # gain √2
+        assert not torch.allclose(weight[0], weight[1], atol=0.1)
+    torch.testing.assert_close(ensemble.weights[2].detach().square().sum(1), torch.ones(3, 1))
+    assert not any(bias.any() for bias in ensemble.biases)
+    assert all((scale == 1).all() for scale in ensemble.scales)
+    assert not any(shift.any() for shift in ensemble.shifts)
+
+
+def test_a_copy_of_an_ensemble_has_parameters_of_its_own() -> None:
+    ensemble = shaken(EnsembleMLP(2, 4, (8,), layer_norm=True))
+    twin, x = copy.deepcopy(ensemble), torch.randn(5, 4)
+    before = ensemble(x)
+    FlatParameters(twin).vector.data.mul_(1.5)
+    assert torch.equal(ensemble(x), before)
+    assert not torch.allclose(twin(x), before)
+    ensemble.load_state_dict(twin.state_dict())
+    assert torch.equal(ensemble(x), twin(x))
+
+
+def dense(positions: list[torch.Tensor], units: int) -> np.ndarray:
+    """As zeros and ones, [layers, units]."""
+    mask = np.zeros((len(positions), units), int)
+    for row, dropped in zip(mask, positions, strict=True):
+        assert dropped.dtype == torch.int64
+        assert ((dropped >= 0) & (dropped < units)).all()
+        assert (dropped.diff() > 0).all()  # each once
+        row[dropped.numpy()] = 1
+    return mask
+
+
+# Bounds of four to five standard deviations; the seeds are fixed, so they cannot flicker.
+@pytest.mark.parametrize(("rate", "layers", "units"), [(0.01, 40, 5000), (0.5, 20, 1000), (0.9, 10, 2000)])
+def test_every_unit_is_dropped_with_the_rate_independently_of_the_others(rate: float, layers: int, units: int) -> None:
+    mask = dense(draw_dropped(rate, layers, units, torch.Generator().manual_seed(1)), units)
+    total, variance = layers * units, rate * (1 - rate)
+    assert mask.mean() == pytest.approx(rate, abs=4 * (variance / total) ** 0.5)
+    # Counts of layers and of positions vary as those of independent units do
+    for counts, trials in ((mask.sum(1), units), (mask.sum(0), layers)):
+        expected = trials * variance
+        ratio = ((counts - trials * rate) ** 2).mean() / expected
+        assert ratio == pytest.approx(1.0, abs=5 * (max(2.0, 1 / expected) / len(counts)) ** 0.5)
+    centred = mask - rate
+    flat = centred.reshape(-1)
+    for lag in (1, 2, 3, units):  # neighbours, across the borders of layers, and the same unit of the next layer
+        correlation = (flat[:-lag] * flat[lag:]).mean() / variance
+        assert abs(correlation) < 4.5 / (total - lag) ** 0.5, lag
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 0.5, 0.99])
+def test_dropping_from_tiny_layers_is_as_likely_as_it_should_be(rate: float) -> None:
+    generator, times = torch.Generator().manual_seed(2), 4000
+    masks = np.stack([dense(draw_dropped(rate, 2, 2, generator), 2).reshape(-1) for _ in range(times)])
+    bits = np.array([[code >> i & 1 for i in range(4)] for code in range(16)])
+    expected = times * np.where(bits, rate, 1 - rate).prod(1)
+    counts = np.bincount(masks @ [1, 2, 4, 8], minlength=16)
+    assert (abs(counts - expected) < 4.5 * expected**0.5 + 2).all()
+    assert len(draw_dropped(rate, 3, 1, generator)) == 3
+
+
+def test_what_is_dropped_depends_on_the_generator_alone() -> None:
+    first, again, other = (
+        dense(draw_dropped(0.1, 4, 100, torch.Generator().manual_seed(seed)), 100) for seed in (1, 1, 2)
+    )
+    assert (first == again).all()
+    assert (first != other).any()
+    assert (first[0] != first[1]).any()
 
 
 def small_network() -> nn.Module:

@@ -10,8 +10,11 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.utils import make_agent
+from fabricrl.algos.sac import utils as sac
+from fabricrl.algos.sac.args import SACArgs
 from fabricrl.envs import make_env, make_envs
-from fabricrl.envs.spaces import env_actions
+from fabricrl.envs.spaces import check_bounded, env_actions, stretch
+from fabricrl.utils.errors import ConfigError
 from tests.conftest import Trained
 from tests.envs import ODD_SPACES
 
@@ -111,3 +114,84 @@ def test_a_flat_observation_keeps_every_part_in_a_fixed_place() -> None:
     gear = np.eye(3)[sample["gear"]]
     np.testing.assert_allclose(obs, np.concatenate([gear, sample["speed"]]), rtol=1e-6)  # keys in alphabetical order
     assert obs.dtype == np.float32 or obs.dtype == np.float64
+
+
+def test_squashed_actions_are_stretched_to_the_bounds_by_hand() -> None:
+    box = Box(np.array([-1.0, 0.0, -3.0], np.float32), np.array([1.0, 10.0, 1.0], np.float32))
+    actions = np.array([[-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.5], [1.0, 1.0, 1.0]], np.float32)
+    expected = [[-1.0, 0.0, -3.0], [0.0, 5.0, -1.0], [0.5, 2.5, 0.0], [1.0, 10.0, 1.0]]
+    assert stretch(box, actions).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_ends_of_the_policy_are_exactly_the_bounds_and_nothing_lies_beyond(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    ends = np.repeat([[-1.0], [1.0]], 4, axis=1).astype(np.float32)
+    drawn = rng.uniform(-1, 1, (50, 4)).astype(np.float32)
+    for _ in range(300):
+        low = (rng.normal(size=4) * 10 ** rng.uniform(-3, 3)).astype(dtype)
+        high = low + (rng.exponential(size=4) * 10 ** rng.uniform(-2, 3)).astype(dtype)
+        space = Box(low, high, dtype=dtype)
+        assert np.array_equal(stretch(space, ends), [space.low, space.high])
+        inside = stretch(space, drawn)
+        assert ((inside >= space.low) & (inside <= space.high)).all()
+        expected = low + (drawn.astype(float) + 1) / 2 * (high.astype(float) - low)
+        assert (abs(inside - expected) <= 4 * np.finfo(dtype).eps * np.maximum(abs(low), abs(high))).all()
+
+
+def test_bounds_as_far_apart_as_numbers_go_are_reached_too() -> None:
+    space = Box(np.float32(-3e38), np.float32(3e38), (2,))
+    with np.errstate(all="raise"):
+        assert stretch(space, np.array([[-1.0, 0.0], [0.0, 1.0]], np.float32)).tolist() == [
+            [space.low[0], 0.0],
+            [0.0, space.high[1]],
+        ]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (1, 2, 1)])
+def test_stretched_actions_have_the_shape_and_type_of_the_space(shape: tuple[int, ...], dtype: type) -> None:
+    space = Box(-2.0, 4.0, shape, dtype)
+    size = int(np.prod(shape))
+    flat = np.linspace(-1, 1, 5 * size, dtype=np.float32).reshape(5, size)
+    actions = stretch(space, flat)
+    assert actions.shape == (5, *shape)
+    assert actions.dtype == dtype
+    assert all(space.contains(np.asarray(action)) for action in actions)
+    np.testing.assert_allclose(actions.reshape(5, size), 1 + 3 * flat, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        ([-1.0, -np.inf], [1.0, 1.0]),
+        ([-1.0, 0.0], [1.0, np.inf]),
+        ([-np.inf, -np.inf], [np.inf, np.inf]),
+        ([-1.0, 2.0], [1.0, 2.0]),  # nothing to choose from
+    ],
+)
+def test_a_box_without_room_between_two_bounds_is_refused(low: list[float], high: list[float]) -> None:
+    with pytest.raises(ConfigError, match="needs a Box with finite bounds"):
+        check_bounded(Box(np.array(low, np.float32), np.array(high, np.float32)))
+
+
+def test_a_box_with_bounds_is_accepted() -> None:
+    for space in (ODD_SPACES["box"], ODD_SPACES["box_2d"], ODD_SPACES["box_uneven"]):
+        check_bounded(space)
+
+
+@pytest.mark.parametrize("kind", ["box", "box_2d", "box_uneven"])
+def test_the_policy_of_an_evaluation_answers_in_the_space(kind: str, tmp_path: Path) -> None:
+    args = SACArgs(env_id="tests.envs:Odd-v0", env_kwargs=f'{{"action": "{kind}"}}', num_envs=64, hidden_sizes=(8,))
+    envs = make_envs(args, 0, tmp_path)
+    agent, space, obs = sac.make_agent(args, envs), ODD_SPACES[kind], np.random.default_rng(0).normal(size=(64, 3))
+    none = np.zeros(64, bool)
+    greedy = sac.make_policy(agent, envs, True, 1)
+    drawn = [sac.make_policy(agent, envs, False, seed)(obs, none) for seed in (1, 1, 2)]
+    assert all(space.contains(action) for action in (*greedy(obs, none), *drawn[0]))
+    inputs = torch.as_tensor(obs, dtype=torch.float32)
+    assert np.array_equal(greedy(obs, none), stretch(space, agent.greedy(inputs).detach().numpy()))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    assert not np.array_equal(drawn[0], greedy(obs, none))
+    envs.close()

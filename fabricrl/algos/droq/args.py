@@ -14,7 +14,7 @@ class DroQArgs(OffPolicyArgs):
     dropout: float = arg(0.01, "share of the critics' hidden units that each update drops", "networks")
     layer_norm: bool = arg(True, "normalise the critics' hidden layers")
     q_lr: float = arg(3e-4, "Adam's learning rate for the critics")
-    # As in Smith et al. 2022 (arXiv:2208.07860). One temperature update per step would take thousands to come down from 1.
+    # As Smith et al. 2022 (arXiv:2208.07860): with one update a step it would take thousands to come down from 1
     alpha: float = arg(0.1, "entropy temperature: the first one if --autotune, else the only one")
 
     def __post_init__(self) -> None:
