@@ -144,7 +144,7 @@ class TanhNormalHead(nn.Module):
         The last term is written 2 (log 2 − u − softplus(−2u)), which is exact also where tanh has saturated.
         Differentiable in `params` through both (reparametrisation); [*, A] and [*].
         """
-        mean, log_std = params.chunk(2, -1)
+        mean, log_std = params.to(torch.promote_types(params.dtype, torch.float32)).chunk(2, -1)
         return _SquashedNormal.apply(mean, log_std, noise, self.log_std_min, self.log_std_max)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

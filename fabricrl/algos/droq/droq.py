@@ -14,7 +14,8 @@ from torch import Tensor
 from fabricrl.algos.args import parse
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.droq.utils import ACTION_SPACES, UpdateSchedule, make_agent, make_buffer, restore_buffer
-from fabricrl.algos.sac.sac import Learner, compile_ahead, named, rollout
+from fabricrl.algos.sac.learner import Learner, compile_ahead, named
+from fabricrl.algos.sac.sac import rollout
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
