@@ -259,8 +259,8 @@ class ReplayBuffer:
             raise CheckpointError(
                 f"the replay buffer there is {state['layout']}, here {self._layout()}: keep the arguments it had"
             )
-        bytes_ = self._words.view(torch.uint8).view(-1)
-        bytes_[: len(state["records"])] = state["records"]
+        self.clear()
+        self._words.view(torch.uint8).view(-1)[: len(state["records"])] = state["records"]
         self.position, self.size = state["position"], state["size"]
         self._finals, self._free = state["finals"].numpy().copy(), list(state["free"])
 
