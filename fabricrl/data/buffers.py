@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ class ReplayBuffer:
     `next_obs` is what the action led to: an episode's last observation where it ended, never the first of the next.
     `ended` marks the last transition of an episode, whatever ended it: n-step returns do not reach beyond.
     With `implicit_next` it is not stored but read from the record that follows; where none does (an episode's end, or
-    a run that was resumed) it is kept apart. That halves the memory, and costs sampling a second read.
+    a run that was resumed) it is kept apart. Where observations are large that halves the memory; it costs sampling a
+    second read.
 
     Records lie in a ring of rows × N, in which one row more than the capacity holds the observation that the next
     step starts from. Sampling is uniform, with replacement.
@@ -117,14 +119,13 @@ class ReplayBuffer:
         num_actions: A, float32.
         gamma: discount γ per step of n-step returns.
         n_step: rewards summed into a transition; fewer where an episode or the ring ends before.
-        file: where to keep the records instead of in memory, a new file of the buffer's size.
-        sharing: buffers like this one that the machine has to hold.
+        folder: where to keep the records in a file instead of in memory; it has no name and ends with the process.
 
     Attributes:
         size: transitions of each environment that can be sampled.
 
     Raises:
-        ConfigError: the capacity holds less than a row, or neither memory nor disk holds the buffer.
+        ConfigError: the capacity holds less than a row, or the disk less than the file.
     """
 
     def __init__(
@@ -136,27 +137,23 @@ class ReplayBuffer:
         gamma: float = 0.99,
         n_step: int = 1,
         implicit_next: bool = False,
-        file: Path | None = None,
-        sharing: int = 1,
+        folder: Path | None = None,
     ) -> None:
         self.capacity, self.num_envs = capacity // num_envs, num_envs
-        self.gamma, self.n_step, self.implicit_next, self.file = gamma, n_step, implicit_next, file
+        self.gamma, self.n_step, self.implicit_next = gamma, n_step, implicit_next
         require(self.capacity > 0, "buffer_size", capacity, f"at least num-envs = {num_envs}")
-        obs_type = "u1" if obs_space.dtype == np.uint8 else "f4"
-        fields: list[tuple] = [("obs", obs_type, obs_space.shape), ("actions", "f4", (num_actions,)), ("rewards", "f4")]
-        fields += [("terminated", "?"), ("ended", "?")]
-        fields += [("final", "i4")] if implicit_next else [("next_obs", obs_type, obs_space.shape)]
-        dtype = np.dtype(fields, align=True)
+        dtype = record_type(obs_space, num_actions, implicit_next)
         self._rows = self.capacity + 1
         self.num_bytes = self._rows * num_envs * dtype.itemsize
-        self._records = _allocate((self._rows, num_envs), dtype, file, sharing)
+        shape = (self._rows, num_envs)
+        self._records = np.zeros(shape, dtype) if folder is None else _map_file(shape, dtype, folder)
         self._words = torch.from_numpy(self._records.reshape(-1).view(np.int32).reshape(self._rows * num_envs, -1))
-        names = [name for name, *_ in fields]
+        names = dtype.names or ()
         self._columns = {name: self._records[name] for name in names}  # [rows, N, ...] views, made once
         self._flat = {name: torch.from_numpy(self._records.reshape(-1)[name]) for name in names}  # [rows N, ...]
         self._places = {name: _place(dtype, name) for name in names}
         self._types = {place[0] for place in self._places.values()}
-        self._finals = np.zeros((0, *obs_space.shape), obs_type)  # next observations kept apart, [F, *obs_shape]
+        self._finals = np.zeros((0, *obs_space.shape), dtype["obs"].base)  # next observations kept apart, [F, ...]
         self._free: list[int] = []  # rows of `_finals` that are not in use
         self._ended: list[tuple[int, np.ndarray]] = []  # environments whose episode the newest step ended
         if implicit_next:
@@ -271,11 +268,6 @@ class ReplayBuffer:
         if self.implicit_next:
             self._columns["final"][:] = -1
 
-    def close(self) -> None:
-        """Removes the file, if there is one; what it held is in the checkpoints."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
-
     def _layout(self) -> str:
         return f"{self.capacity} × {self.num_envs} of {self._records.dtype.descr}"
 
@@ -317,35 +309,47 @@ def _place(record: np.dtype, name: str) -> tuple[torch.dtype, int, tuple[int, ..
     return TORCH_TYPES[kind.base.str[1:]], offset // kind.base.itemsize, kind.shape, strides
 
 
-def _allocate(shape: tuple[int, ...], dtype: np.dtype, file: Path | None, sharing: int) -> np.ndarray:
-    """Zeros in memory, or in a file whose room on the disk is taken at once.
+def record_type(obs_space: Box, num_actions: int, implicit_next: bool) -> np.dtype:
+    """What one transition takes in a ReplayBuffer."""
+    obs = ("u1" if obs_space.dtype == np.uint8 else "f4", obs_space.shape)
+    fields: list[tuple] = [("obs", *obs), ("actions", "f4", (num_actions,)), ("rewards", "f4")]
+    fields += [("terminated", "?"), ("ended", "?")]
+    fields += [("final", "i4")] if implicit_next else [("next_obs", *obs)]
+    return np.dtype(fields, align=True)
+
+
+def check_memory(num_bytes: int, count: int, implicit_next: bool) -> None:
+    """Raises ConfigError, with the figures, unless `count` replay buffers of so many bytes fit into this machine."""
+    free = available_memory()
+    if num_bytes * count > free:
+        need = f"{count} × {num_bytes / GIB:.2f} GiB" if count > 1 else f"{num_bytes / GIB:.2f} GiB"
+        advice = "" if implicit_next else ", --implicit-next-obs takes less"
+        raise ConfigError(
+            f"--buffer-size: the memory that is free, {free / GIB:.2f} GiB, is too little for {need}; "
+            f"--buffer-memmap keeps the buffer on disk{advice}"
+        )
+
+
+def _map_file(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray:
+    """Zeros in a file without a name, which ends with the process, however that ends; its room is taken at once.
 
     Raises:
-        ConfigError: there is less room than `sharing` such arrays need.
+        ConfigError: the disk has too little room.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
-    free = available_memory() if file is None else shutil.disk_usage(file.parent).free
-    if num_bytes * sharing > free:
-        where = "memory" if file is None else f"{file.parent}"
-        advice = "; --buffer-memmap keeps it on disk, --implicit-next-obs takes about half" if file is None else ""
-        raise ConfigError(
-            f"--buffer-size: {sharing} replay buffer{'s' * (sharing > 1)} of {num_bytes / GIB:.2f} GiB do not fit into "
-            f"the {free / GIB:.2f} GiB that are free in {where}{advice}"
-        )
-    if file is None:
-        return np.zeros(shape, dtype)
-    file.unlink(missing_ok=True)  # a process that still writes there keeps the file it has
     try:
-        with file.open("wb") as target:
+        with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(target.fileno(), 0, num_bytes)  # a full disk would be a crash later
+                os.posix_fallocate(file.fileno(), 0, num_bytes)  # on a full disk, writing would be a crash later
             else:
-                target.truncate(num_bytes)
+                file.truncate(num_bytes)
+            return np.memmap(file, dtype, "r+", shape=shape)
     except OSError as error:
-        file.unlink(missing_ok=True)
-        size = f"{num_bytes / GIB:.2f} GiB"
-        raise ConfigError(f"--buffer-memmap: cannot reserve {size} in {file}: {error.strerror}") from error
-    return np.memmap(file, dtype, "r+", shape=shape)
+        free = shutil.disk_usage(folder).free / GIB
+        raise ConfigError(
+            f"--buffer-memmap: cannot reserve {num_bytes / GIB:.2f} GiB in {folder}, where {free:.2f} GiB are free: "
+            f"{error.strerror}"
+        ) from error
 
 
 def available_memory() -> float:

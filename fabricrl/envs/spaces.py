@@ -66,7 +66,7 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
 
 def stretch(space: Box, actions: np.ndarray) -> np.ndarray:
     """What `envs.step` takes, from actions [N, A] in [−1, 1]: low + (a + 1) (high − low) / 2."""
-    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+    middle, half = space.high / 2 + space.low / 2, space.high / 2 - space.low / 2  # the sum itself may overflow
     return np.clip(middle + half * actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
 
 

@@ -78,7 +78,7 @@ class EnsembleMLP(nn.Module):
         norms = hidden_sizes if layer_norm else ()
         self.scales = nn.ParameterList(torch.ones(count, 1, width) for width in norms)
         self.shifts = nn.ParameterList(torch.zeros(count, 1, width) for width in norms)
-        self.hidden = list(self.weights)[:-1]
+        self.hidden_weights = list(self.weights)[:-1]
         self._layers = list(zip(self.weights, self.biases, strict=True))  # looking them up costs as in MLP
         self._norms = list(zip(self.scales, self.shifts, strict=True))
 
@@ -126,7 +126,9 @@ class _Drop(torch.autograd.Function):
         return grad.contiguous().view(-1).index_fill(0, ctx.dropped, 0.0).view_as(grad), None
 
 
-def draw_dropped(rate: float, layers: int, units: int, generator: torch.Generator) -> list[Tensor]:
+def draw_dropped(
+    rate: float, layers: int, units: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> list[Tensor]:
     """Which of the `units` outputs of each of `layers` layers dropout sets to zero, each with probability `rate`.
 
     Draws the gaps from one to the next, which are geometric: exact, and the cost is that of the share dropped, where a
@@ -141,7 +143,7 @@ def draw_dropped(rate: float, layers: int, units: int, generator: torch.Generato
     positions = positions[1:].long() - 1
     ends = torch.searchsorted(positions, torch.arange(1, layers + 1) * units)  # [layers]
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return list((positions[: ends[-1]] % units).split(counts))
+    return list((positions[: ends[-1]] % units).to(device).split(counts))
 
 
 class RunningNormalizer(nn.Module):

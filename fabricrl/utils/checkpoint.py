@@ -55,15 +55,15 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, b
             stale.unlink(missing_ok=True)
         _write(path, state)
         if best:
-            for old in folder.glob(f"{Path(BEST).stem}.shard*"):
-                old.unlink()
-            for shard in folder.glob(f"{path.stem}.shard*"):
-                _link(shard, folder / f"{Path(BEST).stem}{shard.suffix}")
-            _link(path, folder / BEST)
+            for shard in folder.glob(f"step_{step:012d}.shard*"):
+                _link(shard, folder / shard.name.replace("step", "best"))
+            _link(path, folder / BEST)  # from here on the new one is the best
         _sync_folder(folder)
         for old in sorted(folder.glob("step_*.ckpt"))[:-keep]:
             old.unlink()
-            for shard in folder.glob(f"{old.stem}.shard*"):
+        for shard in folder.glob("*.shard*"):
+            is_best, outdated = shard.name.startswith("best"), best and shard.stem != f"best_{step:012d}"
+            if outdated if is_best else not shard.with_suffix(".ckpt").exists():
                 shard.unlink()
     except OSError as error:
         raise OutputError(f"cannot save {path}: {_cause(error)}; earlier checkpoints are untouched") from error
@@ -93,13 +93,18 @@ def load_shard(state: Mapping[str, Any], path: Path, rank: int) -> dict[str, Any
     """
     if rank == 0 and state.get("shard") is not None:
         return state["shard"]
-    file = path.with_name(f"{path.stem}.shard{rank}")
-    if rank == 0 or not file.exists():
+    file = _shard_file(state, path, rank)
+    if file is None:
         raise CheckpointError(f"{path} comes without the replay buffer of rank {rank}")
     stored = _read(file)
     if stored.get("global_step") != state["global_step"]:
         raise CheckpointError(f"{file} is of step {stored.get('global_step')}, {path} of {state['global_step']}")
     return stored["shard"]
+
+
+def _shard_file(state: Mapping[str, Any], path: Path, rank: int) -> Path | None:
+    names = [f"{kind}_{state['global_step']:012d}.shard{rank}" for kind in ("step", "best")]
+    return next((path.with_name(name) for name in names if rank and path.with_name(name).exists()), None)
 
 
 def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str, Any], Path]:
@@ -151,7 +156,9 @@ def check_batch(state: Mapping[str, Any], args: Any, world_size: int) -> None:
         f"an iteration of the checkpoint has {stored} steps ({state['world_size']} ranks), here {own} ({world_size})"
     )
     if state["world_size"] != world_size:
-        raise CheckpointError(f"{change}; keep them by --num-envs or --num-steps")
+        raise CheckpointError(
+            f"{change}; keep them by --num-envs{' or --num-steps' if hasattr(args, 'num_steps') else ''}"
+        )
     print(f"warning: {change}", file=sys.stderr)
 
 
@@ -197,6 +204,17 @@ def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
     module.load_state_dict(stored)
 
 
+def _verify_shards(state: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError if what other ranks have stored with a checkpoint is not there or damaged."""
+    if state.get("shard") is None:
+        return
+    for rank in range(1, state["world_size"]):
+        file = _shard_file(state, path, rank)
+        if file is None:
+            raise CheckpointError(f"{path} comes without the replay buffer of rank {rank}")
+        _verify(file)
+
+
 def _write(path: Path, state: dict[str, Any]) -> None:
     """The sealed archive of `state`, complete under its name or absent. Raises OSError; no partial file stays."""
     descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
@@ -216,13 +234,18 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def _newest_good(candidates: list[Path]) -> tuple[dict[str, Any], Path]:
-    problems = []
+    problems, without_shards = [], []
     for candidate in candidates:
         try:
-            return _read(candidate), candidate
+            state = _read(candidate)
+            without_shards.append((state, candidate))
+            _verify_shards(state, candidate)
+            return state, candidate
         except CheckpointError as error:
             problems.append(str(error))
             print(f"warning: {error}; trying the one before it", file=sys.stderr)
+    if without_shards:
+        return without_shards[0]  # whether it can be used is for those who need them to say
     raise CheckpointError(f"no checkpoint can be read in {candidates[0].parent}: {problems[0]}")
 
 

@@ -5,6 +5,7 @@ class RunError(Exception):
     """Base of the errors that end a run with `exit_code` and one line on standard error."""
 
     exit_code = 1
+    told_by = 0  # the first rank that has it, where ranks have agreed on that
 
 
 class ConfigError(RunError):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -114,11 +115,12 @@ def failing_together(fabric: Fabric) -> Iterator[None]:
         yield
     except RunError as error:
         fault = error
-    code = all_max(fabric, fault.exit_code if fault else 0)
-    if fault is None and code:
+    codes = all_gather(fabric, torch.tensor(fault.exit_code if fault else 0)).tolist()  # [W]
+    if fault is None and any(codes):
         fault = RunError()  # the rank that failed says why
-        fault.exit_code = code
+        fault.exit_code = max(codes)
     if fault is not None:
+        fault.told_by = next(rank for rank, code in enumerate(codes) if code)
         raise fault
 
 
@@ -130,7 +132,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         _part()
     except RunError as error:
         code = error.exit_code
-        _report(str(error), code)
+        _report(str(error), code, error.told_by)
     except KeyboardInterrupt:  # before StopSignal took over
         code = 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
@@ -161,10 +163,10 @@ def _part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _report(message: str, code: int) -> None:
-    """One line on standard error; mistakes in the arguments, which every rank makes alike, are told by the first."""
-    told_by_first = code in (2, 3) and int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0
-    if message and not told_by_first:
+def _report(message: str, code: int, told_by: int = 0) -> None:
+    """One line on standard error; mistakes in arguments, which ranks make alike, are told by the first to make them."""
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    if message and (code not in (2, 3) or rank == told_by):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
@@ -226,8 +228,19 @@ def _threads(args: Any, fabric: Fabric) -> int:
     """Those asked for, else two if each rank here can have two cores: threads that share one spend it waiting."""
     if args.num_threads is not None:
         return args.num_threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 2 if cores >= 2 * (fabric.world_size // (args.num_nodes or 1)) else 1
+    cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in each period
+    if quota.exists() and not (text := quota.read_text()).startswith("max"):
+        cores = min(cores, int(text.split()[0]) / int(text.split()[1]))
+    return 2 if cores >= 2 * ranks_here(fabric) else 1
+
+
+def ranks_here(fabric: Fabric) -> int:
+    """Ranks on this machine."""
+    if fabric.world_size == 1:
+        return 1
+    local = os.environ.get("LOCAL_WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    return int(local) if local else fabric.world_size // getattr(fabric.strategy, "num_nodes", 1)
 
 
 def _refuse(options: dict[str, Any], names: list[str]) -> None:

@@ -18,7 +18,8 @@ class DroQAgent(SACAgent):
 
     def drop(self, passes: int, rows: int, generator: torch.Generator) -> list[Sequence[Tensor]]:
         """For each of so many forward passes of the critics over batches of so many rows, what it drops."""
-        rate, units = self.critics.dropout, [layer.shape[0] * layer.shape[2] * rows for layer in self.critics.hidden]
+        rate, device = self.critics.dropout, self.log_alpha.device
+        units = [layer.shape[0] * layer.shape[2] * rows for layer in self.critics.hidden_weights]
         if rate == 0 or not units:
             return [()] * passes
-        return list(zip(*(draw_dropped(rate, passes, count, generator) for count in units), strict=True))
+        return list(zip(*(draw_dropped(rate, passes, count, generator, device) for count in units), strict=True))

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fabricrl.algos.args import parse
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.droq.utils import ACTION_SPACES, UpdateSchedule, make_agent, make_buffer, restore_buffer
-from fabricrl.algos.sac.learner import Learner, compile_ahead, named
+from fabricrl.algos.droq.utils import ACTION_SPACES, UpdateSchedule, check_room, make_agent, make_buffer, restore_buffer
+from fabricrl.algos.sac.learner import Learner, checked, compile_ahead
 from fabricrl.algos.sac.sac import rollout
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
+from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.run import Run, rank_generators, restore_generators
@@ -53,7 +54,7 @@ def train(
             learner.update_targets()
         row = updates + step
         actor_history.append(learner.update_actor(batches["obs"][row], noise[row], next(dropped)))
-    return named(learner, critic_history, actor_history)
+    return checked(learner, critic_history, actor_history)
 
 
 def main() -> int:
@@ -72,9 +73,10 @@ def main() -> int:
     if state:
         check_batch(state, args, fabric.world_size)
         check_spaces(state["spaces"], spaces)
+    schedule = UpdateSchedule(args, fabric)
+    check_room(args, obs_space, action_space, fabric)
     run = Run(fabric, args, "droq", resumed, global_step)
     act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
-    schedule = UpdateSchedule(args, fabric.world_size)
 
     # --- Environments
     with failing_together(fabric):
@@ -99,13 +101,18 @@ def main() -> int:
             restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
             run.best_return = state["best_return"]
     if args.compile:
-        compile_ahead(learner, args)
+        updates = max(args.updates(1), 1)
+        for seed in range(2):  # how much is dropped varies, which the second call shows to the compiler
+            dropped = player.drop(3, args.batch_size, torch.Generator().manual_seed(seed))
+            compile_ahead(learner, updates, dropped)
 
     run.start()
     clock = Stopwatch("env", "act", "train", "comm", "log")
     with failing_together(fabric):
         obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
-    rb.start(obs)
+        rb.start(obs)
+        if problem := rb.first_bad():
+            raise NonFiniteError(problem)
     check_ranks(fabric, player, rb.newest_obs())
 
     while global_step + batch_size <= args.total_timesteps:
@@ -157,7 +164,6 @@ def main() -> int:
 
     # --- Close
     envs.close()
-    rb.close()
     run.finish(global_step, episodes)
     return exit_code
 

@@ -5,10 +5,25 @@ from typing import Any
 from gymnasium.vector import VectorEnv
 
 from fabricrl.algos.droq.agent import DroQAgent
-from fabricrl.algos.sac.utils import ACTION_SPACES, UpdateSchedule, make_buffer, make_policy, restore_buffer
+from fabricrl.algos.sac.utils import (
+    ACTION_SPACES,
+    UpdateSchedule,
+    check_room,
+    make_buffer,
+    make_policy,
+    restore_buffer,
+)
 from fabricrl.algos.sac.utils import make_agent as make_sac_agent
 
-__all__ = ["ACTION_SPACES", "UpdateSchedule", "make_agent", "make_buffer", "make_policy", "restore_buffer"]
+__all__ = [
+    "ACTION_SPACES",
+    "UpdateSchedule",
+    "check_room",
+    "make_agent",
+    "make_buffer",
+    "make_policy",
+    "restore_buffer",
+]
 
 
 def make_agent(args: Any, envs: VectorEnv) -> DroQAgent:

@@ -17,7 +17,7 @@ class SACAgent(nn.Module):
         actor:   obs [*, D] → (normalise) → MLP → μ, log σ → tanh(μ + σ ε): actions [*, A] in (−1, 1)
         critics: obs [B, D] → (normalise), actions [B, A] → ensemble of C → Q values [C, B]
 
-    Gradients flow through `policy` and `critics`. Both take observations as `prepare` returns them.
+    `policy` and `critics` are what learning evaluates. Both take observations as `prepare` returns them.
 
     Args:
         obs_size, num_actions: D, A.

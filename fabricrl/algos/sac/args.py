@@ -24,9 +24,10 @@ class OffPolicyArgs(StandardArgs):
     )
     batch_size: int = arg(256, "transitions that a rank draws per update")
     replay_ratio: float = arg(1.0, "critic updates per environment step, over all environments and ranks")
-    n_step: int = arg(1, "rewards summed into the return of a transition")
+    n_step: int = arg(1, "rewards summed into a transition's return, without correction for the policy they came from")
     implicit_next_obs: bool = arg(
-        False, "do not store next observations but read them from the step that follows: half the memory"
+        False,
+        "do not store next observations but read them from the step after: takes less, half where they are large",
     )
     buffer_memmap: bool = arg(False, "keep the buffer in a file of the run folder, for one larger than memory")
     checkpoint_buffer: bool = arg(

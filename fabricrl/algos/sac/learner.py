@@ -3,6 +3,7 @@
 Shapes: D observation size, A action size, C critics, B rows of a batch.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class ActorObjective(nn.Module):
 
     def forward(self, inputs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Prepared observations [B, D], noise [B, A] → the loss; detached: actor and temperature loss, entropy [3]."""
-        actions, logprobs = self.head.sample_with_logprob(self.actor(inputs), noise)
+        actions, logprobs = self.head.sample_with_logprob(self.actor(inputs), noise)  # as agent.policy
         q = self._critics[0](torch.cat((inputs, actions), -1), dropped, frozen=True).float()  # [C, B]
         q = q.mean(0) if self.mean_over_critics else q.amin(0)  # [B]
         pi_loss = actor_loss(q, logprobs, self.log_alpha.detach().exp())
@@ -63,7 +64,7 @@ class Learner:
     """
 
     def __init__(self, fabric: Fabric, agent: SACAgent, args: OffPolicyArgs, mean_over_critics: bool = False) -> None:
-        self.fabric, self.agent, self.tau = fabric, agent.to(fabric.device), args.tau
+        self.fabric, self.agent, self.args = fabric, agent.to(fabric.device), args
         target_entropy = -float(agent.head.num_actions) if args.target_entropy is None else args.target_entropy
         critic, actor = CriticObjective(agent), ActorObjective(agent, target_entropy, mean_over_critics)
         self.critic_objective = fabric.setup_module(torch.compile(critic) if args.compile else critic)
@@ -112,7 +113,7 @@ class Learner:
 
     def update_targets(self) -> None:
         """θ̄ ← τ θ + (1 − τ) θ̄."""
-        self.target_critics.vector.data.lerp_(self.critics.vector.data, self.tau)
+        self.target_critics.vector.data.lerp_(self.critics.vector.data, self.args.tau)
 
     def prepare(self, batches: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sampled batches [K, B, ...] on the device, observations as the networks take them, and beside the actions."""
@@ -133,16 +134,25 @@ class Learner:
         return {"q_optimizer": self.q_optimizer.state_dict(), "actor_optimizer": self.actor_optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises CheckpointError if an optimizer's state has other shapes than its parameters."""
-        restore_optimizer(self.q_optimizer, state["q_optimizer"])
-        restore_optimizer(self.actor_optimizer, state["actor_optimizer"])
+        """Restores the optimizers, but for learning rates and a fixed temperature: those are what the arguments say.
+
+        Raises:
+            CheckpointError: an optimizer's state has other shapes than its parameters.
+        """
+        rates = self.args.q_lr, self.args.policy_lr
+        names = "q_optimizer", "actor_optimizer"
+        for name, optimizer, rate in zip(names, (self.q_optimizer, self.actor_optimizer), rates, strict=True):
+            restore_optimizer(optimizer, state[name])
+            optimizer.param_groups[0]["lr"] = rate
+        if not self.args.autotune:
+            self.agent.log_alpha.data.fill_(math.log(self.args.alpha))
 
 
 @torch.no_grad()
 def next_actions(agent: SACAgent, batch: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
     """Adds a' ~ π(·|s') beside s', and log π(a'|s')."""
     actions, logprobs = agent.policy(batch["next_obs"], noise)
-    return batch | {"next_inputs": torch.cat((batch["next_obs"], actions), -1), "next_logprobs": logprobs.float()}
+    return batch | {"next_inputs": torch.cat((batch["next_obs"], actions), -1), "next_logprobs": logprobs}
 
 
 @torch.no_grad()
@@ -153,8 +163,12 @@ def td_targets(agent: SACAgent, batch: dict[str, Tensor], dropped: Sequence[Tens
     return td_target(rewards, terminated, discounts, next_q, batch["next_logprobs"], agent.alpha)
 
 
-def named(learner: Learner, critic_history: list[Tensor], actor_history: list[Tensor]) -> dict[str, Tensor]:
-    """What the steps of an update have returned, under the tags of the log; [K] each. Raises NonFiniteError."""
+def checked(learner: Learner, critic_history: list[Tensor], actor_history: list[Tensor]) -> dict[str, Tensor]:
+    """What the steps of an update have returned, under the tags of the log, [K] each.
+
+    Raises:
+        NonFiniteError: a loss or a parameter is NaN or infinite.
+    """
     metrics: dict[str, Tensor] = {}
     if critic_history:
         metrics |= dict(zip(("losses/qf_loss", "losses/qf_values"), torch.stack(critic_history, 1), strict=True))
@@ -165,16 +179,22 @@ def named(learner: Learner, critic_history: list[Tensor], actor_history: list[Te
     return metrics
 
 
-def compile_ahead(learner: Learner, args: OffPolicyArgs) -> None:
-    """Compiles forward and backward on an empty batch now, not within the first update; changes nothing."""
-    agent, device = learner.agent, learner.fabric.device
-    size, num_actions = args.batch_size, agent.head.num_actions
-    batch = {name: torch.zeros(size, device=device) for name in ("rewards", "terminated", "discounts")}
-    batch |= {name: torch.zeros(size, agent.actor.inputs, device=device) for name in ("obs", "next_obs")}
-    batch["inputs"] = torch.zeros(size, agent.actor.inputs + num_actions, device=device)
-    noise = torch.zeros(size, num_actions, device=device)
-    learner.td_targets(learner.next_actions(batch, noise))
-    learner.fabric.backward(learner.critic_objective(batch["inputs"], batch["rewards"])[0])
-    learner.fabric.backward(learner.actor_objective(batch["obs"], noise)[0])
+def compile_ahead(learner: Learner, updates: int = 0, dropped: Sequence[Sequence[Tensor]] = ((), (), ())) -> None:
+    """Compiles forward and backward on an empty batch now, not within the first update; changes nothing.
+
+    Args:
+        updates: how many batches are given their next actions at once; 0: one, as [B, ...].
+        dropped: what dropout sets to zero in critics, targets and the actor's loss.
+    """
+    agent, device, size = learner.agent, learner.fabric.device, learner.args.batch_size
+    rows, widths = ((updates, size) if updates else (size,)), {"rewards": (), "terminated": (), "discounts": ()}
+    inputs, num_actions = agent.actor.inputs, agent.head.num_actions
+    widths |= {"obs": (inputs,), "next_obs": (inputs,), "inputs": (inputs + num_actions,), "actions": (num_actions,)}
+    batches = {name: torch.zeros(*rows, *width, device=device) for name, width in widths.items()}
+    batches = learner.next_actions(batches, batches["actions"])
+    batch = {name: column[0] for name, column in batches.items()} if updates else batches
+    targets = learner.td_targets(batch, dropped[1])
+    learner.fabric.backward(learner.critic_objective(batch["inputs"], targets, dropped[0])[0])
+    learner.fabric.backward(learner.actor_objective(batch["obs"], batch["actions"], dropped[2])[0])
     learner.critics.collect_gradients()
     learner.actor.collect_gradients()

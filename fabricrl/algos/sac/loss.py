@@ -47,8 +47,9 @@ def actor_loss(q: Tensor, logprobs: Tensor, alpha: Tensor) -> Tensor:
 def alpha_loss(log_alpha: Tensor, logprobs: Tensor, target_entropy: float) -> Tensor:
     """J(α) = mean( −log α · (log π(a|s) + H̄) ): α rises while the policy's entropy is below the target H̄.
 
-    Eq. 18 has α in place of log α. Its gradient by log α is this one's times α, so that a small temperature would
-    hardly move; the authors' code (github.com/rail-berkeley/softlearning) takes the logarithm too.
+    Eq. 18 has α in place of log α, whose gradient by log α is this one's times α. Both are in use: this in earlier
+    versions of the authors' code (github.com/rail-berkeley/softlearning) and in Stable-Baselines3, the other in its
+    later versions and in CleanRL. Adam divides a factor that changes slowly out again, so that they differ little.
 
     Args:
         log_alpha: scalar; logprobs: [B], taken as constants.

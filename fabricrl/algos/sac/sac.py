@@ -15,8 +15,8 @@ from torch import Tensor
 from fabricrl.algos.args import parse
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.sac.learner import Learner, compile_ahead, named
-from fabricrl.algos.sac.utils import ACTION_SPACES, UpdateSchedule, make_agent, make_buffer, restore_buffer
+from fabricrl.algos.sac.learner import Learner, checked, compile_ahead
+from fabricrl.algos.sac.utils import ACTION_SPACES, UpdateSchedule, check_room, make_agent, make_buffer, restore_buffer
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe, stretch
@@ -68,20 +68,20 @@ def train(
     Raises:
         NonFiniteError: a loss is NaN or infinite, as it is once a parameter or gradient was.
     """
-    batches = learner.prepare(batches)
-    shape = (*batches["rewards"].shape, 1 + args.policy_frequency)  # [K, B, 1 + F]
-    noise = learner.agent.head.noise(shape, rng).to(learner.fabric.device)  # [K, B, 1 + F, A]
+    batches, delay = learner.prepare(batches), args.policy_frequency
+    updates, batch_size = batches["rewards"].shape  # K, B
+    actor_updates = delay * ((first - 1 + updates) // delay - (first - 1) // delay)
+    noise = learner.agent.head.noise((updates + actor_updates, batch_size), rng)  # [K + ..., B, A]
+    noise = iter(noise.to(learner.fabric.device))
     critic_history, actor_history = [], []
-    for k, (update, minibatch) in enumerate(enumerate(zip(*batches.values(), strict=True), first)):
+    for update, minibatch in enumerate(zip(*batches.values(), strict=True), first):
         batch = dict(zip(batches, minibatch, strict=True))
-        critic_history.append(learner.update_critics(learner.next_actions(batch, noise[k, :, 0])))
-        if update % args.policy_frequency == 0:  # delayed, and then as often as it was put off
-            actor_history += [
-                learner.update_actor(batch["obs"], noise[k, :, i + 1]) for i in range(args.policy_frequency)
-            ]
+        critic_history.append(learner.update_critics(learner.next_actions(batch, next(noise))))
+        if update % delay == 0:  # delayed, and then as often as it was put off
+            actor_history += [learner.update_actor(batch["obs"], next(noise)) for _ in range(delay)]
         if update % args.target_network_frequency == 0:
             learner.update_targets()
-    return named(learner, critic_history, actor_history)
+    return checked(learner, critic_history, actor_history)
 
 
 def main() -> int:
@@ -100,9 +100,10 @@ def main() -> int:
     if state:
         check_batch(state, args, fabric.world_size)
         check_spaces(state["spaces"], spaces)
+    schedule = UpdateSchedule(args, fabric)
+    check_room(args, obs_space, action_space, fabric)
     run = Run(fabric, args, "sac", resumed, global_step)
     act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
-    schedule = UpdateSchedule(args, fabric.world_size)
 
     # --- Environments
     with failing_together(fabric):
@@ -127,13 +128,15 @@ def main() -> int:
             restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
             run.best_return = state["best_return"]
     if args.compile:
-        compile_ahead(learner, args)
+        compile_ahead(learner)
 
     run.start()
     clock = Stopwatch("env", "act", "train", "comm", "log")
     with failing_together(fabric):
         obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
-    rb.start(obs)
+        rb.start(obs)
+        if problem := rb.first_bad():
+            raise NonFiniteError(problem)
     check_ranks(fabric, player, rb.newest_obs())
 
     while global_step + batch_size <= args.total_timesteps:
@@ -184,7 +187,6 @@ def main() -> int:
 
     # --- Close
     envs.close()
-    rb.close()
     run.finish(global_step, episodes)
     return exit_code
 

@@ -13,10 +13,11 @@ from lightning.fabric import Fabric
 
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import OffPolicyArgs
-from fabricrl.data.buffers import GIB, ReplayBuffer
+from fabricrl.data.buffers import GIB, ReplayBuffer, check_memory, record_type
 from fabricrl.envs.spaces import stretch
-from fabricrl.utils.checkpoint import load_shard
+from fabricrl.utils.checkpoint import load_shard, reading
 from fabricrl.utils.errors import CheckpointError
+from fabricrl.utils.launch import ranks_here
 from fabricrl.utils.ranks import all_max
 from fabricrl.utils.utils import require
 
@@ -53,13 +54,19 @@ def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Ca
     return policy
 
 
+def check_room(args: Any, obs_space: Box, action_space: Box, fabric: Fabric) -> None:
+    """Raises ConfigError, with the figures, if the buffers of this machine's ranks do not fit into its memory."""
+    record = record_type(obs_space, int(np.prod(action_space.shape)), args.implicit_next_obs)
+    if not args.buffer_memmap:
+        check_memory(args.buffer_size * record.itemsize, ranks_here(fabric), args.implicit_next_obs)
+
+
 def make_buffer(args: Any, obs_space: Box, action_space: Box, fabric: Fabric, folder: Path) -> ReplayBuffer:
     """The replay buffer of this rank; rank 0 prints what it takes.
 
     Raises:
         ConfigError: there is no room for it.
     """
-    file = folder / f"buffer_rank{fabric.global_rank}.bin" if args.buffer_memmap else None
     rb = ReplayBuffer(
         args.buffer_size,
         args.num_envs,
@@ -68,11 +75,10 @@ def make_buffer(args: Any, obs_space: Box, action_space: Box, fabric: Fabric, fo
         args.gamma,
         args.n_step,
         args.implicit_next_obs,
-        file,
-        sharing=fabric.world_size // (args.num_nodes or 1),
+        folder if args.buffer_memmap else None,
     )
     if fabric.global_rank == 0:
-        where = f"in {file}" if file else "in memory"
+        where = f"in a nameless file in {folder}" if args.buffer_memmap else "in memory"
         size = f"{rb.capacity * rb.num_envs} transitions, {rb.num_bytes / GIB:.3f} GiB"
         print(f"replay buffer: {size} per rank, {where}", file=sys.stderr, flush=True)
     return rb
@@ -89,16 +95,22 @@ def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: An
     stored = state["args"]["checkpoint_buffer"]
     if stored:
         try:
-            rb.load_state_dict(load_shard(state, path, fabric.global_rank))
+            with reading(path):  # also what is no buffer at all: every rank has to come to the next line
+                rb.load_state_dict(load_shard(state, path, fabric.global_rank))
         except CheckpointError as error:
             problem = error
-    if stored and not all_max(fabric, int(problem is not None)):
-        return True
-    if problem is not None and not args.allow_empty_buffer:
-        raise CheckpointError(f"{problem}; --allow-empty-buffer goes on without, after filling a new one")
+        if not all_max(fabric, int(problem is not None)):
+            return True
+        if not args.allow_empty_buffer:
+            text = f"{problem}; --allow-empty-buffer goes on without, after filling a new one"
+            raise CheckpointError(text if problem else "")  # the rank that it concerns says why
+        if problem is not None:
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
     if fabric.global_rank == 0:
         steps = max(args.learning_starts, args.batch_size * fabric.world_size)
-        print(f"the replay buffer starts empty: {steps} steps fill it before the next update", file=sys.stderr)
+        left = args.total_timesteps - state["global_step"]
+        after = "before the next update" if steps < left else f"and only {left} are left, so nothing is learned"
+        print(f"the replay buffer starts empty: {steps} steps fill it {after}", file=sys.stderr, flush=True)
     rb.clear()
     return False
 
@@ -111,11 +123,11 @@ class UpdateSchedule:
         done: critic updates taken, or handed out by `take`, so far.
     """
 
-    def __init__(self, args: OffPolicyArgs, world_size: int) -> None:
+    def __init__(self, args: OffPolicyArgs, fabric: Fabric) -> None:
         """Raises ConfigError if learning would never start."""
         self.args = args
-        self.least = max(args.learning_starts, args.batch_size * world_size)
-        if self.least > args.learning_starts:
+        self.least = max(args.learning_starts, args.batch_size * fabric.world_size)
+        if self.least > args.learning_starts and fabric.global_rank == 0:
             print(f"warning: learning starts after {self.least} steps, a batch of each rank", file=sys.stderr)
         self.starts, self.before, self.done = self.least, 0, 0
         allowed = f"above {self.least}, when learning starts"
@@ -136,8 +148,9 @@ class UpdateSchedule:
 
     def load_state_dict(self, state: dict[str, Any], step: int, refill: bool) -> None:
         """Goes on after `step` steps; from anew, without catching up, if the buffer is to be filled first or the ratio
-        is another one."""
-        self.starts, self.before, self.done = state["starts"], state["before"], state["done"]
+        is another one. Before the first update, the arguments say when that comes."""
+        if state["done"]:
+            self.starts, self.before, self.done = state["starts"], state["before"], state["done"]
         if refill:
             self.starts, self.before = step + self.least, self.done
         elif state["ratio"] != self.args.replay_ratio:
