@@ -144,13 +144,15 @@ class UpdateSchedule:
         return first, self.done + 1 - first
 
     def state_dict(self) -> dict[str, Any]:
-        return {"starts": self.starts, "before": self.before, "done": self.done, "ratio": self.args.replay_ratio}
+        counters = {"starts": self.starts, "before": self.before, "done": self.done}
+        return counters | {"least": self.least, "ratio": self.args.replay_ratio}
 
     def load_state_dict(self, state: dict[str, Any], step: int, refill: bool) -> None:
         """Goes on after `step` steps; from anew, without catching up, if the buffer is to be filled first or the ratio
-        is another one. Before the first update, the arguments say when that comes."""
-        if state["done"]:
-            self.starts, self.before, self.done = state["starts"], state["before"], state["done"]
+        is another one. Before the first update, another `learning_starts` counts."""
+        self.starts, self.before, self.done = state["starts"], state["before"], state["done"]
+        if not self.done and self.least != state["least"]:
+            self.starts = max(step, self.least)
         if refill:
             self.starts, self.before = step + self.least, self.done
         elif state["ratio"] != self.args.replay_ratio:
