@@ -184,7 +184,8 @@ class ReplayBuffer:
         self.position = (row + 1) % self._rows
         self.size = min(self.size + 1, self.capacity)
         ended = terminated | truncated
-        self._ended = [(int(env), infos["final_obs"][env]) for env in np.flatnonzero(ended)] if ended.any() else []
+        ends = np.flatnonzero(ended) if ended.any() else ()
+        self._ended = [(int(env), infos["final_obs"][env].astype(columns["obs"].dtype)) for env in ends]
         columns["actions"][row] = actions
         columns["rewards"][row] = rewards
         columns["terminated"][row] = terminated

@@ -65,9 +65,9 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
 
 
 def stretch(space: Box, actions: np.ndarray) -> np.ndarray:
-    """What `envs.step` takes, from actions [N, A] in [−1, 1]: low + (a + 1) (high − low) / 2."""
-    middle, half = space.high / 2 + space.low / 2, space.high / 2 - space.low / 2  # the sum itself may overflow
-    return np.clip(middle + half * actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
+    """What `envs.step` takes, from actions [N, A] in [−1, 1]: low where they are −1, high where they are 1."""
+    share = (actions.astype(np.float64).reshape(-1, *space.shape) + 1) / 2
+    return np.clip((1 - share) * space.low + share * space.high, space.low, space.high).astype(space.dtype)
 
 
 def describe(observation_space: Space, action_space: Space) -> dict[str, str]:

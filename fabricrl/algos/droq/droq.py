@@ -73,8 +73,9 @@ def main() -> int:
     if state:
         check_batch(state, args, fabric.world_size)
         check_spaces(state["spaces"], spaces)
-    schedule = UpdateSchedule(args, fabric)
-    check_room(args, obs_space, action_space, fabric)
+    with failing_together(fabric):
+        schedule = UpdateSchedule(args, fabric)
+        check_room(args, obs_space, action_space, fabric)
     run = Run(fabric, args, "droq", resumed, global_step)
     act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
 

@@ -72,6 +72,8 @@ class OffPolicyArgs(StandardArgs):
     def _check_amounts(self) -> None:
         allowed = f"at most buffer-size = {self.buffer_size}"
         require(self.batch_size <= self.buffer_size, "batch_size", self.batch_size, allowed)
+        allowed = f"at least num-envs = {self.num_envs}"
+        require(self.buffer_size >= self.num_envs, "buffer_size", self.buffer_size, allowed)
         allowed = f"at least num-envs = {self.num_envs}, an iteration"
         require(self.total_timesteps >= self.num_envs, "total_timesteps", self.total_timesteps, allowed)
         allowed = f"below total-timesteps = {self.total_timesteps}"

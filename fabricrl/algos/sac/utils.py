@@ -152,7 +152,7 @@ class UpdateSchedule:
         is another one. Before the first update, another `learning_starts` counts."""
         self.starts, self.before, self.done = state["starts"], state["before"], state["done"]
         if not self.done and self.least != state["least"]:
-            self.starts = max(step, self.least)
+            self.starts = max(step, self.starts + self.least - state["least"])
         if refill:
             self.starts, self.before = step + self.least, self.done
         elif state["ratio"] != self.args.replay_ratio:
