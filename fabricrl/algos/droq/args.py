@@ -10,13 +10,17 @@ from fabricrl.algos.sac.args import OffPolicyArgs
 class DroQArgs(OffPolicyArgs):
     """SAC's arguments with many critic updates per step, and what regularises the critics."""
 
+    # These two as Smith et al. 2022 (arXiv:2208.07860). Hiraoka's code starts to learn after 5 000 steps and from a
+    # temperature of 1, which one update a step takes thousands of steps to bring down. HalfCheetah-v4 after 8 000 steps:
+    # -32 with both, 1 167 from 0.1, 3 190 from 0.1 after 1 000 steps (training episodes of one seed)
+    learning_starts: int = arg(
+        1_000, "environment steps over all ranks, with random actions, before the first update; at least a batch"
+    )
+    alpha: float = arg(0.1, "entropy temperature: the first one if --autotune, else the only one")
     replay_ratio: float = arg(20.0, "critic updates per environment step, over all environments and ranks")
     dropout: float = arg(0.01, "share of the critics' hidden units that each update drops", "networks")
     layer_norm: bool = arg(True, "normalise the critics' hidden layers")
     q_lr: float = arg(3e-4, "Adam's learning rate for the critics")
-    # As Smith et al. 2022 (arXiv:2208.07860). The authors' code starts from 1, from where one update a step takes
-    # thousands of steps to come down: HalfCheetah-v4 was at -32 after 8 000 steps with 1, at 1 167 with 0.1
-    alpha: float = arg(0.1, "entropy temperature: the first one if --autotune, else the only one")
 
     def __post_init__(self) -> None:
         super().__post_init__()
