@@ -1,6 +1,5 @@
 """Scripts run as a user runs them: real processes with a hard time limit, of which none may be left at the end."""
 
-import atexit
 import contextlib
 import importlib
 import io
@@ -277,10 +276,7 @@ def _rank(
     if prepare is not None:
         prepare(rank)
     sys.argv = arguments
-    try:
-        run_script(importlib.import_module(arguments[0]).main)
-    finally:
-        atexit._run_exitfuncs()  # processes that are forked for a function end without
+    run_script(importlib.import_module(arguments[0]).main)
 
 
 @contextlib.contextmanager

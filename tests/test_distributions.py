@@ -299,6 +299,18 @@ def test_squashed_actions_are_the_same_with_and_without_log_probability_and_the_
     assert torch.equal(head.mode(params), head.sample(params, torch.zeros(5, 2, 3)))
 
 
+def test_squashed_log_probabilities_of_half_precision_are_computed_in_full() -> None:
+    head, generator = TanhNormalHead(3), torch.Generator().manual_seed(9)
+    params, noise = squashed_params(generator, 5, 2).bfloat16().requires_grad_(), head.noise((5, 2), generator)
+    for ours, theirs in zip(
+        head.sample_with_logprob(params, noise), head.sample_with_logprob(params.float(), noise), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+    head.sample_with_logprob(params, noise)[1].sum().backward()
+    assert params.grad.dtype == torch.bfloat16
+
+
 def test_squashed_draws_have_the_quantiles_of_the_normal_and_are_independent() -> None:
     head = TanhNormalHead(2)
     params = torch.tensor([0.3, -0.5, -1.0, 0.2])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fabricrl.models import models
 from fabricrl.models.models import ACTIVATIONS, MLP, EnsembleMLP, RunningNormalizer, draw_dropped
 from fabricrl.utils.model import FlatParameters, parameter_hash
 from tests.conftest import on_ranks
@@ -117,7 +118,7 @@ def separate(ensemble: EnsembleMLP, member: int, activation: type[nn.Module], no
         linear.weight.data.copy_(weight[member].T)
         linear.bias.data.copy_(bias[member, 0])
         layers.append(linear)
-        if i == len(ensemble.hidden):
+        if i == len(ensemble.hidden_weights):
             return nn.Sequential(*layers)
         if norm:
             layers.append(nn.LayerNorm(weight.shape[2]))
@@ -287,6 +288,13 @@ def test_dropping_from_tiny_layers_is_as_likely_as_it_should_be(rate: float) -> 
     counts = np.bincount(masks @ [1, 2, 4, 8], minlength=16)
     assert (abs(counts - expected) < 4.5 * expected**0.5 + 2).all()
     assert len(draw_dropped(rate, 3, 1, generator)) == 3
+
+
+def test_where_one_draw_does_not_reach_the_end_another_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.math, "ceil", lambda number: 3)  # gaps at a time
+    mask = dense(draw_dropped(0.2, 50, 40, torch.Generator().manual_seed(4)), 40)
+    for half in (mask[:25], mask[25:]):
+        assert half.mean() == pytest.approx(0.2, abs=4 * (0.16 / 1000) ** 0.5)
 
 
 def test_what_is_dropped_depends_on_the_generator_alone() -> None:

@@ -10,9 +10,9 @@ from fabricrl.algos.sac.args import OffPolicyArgs
 class DroQArgs(OffPolicyArgs):
     """SAC's arguments with many critic updates per step, and what regularises the critics."""
 
-    # These two as Smith et al. 2022 (arXiv:2208.07860). Hiraoka's code starts to learn after 5 000 steps and from a
-    # temperature of 1, which one update a step takes thousands of steps to bring down. HalfCheetah-v4 after 8 000 steps:
-    # -32 with both, 1 167 from 0.1, 3 190 from 0.1 after 1 000 steps (training episodes of one seed)
+    # These two as Smith et al. 2022 (arXiv:2208.07860). Hiraoka's code starts to learn after 5 000 steps, and from a
+    # temperature of 1, which one update a step takes thousands of steps to bring down. HalfCheetah-v4 at step 8 000:
+    # -32 as there, 1 167 from 0.1, 3 190 from 0.1 and after 1 000 steps (training episodes, a single seed)
     learning_starts: int = arg(
         1_000, "environment steps over all ranks, with random actions, before the first update; at least a batch"
     )
