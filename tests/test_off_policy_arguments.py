@@ -1,0 +1,476 @@
+"""Every argument of SAC and DroQ does something: turning it changes a number, a file, or what a module is told."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+
+from fabricrl.algos.args import StandardArgs, parse
+from fabricrl.algos.droq import droq
+from fabricrl.algos.droq.args import DroQArgs
+from fabricrl.algos.sac import sac
+from fabricrl.algos.sac.args import OffPolicyArgs, SACArgs
+from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.utils import launch as launching
+from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.model import parameter_hash
+from tests import test_arguments
+from tests.conftest import Trained
+from tests.test_arguments import flags
+
+SCRIPTS: dict[str, Any] = {"sac": sac, "droq": droq}
+ARGS: dict[str, type[OffPolicyArgs]] = {"sac": SACArgs, "droq": DroQArgs}
+
+# 24 iterations with updates in a fraction of a second, at high rates; the buffer wraps, and time limits end episodes
+TINY: dict[str, Any] = {
+    "env_id": "tests.envs:Deterministic-v0",
+    "env_kwargs": '{"length": 5, "truncate": true, "continuous": true}',
+    "num_envs": 2,
+    "total_timesteps": 64,
+    "buffer_size": 40,
+    "learning_starts": 16,
+    "batch_size": 8,
+    "replay_ratio": 1.5,
+    "hidden_sizes": (8, 8),
+    "policy_lr": 0.02,
+    "q_lr": 0.02,
+    "tau": 0.1,
+    "num_threads": 1,
+    "logger": "csv",
+}
+
+# Field -> another value than TINY's, and what else has to be set for it to matter. The parameters after the training
+# must be others.
+CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "env_id": ("Pendulum-v1", {"env_kwargs": "{}"}),
+    "env_kwargs": ('{"length": 7, "truncate": true, "continuous": true}', {}),
+    "num_envs": (4, {}),
+    "total_timesteps": (48, {}),
+    "seed": (2, {}),
+    "precision": ("bf16-mixed", {}),
+    "buffer_size": (24, {}),
+    "learning_starts": (32, {}),
+    "batch_size": (4, {}),
+    "replay_ratio": (1.0, {}),
+    "n_step": (3, {}),
+    "gamma": (0.9, {}),
+    "norm_obs": (True, {}),
+    "hidden_sizes": ((8, 4), {}),
+    "activation": ("tanh", {}),
+    "num_critics": (3, {}),
+    "policy_lr": (0.01, {}),
+    "q_lr": (0.01, {}),
+    "tau": (0.01, {}),
+    "alpha": (0.5, {}),
+    "autotune": (False, {}),
+    "target_entropy": (-2.0, {}),
+}
+OWN: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
+    "sac": {"policy_frequency": (1, {}), "target_network_frequency": (2, {})},
+    "droq": {"dropout": (0.3, {}), "layer_norm": (False, {})},
+}
+CHANGES = [(algo, name) for algo in SCRIPTS for name in (CHANGES_PARAMETERS | OWN[algo])]
+
+# Field -> the test below that shows its effect
+CHANGES_SOMETHING_ELSE = {
+    "vectorization": "test_vectorization_chooses_processes_and_changes_nothing_else",
+    "capture_video": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
+    "video_every": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
+    "log_every": "test_log_every_sets_the_distance_of_entries",
+    "save_model": "test_checkpoints_are_written_as_often_as_asked_and_as_many_kept",
+    "checkpoint_every": "test_checkpoints_are_written_as_often_as_asked_and_as_many_kept",
+    "keep_checkpoints": "test_checkpoints_are_written_as_often_as_asked_and_as_many_kept",
+    "resume": "test_resume_goes_on_with_the_stored_arguments_and_flags_win_over_them",
+    "compile": "test_compile_compiles_the_update",
+    "implicit_next_obs": "test_implicit_next_observations_take_less_memory_and_change_nothing_else",
+    "buffer_memmap": "test_a_buffer_in_a_file_changes_nothing_else",
+    "checkpoint_buffer": "test_a_checkpoint_has_the_buffer_unless_told_otherwise",
+    "allow_empty_buffer": "test_an_empty_buffer_is_allowed_only_if_asked",
+}
+
+# Read by `launch` and `Run` alone, which every script hands its arguments as they are: PPO's table shows their effect
+AS_IN_PPO = {
+    "exp_name", "log_dir", "logger", "track", "wandb_project_name", "wandb_entity", "upload_model", "hf_entity",
+    "accelerator", "cuda", "devices", "strategy", "num_nodes", "node_rank", "main_address", "main_port",
+    "num_threads", "matmul_precision", "torch_deterministic",
+}  # fmt: skip
+
+Train = Callable[..., Trained]
+
+
+@pytest.fixture(params=SCRIPTS)
+def algo(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def trained_before() -> dict[tuple, torch.Tensor]:
+    """Weights of trainings that several tests compare with."""
+    return {}
+
+
+@pytest.fixture
+def base(train: Train, trained_before: dict[tuple, torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def weights(algo: str, **extra: Any) -> torch.Tensor:
+        key = (algo, *extra.items())
+        if key not in trained_before:
+            trained_before[key] = train(SCRIPTS[algo].main, *flags(TINY | extra)).weights
+        return trained_before[key]
+
+    return weights
+
+
+@pytest.fixture
+def run(algo: str, train: Train) -> Callable[..., Trained]:
+    """Trains with TINY's arguments and others."""
+
+    def call(**settings: Any) -> Trained:
+        trained = train(SCRIPTS[algo].main, *flags(TINY | settings))
+        assert trained.code == 0
+        return trained
+
+    return call
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, algo: str, *line: object) -> Any:
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, line)])
+    return parse(ARGS[algo], algo)
+
+
+def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
+    tables = [(CHANGES_PARAMETERS | OWN[algo]).keys(), CHANGES_SOMETHING_ELSE.keys(), AS_IN_PPO]
+    assert sum(map(len, tables)) == len(set().union(*tables)), "an argument is in two tables"
+    assert {field.name for field in dataclasses.fields(ARGS[algo])} == set().union(*tables)
+    assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
+
+
+def test_what_is_taken_from_the_tests_of_ppo_is_read_by_the_same_lines(
+    algo: str, run: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert AS_IN_PPO.issubset(field.name for field in dataclasses.fields(StandardArgs))
+    assert AS_IN_PPO.issubset(test_arguments.CHANGES_SOMETHING_ELSE)
+    handed: dict[str, Any] = {}
+
+    def spy(name: str, position: int) -> None:
+        original = getattr(SCRIPTS[algo], name)
+        monkeypatch.setattr(
+            SCRIPTS[algo], name, lambda *given: (handed.update({name: given[position]}), original(*given))[1]
+        )
+
+    real_parse = parse
+    monkeypatch.setattr(SCRIPTS[algo], "parse", lambda *given: handed.setdefault("parse", real_parse(*given)))
+    for name, position in (("launch", 0), ("Run", 1)):
+        spy(name, position)
+    run()
+    assert handed["launch"] is handed["Run"] is handed["parse"]
+
+
+def test_every_argument_has_a_help_text(algo: str) -> None:
+    assert all(field.metadata["help"] for field in dataclasses.fields(ARGS[algo]))
+
+
+@pytest.mark.parametrize(("algo", "name"), CHANGES)
+def test_turning_it_changes_the_parameters(algo: str, name: str, run: Train, base: Callable) -> None:
+    value, extra = (CHANGES_PARAMETERS | OWN[algo])[name]
+    before = base(algo) if name == "env_id" else base(algo, **extra)
+    after = run(**extra, **{name: value})
+    assert after.weights.isfinite().all()
+    assert after.weights.shape != before.shape or not torch.equal(after.weights, before)
+    stored = after.args[name]
+    assert (tuple(stored) if isinstance(stored, list) else stored) == value  # the run's args.json says what ran
+
+
+def test_a_temperature_that_is_not_learned_stays_where_it_is_and_matters(run: Train) -> None:
+    first, second = (run(alpha=alpha, autotune=False) for alpha in (0.5, 0.25))
+    for trained, alpha in ((first, 0.5), (second, 0.25)):
+        assert trained.state["agent"]["log_alpha"].exp().item() == pytest.approx(alpha, rel=1e-6)
+    networks = [name for name in first.state["agent"] if name != "log_alpha"]
+    assert any(not torch.equal(first.state["agent"][name], second.state["agent"][name]) for name in networks)
+
+
+def test_the_same_arguments_give_the_same_bits(algo: str, run: Train, base: Callable) -> None:
+    assert torch.equal(run().weights, base(algo))
+
+
+def test_the_seed_reaches_parameters_environments_action_noise_and_sampling(
+    algo: str, run: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, seen = SCRIPTS[algo], []
+    real_rollout, real_sample = script.rollout, ReplayBuffer.sample
+
+    def check_ranks(fabric: Any, player: torch.nn.Module, obs: torch.Tensor) -> None:
+        seen[:] = [parameter_hash(player).item(), obs.tolist()]
+
+    def rollout(*given: Any) -> None:
+        if len(seen) == 2:
+            seen.append(given[4].initial_seed())
+        real_rollout(*given)
+
+    def sample(*given: Any) -> Any:
+        if len(seen) == 3:
+            seen.append(given[3].initial_seed())
+        return real_sample(*given)
+
+    for function in (check_ranks, rollout):
+        monkeypatch.setattr(script, function.__name__, function)
+    monkeypatch.setattr(ReplayBuffer, "sample", sample)
+    runs = {}
+    for seed in (1, 2):
+        run(env_id="Pendulum-v1", env_kwargs="{}", total_timesteps=20, seed=seed)
+        runs[seed] = list(seen)
+    for what, first, second in zip(("parameters", "environments", "noise", "sampling"), *runs.values(), strict=True):
+        assert first != second, what
+    assert runs[1][1][1] == runs[2][1][0]  # environment i has seed + i, so that the second of one is the first here
+    assert runs[1][2] != runs[1][3]  # streams of their own
+
+
+def test_vectorization_chooses_processes_and_changes_nothing_else(
+    algo: str, run: Train, base: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = []
+    real = SCRIPTS[algo].make_envs
+    monkeypatch.setattr(
+        SCRIPTS[algo], "make_envs", lambda *given: (envs := real(*given), kinds.append(type(envs.unwrapped)))[0]
+    )
+    for kind in ("sync", "async"):
+        assert torch.equal(run(vectorization=kind).weights, base(algo))
+    assert kinds == [SyncVectorEnv, AsyncVectorEnv]
+
+
+def test_videos_are_recorded_only_if_asked_and_as_often_as_asked(run: Train) -> None:
+    def videos(**settings: Any) -> list[str]:  # an episode of Pendulum takes 200 steps
+        folder = run(env_id="Pendulum-v1", env_kwargs="{}", num_envs=1, **settings).folder / "videos"
+        return sorted(file.name for file in folder.glob("*.mp4"))
+
+    three = {"total_timesteps": 600, "learning_starts": 590, "buffer_size": 600}
+    assert videos(**three) == []
+    assert videos(**three, capture_video=True, video_every=2) == ["train-episode-0.mp4", "train-episode-2.mp4"]
+
+
+def test_log_every_sets_the_distance_of_entries(run: Train) -> None:
+    def steps(log_every: int) -> list[int]:
+        lines = (run(log_every=log_every).folder / "metrics.csv").read_text().splitlines()
+        column = lines[0].split(",").index("step")
+        return [int(line.split(",")[column]) for line in lines[1:]]
+
+    assert steps(16) == [16, 32, 48, 64]
+    assert steps(25) == [26, 52, 64]  # whole iterations of two steps; the last is always logged
+
+
+def test_checkpoints_are_written_as_often_as_asked_and_as_many_kept(run: Train, tmp_path: Path) -> None:
+    def steps(**settings: Any) -> list[int]:
+        folder = tmp_path / "_".join(map(str, settings.values()))
+        run(**settings, log_dir=folder)
+        return sorted(int(file.stem.split("_")[1]) for file in folder.rglob("step_*.ckpt"))
+
+    assert steps(checkpoint_every=0) == [64]
+    assert steps(checkpoint_every=20) == [20, 40, 60, 64][1:]  # three are kept
+    assert steps(checkpoint_every=20, keep_checkpoints=2) == [60, 64]
+    assert steps(save_model=False) == []
+
+
+def test_resume_goes_on_with_the_stored_arguments_and_flags_win_over_them(algo: str, run: Train, train: Train) -> None:
+    first = run(gamma=0.9)
+    second = train(SCRIPTS[algo].main, "--resume", first.folder, "--total-timesteps", 80, "--tau", 0.2)
+    assert second.folder == first.folder
+    assert second.state["global_step"] == 80
+    expected = first.state["args"] | {"total_timesteps": 80, "tau": 0.2, "resume": str(first.folder)}
+    assert second.state["args"] == expected
+    assert not torch.equal(second.weights, first.weights)
+
+
+def test_compile_compiles_the_update(algo: str, run: Train, base: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compiling for real takes half a minute; that it is asked for, and that its result is used, is what counts here
+    compiled: dict[str, int] = {}
+
+    def fake(part: Any, **options: Any) -> Any:
+        name = part.__name__ if callable(part) and not isinstance(part, torch.nn.Module) else type(part).__name__
+        compiled[name] = 0
+        if isinstance(part, torch.nn.Module):
+            part.register_forward_pre_hook(lambda *_: compiled.update({name: compiled[name] + 1}))
+            return part
+        return lambda *given: (compiled.update({name: compiled[name] + 1}), part(*given))[1]
+
+    monkeypatch.setattr(torch, "compile", fake)
+    run()
+    assert compiled == {}
+    after = run(compile=True)
+    assert compiled.keys() == {"CriticObjective", "ActorObjective", "next_actions", "td_targets"}
+    assert all(calls >= 24 for calls in compiled.values()), compiled
+    assert torch.equal(after.weights, base(algo))
+
+
+def gibibytes(trained: Trained) -> float:
+    (line,) = [line for line in trained.output.splitlines() if line.startswith("replay buffer: ")]
+    return float(line.split(" transitions, ")[1].split(" GiB")[0])
+
+
+def test_implicit_next_observations_take_less_memory_and_change_nothing_else(
+    algo: str, run: Train, base: Callable
+) -> None:
+    assert torch.equal(run(implicit_next_obs=True).weights, base(algo))
+    large = {"buffer_size": 10_000_000, "checkpoint_buffer": False}  # 480 MB, of which nothing is touched
+    explicit, implicit = (gibibytes(run(**large, implicit_next_obs=value)) for value in (False, True))
+    # 3 numbers of observation, action, reward, two flags and, on one side, 3 of the next observation, or its place
+    assert (explicit, implicit) == (
+        pytest.approx(36 * 1e7 / 2**30, abs=1e-3),
+        pytest.approx(28 * 1e7 / 2**30, abs=1e-3),
+    )
+
+
+def test_a_buffer_in_a_file_changes_nothing_else(
+    algo: str, run: Train, base: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = []
+    start = ReplayBuffer.start
+    monkeypatch.setattr(ReplayBuffer, "start", lambda rb, obs: (kinds.append(type(rb._records)), start(rb, obs))[1])
+    trained = run(buffer_memmap=True)
+    assert torch.equal(trained.weights, base(algo))
+    assert kinds[-1] is np.memmap
+    run()
+    assert kinds[-1] is np.ndarray
+    assert f"in {trained.folder}" in trained.output.split("replay buffer: ")[1]
+
+
+def test_a_checkpoint_has_the_buffer_unless_told_otherwise(run: Train) -> None:
+    shard = run().state["shard"]
+    assert (shard["size"], shard["position"]) == (20, 32 % 21)  # of rows; the ring has one more
+    assert len(shard["records"]) == 21 * 2 * 36
+    assert run(checkpoint_buffer=False).state["shard"] is None
+
+
+def test_an_empty_buffer_is_allowed_only_if_asked(algo: str, run: Train, train: Train, tmp_path: Path) -> None:
+    from fabricrl.utils.errors import CheckpointError
+
+    folder = run().folder
+    line = ("--resume", folder, "--total-timesteps", 128, "--buffer-size", 60)
+    with pytest.raises(CheckpointError, match="--allow-empty-buffer"):
+        train(SCRIPTS[algo].main, *line)
+    assert train(SCRIPTS[algo].main, *line, "--allow-empty-buffer").state["global_step"] == 128
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "world_size", "threads"),
+    [(1, "max", 1, 1), (2, "max", 1, 2), (2, "max", 2, 1), (3, "max", 2, 1), (64, "max", 4, 2), (64, "190000", 1, 1)],
+)
+def test_a_rank_has_two_threads_where_there_are_two_cores_for_each(
+    cores: int, quota: str, world_size: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quota of a container is in microseconds of each period, here of 100 000."""
+
+    class Fabric:
+        def __init__(self, **options: Any) -> None:
+            self.world_size, self.global_rank, self.strategy = world_size, 0, None
+
+        def launch(self) -> None:
+            pass
+
+    monkeypatch.setattr(launching, "Fabric", Fabric)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr(launching, "Path", lambda _: tmp_path / "cpu.max")
+    launching.launch(SACArgs())
+    assert torch.get_num_threads() == threads
+    launching.launch(SACArgs(num_threads=3))
+    assert torch.get_num_threads() == 3
+
+
+# DESIGN.md, section 4, what fabricrl/algos/droq/args.py gives a reason for, and CleanRL where that is silent
+DEFAULTS: dict[str, Any] = {
+    "policy_lr": 3e-4,
+    "num_envs": 1,
+    "batch_size": 256,
+    "gamma": 0.99,
+    "tau": 0.005,
+    "buffer_size": 1_000_000,
+    "hidden_sizes": (256, 256),
+    "activation": "relu",
+    "num_critics": 2,
+    "autotune": True,
+    "target_entropy": None,
+    "n_step": 1,
+    "norm_obs": False,
+    "total_timesteps": 1_000_000,
+    "seed": 1,
+    "checkpoint_buffer": True,
+}
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "sac": {
+        "learning_starts": 5000,
+        "alpha": 1.0,
+        "q_lr": 1e-3,
+        "replay_ratio": 1.0,
+        "policy_frequency": 2,
+        "target_network_frequency": 1,
+    },
+    "droq": {
+        "learning_starts": 1000,
+        "alpha": 0.1,
+        "q_lr": 3e-4,
+        "replay_ratio": 20.0,
+        "dropout": 0.01,
+        "layer_norm": True,
+    },
+}
+
+
+def test_defaults_are_the_design(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = dataclasses.asdict(parsed(monkeypatch, algo))
+    expected = DEFAULTS | OWN_DEFAULTS[algo]
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_cleanrls_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All arguments of CleanRL's sac_continuous_action.py, each as it is given there."""
+    line = """--exp-name sac --seed 3 --no-torch-deterministic --no-cuda --no-track --wandb-project-name p
+        --wandb-entity e --no-capture-video --env-id Hopper-v4 --total-timesteps 10000 --num-envs 2 --buffer-size 5000
+        --gamma 0.9 --tau 0.01 --batch-size 64 --learning-starts 100 --policy-lr 0.001 --q-lr 0.002
+        --policy-frequency 3 --target-network-frequency 2 --alpha 0.2 --no-autotune"""
+    args = parsed(monkeypatch, "sac", *line.split())
+    assert (args.exp_name, args.seed) == ("sac", 3)
+    assert [args.torch_deterministic, args.cuda, args.track] == [False] * 3
+    assert (args.wandb_project_name, args.wandb_entity, args.capture_video) == ("p", "e", False)
+    assert (args.env_id, args.total_timesteps, args.num_envs, args.buffer_size) == ("Hopper-v4", 10_000, 2, 5000)
+    assert (args.gamma, args.tau, args.batch_size, args.learning_starts) == (0.9, 0.01, 64, 100)
+    assert (args.policy_lr, args.q_lr, args.policy_frequency, args.target_network_frequency) == (0.001, 0.002, 3, 2)
+    assert (args.alpha, args.autotune) == (0.2, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("buffer_size", 0),
+        ("batch_size", 0),
+        ("n_step", 0),
+        ("num_critics", 0),
+        ("learning_starts", -1),
+        ("gamma", 2.0),
+        ("gamma", float("nan")),
+        ("tau", 0.0),
+        ("tau", 1.5),
+        ("alpha", 0.0),
+        ("alpha", float("inf")),
+        ("policy_lr", 0.0),
+        ("q_lr", float("nan")),
+        ("replay_ratio", 0.0),
+        ("replay_ratio", float("inf")),
+        ("target_entropy", float("nan")),
+        ("hidden_sizes", (8, 0)),
+        ("activation", "sine"),
+        ("policy_frequency", 0),
+        ("target_network_frequency", 0),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -> None:
+    kind = DroQArgs if name == "dropout" else SACArgs
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} is ") as caught:
+        kind(**{name: value})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,281 @@
+"""SAC and DroQ on several ranks: every launcher, one result; equal parameters, own data, averaged gradients."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fabricrl import evaluate
+from fabricrl.algos.droq.agent import DroQAgent
+from fabricrl.algos.sac import sac
+from fabricrl.algos.sac.agent import SACAgent
+from fabricrl.algos.sac.args import SACArgs
+from fabricrl.algos.sac.learner import Learner
+from fabricrl.data.buffers import ReplayBuffer
+from tests.process import (
+    DROQ,
+    FORKSERVER,
+    LIMIT,
+    PYTHON,
+    SAC,
+    Running,
+    call,
+    command,
+    differences,
+    files,
+    free_port,
+    load,
+    run,
+    run_folder,
+    run_team,
+)
+from tests.test_launchers import DDP, TWO_RANKS, two_nodes
+
+# 16 iterations of 2 ranks × 2 environments; learning starts after the eighth. Episodes take 10 steps
+SMALL: list[object] = ["--env-id", "tests.envs:IdentityBox-v0", "--num-envs", 2, "--total-timesteps", 64]
+SMALL += ["--learning-starts", 32, "--batch-size", 8, "--buffer-size", 32, "--hidden-sizes", 16, "--num-threads", 1]
+SMALL += ["--checkpoint-every", 32, "--policy-lr", 0.01, "--q-lr", 0.01, "--norm-obs"]
+PARTS = ("agent", "learner", "schedule", "episodes", "generators", "global_step", "best_return", "shard")
+
+
+# --- Launchers
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("launchers")
+
+
+@pytest.fixture(scope="module")
+def launched(base: Path) -> Callable[..., tuple[Running, Path]]:
+    """Runs a script by a launcher once; returns what it printed and its run folder."""
+
+    @cache
+    def launch(name: str, script: str) -> tuple[Running, Path]:
+        log_dir = base / f"{name} {Path(script).stem}"
+        flags = [*SMALL, "--log-dir", log_dir]
+        if script == DROQ:
+            flags += ["--replay-ratio", 2]
+        lightning = ["--accelerator=cpu", "--strategy=ddp", "--devices=2", script, *flags]
+        if name == "two nodes":
+            ended = two_nodes([*PYTHON, script, *map(str, flags), "--num-nodes", "2", "--strategy", "ddp"])
+        else:
+            arguments: dict[str, list[object]] = {
+                "python": [*PYTHON, script, *DDP, *flags],
+                "fabric run": [command("fabric"), "run", *lightning],
+                "lightning run model": [command("lightning"), "run", "model", *lightning],
+                "torchrun": [command("torchrun"), "--standalone", "--nproc-per-node", 2, script, *flags],
+            }
+            ended = run(*arguments[name])
+        assert ended.code == 0, ended.report()
+        return ended, run_folder(log_dir)
+
+    return launch
+
+
+LAUNCHES = [*((name, SAC) for name in TWO_RANKS), ("lightning run model", DROQ)]
+NAMES = [f"{name}, {Path(script).stem}" for name, script in LAUNCHES]
+
+
+@pytest.mark.parametrize(("name", "script"), LAUNCHES, ids=NAMES)
+def test_a_launcher_runs_the_script_once_and_each_rank_writes_its_buffer(
+    launched: Callable, name: str, script: str
+) -> None:
+    ended, folder = launched(name, script)
+    assert ended.result["steps"] == "64"
+    assert ended.result["checkpoint"] == str(folder / "checkpoints" / "step_000000000064.ckpt")
+    assert not [line for line in ended.err.splitlines() if line.startswith(("error:", "warning:"))]
+    assert ended.err.count("replay buffer: ") == 1
+    saved = {f"checkpoints/step_{step:012d}{suffix}" for step in (32, 64) for suffix in (".ckpt", ".shard1")}
+    (best,) = folder.glob("checkpoints/best_*.shard1")  # named after its step
+    saved |= {"checkpoints/best.ckpt", f"checkpoints/{best.name}"}
+    assert files(folder) - {"hparams.yaml"} == saved | {"args.json", "events.out.tfevents"}
+
+
+@pytest.mark.parametrize("name", TWO_RANKS[1:])
+def test_all_launchers_end_with_the_same_parameters_and_buffers_to_the_last_bit(launched: Callable, name: str) -> None:
+    first, other = (Path(launched(launcher, SAC)[0].result["checkpoint"]) for launcher in ("python", name))
+    states = [load(path) for path in (first, other)]
+    assert states[1]["world_size"] == 2
+    for part in PARTS:
+        assert differences(states[0][part], states[1][part]) == [], part
+    assert differences(*(load(path.with_suffix(".shard1")) for path in (first, other))) == []
+
+
+def test_a_checkpoint_of_two_ranks_is_evaluated_by_one_process(launched: Callable) -> None:
+    _, folder = launched("lightning run model", DROQ)
+    played = call(evaluate.main, folder, "--episodes", 2, "--json")
+    assert json.loads(played.out)["greedy"]["episodes"] == 2
+
+
+# --- What ranks share and what they do not
+
+
+def sha(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def spy(rank: int) -> None:
+    """Notes what each rank has after every iteration, and what it has seen and drawn by then."""
+    from fabricrl.algos.droq import droq
+
+    samples: list[tuple[str, int]] = []
+    notes = Path(os.environ["SPY"]).with_suffix(f".{rank}")
+    add, sample = ReplayBuffer.add, ReplayBuffer.sample
+
+    def noted_add(rb: ReplayBuffer, actions: Any, next_obs: Any, *rest: Any) -> None:
+        add(rb, actions, next_obs, *rest)
+        note({"obs": next_obs.tolist(), "actions": actions.tolist()})
+
+    def noted_sample(rb: ReplayBuffer, num_batches: int, batch_size: int, rng: torch.Generator) -> Any:
+        batches = sample(rb, num_batches, batch_size, rng)
+        samples.append((sha(*batches.values()), rng.initial_seed()))
+        return batches
+
+    def note(entry: dict[str, Any]) -> None:
+        with notes.open("a") as file:
+            print(json.dumps(entry), file=file)
+
+    def watched(original: Callable) -> Callable:
+        def train(learner: Learner, *rest: Any) -> Any:
+            result = original(learner, *rest)
+            agent = learner.agent
+            moments = [
+                value
+                for optimizer in (learner.q_optimizer, learner.actor_optimizer)
+                for state in optimizer.state_dict()["state"].values()
+                for value in state.values()
+            ]
+            parts = {
+                "actor": agent.actor.state_dict().values(),
+                "critics": agent.critics.state_dict().values(),
+                "targets": agent.target_critics.state_dict().values(),
+                "temperature": [agent.log_alpha],
+                "normaliser": agent.obs_normalizer.state_dict().values(),
+                "optimizers": moments,
+            }
+            shared = {name: sha(*tensors) for name, tensors in parts.items()}
+            note(shared | dict(zip(("sampled", "generator"), samples[-1], strict=True)))
+            return result
+
+        return train
+
+    ReplayBuffer.add, ReplayBuffer.sample = noted_add, noted_sample  # type: ignore[method-assign]
+    sac.train, droq.train = watched(sac.train), watched(droq.train)
+
+
+@pytest.mark.parametrize("algo", ["sac", "droq"])
+def test_ranks_have_equal_parameters_after_every_update_and_learn_from_different_data(
+    algo: str, tmp_path: Path
+) -> None:
+    flags = [*SMALL, "--env-kwargs", '{"length": 1000}', "--replay-ratio", 2, "--log-dir", tmp_path / "logs"]
+    module = f"fabricrl.algos.{algo}.{algo}"
+    run_team(module, *flags, folder=tmp_path, prepare=spy, variables={"SPY": str(tmp_path / "notes")})
+    ranks = [[json.loads(line) for line in (tmp_path / f"notes.{rank}").read_text().splitlines()] for rank in (0, 1)]
+    steps, updates = ([[entry for entry in rank if name in entry] for rank in ranks] for name in ("obs", "actor"))
+    assert [len(rank) for rank in (*steps, *updates)] == [16, 16, 8, 8]
+    for first, second in zip(*updates, strict=True):
+        assert {name for name in first if first[name] == second[name]} == first.keys() - {"sampled", "generator"}
+    for name in ("actor", "critics", "targets", "temperature", "normaliser"):
+        assert len({entry[name] for entry in updates[0]}) == 8, f"{name} does not change"
+    for first, second in zip(*steps, strict=True):
+        rows = first["obs"] + second["obs"]
+        assert len({tuple(row) for row in rows}) == 4, "two of four environments show the same"
+        rows = first["actions"] + second["actions"]
+        assert len({tuple(row) for row in rows}) == 4, "two of four environments are acted upon alike"
+
+
+def test_two_ranks_learn_something_else_than_one(launched: Callable, tmp_path: Path) -> None:
+    one = load(call(sac.main, *SMALL, "--num-envs", 4, "--log-dir", tmp_path).checkpoint)
+    two = load(launched("python", SAC)[0].result["checkpoint"])
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["schedule"] == two["schedule"]
+    assert one["learner"]["q_optimizer"]["state"][0]["step"] == two["learner"]["q_optimizer"]["state"][0]["step"]
+    changed = differences(one["agent"], two["agent"])
+    assert {name.removeprefix("/").split(".")[0] for name in changed} == {
+        "actor", "critics", "log_alpha", "obs_normalizer", "target_critics",
+    }  # fmt: skip
+
+
+# --- Gradients
+
+ROWS, OBS, ACTIONS = 32, 3, 2
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """The data of an update, whose second half is another world than the first."""
+    rng = torch.Generator().manual_seed(5)
+    half = (torch.arange(ROWS) >= ROWS // 2).float()
+    data = {
+        "obs": torch.randn(ROWS, OBS, generator=rng) + half[:, None],
+        "actions": torch.rand(ROWS, ACTIONS, generator=rng) * 2 - 1,
+        "rewards": torch.randn(ROWS, generator=rng) * (1 + 3 * half) + 2 * half,
+        "next_obs": torch.randn(ROWS, OBS, generator=rng) - half[:, None],
+        "terminated": (torch.rand(ROWS, generator=rng) < 0.2).float(),
+        "discounts": torch.full((ROWS,), 0.99),
+        "noise": torch.randn(ROWS, ACTIONS, generator=rng),
+    }
+    return data
+
+
+def update(rank: int, world_size: int, port: int, kind: str, path: str) -> None:
+    """Two updates of everything on this rank's share of the rows; writes the parameters before and after."""
+    from lightning.fabric import Fabric
+
+    if world_size > 1:  # Fabric takes the place in the group that the environment names, and starts nothing itself
+        os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    fabric = Fabric(accelerator="cpu", devices=world_size, strategy="ddp" if world_size > 1 else "auto")
+    fabric.launch()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    agent = {"sac": SACAgent, "droq": DroQAgent}[kind](OBS, ACTIONS, (16, 16), layer_norm=kind == "droq")
+    args = SACArgs(env_id="Pendulum-v1", tau=0.5)
+    learner = Learner(fabric, agent, args, mean_over_critics=kind == "droq")
+    # SGD moves the parameters by the gradient itself
+    learner.q_optimizer, learner.actor_optimizer = (
+        fabric.setup_optimizers(torch.optim.SGD([flat.vector], lr=0.1)) for flat in (learner.critics, learner.actor)
+    )
+    share = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    data = {name: column[share] for name, column in batch().items()}
+    noise = data.pop("noise")
+    vectors = {"critics": learner.critics, "actor and temperature": learner.actor, "targets": learner.target_critics}
+    parameters = {f"{name}, before": flat.vector.detach().clone() for name, flat in vectors.items()}
+    for _ in range(2):
+        prepared = {name: column[0] for name, column in learner.prepare({k: v[None] for k, v in data.items()}).items()}
+        learner.update_critics(learner.next_actions(prepared, noise))
+        learner.update_actor(prepared["obs"], noise)
+        learner.update_targets()
+    torch.save(
+        parameters | {name: flat.vector.detach() for name, flat in vectors.items()}, f"{path}.{world_size}.{rank}"
+    )
+
+
+@pytest.mark.parametrize("kind", ["sac", "droq"])
+def test_two_ranks_with_half_the_rows_each_make_the_updates_of_one_rank_with_all_rows(
+    kind: str, tmp_path: Path
+) -> None:
+    """Gradients of critics, actor and temperature are averaged; nothing else could make these equal."""
+    path, port = str(tmp_path / "parameters"), free_port()
+    ranks = [FORKSERVER.Process(target=update, args=(rank, 2, port, kind, path)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    update(0, 1, 0, kind, path)
+    for rank in ranks:
+        rank.join(LIMIT)
+        rank.kill()
+        assert rank.exitcode == 0
+    one, first, second = (load(f"{path}.{name}") for name in ("1.0", "2.0", "2.1"))
+    for name, vector in one.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], vector, rtol=0, atol=1e-6)
+        if "before" in name:
+            assert (one[name.removesuffix(", before")] - vector).abs().max() > 1e-2, "nothing has been learned"
