@@ -225,7 +225,7 @@ def signalled(algo: str, number: int, moment: str, *flags: object) -> Finished:
 
     targets = {"rollout": (ReplayBuffer, "add", signalled_add), "update": (SCRIPTS[algo], "train", signalled_train)}
     with mock.patch.object(*targets[moment]):
-        return call(SCRIPTS[algo].main, *ENDLESS, *flags)
+        return call(SCRIPTS[algo].main, *ENDLESS, "--total-timesteps", 400, *flags)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

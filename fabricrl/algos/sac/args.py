@@ -59,8 +59,10 @@ class OffPolicyArgs(StandardArgs):
         require(self.learning_starts >= 0, "learning_starts", self.learning_starts, "0 or more")
         require_between(self, 0, 1, "gamma", "tau")
         require(self.tau > 0, "tau", self.tau, "above 0, or the targets never move")
-        for name in ("alpha", "policy_lr", "q_lr", "replay_ratio"):
+        for name in ("alpha", "policy_lr", "q_lr"):
             require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "a number above 0")
+        # An iteration draws the batches of all its updates at once, and cannot be stopped before they are done
+        require(0 < self.replay_ratio <= 1000, "replay_ratio", self.replay_ratio, "above 0 and at most 1000")
         entropy = self.target_entropy
         require(entropy is None or abs(entropy) < float("inf"), "target_entropy", entropy, "a number, or None")
         require(

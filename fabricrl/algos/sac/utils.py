@@ -132,6 +132,9 @@ class UpdateSchedule:
         self.starts, self.before, self.done = self.least, 0, 0
         allowed = f"above {self.least}, when learning starts"
         require(args.total_timesteps > self.least, "total_timesteps", args.total_timesteps, allowed)
+        steps = args.total_timesteps - self.least
+        allowed = f"such that the {steps} steps after learning starts have an update"
+        require(args.updates(steps) > 0, "replay_ratio", args.replay_ratio, allowed)
 
     def explores(self, step: int) -> bool:
         """Whether actions are drawn uniformly: before a policy has learned anything."""
