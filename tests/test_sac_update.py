@@ -599,11 +599,11 @@ def test_learning_starts_no_sooner_than_with_a_batch_of_each_rank(capsys: pytest
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, 1e6, math.nan, math.inf])
 def test_a_replay_ratio_is_above_zero_and_leaves_an_iteration_that_can_end(ratio: float) -> None:
-    with pytest.raises(ConfigError, match="--replay-ratio is .* at most 1000"):
+    with pytest.raises(ConfigError, match=r"--replay-ratio is .* at most 1000"):
         SACArgs(replay_ratio=ratio)
 
 
 def test_a_run_without_a_single_update_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--replay-ratio is 0.001.* 999 steps"):
+    with pytest.raises(ConfigError, match=r"--replay-ratio is 0.001.* 999 steps"):
         schedule(0.001, learning_starts=100, total_timesteps=1099)
     assert schedule(0.001, learning_starts=100, total_timesteps=1100).take(1100) == (1, 1)
