@@ -102,8 +102,9 @@ def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: An
         if not all_max(fabric, int(problem is not None)):
             return True
         if not args.allow_empty_buffer:
-            text = f"{problem}; --allow-empty-buffer goes on without, after filling a new one"
-            raise CheckpointError(text if problem else "")  # the rank that it concerns says why
+            if problem is None:
+                return False  # the rank that it concerns says why, and ends all
+            raise CheckpointError(f"{problem}; --allow-empty-buffer goes on without, after filling a new one")
         if problem is not None:
             print(f"warning: {problem}", file=sys.stderr, flush=True)
     if fabric.global_rank == 0:
