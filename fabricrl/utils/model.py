@@ -37,7 +37,7 @@ class FlatParameters:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.vector = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in self._parameters]))  # [P]
         sizes = [parameter.numel() for parameter in self._parameters]
         for parameter, part in zip(self._parameters, self.vector.data.split(sizes), strict=True):

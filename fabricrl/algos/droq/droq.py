@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fabricrl.algos.args import parse
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.droq.utils import ACTION_SPACES, UpdateSchedule, check_room, make_agent, make_buffer, restore_buffer
+from fabricrl.algos.droq.utils import ACTION_SPACES, make_agent
 from fabricrl.algos.sac.learner import Learner, checked, compile_ahead
 from fabricrl.algos.sac.sac import rollout
+from fabricrl.algos.sac.utils import UpdateSchedule, check_room, make_buffer, restore_buffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
@@ -102,7 +103,7 @@ def main() -> int:
             restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
             run.best_return = state["best_return"]
     if args.compile:
-        updates = max(args.updates(1), 1)
+        updates = max(int(args.replay_ratio), 1)
         for seed in range(2):  # how much is dropped varies, which the second call shows to the compiler
             dropped = player.drop(3, args.batch_size, torch.Generator().manual_seed(seed))
             compile_ahead(learner, updates, dropped)

@@ -5,25 +5,10 @@ from typing import Any
 from gymnasium.vector import VectorEnv
 
 from fabricrl.algos.droq.agent import DroQAgent
-from fabricrl.algos.sac.utils import (
-    ACTION_SPACES,
-    UpdateSchedule,
-    check_room,
-    make_buffer,
-    make_policy,
-    restore_buffer,
-)
+from fabricrl.algos.sac.utils import ACTION_SPACES, make_policy
 from fabricrl.algos.sac.utils import make_agent as make_sac_agent
 
-__all__ = [
-    "ACTION_SPACES",
-    "UpdateSchedule",
-    "check_room",
-    "make_agent",
-    "make_buffer",
-    "make_policy",
-    "restore_buffer",
-]
+__all__ = ["ACTION_SPACES", "make_agent", "make_policy"]  # what evaluate.py looks for
 
 
 def make_agent(args: Any, envs: VectorEnv) -> DroQAgent:

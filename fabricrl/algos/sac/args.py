@@ -1,7 +1,6 @@
 """Arguments of SAC, and those that it shares with other off-policy algorithms."""
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
 from fabricrl.algos.args import StandardArgs, arg, require_between
@@ -80,10 +79,6 @@ class OffPolicyArgs(StandardArgs):
         require(self.total_timesteps >= self.num_envs, "total_timesteps", self.total_timesteps, allowed)
         allowed = f"below total-timesteps = {self.total_timesteps}"
         require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, allowed)
-
-    def updates(self, steps: int) -> int:
-        """Critic updates that belong to so many environment steps after learning has started: exact, not a float's."""
-        return int(Fraction(str(self.replay_ratio)) * max(steps, 0))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class UpdateSchedule:
 
     def __init__(self, args: OffPolicyArgs, fabric: Fabric) -> None:
         """Raises ConfigError if learning would never start."""
-        self.args = args
+        self.args, self.ratio = args, Fraction(str(args.replay_ratio))  # exact, which a float is not
         self.least = max(args.learning_starts, args.batch_size * fabric.world_size)
         if self.least > args.learning_starts and fabric.global_rank == 0:
             print(f"warning: learning starts after {self.least} steps, a batch of each rank", file=sys.stderr)
@@ -135,7 +136,7 @@ class UpdateSchedule:
         require(args.total_timesteps > self.least, "total_timesteps", args.total_timesteps, allowed)
         steps = args.total_timesteps - self.least
         allowed = f"such that the {steps} steps after learning starts have an update"
-        require(args.updates(steps) > 0, "replay_ratio", args.replay_ratio, allowed)
+        require(int(self.ratio * steps) > 0, "replay_ratio", args.replay_ratio, allowed)
 
     def explores(self, step: int) -> bool:
         """Whether actions are drawn uniformly: before a policy has learned anything."""
@@ -144,7 +145,7 @@ class UpdateSchedule:
     def take(self, step: int) -> tuple[int, int]:
         """Number of the first update that is due after `step` environment steps, from 1, and how many are."""
         first = self.done + 1
-        self.done = max(self.done, self.before + self.args.updates(step - self.starts))
+        self.done = max(self.done, self.before + int(self.ratio * max(step - self.starts, 0)))
         return first, self.done + 1 - first
 
     def state_dict(self) -> dict[str, Any]:
