@@ -1,0 +1,72 @@
+"""On a GPU every script does what it does on a CPU; where there is none, these tests are skipped."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fabricrl import evaluate
+from fabricrl.algos.droq import droq
+from fabricrl.algos.ppo import ppo
+from fabricrl.algos.sac import sac
+from fabricrl.utils.errors import ConfigError
+from tests.process import differences, load
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# Episodes of 8 steps: they end where iterations and checkpoints do
+COMMON = ["--env-id", "tests.envs:Deterministic-v0", "--num-envs", 2, "--hidden-sizes", 16, 16, "--keep-checkpoints", 9]
+CONTINUOUS = ["--env-kwargs", '{"continuous": true, "truncate": true}', "--norm-obs", "--num-threads", 1]
+OFF_POLICY = [*CONTINUOUS, "--learning-starts", 32, "--batch-size", 16, "--total-timesteps", 96]
+RUNS: dict[str, tuple[Callable[[], int], list]] = {
+    "ppo": (ppo.main, [*CONTINUOUS, "--norm-reward", "--num-steps", 16, "--total-timesteps", 96]),
+    "ppo, discrete": (ppo.main, ["--num-steps", 16, "--total-timesteps", 96]),
+    "sac": (sac.main, OFF_POLICY),
+    "droq": (droq.main, [*OFF_POLICY, "--replay-ratio", 2]),
+}
+CUDA = ["--accelerator", "cuda"]
+
+
+@pytest.fixture(params=RUNS)
+def run(request: pytest.FixtureRequest, train: Callable[..., Any]) -> Callable[..., Any]:
+    """Trains one of the scripts with further flags."""
+    main, flags = RUNS[request.param]
+    return lambda *more: train(main, *([] if "--resume" in more else [*COMMON, *flags]), *more)
+
+
+def test_as_on_the_cpu(run: Callable[..., Any]) -> None:
+    here, there = run(), run(*CUDA)
+    assert "on cuda" in there.output
+    assert not here.weights.equal(torch.zeros_like(here.weights))
+    torch.testing.assert_close(there.weights.cpu(), here.weights, rtol=0, atol=2e-4)
+
+
+def test_straight_is_resumed(run: Callable[..., Any], tmp_path: Any) -> None:
+    straight = run(*CUDA, "--checkpoint-every", 32)
+    resumed = run("--resume", straight.checkpoint.with_name(f"step_{64:012d}.ckpt"), "--log-dir", tmp_path / "resumed")
+    states = [
+        {k: v for k, v in load(r.checkpoint).items() if k not in ("args", "best_return")} for r in (straight, resumed)
+    ]
+    assert differences(*states) == []
+
+
+def test_checkpoint_changes_devices(run: Callable[..., Any], script: Callable[..., int], tmp_path: Any) -> None:
+    half = run(*CUDA, "--checkpoint-every", 32).checkpoint.with_name(f"step_{64:012d}.ckpt")
+    assert script(evaluate.main, half, "--episodes", 2) == 0
+    on_cpu = run("--resume", half, "--log-dir", tmp_path / "cpu", "--accelerator", "cpu")
+    assert "on cpu" in on_cpu.output
+    assert on_cpu.result["steps"] == "96"
+
+
+@pytest.mark.parametrize(
+    "flags", [["--precision", "bf16-mixed"], ["--compile"], ["--matmul-precision", "high"]], ids=str
+)
+def test_faster_ways(run: Callable[..., Any], flags: list[str]) -> None:
+    plain, other = run(*CUDA), run(*CUDA, *flags)
+    torch.testing.assert_close(other.weights.cpu(), plain.weights.cpu(), rtol=0, atol=0.05)
+
+
+def test_more_gpus_than_there_are(run: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="cannot be had"):
+        run(*CUDA, "--devices", torch.cuda.device_count() + 1)
