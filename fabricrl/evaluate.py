@@ -29,7 +29,8 @@ from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.launch import run_script
 from fabricrl.utils.utils import require, stream_seed
 
-Policy = Callable[[np.ndarray, np.ndarray], Any]
+Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
+OLDER = {"mask_velocities": False}  # arguments that older checkpoints do not have, as they were meant
 
 
 def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -44,9 +45,9 @@ def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.
     returns: list[float] = []
     lengths: list[int] = []
     obs, _ = envs.reset(seed=seed)
-    dones = np.ones(envs.num_envs, dtype=bool)
+    rewards, dones = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     while quota.any():
-        obs, rewards, terminated, truncated, _ = envs.step(policy(obs, dones))
+        obs, rewards, terminated, truncated, _ = envs.step(policy(obs, rewards, dones))
         dones = terminated | truncated
         running, steps = running + rewards, steps + 1
         for i in np.flatnonzero(dones & (quota > 0)):
@@ -66,10 +67,11 @@ def summary(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float | int]:
     return result | {"episodes": len(returns)}
 
 
-def evaluate(state: dict[str, Any], greedy: bool, options: argparse.Namespace, video_folder: Path) -> dict[str, Any]:
+def evaluate(
+    state: dict[str, Any], args: Any, greedy: bool, options: argparse.Namespace, video_folder: Path
+) -> dict[str, Any]:
     """Plays one mode, greedy or sampled, on environments of its own."""
     utils = importlib.import_module(f"fabricrl.algos.{state['algo']}.utils")
-    args = SimpleNamespace(**state["args"])
     one = options.render or options.capture_video  # one environment is watched, so it plays all episodes
     mode = "greedy" if greedy else "sampled"
     num_envs = 1 if one else min(options.episodes, options.num_envs)
@@ -77,7 +79,7 @@ def evaluate(state: dict[str, Any], greedy: bool, options: argparse.Namespace, v
     def build(index: int) -> gym.Env:
         folder = video_folder if options.capture_video else None
         shown = "human" if options.render else None
-        env = make_env(args.env_id, args.env_kwargs, shown, folder, mode, video_episodes=options.episodes)
+        env = make_env(args, shown, folder, mode, video_episodes=options.episodes)
         return NameFailures(env, index)
 
     envs = ReportFailures(
@@ -119,15 +121,16 @@ def main() -> int:
         raise CheckpointError(f"{found} was made by {state['algo']}, which this version does not have") from error
     mode = "human" if options.render else "rgb_array" if options.capture_video else None
     with reading(found):
-        env_id, env_kwargs = state["args"]["env_id"], state["args"]["env_kwargs"]
-    check_spaces(state["spaces"], describe(*check_env(env_id, env_kwargs, utils.ACTION_SPACES, mode)))
+        args = SimpleNamespace(**OLDER | state["args"])
+        env_id = args.env_id
+    check_spaces(state["spaces"], describe(*check_env(args, utils.ACTION_SPACES, mode)))
     video_folder = found.parent.parent / "videos" / found.stem
     modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
-    results = {mode: evaluate(state, mode == "greedy", options, video_folder) for mode in modes}
+    results = {mode: evaluate(state, args, mode == "greedy", options, video_folder) for mode in modes}
     if options.json:
         print(json.dumps(results))
         return 0
-    print(f"{state['args']['env_id']}, {found}, {state['global_step']} steps, {options.episodes} episodes")
+    print(f"{env_id}, {found}, {state['global_step']} steps, {options.episodes} episodes")
     for mode, r in results.items():
         spread = (
             f"{r['return_mean']:10.2f} ± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"

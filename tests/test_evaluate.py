@@ -93,9 +93,9 @@ def test_sampled_actions_follow_the_probabilities_of_the_policy(trained: Finishe
         agent.actor.out.weight.zero_()
         agent.actor.out.bias.copy_(torch.tensor([0.0, np.log(3.0)]))
     obs, dones = np.zeros((4000, 4), np.float32), np.zeros(4000, bool)
-    assert make_policy(agent, envs, True, 0)(obs, dones).mean() == 1
+    assert make_policy(agent, envs, True, 0)(obs, dones, dones).mean() == 1
     # A share of 0.75 among 4000 draws has a standard deviation of 0.0068; five of them
-    assert make_policy(agent, envs, False, 0)(obs, dones).mean() == pytest.approx(0.75, abs=0.035)
+    assert make_policy(agent, envs, False, 0)(obs, dones, dones).mean() == pytest.approx(0.75, abs=0.035)
     envs.close()
 
 
@@ -107,7 +107,9 @@ def test_short_episodes_do_not_count_more_often_than_long_ones() -> None:
     lengths = (1, 2, 30, 31)
     makers = [lambda length=length: Counting(terminate_after=length) for length in lengths]
     envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-    returns, played_lengths = evaluate.play(envs, lambda obs, dones: np.zeros(4, dtype=np.int64), episodes=8, seed=0)
+    returns, played_lengths = evaluate.play(
+        envs, lambda obs, rewards, dones: np.zeros(4, dtype=np.int64), episodes=8, seed=0
+    )
     assert sorted(played_lengths) == [1, 1, 2, 2, 30, 30, 31, 31]
     assert sorted(returns) == [1, 1, 3, 3, 465, 465, 496, 496]
 
@@ -116,8 +118,10 @@ def test_the_policy_is_told_which_episodes_have_just_begun() -> None:
     """Environments of 2 and 3 steps; recurrent policies reset their state by this."""
     seen = []
 
-    def policy(obs: np.ndarray, dones: np.ndarray) -> np.ndarray:
+    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         seen.append(dones.tolist())
+        # Counting's reward: the steps taken, and so those shown unless the episode has just begun
+        assert (rewards[~dones] == obs[~dones, 0]).all()
         assert (dones == (obs[:, 0] == 0)).all()  # Counting's observation: steps taken in this episode
         return np.zeros(2, dtype=np.int64)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,7 +107,8 @@ def test_actions_by_hand() -> None:
 
 
 def test_a_flat_observation_keeps_every_part_in_a_fixed_place() -> None:
-    env = make_env("tests.envs:Odd-v0", '{"obs": "dict"}')
+    args = SimpleNamespace(env_id="tests.envs:Odd-v0", env_kwargs='{"obs": "dict"}', mask_velocities=False)
+    env = make_env(args)
     obs, _ = env.reset(seed=1)
     raw = env.unwrapped.observation_space
     raw.seed(1)
@@ -187,11 +189,11 @@ def test_the_policy_of_an_evaluation_answers_in_the_space(kind: str, tmp_path: P
     agent, space, obs = sac.make_agent(args, envs), ODD_SPACES[kind], np.random.default_rng(0).normal(size=(64, 3))
     none = np.zeros(64, bool)
     greedy = sac.make_policy(agent, envs, True, 1)
-    drawn = [sac.make_policy(agent, envs, False, seed)(obs, none) for seed in (1, 1, 2)]
-    assert all(space.contains(action) for action in (*greedy(obs, none), *drawn[0]))
+    drawn = [sac.make_policy(agent, envs, False, seed)(obs, none, none) for seed in (1, 1, 2)]
+    assert all(space.contains(action) for action in (*greedy(obs, none, none), *drawn[0]))
     inputs = torch.as_tensor(obs, dtype=torch.float32)
-    assert np.array_equal(greedy(obs, none), stretch(space, agent.greedy(inputs).detach().numpy()))
+    assert np.array_equal(greedy(obs, none, none), stretch(space, agent.greedy(inputs).detach().numpy()))
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
-    assert not np.array_equal(drawn[0], greedy(obs, none))
+    assert not np.array_equal(drawn[0], greedy(obs, none, none))
     envs.close()

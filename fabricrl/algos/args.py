@@ -36,6 +36,9 @@ class StandardArgs:
     # --- environment
     env_id: str = arg("CartPole-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
     env_kwargs: str = arg("{}", "arguments of the environment's constructor, as a JSON object")
+    mask_velocities: bool = arg(
+        False, "zero velocities in observations: CartPole, MountainCar, MountainCarContinuous, Pendulum, LunarLander"
+    )
     vectorization: Literal["sync", "async"] = arg(
         "sync", "sync: one process steps all; async: a process each, for slow ones"
     )

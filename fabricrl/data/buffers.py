@@ -35,6 +35,7 @@ class RolloutBuffer:
     def __init__(
         self, num_steps: int, num_envs: int, obs_shape: tuple[int, ...], num_actions: int, action_dtype: torch.dtype
     ) -> None:
+        self.num_envs = num_envs
         self.obs = torch.zeros(num_steps + 1, num_envs, *obs_shape)
         self.actions = torch.zeros(num_steps, num_envs, num_actions, dtype=action_dtype)
         self.rewards = torch.zeros(num_steps, num_envs)
@@ -95,6 +96,47 @@ class RolloutBuffer:
             if not np.isfinite(final_obs).all():
                 return f"final observation of environment {env} is not finite after step {step} of the rollout"
         return None if self.obs[0].isfinite().all() else "first observation is not finite"
+
+
+class RecurrentRolloutBuffer(RolloutBuffer):
+    """A rollout of policies that remember: beside each observation stands the memory that was there *before* it.
+
+    Attributes:
+        memory: [T + 1, N, M], on the device of the agent; zero at the first observation of an episode.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        num_envs: int,
+        obs_shape: tuple[int, ...],
+        num_actions: int,
+        action_dtype: torch.dtype,
+        memory_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(num_steps, num_envs, obs_shape, num_actions, action_dtype)
+        self.memory = torch.zeros(num_steps + 1, num_envs, memory_size, device=device)
+        self.memory_rows = self.memory.unbind()
+        self._final_memory: list[Tensor] = []
+
+    def start(self, obs: np.ndarray | None = None) -> None:
+        """As for any rollout; at `obs` everything is forgotten, where the last one ended it is carried on."""
+        super().start(obs)
+        self._final_memory.clear()
+        self.memory[0] = self.memory[-1] if obs is None else 0.0
+
+    def remember(self, t: int, memory: Tensor) -> None:
+        """Stores the memory [N, M] that step t has left, once `add` knows which episodes it ended: they forget."""
+        row = self.memory_rows[t + 1].copy_(memory)
+        dones = self._terminated[t] | self._truncated[t]
+        if dones.any():
+            self._final_memory += [memory[env] for step, env, _ in self._final if step == t]
+            row[torch.from_numpy(dones).to(memory.device)] = 0.0
+
+    def final_memory(self) -> Tensor:
+        """What was remembered at the final observations of `time_limits`, [E, M]."""
+        return torch.stack(self._final_memory)
 
 
 class ReplayBuffer:

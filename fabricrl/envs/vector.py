@@ -19,15 +19,14 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fabricrl.envs.spaces import check_action_space, check_bounded, check_observation_space, is_flat
-from fabricrl.envs.wrappers import NameFailures, RecordEpisodes, shield_worker
+from fabricrl.envs.wrappers import MaskVelocities, NameFailures, RecordEpisodes, shield_worker
 from fabricrl.utils.errors import ConfigError, EnvError
 
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d"}  # module that is missing -> extra that brings it
 
 
 def make_env(
-    env_id: str,
-    env_kwargs: str = "{}",
+    args: Any,
     render_mode: str | None = None,
     video_folder: Path | None = None,
     video_prefix: str = "train",
@@ -37,21 +36,20 @@ def make_env(
     """One environment whose observations are vectors: what is not one yet is flattened, Discrete parts one-hot.
 
     Args:
-        env_id: an id of Gymnasium, or `module:Id-v0`, where `module` registers the id and is found from here.
-        env_kwargs: a JSON object of arguments for the environment's constructor.
+        args: `env_id`, an id of Gymnasium, or `module:Id-v0`, where `module` registers the id and is found from here;
+            `env_kwargs`, a JSON object of arguments for the environment's constructor; `mask_velocities`.
         video_folder: where to record every `video_every`-th of the first `video_episodes` episodes; None: nowhere.
 
     Raises:
         ConfigError: the id, an argument, or a package that it needs is not there.
         EnvError: the constructor raised.
     """
-    kwargs = json.loads(env_kwargs)
     if video_folder is not None:
         render_mode = "rgb_array"
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # drawing into an array needs no screen
-    if render_mode is not None:
-        kwargs["render_mode"] = render_mode
-    env = _construct(env_id, env_kwargs, kwargs)
+    env = _construct(args.env_id, args.env_kwargs, render_mode)
+    if args.mask_velocities:
+        env = MaskVelocities(env)
     if video_folder is not None:
         env = RecordEpisodes(env, video_folder, video_prefix, video_every, video_episodes)
     # Images will pass here as they are, for a NatureCNN; everything else becomes one vector for an MLP.
@@ -75,7 +73,7 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
             record = args.capture_video and rank == 0 and index == 0
             folder = video_folder if record and (args.vectorization == "sync" or os.getpid() != script) else None
             mode = "rgb_array" if record else None  # also in the async dummy, whose spaces and modes must agree
-            env = make_env(args.env_id, args.env_kwargs, mode, folder, video_every=args.video_every)
+            env = make_env(args, mode, folder, video_every=args.video_every)
             return NameFailures(env, index)
 
         return build
@@ -139,11 +137,7 @@ def _kill(processes: Iterable[Any]) -> None:
 
 
 def check_env(
-    env_id: str,
-    env_kwargs: str,
-    action_spaces: tuple[type[Space], ...],
-    render_mode: str | None,
-    bounded: bool = False,
+    args: Any, action_spaces: tuple[type[Space], ...], render_mode: str | None, bounded: bool = False
 ) -> tuple[Space, Space]:
     """Builds one environment and throws it away, so that mistakes are told before anything starts.
 
@@ -152,18 +146,21 @@ def check_env(
     Returns the observation and the action space that `make_envs` will give each environment.
 
     Raises:
-        ConfigError: the environment cannot be had, or has spaces that are not supported, or cannot be rendered.
+        ConfigError: the environment cannot be had, or has spaces that are not supported, or cannot be rendered, or has
+            no velocities that could be masked.
         EnvError: its constructor raised.
     """
-    env = _construct(env_id, env_kwargs, json.loads(env_kwargs))
+    env = _construct(args.env_id, args.env_kwargs)
     try:
+        if args.mask_velocities:
+            env = MaskVelocities(env)
         check_observation_space(env.observation_space)
         check_action_space(env.action_space, action_spaces)
         if bounded:
             check_bounded(env.action_space)
         modes = env.metadata.get("render_modes", [])
         if render_mode is not None and render_mode not in modes:
-            raise ConfigError(f"{env_id} cannot be rendered as {render_mode!r}, only as {modes}")
+            raise ConfigError(f"{args.env_id} cannot be rendered as {render_mode!r}, only as {modes}")
         flat = env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
         return flat.observation_space, flat.action_space
     finally:
@@ -171,7 +168,8 @@ def check_env(
             env.close()
 
 
-def _construct(env_id: str, env_kwargs: str, kwargs: dict[str, Any]) -> gym.Env:
+def _construct(env_id: str, env_kwargs: str, render_mode: str | None = None) -> gym.Env:
+    kwargs = json.loads(env_kwargs) | ({} if render_mode is None else {"render_mode": render_mode})
     if ":" in env_id and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # `module` of one's own is looked for where the command was given
     try:

@@ -13,8 +13,38 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from fabricrl.utils.errors import EnvError
+from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.launch import die_with_parent
+
+# Where observations hold velocities, by id without version: the places that rl-baselines3-zoo masks
+VELOCITIES = {
+    "CartPole": (1, 3),
+    "MountainCar": (1,),
+    "MountainCarContinuous": (1,),
+    "Pendulum": (2,),
+    "LunarLander": (2, 3, 5),
+}
+
+
+class MaskVelocities(gym.ObservationWrapper):
+    """Zero in place of each velocity in the observation, so that it takes memory to know them.
+
+    Raises:
+        ConfigError: it is not known where this environment's observations hold velocities.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        env_id = env.spec.id if env.spec is not None else str(env)
+        name = env_id.rpartition("-v")[0]
+        if name not in VELOCITIES:
+            raise ConfigError(f"--mask-velocities is set: it can be for {', '.join(VELOCITIES)}, not for {env_id}")
+        self._masked = list(VELOCITIES[name])
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        observation = observation.copy()  # the environment may keep the one it returned
+        observation[self._masked] = 0.0
+        return observation
 
 
 class NameFailures(gym.Wrapper):

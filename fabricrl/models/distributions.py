@@ -24,6 +24,7 @@ class CategoricalHead(nn.Module):
     def __init__(self, choices: list[int]) -> None:
         super().__init__()
         self.num_actions, self.size, self.most = len(choices), sum(choices), max(choices)
+        self.encoded_size = self.num_actions * self.most
         self.uneven = len(set(choices)) > 1
         if self.uneven:
             mask = torch.arange(self.most) < torch.tensor(choices)[:, None]  # [A, most]
@@ -41,6 +42,10 @@ class CategoricalHead(nn.Module):
         log_probs = F.log_softmax(self._logits(params), dim=-1)  # [*, A, most]
         chosen = log_probs.gather(-1, actions[..., None])
         return chosen.sum((-1, -2)), -(log_probs.exp() * log_probs).sum((-1, -2))
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """Actions [*, A] as a network takes them: one-hot, [*, encoded_size]."""
+        return F.one_hot(actions, self.most).flatten(-2).float()
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Standard Gumbel noise: −log(E) with E exponential; [*, A, most]."""
@@ -62,7 +67,7 @@ class BernoulliHead(nn.Module):
 
     def __init__(self, num_actions: int) -> None:
         super().__init__()
-        self.num_actions = self.size = num_actions
+        self.num_actions = self.size = self.encoded_size = num_actions
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
         """logit + logistic noise > 0 has probability σ(logit)."""
@@ -75,6 +80,10 @@ class BernoulliHead(nn.Module):
         """log π(a) = Σ_i a_i l_i − log(1 + e^l_i) and H = Σ_i log(1 + e^l_i) − l_i σ(l_i), both [*]."""
         softplus = F.softplus(params)
         return (actions * params - softplus).sum(-1), (softplus - params * params.sigmoid()).sum(-1)
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """Actions as a network takes them: as they are."""
+        return actions
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Standard logistic noise: the difference of two Gumbels."""
@@ -92,7 +101,7 @@ class NormalHead(nn.Module):
 
     def __init__(self, num_actions: int, log_std: float = 0.0) -> None:
         super().__init__()
-        self.num_actions = self.size = num_actions
+        self.num_actions = self.size = self.encoded_size = num_actions
         self.log_std = nn.Parameter(torch.full((num_actions,), log_std))
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
@@ -108,6 +117,10 @@ class NormalHead(nn.Module):
         constant = self.num_actions * 0.5 * math.log(2 * math.pi)
         entropy = log_scale + (constant + 0.5 * self.num_actions)
         return -0.5 * z.square().sum(-1) - log_scale - constant, entropy.expand(params.shape[:-1])
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """Actions as a network takes them: as they were drawn, which is not clipped."""
+        return actions
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(*shape, self.num_actions, generator=generator)

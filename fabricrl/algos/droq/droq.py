@@ -61,7 +61,7 @@ def train(
 def main() -> int:
     args = parse(DroQArgs, "droq")
     video_mode = "rgb_array" if args.capture_video else None
-    obs_space, action_space = check_env(args.env_id, args.env_kwargs, ACTION_SPACES, video_mode, bounded=True)
+    obs_space, action_space = check_env(args, ACTION_SPACES, video_mode, bounded=True)
     spaces = describe(obs_space, action_space)
     state, resumed = load_checkpoint(args.resume, "droq") if args.resume else ({}, None)
     global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks

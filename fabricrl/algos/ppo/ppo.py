@@ -94,7 +94,7 @@ class Objective(nn.Module):
         self, batch: dict[str, Tensor], clip_coef: float | Tensor, ent_coef: float | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Minibatch [B, ...] → the loss; detached: policy, value and entropy loss [3], and log ratios [B]."""
-        new_logprobs, entropy, new_values = self.agent(batch["obs"], batch["actions"])
+        new_logprobs, entropy, new_values = self.evaluate(batch)
         logratio = new_logprobs - batch["logprobs"]
         pg_loss = policy_loss(logratio, batch["advantages"], clip_coef)
         v_loss = value_loss(new_values, batch["values"], batch["returns"], clip_coef, self.clip_vloss)
@@ -103,6 +103,10 @@ class Objective(nn.Module):
         if isinstance(ent_coef, Tensor) or ent_coef > 0:  # a weight of 0 would cost its backward pass all the same
             loss = loss + ent_coef * ent_loss
         return loss, torch.stack((pg_loss, v_loss, ent_loss)).detach(), logratio.detach()
+
+    def evaluate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """log π(a|s), entropy and value now; each [B]."""
+        return self.agent(batch["obs"], batch["actions"])
 
 
 def train(
@@ -119,7 +123,7 @@ def train(
     """The update: epochs of minibatch steps. Returns the losses of all minibatches, still on the device.
 
     Raises:
-        NonFiniteError: a loss or a parameter is NaN or infinite, as it is once a gradient was.
+        NonFiniteError: as `checked` does.
     """
     history: list[tuple[Tensor, Tensor]] = []
     coefs = compiled_coefs(fabric, clip_coef, ent_coef) if args.compile else (clip_coef, ent_coef)
@@ -138,6 +142,15 @@ def train(
             history.append((losses, logratio))
         if args.target_kl is not None and all_mean(fabric, approx_kl(history[-1][1])) > args.target_kl:
             break  # all ranks or none: the mean over ranks decides
+    return checked(history, flat, clip_coef)
+
+
+def checked(history: list[tuple[Tensor, Tensor]], flat: FlatParameters, clip_coef: float) -> dict[str, Tensor]:
+    """What the objective has returned for K minibatches, under the tags of the log; [K] each.
+
+    Raises:
+        NonFiniteError: a loss or a parameter is NaN or infinite, as it is once a gradient was.
+    """
     losses, logratios = (torch.stack(column) for column in zip(*history, strict=True))  # [K, 3], [K, B]
     metrics = {"losses/policy_loss": losses[:, 0], "losses/value_loss": losses[:, 1], "losses/entropy": -losses[:, 2]}
     metrics |= {"losses/old_approx_kl": -logratios.mean(1), "losses/approx_kl": approx_kl(logratios)}
@@ -168,7 +181,7 @@ def compile_ahead(fabric: Fabric, objective: nn.Module, flat: FlatParameters, rb
 def main() -> int:
     args = parse(PPOArgs, "ppo", PRESETS)
     video_mode = "rgb_array" if args.capture_video else None
-    spaces = describe(*check_env(args.env_id, args.env_kwargs, ACTION_SPACES, video_mode))
+    spaces = describe(*check_env(args, ACTION_SPACES, video_mode))
     state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
     global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
 

@@ -42,12 +42,12 @@ def make_agent(args: Any, envs: VectorEnv, kind: type[SACAgent] = SACAgent, **mo
     )
 
 
-def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[[np.ndarray, np.ndarray], Any]:
-    """A function (observations [N, D], dones [N] of the step before) → actions for `envs.step`, for evaluation."""
+def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., np.ndarray]:
+    """A function (observations [N, D]; rewards and dones [N] of the step before) → actions for `envs.step`."""
     generator = torch.Generator().manual_seed(seed)
 
     @torch.inference_mode()
-    def policy(obs: np.ndarray, dones: np.ndarray) -> np.ndarray:
+    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         inputs = torch.as_tensor(obs, dtype=torch.float32)
         actions = agent.greedy(inputs) if greedy else agent.act(inputs, agent.head.noise((len(obs),), generator))
         return stretch(envs.single_action_space, actions.numpy())

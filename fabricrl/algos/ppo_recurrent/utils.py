@@ -1,0 +1,60 @@
+"""What the script of recurrent PPO and evaluation share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+
+from fabricrl.algos.ppo.utils import ACTION_SPACES
+from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
+from fabricrl.envs.spaces import env_actions
+
+__all__ = ["ACTION_SPACES", "make_agent", "make_policy"]
+
+
+def make_agent(args: Any, envs: VectorEnv) -> RecurrentPPOAgent:
+    """The agent that `args` describe, for these environments."""
+    (obs_size,) = envs.single_observation_space.shape
+    return RecurrentPPOAgent(
+        obs_size,
+        envs.single_action_space,
+        args.rnn_type,
+        args.rnn_hidden_size,
+        args.rnn_layers,
+        args.shared_core,
+        args.encoder_sizes,
+        args.hidden_sizes,
+        args.activation,
+        args.prev_action,
+        args.prev_reward,
+        args.log_std_init,
+        args.norm_obs,
+        args.norm_reward,
+    )
+
+
+def make_policy(agent: RecurrentPPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., Any]:
+    """A function (observations [N, D]; rewards and dones [N] of the step before) → actions for `envs.step`.
+
+    It remembers, and forgets where an episode was done.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    actions = states = torch.empty(0)
+
+    @torch.inference_mode()
+    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> Any:
+        nonlocal actions, states
+        inputs = torch.as_tensor(obs, dtype=torch.float32)
+        memory = torch.zeros(len(obs), agent.memory_size)
+        if len(states):
+            memory = agent.remember(actions, torch.as_tensor(rewards, dtype=torch.float32), states)
+            memory = torch.where(torch.as_tensor(dones)[:, None], 0.0, memory)
+        if greedy:
+            actions, states = agent.greedy(inputs, memory)
+        else:
+            actions, states = agent.act(inputs, memory, agent.head.noise((len(obs),), generator))
+        return env_actions(envs.single_action_space, actions.numpy())
+
+    return policy
