@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PPO, SAC, DROQ = (f"fabricrl/algos/{name}/{name}.py" for name in ("ppo", "sac", "droq"))
+PPO, RECURRENT, SAC, DROQ = (f"fabricrl/algos/{name}/{name}.py" for name in ("ppo", "ppo_recurrent", "sac", "droq"))
 
 
 class Comparison(NamedTuple):
@@ -93,6 +93,20 @@ TASKS = {
             "ppo": {"n_steps": 2048, "batch_size": 64, "n_epochs": 10, "clip_range_vf": 0.2, "vf_coef": 0.25},
         },
         ">= 1.8",
+    ),
+    # sb3-contrib cuts rollouts at the ends of episodes alone; hence sequences of up to all 128 steps here
+    "ppo-recurrent-cartpole": Task(
+        f"{RECURRENT} --env-id CartPole-v1 --mask-velocities --num-envs 8 --num-steps 128 --num-minibatches 4 "
+        f"--update-epochs 4 --rnn-hidden-size 64 --hidden-sizes 64 64 --sequence-length 128 {SB3}",
+        PLAIN
+        | {
+            "env_id": "CartPole-v1",
+            "masked": [1, 3],
+            "num_envs": 8,
+            "policy": {"lstm_hidden_size": 64},
+            "ppo": {"n_steps": 128, "batch_size": 256, "n_epochs": 4},
+        },
+        ">= 4.0",
     ),
 }
 # Learning starts early, so that few steps are random; what a peer compiles is compiled before the warm-up ends.
@@ -189,7 +203,8 @@ def bench_task(name: str, options: argparse.Namespace) -> bool:
     """Steps per second beside Stable-Baselines3's, each with its default logging: TensorBoard here, none there."""
     task = TASKS[name]
     total = options.total_timesteps or task.peer["total_timesteps"]
-    peer = task.peer | {"algo": "ppo", "num_threads": 1, "total_timesteps": total}
+    algo = "ppo_recurrent" if "policy" in task.peer else "ppo"
+    peer = task.peer | {"algo": algo, "num_threads": 1, "total_timesteps": total}
     comparisons = [
         Comparison("steps/s", "fabricrl", "Stable-Baselines3", "a / b", task.bar),
         Comparison("start-up and end, s", "fabricrl", "Stable-Baselines3", "a - b"),
