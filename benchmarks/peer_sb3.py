@@ -1,7 +1,7 @@
 """One timed run of Stable-Baselines3's PPO or SAC, or of sb3-contrib's RecurrentPPO, for speed.py.
 
-The only argument is JSON with the run's settings. Prints PPO's result as fabricrl's scripts do, with steps per second from
-the first reset to the end of the last update; of SAC the updates per second, after a warm-up.
+The only argument is JSON with the run's settings. Prints PPO's result as fabricrl's scripts do, with steps per second
+from the first reset to the end of the last update; of SAC the updates per second, after a warm-up.
 """
 
 import json
