@@ -16,15 +16,22 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
+from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.learner import ActorObjective, Learner, compile_ahead
-from fabricrl.algos.sac.sac import train
 from fabricrl.algos.sac.utils import UpdateSchedule
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.models.distributions import TanhNormalHead
 from fabricrl.models.models import MLP, EnsembleMLP
 from fabricrl.utils.errors import ConfigError, NonFiniteError
+
+
+def train(learner: Learner, *rest: Any) -> dict[str, Tensor]:
+    """The script's update, and what it has noted."""
+    sac.train(learner, *rest)
+    return learner.metrics()
+
 
 OBS, ACTIONS, BATCH = 3, 2, 16
 
@@ -292,7 +299,7 @@ def test_what_ddp_wraps_for_the_actor_has_no_parameter_of_a_critic() -> None:
     objective = ActorObjective(agent, -2.0, False)
     names = {name for name, _ in objective.named_parameters()}
     assert {name.split(".")[0] for name in names} == {"actor", "log_alpha"}
-    loss, _ = objective(torch.randn(4, OBS), torch.randn(4, ACTIONS))
+    loss, *_ = objective(torch.randn(4, OBS), torch.randn(4, ACTIONS))
     loss.backward()
     assert all(parameter.grad is not None for parameter in objective.parameters())
     assert all(parameter.grad is None for parameter in agent.critics.parameters())
@@ -320,9 +327,10 @@ def test_the_temperature_moves_towards_the_target_entropy(target_entropy: float,
     agent = make_agent(args)
     learner, last = make_learner(agent, args), agent.log_alpha.item()
     for _ in range(5):
-        metrics = learner.update_actor(torch.randn(BATCH, OBS), torch.randn(BATCH, ACTIONS))
+        learner.update_actor(torch.randn(BATCH, OBS), torch.randn(BATCH, ACTIONS))
         assert sign * (agent.log_alpha.item() - last) > 0
-        assert metrics[3].item() == pytest.approx(math.exp(last))  # the temperature that was used
+        used = learner.metrics()["losses/alpha"]
+        assert used.item() == pytest.approx(math.exp(last))
         last = agent.log_alpha.item()
 
 
@@ -450,11 +458,10 @@ def test_a_resumed_run_has_the_rates_and_the_fixed_temperature_of_its_arguments(
 def test_a_parameter_that_is_not_finite_is_noticed_though_no_loss_was_computed_with_it_yet(part: str) -> None:
     args = make_args()
     learner = make_learner(make_agent(args), args)
-    metrics = train(learner, make_batches(2), 1, rng(), args)
-    learner.check_finite(metrics)
+    train(learner, make_batches(2), 1, rng(), args)
     getattr(learner, part).vector.data[3] = math.inf
     with pytest.raises(NonFiniteError, match=part):
-        learner.check_finite(metrics)
+        learner.metrics()
 
 
 def schedule(ratio: float, world_size: int = 1, rank: int = 0, **changes: Any) -> UpdateSchedule:

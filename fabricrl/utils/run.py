@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -61,6 +62,8 @@ class Run:
             if self.fabric.global_rank == 0:
                 self._open_logs()
         atexit.register(self.close)
+        gc.collect()
+        gc.freeze()  # what is here by now stays; searching it for garbage again and again costs 3 % of an update of SAC
         self._started = self._stopped = time.perf_counter()
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from fabricrl.algos.args import parse
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.droq.utils import ACTION_SPACES, make_agent
-from fabricrl.algos.sac.learner import Learner, checked, compile_ahead
+from fabricrl.algos.sac.learner import Learner, compile_ahead
 from fabricrl.algos.sac.sac import rollout
 from fabricrl.algos.sac.utils import UpdateSchedule, check_room, make_buffer, restore_buffer
 from fabricrl.envs import check_env, make_envs
@@ -27,35 +27,28 @@ from fabricrl.utils.run import Run, rank_generators, restore_generators
 from fabricrl.utils.utils import env_seeds, generators, require
 
 
-def train(
-    learner: Learner, batches: dict[str, Tensor], steps: int, rng: torch.Generator, args: DroQArgs
-) -> dict[str, Tensor]:
+def train(learner: Learner, batches: dict[str, Tensor], steps: int, rng: torch.Generator, args: DroQArgs) -> None:
     """The update of Algorithm 2: for each environment step its share of critic updates (lines 4–9), then one update of
-    actor and temperature (line 10) on a batch of its own. Returns all losses, still on the device.
+    actor and temperature (line 10) on a batch of its own. `learner.metrics` tells the losses.
 
     Args:
         batches: [K + S, B, ...], as sampled; the last S are the actor's.
         steps: S.
-
-    Raises:
-        NonFiniteError: a loss is NaN or infinite, as it is once a parameter or gradient was.
     """
     batches = learner.prepare(batches)
     agent, updates = learner.agent, len(batches["rewards"]) - steps  # K
     noise = agent.head.noise(batches["rewards"].shape, rng).to(learner.fabric.device)  # [K + S, B, A]
     dropped = iter(agent.drop(2 * updates + steps, args.batch_size, rng))
-    critic_history, actor_history = [], []
     for step in range(steps):
         share = slice(updates * step // steps, updates * (step + 1) // steps)
         # The actor stands still meanwhile, so that one forward gives the next actions of all these batches
         minibatches = learner.next_actions({name: column[share] for name, column in batches.items()}, noise[share])
         for minibatch in zip(*minibatches.values(), strict=True):
             batch = dict(zip(minibatches, minibatch, strict=True))
-            critic_history.append(learner.update_critics(batch, next(dropped), next(dropped)))
+            learner.update_critics(batch, next(dropped), next(dropped))
             learner.update_targets()
         row = updates + step
-        actor_history.append(learner.update_actor(batches["obs"][row], noise[row], next(dropped)))
-    return checked(learner, critic_history, actor_history)
+        learner.update_actor(batches["obs"][row], noise[row], next(dropped))
 
 
 def main() -> int:
@@ -133,8 +126,7 @@ def main() -> int:
 
         # 3. Update
         if steps:
-            with failing_together(fabric):
-                losses.update(train(learner, batches, steps, train_rng, args))
+            train(learner, batches, steps, train_rng, args)
         clock.lap("train")
 
         # 4. Log
@@ -142,8 +134,10 @@ def main() -> int:
         last = exit_code > 0 or global_step + batch_size > args.total_timesteps
         saves = run.wants_checkpoint(global_step, last)
         clock.lap("comm")
-        if run.wants_log(global_step, last) or saves:
+        if run.wants_log(global_step, last) or saves or learner.wants_check:
             episodes.flush(fabric)
+            with failing_together(fabric):
+                losses.update(learner.metrics())
         run.advance(global_step, episodes.mean_return)
         if run.wants_log(global_step, last):
             charts = {"charts/learning_rate": args.policy_lr, "charts/SPS": run.sps(global_step)}

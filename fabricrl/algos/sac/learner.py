@@ -18,6 +18,10 @@ from fabricrl.utils.checkpoint import restore_optimizer
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.model import FlatParameters
 
+CRITIC_TAGS = ("losses/qf_loss", "losses/qf_values")
+ACTOR_TAGS = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "losses/alpha")
+CHECK_EVERY = 1000  # updates
+
 
 class CriticObjective(nn.Module):
     """J_Q. What DDP wraps and `--compile` compiles: its forward is the critics' one gradient path."""
@@ -27,10 +31,10 @@ class CriticObjective(nn.Module):
         self.critics = agent.critics
 
     def forward(self, inputs: Tensor, targets: Tensor, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """Prepared observations beside actions [B, D + A], targets [B] → the loss; detached: loss and mean Q [2]."""
+        """Prepared observations beside actions [B, D + A], targets [B] → the loss; detached: mean Q."""
         q = self.critics(inputs, dropped).float()  # [C, B]
         loss = critic_loss(q, targets)
-        return loss, torch.stack((loss, q.mean())).detach()
+        return loss, q.detach().mean()
 
 
 class ActorObjective(nn.Module):
@@ -45,15 +49,15 @@ class ActorObjective(nn.Module):
         self._critics = (agent.critics,)  # hidden in a tuple from nn.Module
         self.target_entropy, self.mean_over_critics = target_entropy, mean_over_critics
 
-    def forward(self, inputs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """Prepared observations [B, D], noise [B, A] → the loss; detached: actor and temperature loss, entropy [3]."""
+    def forward(self, inputs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """Prepared observations [B, D], noise [B, A] → the loss; detached: actor loss, temperature loss, mean log π."""
         actions, logprobs = self.head.sample_with_logprob(self.actor(inputs), noise)  # as agent.policy
         q = self._critics[0](torch.cat((inputs, actions), -1), dropped, frozen=True).float()  # [C, B]
         q = q.mean(0) if self.mean_over_critics else q.amin(0)  # [B]
         pi_loss = actor_loss(q, logprobs, self.log_alpha.detach().exp())
         temperature_loss = alpha_loss(self.log_alpha, logprobs, self.target_entropy)
         loss = pi_loss + temperature_loss if self.log_alpha.requires_grad else pi_loss
-        return loss, torch.stack((pi_loss, temperature_loss, -logprobs.mean())).detach()
+        return loss, pi_loss.detach(), temperature_loss.detach(), logprobs.detach().mean()
 
 
 class Learner:
@@ -78,6 +82,8 @@ class Learner:
             fabric.setup_optimizers(torch.optim.Adam([self.critics.vector], lr=args.q_lr, fused=fused)),
             fabric.setup_optimizers(torch.optim.Adam([self.actor.vector], lr=args.policy_lr, fused=fused)),
         )
+        self._critic_history: list[tuple[Tensor, ...]] = []  # scalars that nobody has looked at yet
+        self._actor_history: list[tuple[Tensor, ...]] = []
 
     def next_actions(self, batch: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
         """The prepared batch [*, B, ...] with an action at each next observation; noise [*, B, A]."""
@@ -91,25 +97,22 @@ class Learner:
 
     def update_critics(
         self, batch: dict[str, Tensor], dropped: Sequence[Tensor] = (), target_dropped: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """One step of the critics at a batch with next actions. Returns loss and mean Q, [2]."""
-        loss, metrics = self.critic_objective(batch["inputs"], self.td_targets(batch, target_dropped), dropped)
+    ) -> None:
+        """One step of the critics at a batch with next actions."""
+        loss, mean_q = self.critic_objective(batch["inputs"], self.td_targets(batch, target_dropped), dropped)
         self.fabric.backward(loss)
         self.critics.collect_gradients()
         self.q_optimizer.step()
-        return metrics
+        self._critic_history.append((loss.detach(), mean_q))
 
-    def update_actor(self, obs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> Tensor:
-        """One step of actor and temperature at prepared observations [B, D], noise [B, A].
-
-        Returns both losses, the policy's entropy, and the temperature that it was weighed with; [4].
-        """
+    def update_actor(self, obs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> None:
+        """One step of actor and temperature at prepared observations [B, D], noise [B, A]."""
         alpha = self.agent.alpha
-        loss, metrics = self.actor_objective(obs, noise, dropped)
+        loss, *metrics = self.actor_objective(obs, noise, dropped)
         self.fabric.backward(loss)
         self.actor.collect_gradients()
         self.actor_optimizer.step()
-        return torch.cat((metrics, alpha[None]))
+        self._actor_history.append((*metrics, alpha))
 
     def update_targets(self) -> None:
         """θ̄ ← τ θ + (1 − τ) θ̄."""
@@ -123,12 +126,30 @@ class Learner:
         batches["inputs"] = torch.cat((batches["obs"], batches["actions"]), -1)  # [K, B, D + A]
         return batches
 
-    def check_finite(self, metrics: dict[str, Tensor]) -> None:
-        """Raises NonFiniteError if a loss or a parameter is NaN or infinite, as it is once a gradient was."""
+    @property
+    def wants_check(self) -> bool:
+        """Whether so many updates have been taken since the last call of `metrics` that it is time for another."""
+        return len(self._critic_history) >= CHECK_EVERY
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What the updates since the last call have noted, under the tags of the log; [K] each, still on the device.
+
+        Not called in each iteration: looking at scalars costs as much as a product of the networks, and a GPU its pace.
+
+        Raises:
+            NonFiniteError: a loss or a parameter is NaN or infinite, as it is once a gradient was.
+        """
+        metrics: dict[str, Tensor] = {}
+        for tags, history in ((CRITIC_TAGS, self._critic_history), (ACTOR_TAGS, self._actor_history)):
+            metrics |= {tag: torch.stack(column) for tag, column in zip(tags, zip(*history, strict=True), strict=False)}
+            history.clear()
         checked = metrics | {"critics": self.critics.vector.detach(), "actor": self.actor.vector.detach()}
         if not torch.stack([values.sum() for values in checked.values()]).isfinite().all():
             bad = [name for name, values in checked.items() if not values.isfinite().all()]
             raise NonFiniteError(f"not finite after the update: {', '.join(bad) or 'sums of parameters'}")
+        if "losses/entropy" in metrics:
+            metrics["losses/entropy"] = -metrics["losses/entropy"]  # log π until here
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {"q_optimizer": self.q_optimizer.state_dict(), "actor_optimizer": self.actor_optimizer.state_dict()}
@@ -161,22 +182,6 @@ def td_targets(agent: SACAgent, batch: dict[str, Tensor], dropped: Sequence[Tens
     next_q = agent.target_critics(batch["next_inputs"], dropped).float()  # [C, B]
     rewards, terminated, discounts = batch["rewards"], batch["terminated"], batch["discounts"]
     return td_target(rewards, terminated, discounts, next_q, batch["next_logprobs"], agent.alpha)
-
-
-def checked(learner: Learner, critic_history: list[Tensor], actor_history: list[Tensor]) -> dict[str, Tensor]:
-    """What the steps of an update have returned, under the tags of the log, [K] each.
-
-    Raises:
-        NonFiniteError: a loss or a parameter is NaN or infinite.
-    """
-    metrics: dict[str, Tensor] = {}
-    if critic_history:
-        metrics |= dict(zip(("losses/qf_loss", "losses/qf_values"), torch.stack(critic_history, 1), strict=True))
-    if actor_history:
-        tags = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "losses/alpha")
-        metrics |= dict(zip(tags, torch.stack(actor_history, 1), strict=True))
-    learner.check_finite(metrics)
-    return metrics
 
 
 def compile_ahead(learner: Learner, updates: int = 0, dropped: Sequence[Sequence[Tensor]] = ((), (), ())) -> None:

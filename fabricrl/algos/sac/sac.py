@@ -15,7 +15,7 @@ from torch import Tensor
 from fabricrl.algos.args import parse
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.sac.learner import Learner, checked, compile_ahead
+from fabricrl.algos.sac.learner import Learner, compile_ahead
 from fabricrl.algos.sac.utils import ACTION_SPACES, UpdateSchedule, check_room, make_agent, make_buffer, restore_buffer
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.envs import check_env, make_envs
@@ -56,32 +56,26 @@ def rollout(
     episodes.add(rewards=step[1], dones=step[2] | step[3])
 
 
-def train(
-    learner: Learner, batches: dict[str, Tensor], first: int, rng: torch.Generator, args: SACArgs
-) -> dict[str, Tensor]:
-    """The update: K critic steps on a batch each, the actor's among them. Returns all losses, still on the device.
+def train(learner: Learner, batches: dict[str, Tensor], first: int, rng: torch.Generator, args: SACArgs) -> None:
+    """The update: K critic steps on a batch each, the actor's among them. `learner.metrics` tells the losses.
 
     Args:
         batches: [K, B, ...], as sampled.
         first: number of the first of these updates in the run, from 1.
-
-    Raises:
-        NonFiniteError: a loss is NaN or infinite, as it is once a parameter or gradient was.
     """
     batches, delay = learner.prepare(batches), args.policy_frequency
     updates, batch_size = batches["rewards"].shape  # K, B
     actor_updates = delay * ((first - 1 + updates) // delay - (first - 1) // delay)
     noise = learner.agent.head.noise((updates + actor_updates, batch_size), rng)  # [K + ..., B, A]
     noise = iter(noise.to(learner.fabric.device))
-    critic_history, actor_history = [], []
     for update, minibatch in enumerate(zip(*batches.values(), strict=True), first):
         batch = dict(zip(batches, minibatch, strict=True))
-        critic_history.append(learner.update_critics(learner.next_actions(batch, next(noise))))
+        learner.update_critics(learner.next_actions(batch, next(noise)))
         if update % delay == 0:  # delayed, and then as often as it was put off
-            actor_history += [learner.update_actor(batch["obs"], next(noise)) for _ in range(delay)]
+            for _ in range(delay):
+                learner.update_actor(batch["obs"], next(noise))
         if update % args.target_network_frequency == 0:
             learner.update_targets()
-    return checked(learner, critic_history, actor_history)
 
 
 def main() -> int:
@@ -155,8 +149,7 @@ def main() -> int:
 
         # 3. Update
         if updates:
-            with failing_together(fabric):
-                losses.update(train(learner, batches, first, train_rng, args))
+            train(learner, batches, first, train_rng, args)
         clock.lap("train")
 
         # 4. Log
@@ -164,8 +157,10 @@ def main() -> int:
         last = exit_code > 0 or global_step + batch_size > args.total_timesteps
         saves = run.wants_checkpoint(global_step, last)
         clock.lap("comm")
-        if run.wants_log(global_step, last) or saves:
+        if run.wants_log(global_step, last) or saves or learner.wants_check:
             episodes.flush(fabric)
+            with failing_together(fabric):
+                losses.update(learner.metrics())
         run.advance(global_step, episodes.mean_return)
         if run.wants_log(global_step, last):
             charts = {"charts/learning_rate": args.policy_lr, "charts/SPS": run.sps(global_step)}
