@@ -125,6 +125,27 @@ class StandardArgs:
         require(writable, "log_dir", self.log_dir, f"a folder that can be written or made, and {folder} is not")
 
 
+@dataclass(frozen=True)
+class DecoupledArgs:
+    """What a decoupled script accepts besides what its coupled one does; its arguments extend both."""
+
+    max_lag: int = arg(
+        1,
+        "iterations that playing is ahead of training: 0 waits for fresh weights, 1 plays the next rollout meanwhile",
+        "decoupling",
+    )
+    timeout: float = arg(5.0, "minutes that a rank waits for a message of another before all of them end")
+    player_device: str | None = arg(
+        None, "where rank 0 acts, such as cpu beside trainers on GPUs; None: as the trainers"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
+        require(0 < self.timeout < float("inf"), "timeout", self.timeout, "a number of minutes above 0")
+        require(self.player_device in (None, "cpu", "cuda"), "player_device", self.player_device, "cpu or cuda")
+
+
 def require_between(args: StandardArgs, low: float, high: float, *names: str) -> None:
     """Raises ConfigError unless each of the named arguments is a number in [low, high]."""
     for name in names:

@@ -77,12 +77,17 @@ def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:
     """
     if fabric.world_size == 1:
         return
-    hashes = all_gather(fabric, parameter_hash(module)).tolist()
-    if len(set(hashes)) > 1:
-        raise RunError(f"ranks start from different parameters: hashes by rank are {hashes}")
+    check_parameters(fabric, module)
     firsts = all_gather(fabric, obs.flatten())  # [W, ...]
     if fabric.global_rank == 0 and len(firsts.unique(dim=0)) < len(firsts):
         print("warning: some ranks start from equal observations; is the environment seeded?", file=sys.stderr)
+
+
+def check_parameters(fabric: Fabric, module: nn.Module) -> None:
+    """Raises RunError unless the module has the same parameters on all ranks."""
+    hashes = all_gather(fabric, parameter_hash(module)).tolist()
+    if len(set(hashes)) > 1:
+        raise RunError(f"ranks start from different parameters: hashes by rank are {hashes}")
 
 
 class StopSignal:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fabricrl.algos.args import StandardArgs, arg, require_between
+from fabricrl.algos.args import DecoupledArgs, StandardArgs, arg, require_between
 from fabricrl.models.models import ACTIVATIONS
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.utils import require
@@ -93,3 +93,10 @@ class PPOArgs(StandardArgs):
                 f"--num-minibatches is {self.num_minibatches}: it must divide num-envs × num-steps = {batch} into "
                 f"equal parts of at least {least}; nearest are {' and '.join(map(str, near)) or 'none'}"
             )
+
+
+@dataclass(frozen=True)
+class PPODecoupledArgs(DecoupledArgs, PPOArgs):
+    """PPO's arguments; `num_envs` are the player's, and each minibatch is shared by the trainers."""
+
+    exp_name: str = arg("ppo_decoupled", "name of the run", "run, logging and checkpoints")

@@ -167,12 +167,13 @@ def compiled_coefs(fabric: Fabric, *coefs: float) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(coef, device=fabric.device) for coef in coefs)
 
 
-def compile_ahead(fabric: Fabric, objective: nn.Module, flat: FlatParameters, rb: RolloutBuffer, args: PPOArgs) -> None:
-    """Compiles forward and backward on an empty minibatch now, not within the first update; changes nothing."""
-    size = args.num_steps * args.num_envs // args.num_minibatches
-    batch = {name: torch.zeros(size) for name in ("advantages", "returns", "values")}
-    batch |= {"obs": torch.zeros(size, *rb.obs.shape[2:]), "actions": rb.actions.new_zeros(size, rb.actions.shape[2])}
-    batch["logprobs"] = torch.zeros(size)
+def compile_ahead(
+    fabric: Fabric, objective: nn.Module, flat: FlatParameters, agent: PPOAgent, size: int, args: PPOArgs
+) -> None:
+    """Compiles forward and backward on an empty minibatch of `size` rows now, not within the first update."""
+    batch = {name: torch.zeros(size) for name in ("advantages", "returns", "values", "logprobs")}
+    batch["obs"] = torch.zeros(size, agent.actor.inputs)
+    batch["actions"] = torch.zeros(size, agent.head.num_actions, dtype=agent.head.dtype)
     batch = {name: column.to(fabric.device) for name, column in batch.items()}
     fabric.backward(objective(batch, *compiled_coefs(fabric, args.clip_coef, args.ent_coef))[0])
     flat.collect_gradients()
@@ -223,7 +224,8 @@ def main() -> int:
             restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
             run.best_return = state["best_return"]
     if args.compile:
-        compile_ahead(fabric, objective, flat, rb, args)
+        minibatch_size = args.num_steps * args.num_envs // args.num_minibatches
+        compile_ahead(fabric, objective, flat, player, minibatch_size, args)
 
     run.start()
     clock = Stopwatch("env", "act", "train", "comm", "log")

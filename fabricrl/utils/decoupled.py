@@ -1,0 +1,227 @@
+"""Decoupled training: the two groups of ranks, and messages that say what they are.
+
+Rank 0 plays, ranks 1 to W - 1 train. Groups are Lightning's TorchCollective; tensors travel from process to process as
+flat buffers of bytes that are allocated once. Every message has a letter, which its sender and its receiver both name.
+"""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.collectives import TorchCollective
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
+from fabricrl.utils.utils import require
+
+PLAYER, FIRST_TRAINER = 0, 1  # ranks
+TRAIN, STOP, ABORT = 0, 1, 2  # what the header of an iteration commands
+
+
+class Group:
+    """Some of the ranks, as what is written for all of them sees Fabric: the trainers as a world of their own, or one
+    rank alone.
+
+    `setup_module` averages gradients over the group by DistributedDataParallel; `all_reduce` sums over it. All
+    else is Fabric's: precision, backward, optimizers.
+
+    Args:
+        collective: the group; None: this rank alone.
+        device: where this rank computes; None: where Fabric has put it.
+    """
+
+    def __init__(
+        self, fabric: Fabric, collective: TorchCollective | None = None, device: torch.device | None = None
+    ) -> None:
+        self._fabric, self._collective = fabric, collective
+        self.device = fabric.device if device is None else device
+        self.world_size = 1 if collective is None else collective.world_size
+        self.global_rank = 0 if collective is None else collective.rank
+        self.strategy = fabric.strategy
+        self.autocast, self.backward, self.setup_optimizers = fabric.autocast, fabric.backward, fabric.setup_optimizers
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        module = module.to(self.device)
+        if self._collective is not None and self.world_size > 1:
+            devices = None if self.device.type == "cpu" else [self.device]
+            module = DistributedDataParallel(module, devices, process_group=self._collective.group)
+        return _InPrecision(self._fabric, module)
+
+    def all_reduce(self, tensor: Tensor, reduce_op: str = "sum") -> Tensor:
+        return tensor if self._collective is None else self._collective.all_reduce(tensor, reduce_op)
+
+    def broadcast(self, value: Any) -> Any:
+        """For what rank 0 of a world of one tells itself."""
+        assert self.world_size == 1
+        return value
+
+
+class _InPrecision(nn.Module):
+    """Evaluates a module in Fabric's precision, as what Fabric wraps does."""
+
+    def __init__(self, fabric: Fabric, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self._fabric = module, fabric
+
+    def forward(self, *inputs: Any) -> Any:
+        precision = self._fabric.strategy.precision
+        with self._fabric.autocast():
+            outputs = self.module(*precision.convert_input(inputs))
+        return precision.convert_output(outputs)
+
+
+class Packet:
+    """Tensors of fixed shapes as views of one buffer of bytes, each from a multiple of eight on.
+
+    Args:
+        fields: name → shape and type.
+    """
+
+    def __init__(self, fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in fields.values()]
+        self.buffer = torch.zeros(sum(-(-size // 8) * 8 for size in sizes), dtype=torch.uint8)
+        self.tensors: dict[str, Tensor] = {}
+        offset = 0
+        for (name, (shape, dtype)), size in zip(fields.items(), sizes, strict=True):
+            self.tensors[name] = self.buffer[offset : offset + size].view(dtype).view(shape)
+            offset += -(-size // 8) * 8
+
+    def fill(self, **values: Any) -> "Packet":
+        """Writes tensors, or numbers, into their places."""
+        for name, value in values.items():
+            self.tensors[name].copy_(value) if isinstance(value, Tensor) else self.tensors[name].fill_(value)
+        return self
+
+    def __getitem__(self, name: str) -> Any:
+        """A tensor; of a single number, that number."""
+        tensor = self.tensors[name]
+        return tensor if tensor.ndim else tensor.item()
+
+
+class Channel:
+    """Messages between the player and the trainers.
+
+    Sending does not wait for the receiver, so that who is behind does not hold up who is ahead; what is sent must stay
+    as it is until `capacity` more messages have been.
+
+    Attributes:
+        waited: seconds spent in `receive` since `lap` was called last.
+
+    Raises:
+        LostPeerError: in `send` and `receive`, if the other rank is gone, or silent for the group's time-out; says
+            which rank, which message, which iteration.
+    """
+
+    def __init__(self, collective: TorchCollective, capacity: int) -> None:
+        self.rank, self.world_size = collective.rank, collective.world_size
+        self._group: Any = collective.group
+        self._capacity = capacity
+        self._sent: deque[tuple[Any, str, int, int]] = deque()
+        self.waited, self._since = 0.0, time.perf_counter()
+
+    def send(self, letter: str, packet: Packet, to: int, iteration: int) -> None:
+        with self._naming(letter, to, iteration, "to"):
+            work = torch.distributed.isend(packet.buffer, to, group=self._group, tag=ord(letter))
+        self._sent.append((work, letter, to, iteration))
+        self._settle(self._capacity)
+
+    def receive(self, letter: str, packet: Packet, source: int, iteration: int) -> Packet:
+        """The packet, once it has come."""
+        started = time.perf_counter()
+        with self._naming(letter, source, iteration, "from"):
+            torch.distributed.recv(packet.buffer, source, group=self._group, tag=ord(letter))
+        self.waited += time.perf_counter() - started
+        return packet
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds spent waiting, and seconds passed, since the last call."""
+        waited, since, self.waited, self._since = self.waited, self._since, 0.0, time.perf_counter()
+        return waited, self._since - since
+
+    def flush(self) -> None:
+        """Waits until everything sent has been received."""
+        self._settle(0)
+
+    def _settle(self, count: int) -> None:
+        while len(self._sent) > count:
+            work, letter, to, iteration = self._sent.popleft()
+            with self._naming(letter, to, iteration, "to"):
+                work.wait()
+
+    @contextmanager
+    def _naming(self, letter: str, peer: int, iteration: int, way: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise LostPeerError(
+                f"rank {self.rank} lost rank {peer}: message {letter} {way} it in iteration {iteration}: {reason}"
+            ) from error
+
+
+def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchCollective]:
+    """All ranks on the CPU, for messages, and the trainers on their devices; every rank calls it.
+
+    Args:
+        timeout: minutes after which who waits for a message gives up.
+
+    Raises:
+        ConfigError: there is nobody but the player.
+    """
+    if fabric.world_size == 1:
+        raise ConfigError(
+            "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
+            "add --devices 2, or take the script of the same name without _decoupled"
+        )
+    world, trainers = TorchCollective(), TorchCollective()
+    limit = timedelta(minutes=timeout)
+    backend = "gloo" if fabric.device.type == "cpu" else None  # None: that of the devices
+    world.create_group(backend="gloo", timeout=limit)
+    trainers.create_group(ranks=list(range(FIRST_TRAINER, fabric.world_size)), backend=backend, timeout=limit)
+    return world, trainers
+
+
+def player_device(args: Any, fabric: Fabric) -> torch.device:
+    """Where the player acts.
+
+    Raises:
+        ConfigError: on a GPU that is not there.
+    """
+    there = args.player_device != "cuda" or torch.cuda.is_available()
+    require(there, "player_device", args.player_device, "cpu: there is no GPU here")
+    return fabric.device if args.player_device is None else torch.device(args.player_device)
+
+
+def dismiss(channel: Channel, header: Packet, command: int, code: int) -> None:
+    """The player's last header to every trainer: the exit code to end with. Those that are gone need none."""
+    header.fill(command=command, code=code)
+    with contextlib.suppress(LostPeerError):
+        for rank in range(FIRST_TRAINER, channel.world_size):
+            channel.send("H", header, rank, -1)
+        channel.flush()
+
+
+@contextmanager
+def telling(tell: Callable[[int], None]) -> Iterator[None]:
+    """What goes wrong with a rank ends its peers with the same exit code, rather than leave them waiting for it."""
+    try:
+        yield
+    except LostPeerError:  # the others notice as this one ends
+        raise
+    except RunError as error:
+        tell(error.exit_code)
+        raise
+
+
+def silent(code: int) -> RunError:
+    """The error of a rank that ends because of another, which says why."""
+    error = RunError()
+    error.exit_code = code
+    return error
