@@ -7,9 +7,10 @@ flat buffers of bytes that are allocated once. Every message has a letter, which
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -19,10 +20,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
-from fabricrl.utils.utils import require
+from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
 TRAIN, STOP, ABORT = 0, 1, 2  # what the header of an iteration commands
+Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape and type
+INTEGER, REAL = ((), torch.int64), ((), torch.float64)
+HEADER: Fields = {"command": INTEGER, "code": INTEGER, "save": INTEGER}  # what every header has
+REPORT: Fields = {"code": INTEGER, "signal": INTEGER, "waited": REAL, "passed": REAL}
 
 
 class Group:
@@ -78,13 +83,9 @@ class _InPrecision(nn.Module):
 
 
 class Packet:
-    """Tensors of fixed shapes as views of one buffer of bytes, each from a multiple of eight on.
+    """Tensors of fixed shapes as views of one buffer of bytes, each from a multiple of eight on."""
 
-    Args:
-        fields: name → shape and type.
-    """
-
-    def __init__(self, fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(self, fields: Fields) -> None:
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in fields.values()]
         self.buffer = torch.zeros(sum(-(-size // 8) * 8 for size in sizes), dtype=torch.uint8)
         self.tensors: dict[str, Tensor] = {}
@@ -166,6 +167,74 @@ class Channel:
             ) from error
 
 
+class Messages:
+    """The packets of each letter, alike on both sides; several in turn, so that none that is on its way is touched.
+
+    Args:
+        fields: letter → fields of its packets.
+        count: trainers; each has a header H and data D of its own.
+        max_lag: iterations that may be on their way.
+    """
+
+    def __init__(self, fields: Mapping[str, Fields], count: int, max_lag: int) -> None:
+        turns = {letter: (max_lag + 2) * (count if letter in "HD" else 1) for letter in fields}
+        self._packets = {letter: cycle([Packet(fields[letter]) for _ in range(turns[letter])]) for letter in fields}
+
+    def __getitem__(self, letter: str) -> Packet:
+        """The next packet to fill, or to receive into."""
+        return next(self._packets[letter])
+
+
+class Trainers:
+    """The trainers as the player sees them.
+
+    Attributes:
+        count: how many.
+        ahead: iterations whose data have been sent and whose weights have not come back: what the policy lags behind.
+        iteration: the next.
+        signal: exit code that a signal to a trainer asks for, or 0.
+    """
+
+    def __init__(self, channel: Channel, messages: Messages) -> None:
+        self.channel, self.messages, self.count = channel, messages, channel.world_size - FIRST_TRAINER
+        self.ahead: deque[int] = deque()
+        self.iteration, self.signal = 0, 0
+        self._waited = self._passed = 0.0
+
+    def send(self, shares: Iterable[Mapping[str, Tensor]], answers: bool = True, **command: float) -> None:
+        """[H] and [D] to each, of an iteration that is answered by [M] and [W] or by nothing."""
+        for rank, share in enumerate(shares, FIRST_TRAINER):
+            self.channel.send("H", self.messages["H"].fill(command=TRAIN, **command), rank, self.iteration)
+            self.channel.send("D", self.messages["D"].fill(**share), rank, self.iteration)
+        if answers:
+            self.ahead.append(self.iteration)
+        self.iteration += 1
+
+    def collect(self, most: int) -> Iterator[tuple[Packet, Packet]]:
+        """[M] and [W] of the oldest iterations, until the player is `most` ahead.
+
+        Raises:
+            RunError: without text, if an update failed; the trainer has said why.
+        """
+        while len(self.ahead) > most:
+            iteration = self.ahead.popleft()
+            report = self.channel.receive("M", self.messages["M"], FIRST_TRAINER, iteration)
+            if report["code"]:
+                raise silent(report["code"])
+            self.signal = max(self.signal, report["signal"])
+            self._waited, self._passed = self._waited + report["waited"], self._passed + report["passed"]
+            yield report, self.channel.receive("W", self.messages["W"], FIRST_TRAINER, iteration)
+
+    def receive(self, letter: str) -> Packet:
+        """What else the first trainer sends in the newest iteration."""
+        return self.channel.receive(letter, self.messages[letter], FIRST_TRAINER, self.iteration - 1)
+
+    def share_waited(self) -> float:
+        """Which share of the time the first trainer has waited for data since the last call."""
+        share, self._waited, self._passed = self._waited / max(self._passed, 1e-9), 0.0, 0.0
+        return share
+
+
 def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchCollective]:
     """All ranks on the CPU, for messages, and the trainers on their devices; every rank calls it.
 
@@ -206,6 +275,18 @@ def dismiss(channel: Channel, header: Packet, command: int, code: int) -> None:
         for rank in range(FIRST_TRAINER, channel.world_size):
             channel.send("H", header, rank, -1)
         channel.flush()
+
+
+def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step: int) -> Tensor:
+    """Generators as coupled scripts store them: those that act, train, and torch's own, of each of their ranks.
+
+    `states` [W - 1, 2, bytes] are the trainers'; the player is the first one's other half.
+    """
+    acting = [generators(seed, rank, global_step)[0].get_state() for rank in range(len(states))]
+    acting[0] = act_rng.get_state()
+    states = torch.cat((torch.stack(acting)[:, None], states), 1)  # [W - 1, 3, bytes]
+    states[0, -1] = torch.get_rng_state()
+    return states
 
 
 @contextmanager

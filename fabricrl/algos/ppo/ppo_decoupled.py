@@ -14,14 +14,13 @@ Messages of an iteration; with --max-lag 0 the player waits for [W], with K it i
 Normalisers stay with the player, who alone sees raw observations and rewards. Shapes as in ppo.py; B rows of a share.
 """
 
-from collections import deque
 from functools import partial
-from itertools import cycle
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from gymnasium.spaces import Space
-from torch import Tensor, nn
+from torch import nn
 
 from fabricrl.algos.args import parse
 from fabricrl.algos.ppo.agent import PPOAgent
@@ -35,17 +34,22 @@ from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint
 from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
+    HEADER,
     PLAYER,
+    REAL,
+    REPORT,
     STOP,
-    TRAIN,
     Channel,
     Group,
+    Messages,
     Packet,
+    Trainers,
     dismiss,
     make_groups,
     player_device,
     silent,
     telling,
+    with_player,
 )
 from fabricrl.utils.launch import StopSignal, failing_together, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
@@ -58,88 +62,28 @@ METRICS = tuple(
 )
 
 
-HEADER = dict.fromkeys(("command", "code", "save"), ((), torch.int64))
-HEADER |= dict.fromkeys(("learning_rate", "clip_coef", "ent_coef"), ((), torch.float64))
+HEADERS = HEADER | dict.fromkeys(("learning_rate", "clip_coef", "ent_coef"), REAL)
 
 
-class Messages:
-    """The packets of each letter, alike on both sides; several in turn, so that none that is on its way is touched.
-
-    Args:
-        share: B.
-        count: trainers.
-    """
-
-    def __init__(self, agent: PPOAgent, flat: FlatParameters, share: int, count: int, args: PPODecoupledArgs) -> None:
-        number, real, row = ((), torch.int64), ((), torch.float64), ((share,), torch.float32)
-        vector, states = (flat.vector.shape, torch.float32), (count, 2, *torch.get_rng_state().shape)
-        data = dict.fromkeys(("advantages", "returns", "values", "logprobs"), row)
-        data |= {"obs": ((share, agent.actor.inputs), torch.float32)}
-        data |= {"actions": ((share, agent.head.num_actions), agent.head.dtype)}
-        report = {"code": number, "signal": number, "waited": real, "passed": real}
-        report |= {"losses": ((len(METRICS),), torch.float64)}
-        optimizer = {"step": ((), torch.float32), "exp_avg": vector, "exp_avg_sq": vector}
-        fields = {"H": HEADER, "D": data, "M": report, "W": {"weights": vector}}
-        fields |= {"O": optimizer | {"generators": (states, torch.uint8)}}
-        turns = {letter: (args.max_lag + 2) * (count if letter in "HD" else 1) for letter in fields}
-        self._packets = {letter: cycle([Packet(fields[letter]) for _ in range(turns[letter])]) for letter in fields}
-
-    def __getitem__(self, letter: str) -> Packet:
-        """The next packet to fill, or to receive into."""
-        return next(self._packets[letter])
+def make_messages(agent: PPOAgent, flat: FlatParameters, count: int, args: PPODecoupledArgs) -> Messages:
+    """The packets that `count` trainers and their player exchange."""
+    share = args.num_steps * args.num_envs // count  # B
+    vector, states = (flat.vector.shape, torch.float32), (count, 2, *torch.get_rng_state().shape)
+    data: dict[str, Any] = dict.fromkeys(("advantages", "returns", "values", "logprobs"), ((share,), torch.float32))
+    data["obs"] = (share, agent.actor.inputs), torch.float32
+    data["actions"] = (share, agent.head.num_actions), agent.head.dtype
+    report = REPORT | {"losses": ((len(METRICS),), torch.float64)}
+    optimizer = {"step": ((), torch.float32), "exp_avg": vector, "exp_avg_sq": vector}
+    optimizer["generators"] = states, torch.uint8
+    fields = {"H": HEADERS, "D": data, "M": report, "W": {"weights": vector}, "O": optimizer}
+    return Messages(fields, count, args.max_lag)
 
 
-class Trainers:
-    """The trainers as the player sees them.
-
-    Attributes:
-        ahead: iterations whose data have been sent and whose weights have not come back: what the policy lags behind.
-        signal: exit code that a signal to a trainer asks for, or 0.
-    """
-
-    def __init__(self, channel: Channel, messages: Messages, flat: FlatParameters) -> None:
-        self.channel, self.messages, self.flat = channel, messages, flat
-        self.ranks = range(FIRST_TRAINER, channel.world_size)
-        self.ahead: deque[int] = deque()
-        self.iteration, self.signal = 0, 0
-        self._waited = self._passed = 0.0
-
-    def send(self, data: dict[str, Tensor], **command: float) -> None:
-        """[H] and [D]: an equal share of the rows to each."""
-        for rank in self.ranks:
-            share = {name: column[rank - FIRST_TRAINER :: len(self.ranks)] for name, column in data.items()}
-            self.channel.send("H", self.messages["H"].fill(command=TRAIN, **command), rank, self.iteration)
-            self.channel.send("D", self.messages["D"].fill(**share), rank, self.iteration)
-        self.ahead.append(self.iteration)
-        self.iteration += 1
-
-    def collect(self, most: int, losses: MeanMetrics) -> None:
-        """[M] and [W] of the oldest iterations, until the player is `most` ahead: losses, and weights to act with.
-
-        Raises:
-            RunError: without text, if an update failed; the trainer has said why.
-        """
-        while len(self.ahead) > most:
-            iteration = self.ahead.popleft()
-            report = self.channel.receive("M", self.messages["M"], FIRST_TRAINER, iteration)
-            if report["code"]:
-                raise silent(report["code"])
-            self.signal = max(self.signal, report["signal"])
-            self._waited, self._passed = self._waited + report["waited"], self._passed + report["passed"]
-            losses.update(dict(zip(METRICS, report["losses"].clone(), strict=True)))
-            weights = self.channel.receive("W", self.messages["W"], FIRST_TRAINER, iteration)
-            self.flat.vector.data.copy_(weights["weights"])
-
-    def optimizer_state(self) -> tuple[dict[str, Tensor], Tensor]:
-        """[O] of the newest iteration: Adam's state, and the generators of the trainers."""
-        packet = self.channel.receive("O", self.messages["O"], FIRST_TRAINER, self.iteration - 1)
-        state = {name: packet.tensors[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
-        return state, packet["generators"].clone()
-
-    def share_waited(self) -> float:
-        """Which share of the time the first trainer has waited for data since the last call."""
-        share, self._waited, self._passed = self._waited / max(self._passed, 1e-9), 0.0, 0.0
-        return share
+def collect(trainers: Trainers, most: int, flat: FlatParameters, losses: MeanMetrics) -> None:
+    """Takes losses, and the weights to act with, until the player is `most` iterations ahead."""
+    for report, weights in trainers.collect(most):
+        losses.update(dict(zip(METRICS, report["losses"].clone(), strict=True)))
+        flat.vector.data.copy_(weights["weights"])
 
 
 def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channel: Channel, stop: StopSignal) -> int:
@@ -165,8 +109,7 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channe
     optimizer = torch.optim.Adam(
         [flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda")
     )
-    count = channel.world_size - FIRST_TRAINER
-    trainers = Trainers(channel, Messages(player, flat, batch_size // count, count, args), flat)
+    trainers = Trainers(channel, make_messages(player, flat, channel.world_size - FIRST_TRAINER, args))
 
     # --- Metrics and buffer
     episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
@@ -208,12 +151,14 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channe
         last = exit_code > 0 or global_step + batch_size > args.total_timesteps
         saves = run.wants_checkpoint(global_step, last)
         clock.lap("train")
-        trainers.collect(max(args.max_lag, 1) - 1, losses)  # <- [M] [W]
+        collect(trainers, max(args.max_lag, 1) - 1, flat, losses)  # <- [M] [W]
         clock.lap("wait_player")
         coefs = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
-        trainers.send(data, save=saves, **coefs)  # -> [H] [D]
+        ranks = range(trainers.count)
+        shares = ({name: column[rank :: len(ranks)] for name, column in data.items()} for rank in ranks)
+        trainers.send(shares, save=saves, **coefs)  # -> [H] [D]
         clock.lap("comm")
-        trainers.collect(0 if last or saves else args.max_lag, losses)  # <- [M] [W]
+        collect(trainers, 0 if last or saves else args.max_lag, flat, losses)  # <- [M] [W]
         clock.lap("wait_player")
         if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
             player.obs_normalizer.update(rb.obs[:-1].to(fabric.device), fabric)
@@ -231,14 +176,15 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channe
 
         # 5. Checkpoint
         if saves:
-            adam, rngs = trainers.optimizer_state()  # <- [O]
+            stored = trainers.receive("O")  # <- [O]
+            adam = {name: stored.tensors[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
             optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
             state = {
                 "spaces": spaces,
                 "agent": player.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "episodes": episodes.state_dict(),
-                "generators": with_player(rngs, act_rng, args.seed, global_step),
+                "generators": with_player(stored["generators"], act_rng, args.seed, global_step),
             }
             run.save(global_step, episodes.mean_return, state)
         clock.lap("log")
@@ -247,22 +193,10 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channe
         rb.start()
 
     # --- Close
-    dismiss(channel, Packet(HEADER), STOP, exit_code)  # -> [H]
+    dismiss(channel, Packet(HEADERS), STOP, exit_code)  # -> [H]
     envs.close()
     run.finish(global_step, episodes)
     return exit_code
-
-
-def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step: int) -> Tensor:
-    """Generators as ppo.py stores them: those that act, train, and torch's own, of each of its ranks.
-
-    `states` [W - 1, 2, bytes] are the trainers'; the player is the first one's other half.
-    """
-    acting = [generators(seed, rank, global_step)[0].get_state() for rank in range(len(states))]
-    acting[0] = act_rng.get_state()
-    states = torch.cat((torch.stack(acting)[:, None], states), 1)  # [W - 1, 3, bytes]
-    states[0, -1] = torch.get_rng_state()
-    return states
 
 
 def trainer(
@@ -279,8 +213,7 @@ def trainer(
     flat = FlatParameters(agent)
     adam = torch.optim.Adam([flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda"))
     optimizer = fabric.setup_optimizers(adam)
-    share = args.num_steps * args.num_envs // fabric.world_size
-    messages = Messages(agent, flat, share, fabric.world_size, args)
+    messages = make_messages(agent, flat, fabric.world_size, args)
 
     # --- Counters
     if state:
@@ -289,7 +222,8 @@ def trainer(
             restore_optimizer(optimizer, state["optimizer"])
             restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
     if args.compile:
-        compile_ahead(fabric, objective, flat, agent, share // args.num_minibatches, args)
+        minibatch_size = args.num_steps * args.num_envs // fabric.world_size // args.num_minibatches
+        compile_ahead(fabric, objective, flat, agent, minibatch_size, args)
 
     iteration, first = 0, fabric.global_rank == 0  # the first trainer speaks for all
 
@@ -343,7 +277,7 @@ def main() -> int:
     channel = Channel(world, messages_an_iteration * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:
         return trainer(args, spaces, Group(fabric, team), channel, stop)
-    with telling(partial(dismiss, channel, Packet(HEADER), ABORT)):
+    with telling(partial(dismiss, channel, Packet(HEADERS), ABORT)):
         return player(args, describe(*spaces), Group(fabric, device=player_device(args, fabric)), channel, stop)
 
 
