@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +304,28 @@ class ReplayBuffer:
         self.position, self.size = state["position"], state["size"]
         self._finals, self._free = state["finals"].numpy().copy(), list(state["free"])
 
+    def load_shards(self, shards: Sequence[Mapping[str, Any]], first: int, total: int) -> None:
+        """Takes its environments, from number `first` on, out of the buffers of `total` environments, stored in shards.
+
+        Raises:
+            CheckpointError: as `load_state_dict`.
+        """
+        width, parts, offset = total // len(shards), [], 0  # environments of a shard
+        for shard in shards:
+            if shard["layout"] != self._layout(width) or shard["position"] != shards[0]["position"]:
+                raise CheckpointError(f"a part of the replay buffer there is {shard['layout']}: keep its arguments")
+            part = shard["records"].numpy().view(self._records.dtype).reshape(-1, width).copy()
+            if self.implicit_next:
+                part["final"] += offset * (part["final"] >= 0)
+                offset += len(shard["finals"])
+            parts.append(part)
+        records = np.ascontiguousarray(np.concatenate(parts, 1)[:, first : first + self.num_envs])
+        state = dict(shards[0]) | {"records": torch.from_numpy(records.reshape(-1).view(np.uint8))}
+        if self.implicit_next:
+            state["finals"] = torch.cat([shard["finals"] for shard in shards])
+            state["free"] = sorted(set(range(offset)) - set(records["final"].ravel().tolist()), reverse=True)
+        self.load_state_dict(state | {"layout": self._layout()})
+
     def clear(self) -> None:
         """Forgets all transitions."""
         self.position = self.size = 0
@@ -311,8 +333,8 @@ class ReplayBuffer:
         if self.implicit_next:
             self._columns["final"][:] = -1
 
-    def _layout(self) -> str:
-        return f"{self.capacity} × {self.num_envs} of {self._records.dtype.descr}"
+    def _layout(self, num_envs: int | None = None) -> str:
+        return f"{self.capacity} × {self.num_envs if num_envs is None else num_envs} of {self._records.dtype.descr}"
 
     def _gather(self, index: Tensor) -> dict[str, Tensor]:
         """The records [I] as one read; [I, ...] each, views of one block."""

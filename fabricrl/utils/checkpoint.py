@@ -104,7 +104,15 @@ def load_shard(state: Mapping[str, Any], path: Path, rank: int) -> dict[str, Any
 
 def _shard_file(state: Mapping[str, Any], path: Path, rank: int) -> Path | None:
     names = [f"{kind}_{state['global_step']:012d}.shard{rank}" for kind in ("step", "best")]
-    return next((path.with_name(name) for name in names if rank and path.with_name(name).exists()), None)
+    return next((path.with_name(name) for name in names if path.with_name(name).exists()), None)
+
+
+def shard_ranks(state: Mapping[str, Any]) -> range:
+    """The ranks that have stored a part of their own with the checkpoint `state`.
+
+    That of rank 0 is in the checkpoint itself, unless a decoupled script has made it: its player has none.
+    """
+    return range(state["shards"] if state.get("shards") else state["world_size"] if state.get("shard") else 0)
 
 
 def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str, Any], Path]:
@@ -206,9 +214,9 @@ def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
 
 def _verify_shards(state: Mapping[str, Any], path: Path) -> None:
     """Raises CheckpointError if what other ranks have stored with a checkpoint is not there or damaged."""
-    if state.get("shard") is None:
-        return
-    for rank in range(1, state["world_size"]):
+    for rank in shard_ranks(state):
+        if rank == 0 and state.get("shard") is not None:
+            continue
         file = _shard_file(state, path, rank)
         if file is None:
             raise CheckpointError(f"{path} comes without the replay buffer of rank {rank}")

@@ -24,6 +24,7 @@ from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
 TRAIN, STOP, ABORT = 0, 1, 2  # what the header of an iteration commands
+TO_EACH = "HDS"  # letters of the messages that go to every trainer: header, data, start
 Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape and type
 INTEGER, REAL = ((), torch.int64), ((), torch.float64)
 HEADER: Fields = {"command": INTEGER, "code": INTEGER, "save": INTEGER}  # what every header has
@@ -172,12 +173,12 @@ class Messages:
 
     Args:
         fields: letter → fields of its packets.
-        count: trainers; each has a header H and data D of its own.
+        count: trainers; each is sent packets of its own.
         max_lag: iterations that may be on their way.
     """
 
     def __init__(self, fields: Mapping[str, Fields], count: int, max_lag: int) -> None:
-        turns = {letter: (max_lag + 2) * (count if letter in "HD" else 1) for letter in fields}
+        turns = {letter: (max_lag + 2) * (count if letter in TO_EACH else 1) for letter in fields}
         self._packets = {letter: cycle([Packet(fields[letter]) for _ in range(turns[letter])]) for letter in fields}
 
     def __getitem__(self, letter: str) -> Packet:
@@ -290,15 +291,31 @@ def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step
 
 
 @contextmanager
-def telling(tell: Callable[[int], None]) -> Iterator[None]:
-    """What goes wrong with a rank ends its peers with the same exit code, rather than leave them waiting for it."""
+def telling(tell: Callable[[int], None], first_rank: int = PLAYER) -> Iterator[None]:
+    """What goes wrong with a rank ends its peers with the same exit code, rather than leave them waiting for it.
+
+    `first_rank` is that of the group that has agreed on who reports the error.
+    """
     try:
         yield
     except LostPeerError:  # the others notice as this one ends
         raise
     except RunError as error:
+        error.told_by += first_rank
         tell(error.exit_code)
         raise
+
+
+def receive_header(channel: Channel, messages: Messages, iteration: int) -> Packet:
+    """[H], of which each iteration has one.
+
+    Raises:
+        RunError: without text, if the player has failed; it has said why.
+    """
+    header = channel.receive("H", messages["H"], PLAYER, iteration)
+    if header["command"] == ABORT:
+        raise silent(header["code"])
+    return header
 
 
 def silent(code: int) -> RunError:

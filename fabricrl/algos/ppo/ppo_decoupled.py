@@ -47,7 +47,7 @@ from fabricrl.utils.decoupled import (
     dismiss,
     make_groups,
     player_device,
-    silent,
+    receive_header,
     telling,
     with_player,
 )
@@ -233,9 +233,7 @@ def trainer(
             channel.flush()
 
     while True:
-        header = channel.receive("H", messages["H"], PLAYER, iteration)
-        if header["command"] == ABORT:
-            raise silent(header["code"])
+        header = receive_header(channel, messages, iteration)
         if header["command"] == STOP:
             channel.flush()
             return header["code"]
@@ -244,7 +242,7 @@ def trainer(
 
         # 3. Update
         optimizer.param_groups[0]["lr"] = header["learning_rate"]
-        with telling(fail), failing_together(fabric):
+        with telling(fail, FIRST_TRAINER), failing_together(fabric):
             coefs = header["clip_coef"], header["ent_coef"]
             metrics = train(fabric, objective, flat, optimizer, data, train_rng, args, *coefs)
         signal = stop.exit_code(fabric)

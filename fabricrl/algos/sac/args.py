@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fabricrl.algos.args import StandardArgs, arg, require_between
+from fabricrl.algos.args import DecoupledArgs, StandardArgs, arg, require_between
 from fabricrl.models.models import ACTIVATIONS
 from fabricrl.utils.utils import require
 
@@ -94,3 +94,10 @@ class SACArgs(OffPolicyArgs):
         super().__post_init__()
         for name in ("policy_frequency", "target_network_frequency"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+
+
+@dataclass(frozen=True)
+class SACDecoupledArgs(DecoupledArgs, SACArgs):
+    """SAC's arguments; environments, buffer and batch are the player's and the trainers' together."""
+
+    exp_name: str = arg("sac_decoupled", "name of the run", "run, logging and checkpoints")

@@ -16,7 +16,7 @@ from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import OffPolicyArgs
 from fabricrl.data.buffers import GIB, ReplayBuffer, check_memory, record_type
 from fabricrl.envs.spaces import stretch
-from fabricrl.utils.checkpoint import load_shard, reading
+from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
 from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.launch import ranks_here
 from fabricrl.utils.ranks import all_max
@@ -97,7 +97,7 @@ def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: An
     if stored:
         try:
             with reading(path):  # also what is no buffer at all: every rank has to come to the next line
-                rb.load_state_dict(load_shard(state, path, fabric.global_rank))
+                load_buffer(rb, state, path, fabric)
         except CheckpointError as error:
             problem = error
         if not all_max(fabric, int(problem is not None)):
@@ -115,6 +115,20 @@ def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: An
         print(f"the replay buffer starts empty: {steps} steps fill it {after}", file=sys.stderr, flush=True)
     rb.clear()
     return False
+
+
+def load_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, fabric: Fabric) -> None:
+    """This rank's environments out of a checkpoint, which as many ranks may have stored, or others.
+
+    Raises:
+        CheckpointError: a part is missing, or of another layout.
+    """
+    shards, world_size = shard_ranks(state), fabric.world_size
+    if len(shards) in (0, world_size):
+        rb.load_state_dict(load_shard(state, path, fabric.global_rank))
+    else:
+        parts = [load_shard(state, path, rank) for rank in shards]
+        rb.load_shards(parts, fabric.global_rank * rb.num_envs, world_size * rb.num_envs)
 
 
 class UpdateSchedule:
