@@ -167,6 +167,8 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
             raise ConfigError(f"--preset {preset} beside --resume: a run that is resumed keeps the arguments it has")
         state, _ = load_checkpoint(resume, algo)
         inherited = {field.name for field in dataclasses.fields(kind)} - _not_resumed()
+        if ("max_lag" in state["args"]) != issubclass(kind, DecoupledArgs):
+            inherited -= {"devices", "num_nodes", "exp_name"}  # one rank more plays there, or here
         defaults = {name: value for name, value in state["args"].items() if name in inherited}
         with reading(resume):
             kind(**defaults | {"log_dir": tempfile.gettempdir()})  # where it writes now is another matter
