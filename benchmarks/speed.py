@@ -6,6 +6,7 @@
     python benchmarks/speed.py --startup                from the command to the first environment step
     python benchmarks/speed.py --memory                 resident memory after iteration 100 and after 2 000
     python benchmarks/speed.py --ranks                  one rank with N environments, two with N / 2 each
+    python benchmarks/speed.py --decoupled              a player and a trainer beside one rank; what their messages cost
 
 Prints the median over repetitions with minimum and maximum, and writes them to benchmarks/results/speed.csv and .md,
 where a benchmark replaces what it had there. Let nothing else run meanwhile. Exit code 1: a bar was missed.
@@ -150,6 +151,28 @@ PEERS = {"sb3": "Stable-Baselines3, faster of 1 and 2 threads", "sbx": "SBX"}
 RANKS = {  # arguments, and the environments of a single rank
     "ppo-cartpole": (f"{PPO} --env-id CartPole-v1 --total-timesteps 131072", 8),
     "ppo-walker2d": (f"{PPO} --env-id Walker2d-v4 --preset mujoco --total-timesteps 61440", 2),
+}
+HUMANOID = (
+    f"--env-id Humanoid-v5 --num-envs 40 --replay-ratio {1 / 40} --policy-frequency 1 --learning-starts 2000 "
+    "--total-timesteps 42000 --log-every 2000"
+)
+OVERLAP = {  # tasks on which playing and learning take about as long; threads of the coupled script; what is asked for
+    "ppo-halfcheetah": (
+        PPO,
+        "--env-id HalfCheetah-v5 --num-envs 4 --num-steps 512 --num-minibatches 16 --update-epochs 7 "
+        "--total-timesteps 102400 --log-every 8192",
+        (1,),
+        ">= 1.4",
+    ),
+    "sac-humanoid": (SAC, HUMANOID, (1, 2), ">= 1.3"),
+}
+MESSAGES = {  # tasks of which communication may take little
+    "ppo-cartpole": (PPO, "--env-id CartPole-v1 --num-envs 8 --num-steps 128 --total-timesteps 102400"),
+    "sac-pendulum": (
+        SAC,
+        "--env-id Pendulum-v1 --num-envs 4 --replay-ratio 0.25 --policy-frequency 1 --learning-starts 400 "
+        "--total-timesteps 10000 --log-every 500",
+    ),
 }
 IMPORTS = "import os, torch; from lightning.fabric import Fabric; os._exit(0)"
 
@@ -332,6 +355,47 @@ def bench_ranks(name: str, options: argparse.Namespace) -> bool:
     return bench(f"ranks-{name}", comparisons, measure, options)
 
 
+def bench_overlap(name: str, options: argparse.Namespace) -> bool:
+    """A player and a trainer, an iteration apart and a thread each, beside the coupled script on the same cores."""
+    script, arguments, threads, bar = OVERLAP[name]
+    comparisons = [Comparison("steps/s", "decoupled", "coupled", "a / b", bar)]
+
+    def sps(case: str, seed: int, log_dir: str) -> float:
+        """Of the last half of a run: learning has started, everything is warm."""
+        folder = tempfile.mkdtemp(dir=log_dir)
+        run(ours(f"{case} {arguments} --logger csv --seed {seed}", folder, options))
+        entries = [(int(entry["step"]), float(entry["charts/SPS"])) for entry in logged(folder)]
+        times = [(step, step / value) for step, value in entries]
+        (first, *_), (*_, last) = times[len(times) // 2 :], times
+        return (last[0] - first[0]) / (last[1] - first[1])
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        twin = script.replace(".py", "_decoupled.py")
+        a = sps(f"{twin} --devices 2 --max-lag 1 --num-threads 1", seed, log_dir)
+        return [(a, max(sps(f"{script} --num-threads {count}", seed, log_dir) for count in threads))]
+
+    return bench(f"overlap-{name}", comparisons, measure, options)
+
+
+def bench_messages(name: str, options: argparse.Namespace) -> bool:
+    """Which share of an iteration is neither the player's work nor the trainer's, where they take turns."""
+    script, arguments = MESSAGES[name]
+    comparisons = [Comparison("share of an iteration", "communication", "all", "a / b", "<= 0.05")]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        twin = script.replace(".py", "_decoupled.py")
+        case = f"{twin} --devices 2 --max-lag 0 --num-threads 1 --logger csv --seed {seed}"
+        run(ours(f"{case} {arguments}", log_dir, options))
+        entries = logged(log_dir)
+        shares = [
+            float(entry["time/comm"]) + float(entry["time/wait_player"]) - (1 - float(entry["time/wait_trainer"]))
+            for entry in entries[len(entries) // 2 :]
+        ]
+        return [(statistics.median(shares), 1.0)]
+
+    return bench(f"messages-{name}", comparisons, measure, options)
+
+
 def bench(
     name: str,
     comparisons: list[Comparison],
@@ -426,6 +490,7 @@ def main() -> int:
     parser.add_argument("--startup", action="store_true", help="instead of tasks: start-up")
     parser.add_argument("--memory", action="store_true", help="instead of tasks: memory (Linux)")
     parser.add_argument("--ranks", action="store_true", help="instead of tasks: two ranks beside one")
+    parser.add_argument("--decoupled", action="store_true", help="instead of tasks: a player and a trainer")
     parser.add_argument("--repetitions", type=int, default=5, help="pairs (default: 5)")
     parser.add_argument("--ours-args", default="", help="more flags for our script, such as --ours-args=--compile")
     parser.add_argument("--total-timesteps", type=int, help="instead of the benchmark's, for a quick look")
@@ -439,6 +504,8 @@ def main() -> int:
     jobs += [("--sampling", bench_sampling)] * options.sampling
     jobs += [("--memory", bench_memory)] * options.memory
     jobs += [("--ranks", partial(bench_ranks, name)) for name in RANKS] * options.ranks
+    jobs += [("--decoupled", partial(bench_overlap, name)) for name in OVERLAP] * options.decoupled
+    jobs += [("--decoupled", partial(bench_messages, name)) for name in MESSAGES] * options.decoupled
     tasks = options.task or ([*TASKS, *UPDATE_TASKS] if not jobs else [])
     jobs += [(f"--task {name}", partial(bench_task if name in TASKS else bench_updates, name)) for name in tasks]
     options.machine = machine()
