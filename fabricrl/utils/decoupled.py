@@ -24,10 +24,10 @@ from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
 TRAIN, STOP, ABORT = 0, 1, 2  # what the header of an iteration commands
-TO_EACH = "HDS"  # letters of the messages that go to every trainer: header, data, start
+TO_EACH = "DS"  # letters of the messages that go to every trainer: data, start
 Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape and type
 INTEGER, REAL = ((), torch.int64), ((), torch.float64)
-HEADER: Fields = {"command": INTEGER, "code": INTEGER, "save": INTEGER}  # what every header has
+HEADER: Fields = {"command": INTEGER, "code": INTEGER}  # what [H] has, and the head of every [D]
 REPORT: Fields = {"code": INTEGER, "signal": INTEGER, "waited": REAL, "passed": REAL}
 
 
@@ -196,44 +196,64 @@ class Trainers:
         signal: exit code that a signal to a trainer asks for, or 0.
     """
 
-    def __init__(self, channel: Channel, messages: Messages) -> None:
-        self.channel, self.messages, self.count = channel, messages, channel.world_size - FIRST_TRAINER
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self.count = channel, channel.world_size - FIRST_TRAINER
+        self.messages: Messages | None = None
         self.ahead: deque[int] = deque()
         self.iteration, self.signal = 0, 0
         self._waited = self._passed = 0.0
 
+    def begin(self, messages: Messages) -> None:
+        """[H] to each: the player is ready."""
+        self._order(TRAIN, 0)
+        self.messages = messages
+
     def send(self, shares: Iterable[Mapping[str, Tensor]], answers: bool = True, **command: float) -> None:
-        """[H] and [D] to each, of an iteration that is answered by [M] and [W] or by nothing."""
+        """[D] to each, of an iteration that is answered by [W] or by nothing."""
+        assert self.messages is not None
         for rank, share in enumerate(shares, FIRST_TRAINER):
-            self.channel.send("H", self.messages["H"].fill(command=TRAIN, **command), rank, self.iteration)
-            self.channel.send("D", self.messages["D"].fill(**share), rank, self.iteration)
+            packet = self.messages["D"].fill(command=TRAIN, **command, **share)
+            self.channel.send("D", packet, rank, self.iteration)
         if answers:
             self.ahead.append(self.iteration)
         self.iteration += 1
 
-    def collect(self, most: int) -> Iterator[tuple[Packet, Packet]]:
-        """[M] and [W] of the oldest iterations, until the player is `most` ahead.
+    def collect(self, most: int) -> Iterator[Packet]:
+        """[W] of the oldest iterations, until the player is `most` ahead.
 
         Raises:
             RunError: without text, if an update failed; the trainer has said why.
         """
+        assert self.messages is not None
         while len(self.ahead) > most:
-            iteration = self.ahead.popleft()
-            report = self.channel.receive("M", self.messages["M"], FIRST_TRAINER, iteration)
-            if report["code"]:
-                raise silent(report["code"])
-            self.signal = max(self.signal, report["signal"])
-            self._waited, self._passed = self._waited + report["waited"], self._passed + report["passed"]
-            yield report, self.channel.receive("W", self.messages["W"], FIRST_TRAINER, iteration)
+            answer = self.channel.receive("W", self.messages["W"], FIRST_TRAINER, self.ahead.popleft())
+            if answer["code"]:
+                raise silent(answer["code"])
+            self.signal = max(self.signal, answer["signal"])
+            self._waited, self._passed = self._waited + answer["waited"], self._passed + answer["passed"]
+            yield answer
 
     def receive(self, letter: str) -> Packet:
         """What else the first trainer sends in the newest iteration."""
-        return self.channel.receive(letter, self.messages[letter], FIRST_TRAINER, self.iteration - 1)
+        assert self.messages is not None
+        return self.channel.receive(letter, self.messages[letter], FIRST_TRAINER, max(self.iteration - 1, 0))
 
     def share_waited(self) -> float:
         """Which share of the time the first trainer has waited for data since the last call."""
         share, self._waited, self._passed = self._waited / max(self._passed, 1e-9), 0.0, 0.0
         return share
+
+    def dismiss(self, command: int, code: int) -> None:
+        """The last order to each, STOP or ABORT, and the exit code to end with. Those that are gone need none."""
+        with contextlib.suppress(LostPeerError):
+            self._order(command, code)
+            self.channel.flush()
+
+    def _order(self, command: int, code: int) -> None:
+        for rank in range(FIRST_TRAINER, self.channel.world_size):
+            packet = Packet(HEADER) if self.messages is None else self.messages["D"]
+            letter = "H" if self.messages is None else "D"
+            self.channel.send(letter, packet.fill(command=command, code=code), rank, self.iteration)
 
 
 def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchCollective]:
@@ -269,15 +289,6 @@ def player_device(args: Any, fabric: Fabric) -> torch.device:
     return fabric.device if args.player_device is None else torch.device(args.player_device)
 
 
-def dismiss(channel: Channel, header: Packet, command: int, code: int) -> None:
-    """The player's last header to every trainer: the exit code to end with. Those that are gone need none."""
-    header.fill(command=command, code=code)
-    with contextlib.suppress(LostPeerError):
-        for rank in range(FIRST_TRAINER, channel.world_size):
-            channel.send("H", header, rank, -1)
-        channel.flush()
-
-
 def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step: int) -> Tensor:
     """Generators as coupled scripts store them: those that act, train, and torch's own, of each of their ranks.
 
@@ -306,16 +317,28 @@ def telling(tell: Callable[[int], None], first_rank: int = PLAYER) -> Iterator[N
         raise
 
 
-def receive_header(channel: Channel, messages: Messages, iteration: int) -> Packet:
-    """[H], of which each iteration has one.
+def await_player(channel: Channel) -> None:
+    """[H], before the first iteration.
+
+    Raises:
+        RunError: without text, if the player cannot begin; it has said why.
+    """
+    _heed(channel.receive("H", Packet(HEADER), PLAYER, 0))
+
+
+def receive_data(channel: Channel, messages: Messages, iteration: int) -> Packet:
+    """[D], of which each iteration has one.
 
     Raises:
         RunError: without text, if the player has failed; it has said why.
     """
-    header = channel.receive("H", messages["H"], PLAYER, iteration)
-    if header["command"] == ABORT:
-        raise silent(header["code"])
-    return header
+    return _heed(channel.receive("D", messages["D"], PLAYER, iteration))
+
+
+def _heed(packet: Packet) -> Packet:
+    if packet["command"] == ABORT:
+        raise silent(packet["code"])
+    return packet
 
 
 def silent(code: int) -> RunError:

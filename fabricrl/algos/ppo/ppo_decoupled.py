@@ -5,11 +5,11 @@
 
 Messages of an iteration; with --max-lag 0 the player waits for [W], with K it is up to K iterations ahead of it:
 
-    [H] header           player → each trainer    what to do, and the coefficients of the update
-    [D] data             player → each trainer    its share of the rollout
-    [M] metrics          trainer 1 → player       losses, faults and signals of the trainers
-    [W] weights          trainer 1 → player       all parameters
+    [D] data             player → each trainer    its share of the rollout, and what to do with it
+    [W] weights          trainer 1 → player       all parameters; losses, faults and signals of the trainers
     [O] optimizer        trainer 1 → player       its state and the trainers' generators, if a checkpoint is due
+
+and once, at the start, [H] from the player to each trainer, when it is ready.
 
 Normalisers stay with the player, who alone sees raw observations and rewards. Shapes as in ppo.py; B rows of a share.
 """
@@ -35,6 +35,7 @@ from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
     HEADER,
+    INTEGER,
     PLAYER,
     REAL,
     REPORT,
@@ -42,12 +43,11 @@ from fabricrl.utils.decoupled import (
     Channel,
     Group,
     Messages,
-    Packet,
     Trainers,
-    dismiss,
+    await_player,
     make_groups,
     player_device,
-    receive_header,
+    receive_data,
     telling,
     with_player,
 )
@@ -57,36 +57,35 @@ from fabricrl.utils.model import FlatParameters
 from fabricrl.utils.run import Run, rank_generators, restore_generators
 from fabricrl.utils.utils import anneal, env_seeds, explained_variance, generators, require
 
+DATA = ("obs", "actions", "logprobs", "values", "advantages", "returns")  # of a share, [B, ...]
 METRICS = tuple(
     f"losses/{name}" for name in ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 )
-
-
-HEADERS = HEADER | dict.fromkeys(("learning_rate", "clip_coef", "ent_coef"), REAL)
 
 
 def make_messages(agent: PPOAgent, flat: FlatParameters, count: int, args: PPODecoupledArgs) -> Messages:
     """The packets that `count` trainers and their player exchange."""
     share = args.num_steps * args.num_envs // count  # B
     vector, states = (flat.vector.shape, torch.float32), (count, 2, *torch.get_rng_state().shape)
-    data: dict[str, Any] = dict.fromkeys(("advantages", "returns", "values", "logprobs"), ((share,), torch.float32))
+    data: dict[str, Any] = HEADER | {"save": INTEGER}
+    data |= dict.fromkeys(("learning_rate", "clip_coef", "ent_coef"), REAL)
+    data |= dict.fromkeys(("advantages", "returns", "values", "logprobs"), ((share,), torch.float32))
     data["obs"] = (share, agent.actor.inputs), torch.float32
     data["actions"] = (share, agent.head.num_actions), agent.head.dtype
-    report = REPORT | {"losses": ((len(METRICS),), torch.float64)}
+    answer = REPORT | {"losses": ((len(METRICS),), torch.float64), "weights": vector}
     optimizer = {"step": ((), torch.float32), "exp_avg": vector, "exp_avg_sq": vector}
     optimizer["generators"] = states, torch.uint8
-    fields = {"H": HEADERS, "D": data, "M": report, "W": {"weights": vector}, "O": optimizer}
-    return Messages(fields, count, args.max_lag)
+    return Messages({"D": data, "W": answer, "O": optimizer}, count, args.max_lag)
 
 
 def collect(trainers: Trainers, most: int, flat: FlatParameters, losses: MeanMetrics) -> None:
     """Takes losses, and the weights to act with, until the player is `most` iterations ahead."""
-    for report, weights in trainers.collect(most):
-        losses.update(dict(zip(METRICS, report["losses"].clone(), strict=True)))
-        flat.vector.data.copy_(weights["weights"])
+    for answer in trainers.collect(most):
+        losses.update(dict(zip(METRICS, answer["losses"].clone(), strict=True)))
+        flat.vector.data.copy_(answer["weights"])
 
 
-def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channel: Channel, stop: StopSignal) -> int:
+def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, trainers: Trainers, stop: StopSignal) -> int:
     """ppo.py's main(), whose line `train(...)` is messages."""
     state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
     global_step, exit_code = state.get("global_step", 0), 0  # environment steps
@@ -109,7 +108,6 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channe
     optimizer = torch.optim.Adam(
         [flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda")
     )
-    trainers = Trainers(channel, make_messages(player, flat, channel.world_size - FIRST_TRAINER, args))
 
     # --- Metrics and buffer
     episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
@@ -130,6 +128,7 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channe
     clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
     obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
     rb.start(obs)
+    trainers.begin(make_messages(player, flat, trainers.count, args))  # -> [H]
     lag = 0  # most that a rollout's policy was behind since the last entry
 
     while global_step + batch_size <= args.total_timesteps:
@@ -151,14 +150,14 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channe
         last = exit_code > 0 or global_step + batch_size > args.total_timesteps
         saves = run.wants_checkpoint(global_step, last)
         clock.lap("train")
-        collect(trainers, max(args.max_lag, 1) - 1, flat, losses)  # <- [M] [W]
+        collect(trainers, max(args.max_lag, 1) - 1, flat, losses)  # <- [W]
         clock.lap("wait_player")
         coefs = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
         ranks = range(trainers.count)
         shares = ({name: column[rank :: len(ranks)] for name, column in data.items()} for rank in ranks)
-        trainers.send(shares, save=saves, **coefs)  # -> [H] [D]
+        trainers.send(shares, save=saves, **coefs)  # -> [D]
         clock.lap("comm")
-        collect(trainers, 0 if last or saves else args.max_lag, flat, losses)  # <- [M] [W]
+        collect(trainers, 0 if last or saves else args.max_lag, flat, losses)  # <- [W]
         clock.lap("wait_player")
         if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
             player.obs_normalizer.update(rb.obs[:-1].to(fabric.device), fabric)
@@ -193,7 +192,7 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, channe
         rb.start()
 
     # --- Close
-    dismiss(channel, Packet(HEADERS), STOP, exit_code)  # -> [H]
+    trainers.dismiss(STOP, exit_code)  # -> [D]
     envs.close()
     run.finish(global_step, episodes)
     return exit_code
@@ -229,32 +228,31 @@ def trainer(
 
     def fail(code: int) -> None:
         if first:
-            channel.send("M", messages["M"].fill(code=code), PLAYER, iteration)
+            channel.send("W", messages["W"].fill(code=code), PLAYER, iteration)
             channel.flush()
 
+    await_player(channel)
     while True:
-        header = receive_header(channel, messages, iteration)
-        if header["command"] == STOP:
+        packet = receive_data(channel, messages, iteration)
+        if packet["command"] == STOP:
             channel.flush()
-            return header["code"]
-        data = channel.receive("D", messages["D"], PLAYER, iteration).tensors
-        data = {name: column.to(fabric.device) for name, column in data.items()}
+            return packet["code"]
+        data = {name: packet[name].to(fabric.device) for name in DATA}
 
         # 3. Update
-        optimizer.param_groups[0]["lr"] = header["learning_rate"]
+        optimizer.param_groups[0]["lr"] = packet["learning_rate"]
         with telling(fail, FIRST_TRAINER), failing_together(fabric):
-            coefs = header["clip_coef"], header["ent_coef"]
+            coefs = packet["clip_coef"], packet["ent_coef"]
             metrics = train(fabric, objective, flat, optimizer, data, train_rng, args, *coefs)
         signal = stop.exit_code(fabric)
-        if header["save"]:
+        if packet["save"]:
             rngs = rank_generators(fabric, train_rng)
         if first:
             waited, passed = channel.lap()
             means = torch.stack([metrics[tag].mean() for tag in METRICS])
-            report = messages["M"].fill(code=0, signal=signal, waited=waited, passed=passed, losses=means)
-            channel.send("M", report, PLAYER, iteration)
-            channel.send("W", messages["W"].fill(weights=flat.vector.data), PLAYER, iteration)
-            if header["save"]:
+            report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "losses": means}
+            channel.send("W", messages["W"].fill(weights=flat.vector.data, **report), PLAYER, iteration)
+            if packet["save"]:
                 stored = optimizer.state[flat.vector]
                 channel.send("O", messages["O"].fill(**stored, generators=rngs), PLAYER, iteration)
         iteration += 1
@@ -271,12 +269,12 @@ def main() -> int:
     minibatch = args.num_steps * args.num_envs // args.num_minibatches
     allowed = f"such that each of {count} trainers has an equal share of every minibatch of {minibatch}"
     require(minibatch % count == 0, "num_envs", args.num_envs, allowed)
-    messages_an_iteration = 2 * (count if fabric.global_rank == PLAYER else 1)
-    channel = Channel(world, messages_an_iteration * (args.max_lag + 1))
+    channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:
         return trainer(args, spaces, Group(fabric, team), channel, stop)
-    with telling(partial(dismiss, channel, Packet(HEADERS), ABORT)):
-        return player(args, describe(*spaces), Group(fabric, device=player_device(args, fabric)), channel, stop)
+    trainers = Trainers(channel)
+    with telling(partial(trainers.dismiss, ABORT)):
+        return player(args, describe(*spaces), Group(fabric, device=player_device(args, fabric)), trainers, stop)
 
 
 if __name__ == "__main__":

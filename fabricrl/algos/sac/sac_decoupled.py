@@ -7,14 +7,15 @@ Each trainer owns the replay buffer of its share of the environments, and draws 
 transition travels once, however often it is learned from. Messages of an iteration; with --max-lag 0 the player waits
 for [W], with K it is up to K iterations ahead of it:
 
-    [H] header           player → each trainer    what to do: which updates are due, what is to be saved and noted
-    [D] data             player → each trainer    the step of its environments, and the normaliser
-    [M] metrics          trainer 1 → player       losses, faults and signals of the trainers, if an update was due
-    [W] weights          trainer 1 → player       the actor's, and the temperature, likewise
+    [D] data             player → each trainer    the step of its environments, the normaliser, and what to do: which
+                                                  updates are due, what is to be saved and noted
+    [W] weights          trainer 1 → player       the actor's, and the temperature, if an update was due; losses, faults
+                                                  and signals of the trainers
     [O] optimizer        trainer 1 → player       what else a checkpoint holds, if one is due
 
-and once, after a first [H]:
+and once, at the start:
 
+    [H] header           player → each trainer    it is ready
     [S] start            player → each trainer    where the run writes, and the first observations
     [B] buffer           trainer 1 → player       whether a run that is resumed has to fill a new buffer first
 
@@ -49,16 +50,15 @@ from fabricrl.utils.decoupled import (
     PLAYER,
     REPORT,
     STOP,
-    TRAIN,
     Channel,
     Group,
     Messages,
     Packet,
     Trainers,
-    dismiss,
+    await_player,
     make_groups,
     player_device,
-    receive_header,
+    receive_data,
     silent,
     telling,
     with_player,
@@ -70,7 +70,6 @@ from fabricrl.utils.run import Run, rank_generators, restore_generators
 from fabricrl.utils.utils import env_seeds, generators, require
 
 METRICS = (*CRITIC_TAGS, *ACTOR_TAGS)
-HEADERS = HEADER | dict.fromkeys(("note", "first", "updates", "step"), INTEGER)
 OPTIMIZERS = ("q_optimizer", "actor_optimizer")
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 PATH_MAX = 4096  # bytes of a path in [S]
@@ -80,7 +79,8 @@ def make_messages(learner: Learner, obs_space: Space, count: int, args: SACDecou
     """The packets that `count` trainers and their player exchange."""
     envs, (obs_size, num_actions) = args.num_envs // count, (learner.agent.actor.inputs, learner.agent.head.num_actions)
     obs = (envs, *obs_space.shape), TORCH_TYPES[record_type(obs_space, num_actions, False)["obs"].base.str[1:]]
-    data: dict[str, Any] = {"actions": ((envs, num_actions), torch.float32), "next_obs": obs, "final_obs": obs}
+    data: dict[str, Any] = HEADER | dict.fromkeys(("save", "note", "first", "updates", "step"), INTEGER)
+    data |= {"actions": ((envs, num_actions), torch.float32), "next_obs": obs, "final_obs": obs}
     data |= {"rewards": ((envs,), torch.float32)} | dict.fromkeys(("terminated", "truncated"), ((envs,), torch.bool))
     if args.norm_obs:
         data |= dict.fromkeys(("mean", "var"), ((obs_size,), torch.float64)) | {"count": ((), torch.float64)}
@@ -90,8 +90,9 @@ def make_messages(learner: Learner, obs_space: Space, count: int, args: SACDecou
         shapes = ((), vector.shape, vector.shape)
         optimizer |= {f"{name}.{part}": (shape, torch.float32) for part, shape in zip(ADAM, shapes, strict=True)}
     optimizer["generators"] = (count, 2, *torch.get_rng_state().shape), torch.uint8
-    fields = {"H": HEADERS, "D": data, "M": REPORT | {"losses": ((len(METRICS),), torch.float64)}, "O": optimizer}
-    fields |= {"W": {"weights": (learner.actor.vector.shape, torch.float32)}}
+    answer = REPORT | {"losses": ((len(METRICS),), torch.float64)}
+    answer |= {"weights": (learner.actor.vector.shape, torch.float32)}
+    fields = {"D": data, "W": answer, "O": optimizer}
     fields |= {"S": {"path": ((PATH_MAX,), torch.uint8), "obs": obs}, "B": {"code": INTEGER, "refill": INTEGER}}
     return Messages(fields, count, args.max_lag)
 
@@ -111,14 +112,14 @@ def shares(actions: np.ndarray, step: tuple, normalizer: Any, count: int) -> lis
 
 def collect(trainers: Trainers, most: int, learner: Learner, losses: MeanMetrics) -> None:
     """Takes losses, and the weights to act with, until the player is `most` iterations ahead."""
-    for report, weights in trainers.collect(most):
-        values = zip(METRICS, report["losses"].clone(), strict=True)
+    for answer in trainers.collect(most):
+        values = zip(METRICS, answer["losses"].clone(), strict=True)
         losses.update({tag: value for tag, value in values if not value.isnan()})
-        learner.actor.vector.data.copy_(weights["weights"])
+        learner.actor.vector.data.copy_(answer["weights"])
 
 
 def player(
-    args: SACDecoupledArgs, obs_space: Space, action_space: Space, fabric: Group, channel: Channel, stop: StopSignal
+    args: SACDecoupledArgs, obs_space: Space, action_space: Space, fabric: Group, trainers: Trainers, stop: StopSignal
 ) -> int:
     """sac.py's main(), whose line `train(...)` is messages."""
     spaces = describe(obs_space, action_space)
@@ -143,7 +144,6 @@ def player(
     # --- Agent, and the optimizers' state for checkpoints
     player = make_agent(args, envs)
     learner = Learner(fabric, player, args)
-    trainers = Trainers(channel, make_messages(learner, obs_space, channel.world_size - FIRST_TRAINER, args))
 
     # --- Metrics
     episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
@@ -163,7 +163,8 @@ def player(
     rb.start(obs)
     if problem := rb.first_bad():
         raise NonFiniteError(problem)
-    refill = begin(trainers, run.folder, obs)  # -> [H] [S], <- [B]
+    trainers.begin(make_messages(learner, obs_space, trainers.count, args))  # -> [H]
+    refill = start(trainers, run.folder, obs)  # -> [S], <- [B]
     if state:
         schedule.load_state_dict(state["schedule"], global_step, refill)
     lag = 0  # most that a policy was behind since the last entry
@@ -184,13 +185,13 @@ def player(
         last = exit_code > 0 or global_step + batch_size > args.total_timesteps
         saves = run.wants_checkpoint(global_step, last)
         notes = run.wants_log(global_step, last) or saves
-        collect(trainers, max(args.max_lag, 1) - 1, learner, losses)  # <- [M] [W]
+        collect(trainers, max(args.max_lag, 1) - 1, learner, losses)  # <- [W]
         clock.lap("wait_player")
         command = {"first": first, "updates": updates, "step": global_step, "save": saves, "note": notes}
         parts = shares(actions, step, player.obs_normalizer, trainers.count)
-        trainers.send(parts, answers=updates > 0 or notes, **command)  # -> [H] [D]
+        trainers.send(parts, answers=updates > 0 or notes, **command)  # -> [D]
         clock.lap("comm")
-        collect(trainers, 0 if last or saves else args.max_lag, learner, losses)  # <- [M] [W]
+        collect(trainers, 0 if last or saves else args.max_lag, learner, losses)  # <- [W]
         clock.lap("wait_player")
 
         # 4. Log
@@ -222,26 +223,26 @@ def player(
             break
 
     # --- Close
-    dismiss(channel, Packet(HEADERS), STOP, exit_code)  # -> [H]
+    trainers.dismiss(STOP, exit_code)  # -> [D]
     envs.close()
     run.finish(global_step, episodes)
     return exit_code
 
 
-def begin(trainers: Trainers, folder: Path, obs: np.ndarray) -> bool:
-    """[H] and [S] to each trainer; [B]: whether their buffers have to be filled before the next update.
+def start(trainers: Trainers, folder: Path, obs: np.ndarray) -> bool:
+    """[S] to each trainer; [B]: whether their buffers have to be filled before the next update.
 
     Raises:
         RunError: without text, if a buffer cannot be had; the trainer has said why.
     """
-    path = torch.zeros(PATH_MAX, dtype=torch.uint8)
     name = str(folder.absolute()).encode()
     require(len(name) <= PATH_MAX, "log_dir", folder, f"a path of at most {PATH_MAX} bytes")
+    path = torch.zeros(PATH_MAX, dtype=torch.uint8)
     path[: len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)
+    assert trainers.messages is not None
     for rank, part in enumerate(torch.as_tensor(obs).chunk(trainers.count), FIRST_TRAINER):
-        trainers.channel.send("H", trainers.messages["H"].fill(command=TRAIN), rank, 0)
         trainers.channel.send("S", trainers.messages["S"].fill(path=path, obs=part), rank, 0)
-    answer = trainers.channel.receive("B", trainers.messages["B"], FIRST_TRAINER, 0)
+    answer = trainers.receive("B")
     if answer["code"]:
         raise silent(answer["code"])
     return bool(answer["refill"])
@@ -272,19 +273,18 @@ def trainer(
     agent = make_agent(share, SimpleNamespace(single_observation_space=obs_space, single_action_space=action_space))
     learner = Learner(fabric, agent, share)
     messages = make_messages(learner, obs_space, count, args)
-    iteration, report = 0, ""
+    iteration, answer = 0, "B"
 
     def fail(code: int) -> None:
         """Tells the player, in the message that it waits for."""
         if speaks:
-            channel.send(report, messages[report].fill(code=code), PLAYER, iteration)
+            channel.send(answer, messages[answer].fill(code=code), PLAYER, iteration)
             channel.flush()
 
     # --- Buffer and counters
-    receive_header(channel, messages, iteration)
-    start = channel.receive("S", messages["S"], PLAYER, iteration)
-    folder = Path(bytes(start["path"].tolist()).rstrip(b"\0").decode())
-    report = "B"
+    await_player(channel)
+    begun = channel.receive("S", messages["S"], PLAYER, iteration)
+    folder = Path(bytes(begun["path"].tolist()).rstrip(b"\0").decode())
     refill = False
     with telling(fail, FIRST_TRAINER), failing_together(fabric):
         rb = make_buffer(share, obs_space, action_space, fabric, folder)
@@ -294,59 +294,59 @@ def trainer(
                 learner.load_state_dict(state["learner"])
                 refill = not restore_buffer(rb, state, resumed, share, fabric)
                 restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-    rb.start(start["obs"].numpy())
+    rb.start(begun["obs"].numpy())
     if speaks:
         channel.send("B", messages["B"].fill(code=0, refill=refill), PLAYER, iteration)
     if args.compile:
         compile_ahead(learner)
-    report = "M"
+    answer = "W"
 
     while True:
-        header = receive_header(channel, messages, iteration)
-        if header["command"] == STOP:
+        packet = receive_data(channel, messages, iteration)
+        if packet["command"] == STOP:
             channel.flush()
-            return header["code"]
-        data = channel.receive("D", messages["D"], PLAYER, iteration).tensors
-        add(rb, data)
+            return packet["code"]
+        add(rb, packet)
         if agent.obs_normalizer is not None:
-            agent.obs_normalizer.load_state_dict({name: data[name] for name in ("mean", "var", "count")})
+            statistics = {name: packet.tensors[name] for name in ("mean", "var", "count")}
+            agent.obs_normalizer.load_state_dict(statistics)
 
         # 2. Sample
-        updates = header["updates"]
+        updates = packet["updates"]
         batches = rb.sample(updates, share.batch_size, train_rng) if updates else {}
 
         # 3. Update
         if updates:
-            train(learner, batches, header["first"], train_rng, share)
+            train(learner, batches, packet["first"], train_rng, share)
 
         # 4. Log, 5. Checkpoint
         metrics: dict[str, Tensor] = {}
-        if header["note"] or learner.wants_check:
+        if packet["note"] or learner.wants_check:
             with telling(fail, FIRST_TRAINER), failing_together(fabric):
                 metrics = learner.metrics()
-        if header["save"]:
+        if packet["save"]:
             rngs = rank_generators(fabric, train_rng)
             if args.checkpoint_buffer:
                 with telling(fail, FIRST_TRAINER), failing_together(fabric):
-                    save_shard(folder / "checkpoints", header["step"], fabric.global_rank, rb.state_dict())
-        if updates or header["note"]:
+                    save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, rb.state_dict())
+        if updates or packet["note"]:
             signal = stop.exit_code(fabric)
             if speaks:
                 waited, passed = channel.lap()
                 means = torch.tensor([metrics[tag].mean().item() if tag in metrics else np.nan for tag in METRICS])
-                answer = messages["M"].fill(code=0, signal=signal, waited=waited, passed=passed, losses=means)
-                channel.send("M", answer, PLAYER, iteration)
-                channel.send("W", messages["W"].fill(weights=learner.actor.vector.data), PLAYER, iteration)
-        if speaks and header["save"]:
+                report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "losses": means}
+                weights = learner.actor.vector.data
+                channel.send("W", messages["W"].fill(weights=weights, **report), PLAYER, iteration)
+        if speaks and packet["save"]:
             channel.send("O", messages["O"].fill(**hand_over(learner), generators=rngs), PLAYER, iteration)
         iteration += 1
 
 
-def add(rb: ReplayBuffer, data: dict[str, Tensor]) -> None:
+def add(rb: ReplayBuffer, packet: Packet) -> None:
     """[D] into the buffer."""
-    columns = {name: column.numpy() for name, column in data.items()}
-    step = (columns[name] for name in ("next_obs", "rewards", "terminated", "truncated"))
-    rb.add(columns["actions"], *step, {"final_obs": columns["final_obs"]})
+    names = ("actions", "next_obs", "rewards", "terminated", "truncated", "final_obs")
+    *step, final_obs = (packet[name].numpy() for name in names)
+    rb.add(*step, {"final_obs": final_obs})
 
 
 def hand_over(learner: Learner) -> dict[str, Tensor]:
@@ -368,13 +368,13 @@ def main() -> int:
     count = fabric.world_size - FIRST_TRAINER
     for name in ("num_envs", "batch_size", "buffer_size"):
         require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
-    messages_an_iteration = 2 * (count if fabric.global_rank == PLAYER else 1)
-    channel = Channel(world, messages_an_iteration * (args.max_lag + 1))
+    channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:
         return trainer(args, obs_space, action_space, Group(fabric, team), channel, stop)
-    with telling(partial(dismiss, channel, Packet(HEADERS), ABORT)):
+    trainers = Trainers(channel)
+    with telling(partial(trainers.dismiss, ABORT)):
         home = Group(fabric, device=player_device(args, fabric))
-        return player(args, obs_space, action_space, home, channel, stop)
+        return player(args, obs_space, action_space, home, trainers, stop)
 
 
 if __name__ == "__main__":
