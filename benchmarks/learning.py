@@ -290,7 +290,7 @@ def plot(path: Path, task: Task, curves: list[dict[str, float]], rivals: list[di
     axes.axhspan(mean - spread, mean + spread, color="black", alpha=0.07, linewidth=0)
     axes.set_title(task.command.split("/")[-1].split(" --num-envs")[0].split(" --total")[0])
     axes.set(xlabel="environment steps", ylabel="return of training episodes")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
