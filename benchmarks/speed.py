@@ -153,8 +153,8 @@ RANKS = {  # arguments, and the environments of a single rank
     "ppo-walker2d": (f"{PPO} --env-id Walker2d-v4 --preset mujoco --total-timesteps 61440", 2),
 }
 HUMANOID = (
-    f"--env-id Humanoid-v5 --num-envs 40 --replay-ratio {1 / 40} --policy-frequency 1 --learning-starts 2000 "
-    "--total-timesteps 42000 --log-every 2000"
+    f"--env-id Humanoid-v5 --num-envs 56 --replay-ratio {1 / 56} --policy-frequency 1 --learning-starts 2000 "
+    "--total-timesteps 44800 --log-every 2240"
 )
 OVERLAP = {  # tasks on which playing and learning take about as long; threads of the coupled script; what is asked for
     "ppo-halfcheetah": (
@@ -514,7 +514,7 @@ def main() -> int:
         if not python.exists():
             parser.error(f"{options.peer_python} is not there; benchmarks/requirements-peers.txt says how to make it")
         jax = ("sbx-rl", "jax") if UPDATE_TASKS.keys() & tasks else ()
-        options.machine += peer_versions(python, ("stable-baselines3", "torch", *jax))
+        options.machine += peer_versions(python, ("stable-baselines3", "sb3-contrib", "torch", *jax))
     given = f"--repetitions {options.repetitions}"
     given += f" --ours-args={shlex.quote(options.ours_args)}" if options.ours_args else ""
     given += f" --total-timesteps {options.total_timesteps}" if options.total_timesteps else ""

@@ -115,6 +115,32 @@ class Deterministic(gym.Env):
         return np.array([np.sin(self._angle), np.cos(self._angle), self._steps / self.length], dtype=np.float32)
 
 
+class Recall(gym.Env):
+    """The first observation is a cue, ±1, and those of the `delay` steps after it are 0; then the episode ends.
+
+    The action at the last of them earns 1 if it is that of the cue, 0 for −1 and 1 for +1; all others earn nothing.
+    Whoever acts on the present observation alone sees 0 there, whatever the cue was, so that half of all episodes earn
+    nothing in expectation, however it was trained. Half of all cues are +1.
+    """
+
+    def __init__(self, delay: int = 4) -> None:
+        self.delay = delay
+        self.observation_space = Box(-1.0, 1.0, (1,), np.float32)
+        self.action_space = Discrete(2)
+        self._steps, self.cue = 0, 1
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._steps, self.cue = 0, 2 * int(self.np_random.integers(2)) - 1
+        return np.array([self.cue], np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        done = self._steps == self.delay
+        right = done and int(action) == (self.cue + 1) // 2
+        self._steps += 1
+        return np.zeros(1, np.float32), float(right), done, False, {}
+
+
 class TwoArgumentError(Exception):
     """Cannot be made from its text alone, as some libraries' errors cannot."""
 
@@ -223,3 +249,4 @@ gym.register("Counting-v0", entry_point=Counting)
 gym.register("Deterministic-v0", entry_point=Deterministic)
 gym.register("Fault-v0", entry_point=Fault)
 gym.register("Odd-v0", entry_point=Odd)
+gym.register("Recall-v0", entry_point=Recall)

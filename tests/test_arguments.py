@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -19,6 +20,8 @@ from fabricrl import algos
 from fabricrl.algos.args import StandardArgs, parse
 from fabricrl.algos.ppo import ppo as ppo_script
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
+from fabricrl.algos.ppo_recurrent import ppo_recurrent as recurrent_script
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.envs import make_envs
 from fabricrl.utils import launch as launching
 from fabricrl.utils.errors import ConfigError
@@ -27,6 +30,8 @@ from fabricrl.utils.utils import generators
 from tests.conftest import Trained
 
 Train = Callable[..., Trained]
+SCRIPTS: dict[str, Any] = {"ppo": ppo_script, "ppo_recurrent": recurrent_script}
+ARGS: dict[str, type[PPOArgs]] = {"ppo": PPOArgs, "ppo_recurrent": RecurrentPPOArgs}
 
 # A training of three iterations that takes a fraction of a second. The learning rate is high, so that ratios leave the
 # clipping range and gradients the norm; time limits end its episodes.
@@ -42,13 +47,16 @@ TINY: dict[str, Any] = {
     "learning_rate": 0.02,
     "logger": "csv",
 }
+TINIES = {"ppo": TINY, "ppo_recurrent": TINY | {"rnn_hidden_size": 8}}
 BOX = {"env_id": "tests.envs:IdentityBox-v0", "env_kwargs": "{}"}
+CARTPOLE = {"env_id": "CartPole-v1", "env_kwargs": "{}"}
 
 # Field -> another value than TINY's, and what else has to be set for it to matter. The parameters after the training
 # must be others.
 CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "env_id": ("CartPole-v1", {"env_kwargs": "{}"}),
     "env_kwargs": ('{"length": 7, "truncate": true}', {}),
+    "mask_velocities": (True, CARTPOLE),
     "num_envs": (4, {}),
     "total_timesteps": (64, {}),
     "seed": (2, {}),
@@ -77,6 +85,20 @@ CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "max_grad_norm": (0.05, {}),
     "target_kl": (1e-6, {}),
 }
+OWN: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
+    "ppo": {},
+    "ppo_recurrent": {
+        "rnn_type": ("gru", {}),
+        "rnn_hidden_size": (12, {}),
+        "rnn_layers": (2, {}),
+        "shared_core": (True, {}),
+        "encoder_sizes": ((8,), {}),
+        "prev_action": (True, {}),
+        "prev_reward": (True, {}),
+        "sequence_length": (4, {}),
+    },
+}
+CHANGES = [(algo, name) for algo in SCRIPTS for name in (CHANGES_PARAMETERS | OWN[algo])]
 
 # Field -> the test below that shows its effect
 CHANGES_SOMETHING_ELSE = {
@@ -110,6 +132,13 @@ CHANGES_SOMETHING_ELSE = {
     "compile": "test_compile_compiles_the_update",
 }
 
+# Read by `launch` and `Run` alone, which every script hands its arguments as they are: tests with PPO show their effect
+AS_IN_PPO = {
+    "exp_name", "log_dir", "logger", "track", "wandb_project_name", "wandb_entity", "upload_model", "hf_entity",
+    "accelerator", "cuda", "devices", "strategy", "num_nodes", "node_rank", "main_address", "main_port",
+    "num_threads", "matmul_precision", "torch_deterministic",
+}  # fmt: skip
+
 
 def flags(settings: dict[str, Any]) -> list[str]:
     """The command line that gives these arguments."""
@@ -123,38 +152,61 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return line
 
 
-def parsed(monkeypatch: pytest.MonkeyPatch, *line: object) -> PPOArgs:
+def parsed(monkeypatch: pytest.MonkeyPatch, *line: object, kind: type[PPOArgs] = PPOArgs) -> PPOArgs:
     monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, line)])
-    return parse(PPOArgs, "ppo", PRESETS)
+    return parse(kind, "ppo", PRESETS)
 
 
-def test_every_argument_has_a_test_that_shows_what_it_does() -> None:
-    fields = {field.name for field in dataclasses.fields(PPOArgs)}
-    assert not CHANGES_PARAMETERS.keys() & CHANGES_SOMETHING_ELSE.keys()
-    assert fields == CHANGES_PARAMETERS.keys() | CHANGES_SOMETHING_ELSE.keys()
+@pytest.fixture(params=SCRIPTS)
+def algo(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
+    changes = (CHANGES_PARAMETERS | OWN[algo]).keys()
+    assert not changes & CHANGES_SOMETHING_ELSE.keys()
+    assert {field.name for field in dataclasses.fields(ARGS[algo])} == changes | CHANGES_SOMETHING_ELSE.keys()
     assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
+
+
+def test_what_is_shown_with_ppo_alone_is_read_by_the_same_lines(
+    run: Train, algo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert AS_IN_PPO.issubset(CHANGES_SOMETHING_ELSE)
+    assert AS_IN_PPO.issubset(field.name for field in dataclasses.fields(StandardArgs))
+    script, handed = SCRIPTS[algo], {}
+
+    def spy(name: str, position: int) -> None:
+        original = getattr(script, name)
+        monkeypatch.setattr(script, name, lambda *given: (handed.update({name: given[position]}), original(*given))[1])
+
+    real_parse = parse
+    monkeypatch.setattr(script, "parse", lambda *given: handed.setdefault("parse", real_parse(*given)))
+    for name, position in (("launch", 0), ("Run", 1)):
+        spy(name, position)
+    run()
+    assert handed["launch"] is handed["Run"] is handed["parse"]
 
 
 # Arguments that scripts parse -> the tests that have a guard like the one above
 GUARDS = {
     "PPOArgs": "tests.test_arguments",
+    "RecurrentPPOArgs": "tests.test_arguments",
     "SACArgs": "tests.test_off_policy_arguments",
     "DroQArgs": "tests.test_off_policy_arguments",
 }
 
 
 def test_the_arguments_of_every_algorithm_are_guarded() -> None:
-    folder = Path(algos.__file__).parent
-    modules = [importlib.import_module(f"fabricrl.algos.{path.parent.name}.args") for path in folder.glob("*/args.py")]
-    kinds = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
-    parsed = {kind.__name__ for kind in kinds if issubclass(kind, StandardArgs) and not kind.__subclasses__()}
+    scripts = Path(algos.__file__).parent.glob("*/*.py")
+    parsed = {name for path in scripts for name in re.findall(r"\bparse\((\w+Args),", path.read_text())}
     assert parsed == GUARDS.keys()
     for module in GUARDS.values():
         assert hasattr(importlib.import_module(module), "test_every_argument_has_a_test_that_shows_what_it_does")
 
 
-def test_every_argument_has_a_help_text() -> None:
-    assert all(field.metadata["help"] for field in dataclasses.fields(PPOArgs))
+def test_every_argument_has_a_help_text(algo: str) -> None:
+    assert all(field.metadata["help"] for field in dataclasses.fields(ARGS[algo]))
 
 
 @pytest.fixture(scope="module")
@@ -164,43 +216,50 @@ def trained_before() -> dict[tuple, torch.Tensor]:
 
 
 @pytest.fixture
-def base(ppo: Train, trained_before: dict[tuple, torch.Tensor]) -> Callable[[dict[str, Any]], torch.Tensor]:
-    def train(extra: dict[str, Any]) -> torch.Tensor:
-        key = tuple(extra.items())
+def run(algo: str, train: Train) -> Callable[..., Trained]:
+    """Trains with the arguments of TINIES and others."""
+
+    def call(*line: object, **settings: Any) -> Trained:
+        trained = train(SCRIPTS[algo].main, *flags(TINIES[algo] | settings), *line)
+        assert trained.code == 0
+        return trained
+
+    return call
+
+
+@pytest.fixture
+def base(algo: str, run: Train, trained_before: dict[tuple, torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def weights(**extra: Any) -> torch.Tensor:
+        key = (algo, *extra.items())
         if key not in trained_before:
-            trained_before[key] = ppo(*flags(TINY | extra)).weights
+            trained_before[key] = run(**extra).weights
         return trained_before[key]
 
-    return train
+    return weights
 
 
-@pytest.mark.parametrize("name", CHANGES_PARAMETERS)
-def test_turning_it_changes_the_parameters(name: str, ppo: Train, base: Callable) -> None:
-    value, extra = CHANGES_PARAMETERS[name]
-    if name == "env_id":
-        before = base({})
-    elif name == "preset":  # TINY's own flags win, so what changes is what it leaves open
-        before = base(extra)
+@pytest.mark.parametrize(("algo", "name"), CHANGES)
+def test_turning_it_changes_the_parameters(algo: str, name: str, run: Train, base: Callable) -> None:
+    value, extra = (CHANGES_PARAMETERS | OWN[algo])[name]
+    before = base() if name == "env_id" else base(**extra)
+    if name == "preset":  # TINY's own flags win, so what changes is what it leaves open
         assert PRESETS[value].keys() - TINY.keys()
-    else:
-        before = base(extra)
-    run = ppo(*flags(TINY | extra | {name: value}))
-    assert run.code == 0
-    assert run.weights.isfinite().all()
-    assert run.weights.shape != before.shape or not torch.equal(run.weights, before)
-    stored = run.args[name]
+    after = run(**extra | {name: value})
+    assert after.weights.isfinite().all()
+    assert after.weights.shape != before.shape or not torch.equal(after.weights, before)
+    stored = after.args[name]
     assert (tuple(stored) if isinstance(stored, list) else stored) == value  # the run's args.json says what ran
 
 
-def test_the_same_arguments_give_the_same_bits(ppo: Train, base: Callable) -> None:
-    assert torch.equal(ppo(*flags(TINY)).weights, base({}))
+def test_the_same_arguments_give_the_same_bits(run: Train, base: Callable) -> None:
+    assert torch.equal(run().weights, base())
 
 
 def test_the_seed_reaches_parameters_environments_action_noise_and_minibatches(
-    ppo: Train, monkeypatch: pytest.MonkeyPatch
+    algo: str, run: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    real_rollout, real_train = ppo_script.rollout, ppo_script.train
+    real_rollout, real_train = SCRIPTS[algo].rollout, SCRIPTS[algo].train
 
     def check_ranks(fabric: Any, player: torch.nn.Module, obs: torch.Tensor) -> None:
         seen[:] = [parameter_hash(player).item(), obs.tolist()]
@@ -210,15 +269,15 @@ def test_the_seed_reaches_parameters_environments_action_noise_and_minibatches(
         real_rollout(*given)
 
     def train(*given: Any) -> Any:
-        seen.append(given[5].initial_seed())
+        (rng,) = (argument for argument in given if isinstance(argument, torch.Generator))
+        seen.append(rng.initial_seed())
         return real_train(*given)
 
     for function in (check_ranks, rollout, train):
-        monkeypatch.setattr(ppo_script, function.__name__, function)
-    once = TINY | {"env_id": "CartPole-v1", "env_kwargs": "{}", "total_timesteps": 32}
+        monkeypatch.setattr(SCRIPTS[algo], function.__name__, function)
     runs = {}
     for seed in (1, 2):
-        ppo(*flags(once | {"seed": seed}))
+        run(**CARTPOLE, total_timesteps=32, seed=seed)
         runs[seed] = list(seen)
     for what, first, second in zip(("parameters", "environments", "noise", "minibatches"), *runs.values(), strict=True):
         assert first != second, what
@@ -237,20 +296,20 @@ def test_streams_differ_by_seed_rank_purpose_and_the_step_of_resumption() -> Non
     assert len(set(states.values())) == len(states) == 16
 
 
-def test_vectorization_chooses_processes_and_changes_nothing_else(ppo: Train, base: Callable, tmp_path: Path) -> None:
+def test_vectorization_chooses_processes_and_changes_nothing_else(
+    algo: str, run: Train, base: Callable, tmp_path: Path
+) -> None:
     for kind, expected in (("sync", SyncVectorEnv), ("async", AsyncVectorEnv)):
-        envs = make_envs(PPOArgs(**(TINY | {"vectorization": kind})), 0, tmp_path)
+        envs = make_envs(ARGS[algo](**(TINIES[algo] | {"vectorization": kind})), 0, tmp_path)
         assert type(envs.unwrapped) is expected
         envs.close()
-    assert torch.equal(ppo(*flags(TINY), "--vectorization", "async").weights, base({}))
+    assert torch.equal(run(vectorization="async").weights, base())
 
 
-def test_videos_are_recorded_only_if_asked_and_as_often_as_asked(ppo: Train) -> None:
+def test_videos_are_recorded_only_if_asked_and_as_often_as_asked(run: Train) -> None:
     # CartPole's episodes take at most a few dozen steps at first: environment 0 ends several in 96 steps
-    cartpole = TINY | {"env_id": "CartPole-v1", "env_kwargs": "{}", "num_steps": 48}
-
     def videos(**settings: Any) -> list[str]:
-        folder = ppo(*flags(cartpole | settings)).folder / "videos"
+        folder = run(**CARTPOLE, num_steps=48, **settings).folder / "videos"
         return sorted(file.name for file in folder.glob("*.mp4"))
 
     assert videos() == []
@@ -275,9 +334,9 @@ def test_logger_chooses_the_kind_of_files(ppo: Train) -> None:
     assert kinds("tensorboard") == (False, True)
 
 
-def test_log_every_sets_the_distance_of_entries(ppo: Train) -> None:
+def test_log_every_sets_the_distance_of_entries(run: Train) -> None:
     def steps(log_every: int) -> list[int]:
-        lines = (ppo(*flags(TINY), "--log-every", log_every).folder / "metrics.csv").read_text().splitlines()
+        lines = (run(log_every=log_every).folder / "metrics.csv").read_text().splitlines()
         column = lines[0].split(",").index("step")
         return [int(line.split(",")[column]) for line in lines[1:]]
 
@@ -352,10 +411,10 @@ def test_wandb_gets_project_and_entity(ppo: Train, monkeypatch: pytest.MonkeyPat
     assert (made[-1]["project"], made[-1]["entity"]) == ("fabricrl", None)
 
 
-def test_checkpoints_are_written_as_often_as_asked_and_as_many_kept(ppo: Train, tmp_path: Path) -> None:
+def test_checkpoints_are_written_as_often_as_asked_and_as_many_kept(run: Train, tmp_path: Path) -> None:
     def steps(*line: object) -> list[int]:
         folder = tmp_path / "_".join(map(str, line))
-        ppo(*flags(TINY), *line, "--log-dir", folder)
+        run(*line, "--log-dir", folder)
         return sorted(int(file.stem.split("_")[1]) for file in folder.rglob("step_*.ckpt"))
 
     assert steps("--checkpoint-every", 0) == [96]
@@ -365,9 +424,9 @@ def test_checkpoints_are_written_as_often_as_asked_and_as_many_kept(ppo: Train, 
     assert steps("--no-save-model") == []
 
 
-def test_resume_goes_on_with_the_stored_arguments_and_flags_win_over_them(ppo: Train) -> None:
-    first = ppo(*flags(TINY | {"gamma": 0.9}))
-    second = ppo("--resume", first.folder, "--total-timesteps", 160, "--ent-coef", 0.2)
+def test_resume_goes_on_with_the_stored_arguments_and_flags_win_over_them(algo: str, run: Train, train: Train) -> None:
+    first = run(gamma=0.9)
+    second = train(SCRIPTS[algo].main, "--resume", first.folder, "--total-timesteps", 160, "--ent-coef", 0.2)
     assert second.folder == first.folder
     assert second.state["global_step"] == 160
     expected = first.state["args"] | {"total_timesteps": 160, "ent_coef": 0.2, "resume": str(first.folder)}
@@ -437,7 +496,7 @@ def test_torch_is_set_as_asked(told: Callable[..., dict[str, Any]]) -> None:
         assert torch.backends.cudnn.deterministic is expected
 
 
-def test_compile_compiles_the_update(ppo: Train, base: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_compiles_the_update(algo: str, run: Train, base: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiling for real takes half a minute; that it is asked for, and that its result is used, is what counts here
     compiled, calls = [], []
 
@@ -447,12 +506,13 @@ def test_compile_compiles_the_update(ppo: Train, base: Callable, monkeypatch: py
         return module
 
     monkeypatch.setattr(torch, "compile", fake)
-    ppo(*flags(TINY))
+    run()
     assert compiled == []
-    run = ppo(*flags(TINY | {"compile": True}))
-    assert [type(module) for module in compiled] == [ppo_script.Objective]
+    after = run(compile=True)
+    objective = {"ppo": ppo_script.Objective, "ppo_recurrent": recurrent_script.RecurrentObjective}[algo]
+    assert [type(module) for module in compiled] == [objective]
     assert len(calls) >= 3 * 2 * 2  # iterations, epochs, minibatches; and perhaps once before the clock starts
-    assert torch.equal(run.weights, base({}))
+    assert torch.equal(after.weights, base())
 
 
 def test_annealed_coefficients_do_not_compile_the_update_again(ppo: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,15 +531,12 @@ def test_annealed_coefficients_do_not_compile_the_update_again(ppo: Train, monke
 
 
 @pytest.mark.parametrize("precision", get_args(get_args(typing.get_type_hints(PPOArgs)["precision"])[0]))
-def test_every_precision_that_the_help_names_trains(precision: str, ppo: Train) -> None:
-    run = ppo(*flags(TINY), "--precision", precision)
-    assert run.code == 0
-    assert run.weights.isfinite().all()
+def test_every_precision_that_the_help_names_trains(precision: str, run: Train) -> None:
+    assert run(precision=precision).weights.isfinite().all()
 
 
-def test_the_environments_own_arguments_reach_it(ppo: Train) -> None:
-    run = ppo(*flags(TINY), "--env-kwargs", '{"length": 4}', "--log-every", 1)
-    assert run.result["episodes"] == str(96 // 4)
+def test_the_environments_own_arguments_reach_it(run: Train) -> None:
+    assert run(env_kwargs='{"length": 4}', log_every=1).result["episodes"] == str(96 // 4)
 
 
 # DESIGN.md, section 4
@@ -511,6 +568,19 @@ DEFAULTS: dict[str, Any] = {
     "anneal_ent": False,
     "bootstrap_truncated": True,
 }
+RECURRENT: dict[str, Any] = DEFAULTS | {
+    "num_envs": 8,
+    "hidden_sizes": (64,),
+    "rnn_type": "lstm",
+    "rnn_hidden_size": 64,
+    "rnn_layers": 1,
+    "shared_core": False,
+    "encoder_sizes": (),
+    "prev_action": False,
+    "prev_reward": False,
+    "sequence_length": 128,
+    "mask_velocities": False,
+}
 MUJOCO: dict[str, Any] = DEFAULTS | {
     "learning_rate": 3e-4,
     "num_envs": 1,
@@ -536,6 +606,11 @@ MUJOCO: dict[str, Any] = DEFAULTS | {
 def test_presets_are_the_design(line: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     args = dataclasses.asdict(parsed(monkeypatch, *line))
     assert {name: args[name] for name in expected} == expected
+
+
+def test_recurrent_defaults_are_those_of_ppo_but_for_what_memory_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = dataclasses.asdict(parsed(monkeypatch, kind=RecurrentPPOArgs))
+    assert {name: args[name] for name in RECURRENT} == RECURRENT
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -581,23 +656,25 @@ def test_other_shapes_of_values_are_understood(monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(args.env_kwargs) == {"a": [1, "b"]}
 
 
-def test_learning_rate_clipping_and_entropy_fall_linearly_to_zero(ppo: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_rate_clipping_and_entropy_fall_linearly_to_zero(
+    algo: str, run: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[float, float, float]] = []
-    train = ppo_script.train
+    train = SCRIPTS[algo].train
 
     def record(*given: Any) -> Any:
         optimizer, (clip_coef, ent_coef) = given[3], given[-2:]
         seen.append((optimizer.param_groups[0]["lr"], clip_coef, ent_coef))
         return train(*given)
 
-    monkeypatch.setattr(ppo_script, "train", record)
-    ppo(*flags(TINY | {"anneal_clip": True, "anneal_ent": True}))
+    monkeypatch.setattr(SCRIPTS[algo], "train", record)
+    run(anneal_clip=True, anneal_ent=True)
     # Three iterations: from the full value in the first, a third less in each
     for i, numbers in enumerate(seen):
         assert numbers == pytest.approx([0.02 * (1 - i / 3), 0.2 * (1 - i / 3), 0.01 * (1 - i / 3)])
     assert len(seen) == 3
     seen.clear()
-    ppo(*flags(TINY | {"anneal_lr": False}))
+    run(anneal_lr=False)
     assert seen == [(0.02, 0.2, 0.01)] * 3
 
 

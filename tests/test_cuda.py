@@ -9,6 +9,7 @@ import torch
 from fabricrl import evaluate
 from fabricrl.algos.droq import droq
 from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
 from fabricrl.utils.errors import ConfigError
 from tests.process import differences, load
@@ -22,6 +23,10 @@ OFF_POLICY = [*CONTINUOUS, "--learning-starts", 32, "--batch-size", 16, "--total
 RUNS: dict[str, tuple[Callable[[], int], list]] = {
     "ppo": (ppo.main, [*CONTINUOUS, "--norm-reward", "--num-steps", 16, "--total-timesteps", 96]),
     "ppo, discrete": (ppo.main, ["--num-steps", 16, "--total-timesteps", 96]),
+    "ppo_recurrent": (
+        ppo_recurrent.main,
+        [*CONTINUOUS, "--norm-reward", "--num-steps", 16, "--total-timesteps", 96, "--prev-action"],
+    ),
     "sac": (sac.main, OFF_POLICY),
     "droq": (droq.main, [*OFF_POLICY, "--replay-ratio", 2]),
 }

@@ -22,7 +22,7 @@ from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.model import parameter_hash
 from tests import test_arguments
 from tests.conftest import Trained
-from tests.test_arguments import flags
+from tests.test_arguments import AS_IN_PPO, flags
 
 SCRIPTS: dict[str, Any] = {"sac": sac, "droq": droq}
 ARGS: dict[str, type[OffPolicyArgs]] = {"sac": SACArgs, "droq": DroQArgs}
@@ -50,6 +50,7 @@ TINY: dict[str, Any] = {
 CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "env_id": ("Pendulum-v1", {"env_kwargs": "{}"}),
     "env_kwargs": ('{"length": 7, "truncate": true, "continuous": true}', {}),
+    "mask_velocities": (True, {"env_id": "Pendulum-v1", "env_kwargs": "{}"}),
     "num_envs": (4, {}),
     "total_timesteps": (48, {}),
     "seed": (2, {}),
@@ -93,13 +94,6 @@ CHANGES_SOMETHING_ELSE = {
     "checkpoint_buffer": "test_a_checkpoint_has_the_buffer_unless_told_otherwise",
     "allow_empty_buffer": "test_an_empty_buffer_is_allowed_only_if_asked",
 }
-
-# Read by `launch` and `Run` alone, which every script hands its arguments as they are: PPO's table shows their effect
-AS_IN_PPO = {
-    "exp_name", "log_dir", "logger", "track", "wandb_project_name", "wandb_entity", "upload_model", "hf_entity",
-    "accelerator", "cuda", "devices", "strategy", "num_nodes", "node_rank", "main_address", "main_port",
-    "num_threads", "matmul_precision", "torch_deterministic",
-}  # fmt: skip
 
 Train = Callable[..., Trained]
 
