@@ -415,7 +415,6 @@ def test_the_first_minibatch_sees_ratio_one(rnn_type: str, kind: str, sequence_l
     assert logratios[1].abs().max() > 1e-4  # by the second, the policy has moved
 
 
-@pytest.mark.xfail(strict=True, reason="Fabric rounds the whole minibatch, old log-probabilities and returns included")
 @pytest.mark.parametrize("rnn_type", ["lstm", "gru"])
 def test_the_first_minibatch_sees_ratio_one_in_half_precision_too(rnn_type: str, tmp_path: Path) -> None:
     args, agent, rb = learning("Box", tmp_path, rnn_type=rnn_type, num_minibatches=1, update_epochs=1)

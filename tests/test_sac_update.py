@@ -16,15 +16,18 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
+from fabricrl.algos.sac import learner as learner_module
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.learner import ActorObjective, Learner, compile_ahead
+from fabricrl.algos.sac.loss import critic_loss
 from fabricrl.algos.sac.utils import UpdateSchedule
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.models.distributions import TanhNormalHead
 from fabricrl.models.models import MLP, EnsembleMLP
 from fabricrl.utils.errors import ConfigError, NonFiniteError
+from fabricrl.utils.model import AsIs
 
 
 def train(learner: Learner, *rest: Any) -> dict[str, Tensor]:
@@ -299,7 +302,7 @@ def test_what_ddp_wraps_for_the_actor_has_no_parameter_of_a_critic() -> None:
     objective = ActorObjective(agent, -2.0, False)
     names = {name for name, _ in objective.named_parameters()}
     assert {name.split(".")[0] for name in names} == {"actor", "log_alpha"}
-    loss, *_ = objective(torch.randn(4, OBS), torch.randn(4, ACTIONS))
+    loss, *_ = objective(AsIs({"obs": torch.randn(4, OBS), "noise": torch.randn(4, ACTIONS)}))
     loss.backward()
     assert all(parameter.grad is not None for parameter in objective.parameters())
     assert all(parameter.grad is None for parameter in agent.critics.parameters())
@@ -614,3 +617,18 @@ def test_a_run_without_a_single_update_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--replay-ratio is 0.001.* 999 steps"):
         schedule(0.001, learning_starts=100, total_timesteps=1099)
     assert schedule(0.001, learning_starts=100, total_timesteps=1100).take(1100) == (1, 1)
+
+
+def test_half_precision_does_not_round_what_the_critics_are_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fabric rounds every tensor that it finds among the inputs of a module."""
+    args, seen = make_args(), {}
+    monkeypatch.setattr(
+        learner_module, "critic_loss", lambda q, targets: seen.update(targets=targets) or critic_loss(q, targets)
+    )
+    learner = Learner(Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"), make_agent(args), args)
+    batch = {name: column[0] for name, column in learner.prepare(make_batches(1)).items()}
+    batch = learner.next_actions(batch, torch.randn(BATCH, ACTIONS))
+    expected = learner.td_targets(batch)
+    assert (expected != expected.bfloat16().float()).any()
+    learner.update_critics(batch)
+    assert torch.equal(seen["targets"], expected)

@@ -1,6 +1,8 @@
 """Helpers that act on the parameters of any module."""
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,20 @@ def parameter_hash(module: nn.Module) -> Tensor:
             else tensor.detach().cpu().numpy().tobytes()
         )
     return torch.tensor(int.from_bytes(digest.digest()[:8], "big", signed=True))
+
+
+class AsIs:
+    """Tensors by name, for what Fabric has wrapped: it does not look inside.
+
+    In bf16-mixed it would round every tensor that it finds to eight bits, targets and old log-probabilities, too.
+    Autocast rounds what goes into products, and nothing else.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[name]
 
 
 class FlatParameters:

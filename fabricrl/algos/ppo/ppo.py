@@ -24,7 +24,7 @@ from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
-from fabricrl.utils.model import FlatParameters
+from fabricrl.utils.model import AsIs, FlatParameters
 from fabricrl.utils.ranks import all_mean
 from fabricrl.utils.run import Run, rank_generators, restore_generators
 from fabricrl.utils.utils import (
@@ -91,7 +91,7 @@ class Objective(nn.Module):
         self.agent, self.clip_vloss, self.vf_coef = agent, args.clip_vloss, args.vf_coef
 
     def forward(
-        self, batch: dict[str, Tensor], clip_coef: float | Tensor, ent_coef: float | Tensor
+        self, batch: AsIs | dict[str, Tensor], clip_coef: float | Tensor, ent_coef: float | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Minibatch [B, ...] → the loss; detached: policy, value and entropy loss [3], and log ratios [B]."""
         new_logprobs, entropy, new_values = self.evaluate(batch)
@@ -104,7 +104,7 @@ class Objective(nn.Module):
             loss = loss + ent_coef * ent_loss
         return loss, torch.stack((pg_loss, v_loss, ent_loss)).detach(), logratio.detach()
 
-    def evaluate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, batch: AsIs | dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """log π(a|s), entropy and value now; each [B]."""
         return self.agent(batch["obs"], batch["actions"])
 
@@ -133,7 +133,7 @@ def train(
         if args.norm_adv:
             shuffled["advantages"] = normalize_rows(fabric, shuffled["advantages"])
         for minibatch in zip(*shuffled.values(), strict=True):
-            loss, losses, logratio = objective(dict(zip(shuffled, minibatch, strict=True)), *coefs)
+            loss, losses, logratio = objective(AsIs(dict(zip(shuffled, minibatch, strict=True))), *coefs)
             fabric.backward(loss)
             flat.collect_gradients()
             if args.max_grad_norm > 0:
@@ -175,7 +175,7 @@ def compile_ahead(
     batch["obs"] = torch.zeros(size, agent.actor.inputs)
     batch["actions"] = torch.zeros(size, agent.head.num_actions, dtype=agent.head.dtype)
     batch = {name: column.to(fabric.device) for name, column in batch.items()}
-    fabric.backward(objective(batch, *compiled_coefs(fabric, args.clip_coef, args.ent_coef))[0])
+    fabric.backward(objective(AsIs(batch), *compiled_coefs(fabric, args.clip_coef, args.ent_coef))[0])
     flat.collect_gradients()
 
 

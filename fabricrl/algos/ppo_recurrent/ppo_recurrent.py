@@ -32,7 +32,7 @@ from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
-from fabricrl.utils.model import FlatParameters
+from fabricrl.utils.model import AsIs, FlatParameters
 from fabricrl.utils.ranks import all_mean
 from fabricrl.utils.run import Run, rank_generators, restore_generators
 from fabricrl.utils.utils import (
@@ -103,7 +103,7 @@ def returns_and_advantages(
 class RecurrentObjective(Objective):
     """PPO's objective, its minibatch laid out as sequences."""
 
-    def evaluate(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, batch: AsIs | dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """log π(a|s), entropy and value now; each [B]."""
         return self.agent(batch["obs"], batch["actions"], batch["states"], batch["layout"])
 
@@ -137,7 +137,7 @@ def train(
             layout = layout.to(fabric.device)
             batch = dict(zip(shuffled, minibatch, strict=True)) | {"layout": layout}
             batch["states"] = data["states"][rows[layout.first]]  # [S, ...]
-            loss, losses, logratio = objective(batch, *coefs)
+            loss, losses, logratio = objective(AsIs(batch), *coefs)
             fabric.backward(loss)
             flat.collect_gradients()
             if args.max_grad_norm > 0:
@@ -157,15 +157,16 @@ def compile_ahead(
     rb: RecurrentRolloutBuffer,
     args: RecurrentPPOArgs,
 ) -> None:
-    """Compiles forward and backward on an empty minibatch now, not within the first update; changes nothing."""
+    """Compiles forward and backward on empty minibatches now, not within the first update; changes nothing."""
     size = args.num_steps * args.num_envs // args.num_minibatches
     batch: dict[str, Any] = {name: torch.zeros(size) for name in ("advantages", "returns", "values", "logprobs")}
     batch |= {"obs": torch.zeros(size, player.actor_core.inputs), "actions": rb.actions.flatten(0, 1)[:size]}
-    _, (layout, *_) = Sequences(rb.dones, args.sequence_length).minibatches(args.num_minibatches, torch.Generator())
-    batch |= {"layout": layout, "states": torch.zeros(len(layout.first), player.memory_size - player.num_prev)}
-    batch = {name: column.to(fabric.device) for name, column in batch.items()}
-    fabric.backward(objective(batch, *compiled_coefs(fabric, args.clip_coef, args.ent_coef))[0])
-    flat.collect_gradients()
+    for length in (2, 3):  # how many sequences there are varies, which the second call shows to the compiler
+        _, (layout, *_) = Sequences(rb.dones, length).minibatches(args.num_minibatches, torch.Generator())
+        batch |= {"layout": layout, "states": torch.zeros(len(layout.first), player.memory_size - player.num_prev)}
+        batch = {name: column.to(fabric.device) for name, column in batch.items()}
+        fabric.backward(objective(AsIs(batch), *compiled_coefs(fabric, args.clip_coef, args.ent_coef))[0])
+        flat.collect_gradients()
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from fabricrl.algos.sac.args import OffPolicyArgs
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.utils.checkpoint import restore_optimizer
 from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.model import FlatParameters
+from fabricrl.utils.model import AsIs, FlatParameters
 
 CRITIC_TAGS = ("losses/qf_loss", "losses/qf_values")
 ACTOR_TAGS = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "losses/alpha")
@@ -30,10 +30,10 @@ class CriticObjective(nn.Module):
         super().__init__()
         self.critics = agent.critics
 
-    def forward(self, inputs: Tensor, targets: Tensor, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """Prepared observations beside actions [B, D + A], targets [B] → the loss; detached: mean Q."""
-        q = self.critics(inputs, dropped).float()  # [C, B]
-        loss = critic_loss(q, targets)
+    def forward(self, batch: AsIs, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """inputs, prepared observations beside actions [B, D + A]; targets [B] → the loss; detached: mean Q."""
+        q = self.critics(batch["inputs"], dropped).float()  # [C, B]
+        loss = critic_loss(q, batch["targets"])
         return loss, q.detach().mean()
 
 
@@ -49,8 +49,9 @@ class ActorObjective(nn.Module):
         self._critics = (agent.critics,)  # hidden in a tuple from nn.Module
         self.target_entropy, self.mean_over_critics = target_entropy, mean_over_critics
 
-    def forward(self, inputs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-        """Prepared observations [B, D], noise [B, A] → the loss; detached: actor loss, temperature loss, mean log π."""
+    def forward(self, batch: AsIs, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """obs, prepared [B, D]; noise [B, A] → the loss; detached: actor loss, temperature loss, mean log π."""
+        inputs, noise = batch["obs"], batch["noise"]
         actions, logprobs = self.head.sample_with_logprob(self.actor(inputs), noise)  # as agent.policy
         q = self._critics[0](torch.cat((inputs, actions), -1), dropped, frozen=True).float()  # [C, B]
         q = q.mean(0) if self.mean_over_critics else q.amin(0)  # [B]
@@ -99,7 +100,8 @@ class Learner:
         self, batch: dict[str, Tensor], dropped: Sequence[Tensor] = (), target_dropped: Sequence[Tensor] = ()
     ) -> None:
         """One step of the critics at a batch with next actions."""
-        loss, mean_q = self.critic_objective(batch["inputs"], self.td_targets(batch, target_dropped), dropped)
+        known = AsIs({"inputs": batch["inputs"], "targets": self.td_targets(batch, target_dropped)})
+        loss, mean_q = self.critic_objective(known, dropped)
         self.fabric.backward(loss)
         self.critics.collect_gradients()
         self.q_optimizer.step()
@@ -108,7 +110,7 @@ class Learner:
     def update_actor(self, obs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> None:
         """One step of actor and temperature at prepared observations [B, D], noise [B, A]."""
         alpha = self.agent.alpha
-        loss, *metrics = self.actor_objective(obs, noise, dropped)
+        loss, *metrics = self.actor_objective(AsIs({"obs": obs, "noise": noise}), dropped)
         self.fabric.backward(loss)
         self.actor.collect_gradients()
         self.actor_optimizer.step()
@@ -199,7 +201,7 @@ def compile_ahead(learner: Learner, updates: int = 0, dropped: Sequence[Sequence
     batches = learner.next_actions(batches, batches["actions"])
     batch = {name: column[0] for name, column in batches.items()} if updates else batches
     targets = learner.td_targets(batch, dropped[1])
-    learner.fabric.backward(learner.critic_objective(batch["inputs"], targets, dropped[0])[0])
-    learner.fabric.backward(learner.actor_objective(batch["obs"], batch["actions"], dropped[2])[0])
+    learner.fabric.backward(learner.critic_objective(AsIs(batch | {"targets": targets}), dropped[0])[0])
+    learner.fabric.backward(learner.actor_objective(AsIs(batch | {"noise": batch["actions"]}), dropped[2])[0])
     learner.critics.collect_gradients()
     learner.actor.collect_gradients()
