@@ -24,7 +24,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PPO = str(ROOT / "fabricrl/algos/ppo/ppo.py")
+PPO_DECOUPLED = str(ROOT / "fabricrl/algos/ppo/ppo_decoupled.py")
 SAC = str(ROOT / "fabricrl/algos/sac/sac.py")
+SAC_DECOUPLED = str(ROOT / "fabricrl/algos/sac/sac_decoupled.py")
 DROQ = str(ROOT / "fabricrl/algos/droq/droq.py")
 EVALUATE = str(ROOT / "fabricrl/evaluate.py")
 PYTHON = [sys.executable]
@@ -190,7 +192,9 @@ class Finished:
 
 # A process that has imported what scripts import and forks those that are asked for: they start in milliseconds
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["fabricrl.algos.sac.sac", "fabricrl.algos.droq.droq", "tensorboard"])
+FORKSERVER.set_forkserver_preload(
+    ["fabricrl.algos.ppo.ppo_decoupled", "fabricrl.algos.sac.sac_decoupled", "fabricrl.algos.droq.droq", "tensorboard"]
+)
 
 
 class Team:
