@@ -1,6 +1,7 @@
 """On a GPU every script does what it does on a CPU; where there is none, these tests are skipped."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 
 from fabricrl import evaluate
 from fabricrl.algos.droq import droq
-from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
-from fabricrl.algos.sac import sac
+from fabricrl.algos.sac import sac, sac_decoupled
+from fabricrl.utils.decoupled import Group
 from fabricrl.utils.errors import ConfigError
-from tests.process import differences, load
+from tests.process import differences, load, run_team
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -75,3 +77,27 @@ def test_faster_ways(run: Callable[..., Any], flags: list[str]) -> None:
 def test_more_gpus_than_there_are(run: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="cannot be had"):
         run(*CUDA, "--devices", torch.cuda.device_count() + 1)
+
+
+def trainers_on_gpu(rank: int) -> None:
+    """In a rank: what `--player-device cpu` beside `--accelerator cuda` does, with one GPU less."""
+    for script in (ppo_decoupled, sac_decoupled):
+
+        def group(fabric: Any, collective: Any = None, device: Any = None) -> Group:
+            return Group(fabric, collective, torch.device("cuda") if collective is not None else device)
+
+        script.Group = group  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "sac"])
+def test_player_on_the_cpu_and_trainer_on_the_gpu(algo: str, train: Callable[..., Any], tmp_path: Path) -> None:
+    main, flags = RUNS[algo]
+    here = train(main, *COMMON, *flags, "--checkpoint-every", 32)
+    twin, line = f"fabricrl.algos.{algo}.{algo}_decoupled", [*COMMON, *flags, "--checkpoint-every", 32, "--max-lag", 0]
+    there = run_team(twin, *line, "--log-dir", tmp_path / "there", folder=tmp_path / "team", prepare=trainers_on_gpu)
+    state = load(there.result["checkpoint"])
+    weights = torch.cat([v.reshape(-1) for name, v in state["agent"].items() if "normalizer" not in name])
+    torch.testing.assert_close(weights, here.weights, rtol=0, atol=2e-4)
+    assert (
+        train(main, "--resume", there.result["checkpoint"], "--log-dir", tmp_path / "resumed").result["steps"] == "96"
+    )
