@@ -4,6 +4,7 @@ Shapes: T steps, N environments, B rows of a minibatch in S sequences of up to L
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,8 @@ class RecurrentCore(nn.Module):
                 nn.init.orthogonal_(parameter)
             else:
                 nn.init.zeros_(parameter)
+        # cuDNN wants its weights in an order of its own; as the optimizer steps one vector, it copies them, and says so
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         self.parts = 2 if kind == "lstm" else 1
         self.state_size = self.parts * num_layers * hidden_size
         self._layers = [
