@@ -90,7 +90,7 @@ def make_messages(learner: Learner, obs_space: Space, count: int, args: SACDecou
         shapes = ((), vector.shape, vector.shape)
         optimizer |= {f"{name}.{part}": (shape, torch.float32) for part, shape in zip(ADAM, shapes, strict=True)}
     optimizer["generators"] = (count, 2, *torch.get_rng_state().shape), torch.uint8
-    answer = REPORT | {"losses": ((len(METRICS),), torch.float64)}
+    answer = REPORT | {"noted": INTEGER, "losses": ((len(METRICS),), torch.float64)}
     answer |= {"weights": (learner.actor.vector.shape, torch.float32)}
     fields = {"D": data, "W": answer, "O": optimizer}
     fields |= {"S": {"path": ((PATH_MAX,), torch.uint8), "obs": obs}, "B": {"code": INTEGER, "refill": INTEGER}}
@@ -113,8 +113,9 @@ def shares(actions: np.ndarray, step: tuple, normalizer: Any, count: int) -> lis
 def collect(trainers: Trainers, most: int, learner: Learner, losses: MeanMetrics) -> None:
     """Takes losses, and the weights to act with, until the player is `most` iterations ahead."""
     for answer in trainers.collect(most):
-        values = zip(METRICS, answer["losses"].clone(), strict=True)
-        losses.update({tag: value for tag, value in values if not value.isnan()})
+        if answer["noted"]:
+            values = zip(METRICS, answer["losses"].clone(), strict=True)
+            losses.update({tag: value for tag, value in values if not value.isnan()})
         learner.actor.vector.data.copy_(answer["weights"])
 
 
@@ -333,8 +334,10 @@ def trainer(
             signal = stop.exit_code(fabric)
             if speaks:
                 waited, passed = channel.lap()
-                means = torch.tensor([metrics[tag].mean().item() if tag in metrics else np.nan for tag in METRICS])
-                report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "losses": means}
+                report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "noted": len(metrics)}
+                if metrics:
+                    means = [metrics[tag].mean().item() if tag in metrics else np.nan for tag in METRICS]
+                    report["losses"] = torch.tensor(means, dtype=torch.float64)
                 weights = learner.actor.vector.data
                 channel.send("W", messages["W"].fill(weights=weights, **report), PLAYER, iteration)
         if speaks and packet["save"]:
