@@ -194,6 +194,8 @@ GUARDS = {
     "RecurrentPPOArgs": "tests.test_arguments",
     "SACArgs": "tests.test_off_policy_arguments",
     "DroQArgs": "tests.test_off_policy_arguments",
+    "PPODecoupledArgs": "tests.test_decoupled_arguments",
+    "SACDecoupledArgs": "tests.test_decoupled_arguments",
 }
 
 

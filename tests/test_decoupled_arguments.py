@@ -1,0 +1,40 @@
+"""The arguments of decoupled scripts are those of the coupled ones, and three of their own."""
+
+import dataclasses
+
+import pytest
+
+from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
+from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
+from tests import test_decoupled, test_decoupled_run
+
+TWINS = {"ppo": (PPOArgs, PPODecoupledArgs), "sac": (SACArgs, SACDecoupledArgs)}
+# Where tests show what the three do; the others reach the same functions as in the coupled script, whose runs are equal
+OWN = {"max_lag": test_decoupled_run, "timeout": test_decoupled_run, "player_device": test_decoupled}
+
+
+def defaults(kind: type) -> dict[str, object]:
+    return {field.name: field.default for field in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize("algo", TWINS)
+def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
+    coupled, decoupled = (defaults(kind) for kind in TWINS[algo])
+    assert decoupled.keys() - coupled.keys() == OWN.keys()
+    assert coupled.keys() <= decoupled.keys()
+    for name, module in OWN.items():
+        flag = f"--{name.replace('_', '-')}"
+        with open(module.__file__ or "") as source:
+            assert flag in source.read(), flag
+
+
+@pytest.mark.parametrize("algo", TWINS)
+def test_defaults_are_the_coupled_scripts(algo: str) -> None:
+    coupled, decoupled = (defaults(kind) for kind in TWINS[algo])
+    changed = {name for name, default in coupled.items() if decoupled[name] != default}
+    assert changed == {"exp_name"}
+
+
+@pytest.mark.parametrize("algo", TWINS)
+def test_every_argument_has_a_help_text(algo: str) -> None:
+    assert all(field.metadata["help"] for field in dataclasses.fields(TWINS[algo][1]))
