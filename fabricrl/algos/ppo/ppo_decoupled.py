@@ -100,14 +100,15 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, traine
     act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
 
     # --- Environments
-    envs = make_envs(args, fabric.global_rank, run.videos)
+    with failing_together(fabric):
+        envs = make_envs(args, fabric.global_rank, run.videos)
 
     # --- Agent, and the optimizer's state for checkpoints
-    player = make_agent(args, envs).to(fabric.device)
+    player = make_agent(args, envs)
+    player.to(fabric.device)
     flat = FlatParameters(player)
-    optimizer = torch.optim.Adam(
-        [flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda")
-    )
+    adam = torch.optim.Adam([flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda"))
+    optimizer = fabric.setup_optimizers(adam)
 
     # --- Metrics and buffer
     episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
@@ -126,7 +127,8 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, traine
 
     run.start()
     clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
-    obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
+    with failing_together(fabric):
+        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
     rb.start(obs)
     trainers.begin(make_messages(player, flat, trainers.count, args))  # -> [H]
     lag = 0  # most that a rollout's policy was behind since the last entry
@@ -134,7 +136,9 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, traine
     while global_step + batch_size <= args.total_timesteps:
         # 1. Rollout
         lag = max(lag, len(trainers.ahead))
-        rollout(player, envs, rb, act_rng, clock)
+        with failing_together(fabric):
+            rollout(player, envs, rb, act_rng, clock)
+        clock.lap("comm")
         global_step += batch_size
 
         # 2. Returns and advantages
@@ -146,7 +150,8 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, traine
         clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
         ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
         optimizer.param_groups[0]["lr"] = learning_rate
-        exit_code = max(stop.exit_code(fabric), trainers.signal)
+        exit_code = stop.exit_code(fabric)
+        exit_code = max(exit_code, trainers.signal)
         last = exit_code > 0 or global_step + batch_size > args.total_timesteps
         saves = run.wants_checkpoint(global_step, last)
         clock.lap("train")
@@ -167,17 +172,17 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, traine
         episodes.update(fabric, rb.rewards, rb.dones)
         run.advance(global_step, episodes.mean_return)
         if run.wants_log(global_step, last):
-            charts = {"charts/learning_rate": learning_rate, "charts/SPS": run.sps(global_step), "charts/lag": lag}
+            charts = {"charts/learning_rate": learning_rate, "charts/SPS": run.sps(global_step)}
             charts["losses/explained_variance"] = explained_variance(data["values"], data["returns"]).item()
-            charts |= {"time/wait_trainer": trainers.share_waited()}
+            charts |= {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}
             run.log(charts | episodes.compute() | losses.compute() | clock.shares(), global_step)
             lag = 0
 
         # 5. Checkpoint
         if saves:
             stored = trainers.receive("O")  # <- [O]
-            adam = {name: stored.tensors[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
+            moments = {name: stored.tensors[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: moments}})
             state = {
                 "spaces": spaces,
                 "agent": player.state_dict(),

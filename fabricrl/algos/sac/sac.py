@@ -37,11 +37,8 @@ def rollout(
     rng: torch.Generator,
     random: bool,
     clock: Stopwatch,
-) -> tuple[np.ndarray, tuple]:
-    """One step in every environment, by uniform actions if `random`, into the replay buffer.
-
-    Returns the actions as the policy gave them, [N, A], and what `envs.step` answered.
-    """
+) -> None:
+    """One step in every environment, by uniform actions if `random`, into the replay buffer."""
     num_envs, device = rb.num_envs, player.log_alpha.device
     if random:
         actions = (2 * torch.rand(num_envs, player.head.num_actions, generator=rng) - 1).numpy()  # [N, A]
@@ -57,7 +54,6 @@ def rollout(
     if problem := rb.first_bad():
         raise NonFiniteError(problem)
     episodes.add(rewards=step[1], dones=step[2] | step[3])
-    return actions, step
 
 
 def train(learner: Learner, batches: dict[str, Tensor], first: int, rng: torch.Generator, args: SACArgs) -> None:

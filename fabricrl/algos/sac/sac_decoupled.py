@@ -97,6 +97,20 @@ def make_messages(learner: Learner, obs_space: Space, count: int, args: SACDecou
     return Messages(fields, count, args.max_lag)
 
 
+class NewestStep(ReplayBuffer):
+    """What the player keeps: the step that it is about to send.
+
+    Attributes:
+        newest: actions [N, A] and what `envs.step` answered.
+    """
+
+    newest: tuple[np.ndarray, tuple]
+
+    def add(self, actions: np.ndarray, *step: Any) -> None:
+        super().add(actions, *step)
+        self.newest = actions, step
+
+
 def shares(actions: np.ndarray, step: tuple, normalizer: Any, count: int) -> list[dict[str, Tensor]]:
     """What each trainer gets to know of a step: that of its environments, side by side, and the normaliser."""
     obs, rewards, terminated, truncated, infos = step
@@ -133,14 +147,16 @@ def player(
     if state:
         check_batch(state, args, fabric.world_size)
         check_spaces(state["spaces"], spaces)
-    schedule = UpdateSchedule(args, fabric)
-    check_room(args, obs_space, action_space, fabric)
+    with failing_together(fabric):
+        schedule = UpdateSchedule(args, fabric)
+        check_room(args, obs_space, action_space, fabric)
     run = Run(fabric, args, "sac", resumed, global_step)
     act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
 
     # --- Environments
-    envs = make_envs(args, fabric.global_rank, run.videos)
-    rb = ReplayBuffer(args.num_envs, args.num_envs, obs_space, int(np.prod(action_space.shape)))  # the newest step
+    with failing_together(fabric):
+        rb = NewestStep(args.num_envs, args.num_envs, obs_space, int(np.prod(action_space.shape)))
+        envs = make_envs(args, fabric.global_rank, run.videos)
 
     # --- Agent, and the optimizers' state for checkpoints
     player = make_agent(args, envs)
@@ -151,7 +167,7 @@ def player(
 
     # --- Counters
     if state:
-        with reading(resumed):
+        with failing_together(fabric), reading(resumed):
             restore(player, state["agent"])
             learner.load_state_dict(state["learner"])
             episodes.load_state_dict(state["episodes"])
@@ -160,10 +176,11 @@ def player(
 
     run.start()
     clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
-    obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
-    rb.start(obs)
-    if problem := rb.first_bad():
-        raise NonFiniteError(problem)
+    with failing_together(fabric):
+        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
+        rb.start(obs)
+        if problem := rb.first_bad():
+            raise NonFiniteError(problem)
     trainers.begin(make_messages(learner, obs_space, trainers.count, args))  # -> [H]
     refill = start(trainers, run.folder, obs)  # -> [S], <- [B]
     if state:
@@ -173,7 +190,9 @@ def player(
     while global_step + batch_size <= args.total_timesteps:
         # 1. Rollout
         lag = max(lag, len(trainers.ahead))
-        actions, step = rollout(player, envs, rb, episodes, act_rng, schedule.explores(global_step), clock)
+        with failing_together(fabric):
+            rollout(player, envs, rb, episodes, act_rng, schedule.explores(global_step), clock)
+        clock.lap("comm")
         global_step += batch_size
         if player.obs_normalizer is not None:
             player.obs_normalizer.update(rb.newest_obs().to(fabric.device), fabric)
@@ -182,14 +201,16 @@ def player(
         first, updates = schedule.take(global_step)
 
         # 3. Update
-        exit_code = max(stop.exit_code(fabric), trainers.signal)
+        clock.lap("train")
+        exit_code = stop.exit_code(fabric)
+        exit_code = max(exit_code, trainers.signal)
         last = exit_code > 0 or global_step + batch_size > args.total_timesteps
         saves = run.wants_checkpoint(global_step, last)
         notes = run.wants_log(global_step, last) or saves
         collect(trainers, max(args.max_lag, 1) - 1, learner, losses)  # <- [W]
         clock.lap("wait_player")
         command = {"first": first, "updates": updates, "step": global_step, "save": saves, "note": notes}
-        parts = shares(actions, step, player.obs_normalizer, trainers.count)
+        parts = shares(*rb.newest, player.obs_normalizer, trainers.count)
         trainers.send(parts, answers=updates > 0 or notes, **command)  # -> [D]
         clock.lap("comm")
         collect(trainers, 0 if last or saves else args.max_lag, learner, losses)  # <- [W]
@@ -200,8 +221,8 @@ def player(
             episodes.flush(fabric)
         run.advance(global_step, episodes.mean_return)
         if run.wants_log(global_step, last):
-            charts = {"charts/learning_rate": args.policy_lr, "charts/SPS": run.sps(global_step), "charts/lag": lag}
-            charts |= {"time/wait_trainer": trainers.share_waited()}
+            charts = {"charts/learning_rate": args.policy_lr, "charts/SPS": run.sps(global_step)}
+            charts |= {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}
             run.log(charts | episodes.compute() | losses.compute() | clock.shares(), global_step)
             lag = 0
 
