@@ -1,4 +1,4 @@
-"""Networks and the running normaliser. Image and recurrent networks join here."""
+"""Networks and the running normaliser."""
 
 import itertools
 import math

@@ -5,6 +5,7 @@ flat buffers of bytes that are allocated once. Every message has a letter, which
 """
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
+from fabricrl.utils.launch import is_communication_error, one_line, report
+from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
@@ -27,8 +30,17 @@ TRAIN, STOP, ABORT = 0, 1, 2  # what the header of an iteration commands
 TO_EACH = "DS"  # letters of the messages that go to every trainer: data, start
 Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape and type
 INTEGER, REAL = ((), torch.int64), ((), torch.float64)
-HEADER: Fields = {"command": INTEGER, "code": INTEGER}  # what [H] has, and the head of every [D]
+HEADER: Fields = {"command": INTEGER, "code": INTEGER}  # the head of [H] and of every [D]
+HELLO: Fields = {**HEADER, "hash": INTEGER}  # [H]
 REPORT: Fields = {"code": INTEGER, "signal": INTEGER, "waited": REAL, "passed": REAL}
+
+
+class EndedByPeerError(RunError):
+    """Ends a rank because of another one, which has told why and knows what to do itself; without text."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.exit_code = code
 
 
 class Group:
@@ -178,7 +190,8 @@ class Messages:
     """
 
     def __init__(self, fields: Mapping[str, Fields], count: int, max_lag: int) -> None:
-        turns = {letter: (max_lag + 2) * (count if letter in TO_EACH else 1) for letter in fields}
+        often = {letter: max_lag + 2 if letter in "DW" else 1 for letter in fields}  # of the others one is on its way
+        turns = {letter: often[letter] * (count if letter in TO_EACH else 1) for letter in fields}
         self._packets = {letter: cycle([Packet(fields[letter]) for _ in range(turns[letter])]) for letter in fields}
 
     def __getitem__(self, letter: str) -> Packet:
@@ -203,9 +216,9 @@ class Trainers:
         self.iteration, self.signal = 0, 0
         self._waited = self._passed = 0.0
 
-    def begin(self, messages: Messages) -> None:
-        """[H] to each: the player is ready."""
-        self._order(TRAIN, 0)
+    def begin(self, messages: Messages, agent: nn.Module) -> None:
+        """[H] to each: the player is ready, and starts from these parameters."""
+        self._order(TRAIN, 0, hash=parameter_hash(agent))
         self.messages = messages
 
     def send(self, shares: Iterable[Mapping[str, Tensor]], answers: bool = True, **command: float) -> None:
@@ -228,7 +241,7 @@ class Trainers:
         while len(self.ahead) > most:
             answer = self.channel.receive("W", self.messages["W"], FIRST_TRAINER, self.ahead.popleft())
             if answer["code"]:
-                raise silent(answer["code"])
+                raise EndedByPeerError(answer["code"])
             self.signal = max(self.signal, answer["signal"])
             self._waited, self._passed = self._waited + answer["waited"], self._passed + answer["passed"]
             yield answer
@@ -247,13 +260,14 @@ class Trainers:
         """The last order to each, STOP or ABORT, and the exit code to end with. Those that are gone need none."""
         with contextlib.suppress(LostPeerError):
             self._order(command, code)
-            self.channel.flush()
+            if code != LostPeerError.exit_code:  # there one may not be listening
+                self.channel.flush()
 
-    def _order(self, command: int, code: int) -> None:
+    def _order(self, command: int, code: int, **more: Any) -> None:
         for rank in range(FIRST_TRAINER, self.channel.world_size):
-            packet = Packet(HEADER) if self.messages is None else self.messages["D"]
+            packet = Packet(HELLO) if self.messages is None else self.messages["D"]
             letter = "H" if self.messages is None else "D"
-            self.channel.send(letter, packet.fill(command=command, code=code), rank, self.iteration)
+            self.channel.send(letter, packet.fill(command=command, code=code, **more), rank, self.iteration)
 
 
 def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchCollective]:
@@ -303,27 +317,64 @@ def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step
 
 @contextmanager
 def telling(tell: Callable[[int], None], first_rank: int = PLAYER) -> Iterator[None]:
-    """What goes wrong with a rank ends its peers with the same exit code, rather than leave them waiting for it.
+    """What goes wrong with a rank is reported at once and ends its peers, too, rather than leave them waiting for it.
 
     `first_rank` is that of the group that has agreed on who reports the error.
+
+    Raises:
+        EndedByPeerError: in place of the error that has been reported.
     """
     try:
         yield
     except LostPeerError:  # the others notice as this one ends
         raise
-    except RunError as error:
-        error.told_by += first_rank
+    except EndedByPeerError as error:
         tell(error.exit_code)
+        raise
+    except RunError as error:
+        told_by = error.told_by + first_rank
+        report(str(error), error.exit_code, told_by)  # before the others end, which may end this process
+        tell(error.exit_code)
+        raise EndedByPeerError(error.exit_code) from error
+    except RuntimeError as error:
+        if not is_communication_error(error):
+            raise
+        report(f"rank {os.environ.get('RANK', first_rank)} lost another trainer: {one_line(error)}", 7)
+        tell(LostPeerError.exit_code)
+        raise EndedByPeerError(LostPeerError.exit_code) from error
+
+
+@contextmanager
+def before_the_player(channel: "Channel") -> Iterator[None]:
+    """What goes wrong with a trainer before [H] has often gone wrong with the player, too: [H] is taken first."""
+    try:
+        yield
+    except RunError:
+        with contextlib.suppress(RunError):
+            await_player(channel)
         raise
 
 
-def await_player(channel: Channel) -> None:
+def give_up(channel: "Channel", messages: "Messages", letter: str, speaks: bool, iteration: int, code: int) -> None:
+    """A trainer's last message, if it speaks for all, and its end: when the player orders it, or is gone."""
+    with contextlib.suppress(LostPeerError):
+        if speaks:
+            channel.send(letter, messages[letter].fill(code=code), PLAYER, iteration)
+        while channel.receive("D", messages["D"], PLAYER, iteration)["command"] == TRAIN:
+            pass
+
+
+def await_player(channel: Channel, agent: nn.Module | None = None) -> None:
     """[H], before the first iteration.
 
     Raises:
-        RunError: without text, if the player cannot begin; it has said why.
+        RunError: without text, if the player cannot begin, which has said why; or `agent` differs from the player's.
     """
-    _heed(channel.receive("H", Packet(HEADER), PLAYER, 0))
+    hello = _heed(channel.receive("H", Packet(HELLO), PLAYER, 0))
+    if agent is not None and hello["hash"] != parameter_hash(agent).item():
+        raise RunError(
+            f"rank {channel.rank} starts from other parameters than the player: does the environment draw from torch?"
+        )
 
 
 def receive_data(channel: Channel, messages: Messages, iteration: int) -> Packet:
@@ -337,12 +388,5 @@ def receive_data(channel: Channel, messages: Messages, iteration: int) -> Packet
 
 def _heed(packet: Packet) -> Packet:
     if packet["command"] == ABORT:
-        raise silent(packet["code"])
+        raise EndedByPeerError(packet["code"])
     return packet
-
-
-def silent(code: int) -> RunError:
-    """The error of a rank that ends because of another, which says why."""
-    error = RunError()
-    error.exit_code = code
-    return error

@@ -137,19 +137,17 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         _part()
     except RunError as error:
         code = error.exit_code
-        _report(str(error), code, error.told_by)
+        report(str(error), code, error.told_by)
     except KeyboardInterrupt:  # before StopSignal took over
         code = 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except RuntimeError as error:
-        if not _is_communication_error(error):
+        if not is_communication_error(error):
             raise
         code = LostPeerError.exit_code
-        _report(
-            f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} lost a peer: {one_line(error)}", code
-        )
+        report(f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '0'))} lost a peer: {one_line(error)}", code)
     if code and "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         _outlive_launcher(parent)
     sys.exit(code)
@@ -168,7 +166,7 @@ def _part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _report(message: str, code: int, told_by: int = 0) -> None:
+def report(message: str, code: int, told_by: int = 0) -> None:
     """One line on standard error; mistakes in arguments, which ranks make alike, are told by the first to make them."""
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     if message and (code not in (2, 3) or rank == told_by):
@@ -215,7 +213,8 @@ def _outlive_launcher(launcher: int) -> None:
         time.sleep(0.05)
 
 
-def _is_communication_error(error: RuntimeError) -> bool:
+def is_communication_error(error: RuntimeError) -> bool:
+    """Whether a collective has failed because another rank is gone or late."""
     if not torch.distributed.is_initialized():
         return False
     return isinstance(error, torch.distributed.DistError) or any(

@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import dataclasses
-import gc
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from fabricrl.utils.launch import failing_together
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.ranks import all_gather
+from fabricrl.utils.utils import keep_what_is_here
 
 
 class Run:
@@ -62,8 +62,7 @@ class Run:
             if self.fabric.global_rank == 0:
                 self._open_logs()
         atexit.register(self.close)
-        gc.collect()
-        gc.freeze()  # what is here by now stays; searching it for garbage again and again costs 3 % of an update of SAC
+        keep_what_is_here()
         self._started = self._stopped = time.perf_counter()
 
     @property

@@ -1,5 +1,7 @@
 """Arithmetic and seeding that every script shares."""
 
+import gc
+
 import numpy as np
 import torch
 from lightning.fabric import Fabric
@@ -103,6 +105,12 @@ def env_seeds(seed: int, rank: int, num_envs: int, global_step: int = 0) -> list
     if global_step:
         first = stream_seed(seed, global_step) // 2 + rank * num_envs
     return [first + i for i in range(num_envs)]
+
+
+def keep_what_is_here() -> None:
+    """Spares Python's garbage collector what stays for good; to search it again and again costs 3 % of SAC's update."""
+    gc.collect()
+    gc.freeze()
 
 
 def require(condition: bool, flag: str, given: object, allowed: str) -> None:

@@ -45,6 +45,8 @@ from fabricrl.utils.decoupled import (
     Messages,
     Trainers,
     await_player,
+    before_the_player,
+    give_up,
     make_groups,
     player_device,
     receive_data,
@@ -55,7 +57,7 @@ from fabricrl.utils.launch import StopSignal, failing_together, launch, run_scri
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.model import FlatParameters
 from fabricrl.utils.run import Run, rank_generators, restore_generators
-from fabricrl.utils.utils import anneal, env_seeds, explained_variance, generators, require
+from fabricrl.utils.utils import anneal, env_seeds, explained_variance, generators, keep_what_is_here, require
 
 DATA = ("obs", "actions", "logprobs", "values", "advantages", "returns")  # of a share, [B, ...]
 METRICS = tuple(
@@ -130,7 +132,7 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, traine
     with failing_together(fabric):
         obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
     rb.start(obs)
-    trainers.begin(make_messages(player, flat, trainers.count, args))  # -> [H]
+    trainers.begin(make_messages(player, flat, trainers.count, args), player)  # -> [H]
     lag = 0  # most that a rollout's policy was behind since the last entry
 
     while global_step + batch_size <= args.total_timesteps:
@@ -207,36 +209,34 @@ def trainer(
     args: PPODecoupledArgs, spaces: tuple[Space, Space], fabric: Group, channel: Channel, stop: StopSignal
 ) -> int:
     """The line `train(...)` of ppo.py's main(), for as long as the player wants it."""
-    state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
-    act_rng, train_rng = generators(args.seed, fabric.global_rank, state.get("global_step", 0))
+    with before_the_player(channel):
+        state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
+        act_rng, train_rng = generators(args.seed, fabric.global_rank, state.get("global_step", 0))
 
-    # --- Agent and optimizer
-    agent = make_agent(args, SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1]))
-    objective: nn.Module = Objective(agent, args)
-    objective = fabric.setup_module(torch.compile(objective) if args.compile else objective)
-    flat = FlatParameters(agent)
-    adam = torch.optim.Adam([flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda"))
-    optimizer = fabric.setup_optimizers(adam)
-    messages = make_messages(agent, flat, fabric.world_size, args)
+        # --- Agent and optimizer
+        agent = make_agent(args, SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1]))
+        objective: nn.Module = Objective(agent, args)
+        objective = fabric.setup_module(torch.compile(objective) if args.compile else objective)
+        flat = FlatParameters(agent)
+        adam = torch.optim.Adam(
+            [flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda")
+        )
+        optimizer = fabric.setup_optimizers(adam)
+        messages = make_messages(agent, flat, fabric.world_size, args)
 
-    # --- Counters
-    if state:
-        with reading(resumed):
-            restore(agent, state["agent"])
-            restore_optimizer(optimizer, state["optimizer"])
-            restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-    if args.compile:
-        minibatch_size = args.num_steps * args.num_envs // fabric.world_size // args.num_minibatches
-        compile_ahead(fabric, objective, flat, agent, minibatch_size, args)
+        # --- Counters
+        if state:
+            with reading(resumed):
+                restore(agent, state["agent"])
+                restore_optimizer(optimizer, state["optimizer"])
+                restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
+        if args.compile:
+            minibatch_size = args.num_steps * args.num_envs // fabric.world_size // args.num_minibatches
+            compile_ahead(fabric, objective, flat, agent, minibatch_size, args)
 
-    iteration, first = 0, fabric.global_rank == 0  # the first trainer speaks for all
-
-    def fail(code: int) -> None:
-        if first:
-            channel.send("W", messages["W"].fill(code=code), PLAYER, iteration)
-            channel.flush()
-
-    await_player(channel)
+    iteration, speaks = 0, fabric.global_rank == 0  # the first trainer speaks for all
+    keep_what_is_here()
+    await_player(channel, agent)
     while True:
         packet = receive_data(channel, messages, iteration)
         if packet["command"] == STOP:
@@ -244,22 +244,23 @@ def trainer(
             return packet["code"]
         data = {name: packet[name].to(fabric.device) for name in DATA}
 
-        # 3. Update
-        optimizer.param_groups[0]["lr"] = packet["learning_rate"]
-        with telling(fail, FIRST_TRAINER), failing_together(fabric):
-            coefs = packet["clip_coef"], packet["ent_coef"]
-            metrics = train(fabric, objective, flat, optimizer, data, train_rng, args, *coefs)
-        signal = stop.exit_code(fabric)
-        if packet["save"]:
-            rngs = rank_generators(fabric, train_rng)
-        if first:
-            waited, passed = channel.lap()
-            means = torch.stack([metrics[tag].mean() for tag in METRICS])
-            report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "losses": means}
-            channel.send("W", messages["W"].fill(weights=flat.vector.data, **report), PLAYER, iteration)
+        with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER):
+            # 3. Update
+            optimizer.param_groups[0]["lr"] = packet["learning_rate"]
+            with failing_together(fabric):
+                coefs = packet["clip_coef"], packet["ent_coef"]
+                metrics = train(fabric, objective, flat, optimizer, data, train_rng, args, *coefs)
+            signal = stop.exit_code(fabric)
             if packet["save"]:
-                stored = optimizer.state[flat.vector]
-                channel.send("O", messages["O"].fill(**stored, generators=rngs), PLAYER, iteration)
+                rngs = rank_generators(fabric, train_rng)
+            if speaks:
+                waited, passed = channel.lap()
+                means = torch.stack([metrics[tag].mean() for tag in METRICS])
+                report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "losses": means}
+                channel.send("W", messages["W"].fill(weights=flat.vector.data, **report), PLAYER, iteration)
+                if packet["save"]:
+                    stored = optimizer.state[flat.vector]
+                    channel.send("O", messages["O"].fill(**stored, generators=rngs), PLAYER, iteration)
         iteration += 1
 
 

@@ -101,3 +101,6 @@ class SACDecoupledArgs(DecoupledArgs, SACArgs):
     """SAC's arguments; environments, buffer and batch are the player's and the trainers' together."""
 
     exp_name: str = arg("sac_decoupled", "name of the run", "run, logging and checkpoints")
+    num_envs: int = arg(1, "environments, all of them the player's; the trainers share what they bring")
+    buffer_size: int = arg(1_000_000, "transitions that the trainers keep together", "replay")
+    batch_size: int = arg(256, "transitions that the trainers draw together per update")

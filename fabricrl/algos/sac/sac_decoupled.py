@@ -51,15 +51,17 @@ from fabricrl.utils.decoupled import (
     REPORT,
     STOP,
     Channel,
+    EndedByPeerError,
     Group,
     Messages,
     Packet,
     Trainers,
     await_player,
+    before_the_player,
+    give_up,
     make_groups,
     player_device,
     receive_data,
-    silent,
     telling,
     with_player,
 )
@@ -67,7 +69,7 @@ from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.launch import StopSignal, failing_together, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.run import Run, rank_generators, restore_generators
-from fabricrl.utils.utils import env_seeds, generators, require
+from fabricrl.utils.utils import env_seeds, generators, keep_what_is_here, require
 
 METRICS = (*CRITIC_TAGS, *ACTOR_TAGS)
 OPTIMIZERS = ("q_optimizer", "actor_optimizer")
@@ -181,7 +183,7 @@ def player(
         rb.start(obs)
         if problem := rb.first_bad():
             raise NonFiniteError(problem)
-    trainers.begin(make_messages(learner, obs_space, trainers.count, args))  # -> [H]
+    trainers.begin(make_messages(learner, obs_space, trainers.count, args), player)  # -> [H]
     refill = start(trainers, run.folder, obs)  # -> [S], <- [B]
     if state:
         schedule.load_state_dict(state["schedule"], global_step, refill)
@@ -266,7 +268,7 @@ def start(trainers: Trainers, folder: Path, obs: np.ndarray) -> bool:
         trainers.channel.send("S", trainers.messages["S"].fill(path=path, obs=part), rank, 0)
     answer = trainers.receive("B")
     if answer["code"]:
-        raise silent(answer["code"])
+        raise EndedByPeerError(answer["code"])
     return bool(answer["refill"])
 
 
@@ -295,33 +297,30 @@ def trainer(
     agent = make_agent(share, SimpleNamespace(single_observation_space=obs_space, single_action_space=action_space))
     learner = Learner(fabric, agent, share)
     messages = make_messages(learner, obs_space, count, args)
-    iteration, answer = 0, "B"
-
-    def fail(code: int) -> None:
-        """Tells the player, in the message that it waits for."""
-        if speaks:
-            channel.send(answer, messages[answer].fill(code=code), PLAYER, iteration)
-            channel.flush()
+    iteration = 0
 
     # --- Buffer and counters
-    await_player(channel)
+    if state:
+        with before_the_player(channel), reading(resumed):
+            restore(agent, state["agent"])
+            learner.load_state_dict(state["learner"])
+            restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
+    keep_what_is_here()
+    await_player(channel, agent)
     begun = channel.receive("S", messages["S"], PLAYER, iteration)
     folder = Path(bytes(begun["path"].tolist()).rstrip(b"\0").decode())
     refill = False
-    with telling(fail, FIRST_TRAINER), failing_together(fabric):
-        rb = make_buffer(share, obs_space, action_space, fabric, folder)
+    with telling(partial(give_up, channel, messages, "B", speaks, iteration), FIRST_TRAINER):
+        with failing_together(fabric):
+            rb = make_buffer(share, obs_space, action_space, fabric, folder)
         if state:
-            with reading(resumed):
-                restore(agent, state["agent"])
-                learner.load_state_dict(state["learner"])
+            with failing_together(fabric), reading(resumed):
                 refill = not restore_buffer(rb, state, resumed, share, fabric)
-                restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
     rb.start(begun["obs"].numpy())
     if speaks:
         channel.send("B", messages["B"].fill(code=0, refill=refill), PLAYER, iteration)
     if args.compile:
         compile_ahead(learner)
-    answer = "W"
 
     while True:
         packet = receive_data(channel, messages, iteration)
@@ -333,36 +332,37 @@ def trainer(
             statistics = {name: packet.tensors[name] for name in ("mean", "var", "count")}
             agent.obs_normalizer.load_state_dict(statistics)
 
-        # 2. Sample
-        updates = packet["updates"]
-        batches = rb.sample(updates, share.batch_size, train_rng) if updates else {}
+        with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER):
+            # 2. Sample
+            updates = packet["updates"]
+            batches = rb.sample(updates, share.batch_size, train_rng) if updates else {}
 
-        # 3. Update
-        if updates:
-            train(learner, batches, packet["first"], train_rng, share)
+            # 3. Update
+            if updates:
+                train(learner, batches, packet["first"], train_rng, share)
 
-        # 4. Log, 5. Checkpoint
-        metrics: dict[str, Tensor] = {}
-        if packet["note"] or learner.wants_check:
-            with telling(fail, FIRST_TRAINER), failing_together(fabric):
-                metrics = learner.metrics()
-        if packet["save"]:
-            rngs = rank_generators(fabric, train_rng)
-            if args.checkpoint_buffer:
-                with telling(fail, FIRST_TRAINER), failing_together(fabric):
-                    save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, rb.state_dict())
-        if updates or packet["note"]:
-            signal = stop.exit_code(fabric)
-            if speaks:
-                waited, passed = channel.lap()
-                report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "noted": len(metrics)}
-                if metrics:
-                    means = [metrics[tag].mean().item() if tag in metrics else np.nan for tag in METRICS]
-                    report["losses"] = torch.tensor(means, dtype=torch.float64)
-                weights = learner.actor.vector.data
-                channel.send("W", messages["W"].fill(weights=weights, **report), PLAYER, iteration)
-        if speaks and packet["save"]:
-            channel.send("O", messages["O"].fill(**hand_over(learner), generators=rngs), PLAYER, iteration)
+            # 4. Log, 5. Checkpoint
+            metrics: dict[str, Tensor] = {}
+            if packet["note"] or learner.wants_check:
+                with failing_together(fabric):
+                    metrics = learner.metrics()
+            if packet["save"]:
+                rngs = rank_generators(fabric, train_rng)
+                if args.checkpoint_buffer:
+                    with failing_together(fabric):
+                        save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, rb.state_dict())
+            if updates or packet["note"]:
+                signal = stop.exit_code(fabric)
+                if speaks:
+                    waited, passed = channel.lap()
+                    report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "noted": len(metrics)}
+                    if metrics:
+                        means = [metrics[tag].mean().item() if tag in metrics else np.nan for tag in METRICS]
+                        report["losses"] = torch.tensor(means, dtype=torch.float64)
+                    weights = learner.actor.vector.data
+                    channel.send("W", messages["W"].fill(weights=weights, **report), PLAYER, iteration)
+            if speaks and packet["save"]:
+                channel.send("O", messages["O"].fill(**hand_over(learner), generators=rngs), PLAYER, iteration)
         iteration += 1
 
 
