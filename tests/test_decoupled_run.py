@@ -1,0 +1,828 @@
+"""Decoupled PPO and SAC as whole runs: equal to the coupled scripts, never further behind than allowed, ended together.
+
+Ranks are forked as torchrun would start them; what launchers do is tested at the end, with launchers.
+"""
+
+import contextlib
+import csv
+import errno
+import hashlib
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fabricrl.algos.ppo import ppo
+from fabricrl.algos.sac import sac
+from fabricrl.algos.sac.args import SACArgs
+from fabricrl.algos.sac.learner import Learner
+from fabricrl.algos.sac.utils import make_agent, make_buffer
+from fabricrl.data.buffers import record_type
+from fabricrl.utils.checkpoint import load_checkpoint
+from tests.conftest import SINGLE
+from tests.envs import Deterministic
+from tests.process import (
+    LIMIT,
+    PPO_DECOUPLED,
+    PYTHON,
+    SAC_DECOUPLED,
+    Finished,
+    Running,
+    Team,
+    call,
+    command,
+    differences,
+    files,
+    load,
+    logged,
+    run,
+    run_folder,
+    run_team,
+    saved_steps,
+    started,
+    team,
+    wait_for,
+)
+
+COUPLED: dict[str, Any] = {"ppo": ppo, "sac": sac}
+MODULE = {algo: f"fabricrl.algos.{algo}.{algo}_decoupled" for algo in COUPLED}
+
+# Episodes of 8 steps in 2 environments, so that one ends with each rollout or checkpoint, and resumed environments are
+# where they would have been. Everything that has a state is on. PPO takes 18 iterations of 32 steps, SAC 120 of 2,
+# learning from step 64 on; its ring of 48 transitions has wrapped by then
+FLAGS: dict[str, list[object]] = {
+    "ppo": ["--num-steps", 16, "--num-minibatches", 2, "--update-epochs", 3, "--total-timesteps", 576,
+            "--learning-rate", 1e-2, "--norm-reward", "--anneal-clip", "--anneal-ent", "--target-kl", 0.001,
+            "--env-kwargs", '{"truncate": true}', "--checkpoint-every", 192, "--log-every", 96],
+    "sac": ["--total-timesteps", 240, "--learning-starts", 64, "--buffer-size", 48, "--batch-size", 8, "--n-step", 2,
+            "--replay-ratio", 0.69, "--target-network-frequency", 3, "--tau", 0.05, "--num-critics", 3,
+            "--env-kwargs", '{"continuous": true, "truncate": true}', "--checkpoint-every", 48, "--log-every", 32],
+}  # fmt: skip
+SHARED: list[object] = ["--env-id", "tests.envs:Deterministic-v0", "--num-envs", 2, "--norm-obs", "--hidden-sizes", 16]
+SHARED += ["--num-threads", 1, "--keep-checkpoints", 100, "--logger", "csv"]
+# One update of all rows: what two trainers share then is what one would have
+ONE_MINIBATCH: list[object] = ["--num-minibatches", 1, "--update-epochs", 1, "--target-kl", None]
+
+
+@pytest.fixture(params=COUPLED)
+def algo(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def coupled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
+    """Runs of the coupled script, each made once."""
+
+    @cache
+    def train(algo: str, *flags: object) -> Finished:
+        log_dir = tmp_path_factory.mktemp("coupled")
+        return call(COUPLED[algo].main, *SHARED, *FLAGS[algo], *flags, "--log-dir", log_dir)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def decoupled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Team, Path]]:
+    """Runs of the decoupled script and their folders, each made once."""
+
+    @cache
+    def train(algo: str, *flags: object, world_size: int = 2) -> tuple[Team, Path]:
+        folder = tmp_path_factory.mktemp("decoupled")
+        line = [*SHARED, *FLAGS[algo], *flags, "--log-dir", folder / "logs"]
+        return run_team(MODULE[algo], *line, folder=folder, world_size=world_size), run_folder(folder / "logs")
+
+    return train
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step_{step:012d}.ckpt"
+
+
+def content(path: Path | str) -> dict[str, Any]:
+    """What a checkpoint and the buffers beside it say about the run, without where and how it was started.
+
+    A coupled script keeps the buffer of its first rank within the checkpoint, a decoupled one beside it.
+    """
+    path = Path(path)
+    state = {name: value for name, value in load(path).items() if name not in ("args", "shards")}
+    shards = {file.suffix: load(file)["shard"] for file in path.parent.glob(f"{path.stem}.shard*")}
+    if (first := state.pop("shard")) is not None:
+        shards[".shard0"] = first
+    return state | shards
+
+
+def resume(algo: str, path: Path, folder: Path, *flags: object, world_size: int = 2, **options: Any) -> Path:
+    """Goes on from a checkpoint with ranks of the decoupled script; returns the new run's folder."""
+    line = ["--resume", path, "--log-dir", folder / "logs", *flags]
+    run_team(MODULE[algo], *line, folder=folder, world_size=world_size, **options)
+    return run_folder(folder / "logs")
+
+
+def table(folder: Path) -> list[dict[str, float]]:
+    """The entries of metrics.csv, without what an entry lacks."""
+    with (folder / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+# --- One trainer that is waited for does what the coupled script does
+
+EQUAL: dict[str, tuple[str, list[object]]] = {
+    "ppo": ("ppo", []),
+    "ppo, continuous": ("ppo", ["--env-id", "Pendulum-v1", "--env-kwargs", "{}", "--target-kl", None]),
+    "ppo, bare": (
+        "ppo",
+        ["--env-id", "CartPole-v1", "--env-kwargs", "{}", "--no-norm-obs", "--no-norm-reward", "--no-anneal-lr"],
+    ),
+    "ppo, bf16-mixed": ("ppo", ["--precision", "bf16-mixed"]),
+    "sac": ("sac", []),
+    "sac, bf16-mixed": ("sac", ["--precision", "bf16-mixed"]),
+    "sac, bare": (
+        "sac",
+        ["--env-id", "tests.envs:IdentityBox-v0", "--env-kwargs", "{}", "--no-norm-obs", "--policy-frequency", 1,
+         "--implicit-next-obs", "--no-autotune", "--replay-ratio", 1.5],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_one_trainer_without_lag_leaves_the_checkpoints_of_the_coupled_script_to_the_last_bit(
+    name: str, coupled: Callable, decoupled: Callable
+) -> None:
+    algo, flags = EQUAL[name]
+    one = coupled(algo, *flags)
+    ranks, folder = decoupled(algo, *flags, "--max-lag", 0)
+    steps = saved_steps(one.folder)
+    assert len(steps) >= 3
+    assert saved_steps(folder) == steps
+    parts = {"agent", "episodes", "generators", "global_step", "best_return", "world_size", "spaces"}
+    parts |= {"optimizer"} if algo == "ppo" else {"learner", "schedule", ".shard0"}
+    for step in steps:
+        expected, found = content(checkpoint(one.folder, step)), content(checkpoint(folder, step))
+        assert parts <= expected.keys()
+        assert differences(expected, found) == [], step
+    first, last = (content(checkpoint(one.folder, step)) for step in (steps[0], steps[-1]))
+    changed = {part.split("/")[1] for part in differences(first, last)}
+    assert parts - {"best_return", "world_size", "spaces", "episodes"} <= changed, "what stays shows nothing"
+    assert ranks.result.keys() == one.result.keys()
+    for field in ("steps", "return_mean", "episodes"):
+        assert ranks.result[field] == one.result[field]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_its_log_is_that_of_the_coupled_script_and_tells_how_long_each_side_has_waited(
+    name: str, coupled: Callable, decoupled: Callable
+) -> None:
+    algo, flags = EQUAL[name]
+    expected, found = table(coupled(algo, *flags).folder), table(decoupled(algo, *flags, "--max-lag", 0)[1])
+    assert len(expected) == len(found) >= 5
+    added = {"charts/lag", "time/wait_player", "time/wait_trainer"}
+    for ours, theirs in zip(expected, found, strict=True):
+        assert theirs.keys() - ours.keys() == added
+        assert ours.keys() <= theirs.keys()
+        for tag, value in ours.items():
+            if not tag.startswith("time/") and tag != "charts/SPS":
+                assert theirs[tag] == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), (tag, ours["step"])
+        assert theirs["charts/lag"] == 0
+        for tag in theirs:
+            assert not tag.startswith("time/") or 0 <= theirs[tag] <= 1, (tag, theirs[tag])
+        assert sum(value for tag, value in theirs.items() if tag.startswith("time/") and "trainer" not in tag) <= 1.001
+    assert any(entry["time/wait_player"] > 0 for entry in found)
+    assert any(entry["time/wait_trainer"] > 0 for entry in found)
+
+
+def test_tensorboard_has_the_same_tags(algo: str, tmp_path: Path) -> None:
+    flags = [*SHARED, *FLAGS[algo], "--logger", "tensorboard"]
+    one = logged(call(COUPLED[algo].main, *flags, "--log-dir", tmp_path / "coupled").folder)
+    run_team(MODULE[algo], *flags, "--max-lag", 0, "--log-dir", tmp_path / "logs", folder=tmp_path)
+    other = logged(run_folder(tmp_path / "logs"))
+    assert other.keys() - one.keys() == {"charts/lag", "time/wait_player", "time/wait_trainer"}
+    assert one.keys() <= other.keys()
+    assert all([step for step, _ in one[tag]] == [step for step, _ in other[tag]] for tag in one)
+
+
+# --- Several trainers
+
+
+def after_one_update(algo: str, *flags: object) -> list[object]:
+    more = ["--total-timesteps", 32, *ONE_MINIBATCH] if algo == "ppo" else []
+    return [*more, *flags]
+
+
+def test_two_trainers_with_half_the_rows_each_make_the_update_of_the_coupled_script(
+    coupled: Callable, decoupled: Callable
+) -> None:
+    flags = after_one_update("ppo", "--env-id", "Pendulum-v1", "--env-kwargs", "{}", "--max-grad-norm", 0.05)
+    one = content(coupled("ppo", *flags).checkpoint)
+    two = content(decoupled("ppo", *flags, world_size=3)[0].result["checkpoint"])
+    assert one["optimizer"]["state"][0]["step"] == two["optimizer"]["state"][0]["step"] == 1
+    for name, value in one["agent"].items():
+        torch.testing.assert_close(two["agent"][name], value, rtol=0, atol=1e-5)
+    for name, value in one["optimizer"]["state"][0].items():  # the first moment is a tenth of the gradient
+        torch.testing.assert_close(two["optimizer"]["state"][0][name], value, rtol=1e-3, atol=1e-6)
+    assert one["optimizer"]["state"][0]["exp_avg"].abs().max() > 1e-4
+    assert len(two["generators"]) == 2
+    assert differences(two["generators"][0, ::2], one["generators"][0, ::2]) == [], "the player is not the coupled one"
+    assert differences(two["generators"][0, 1], two["generators"][1, 1]), "both trainers draw the same numbers"
+
+
+def test_each_trainer_of_sac_keeps_the_transitions_of_its_own_environment(
+    coupled: Callable, decoupled: Callable
+) -> None:
+    """Before learning starts, both scripts play the same."""
+    flags = [*LAGGED["sac"], "--max-lag", 1]
+    whole = records(content(checkpoint(coupled("sac").folder, 48))[".shard0"], 2)
+    parts = content(checkpoint(decoupled("sac", *flags, world_size=3)[1], 48))
+    assert (whole[:, 0] == whole[:, 1]).sum() <= 1  # the row that comes next is empty
+    for env in (0, 1):
+        assert (records(parts[f".shard{env}"], 1)[:, 0] == whole[:, env]).all()
+
+
+def test_two_trainers_of_sac_make_the_update_of_one_learner_with_both_their_batches(tmp_path: Path) -> None:
+    """Each draws half a batch from its own buffer, with its own generator; their gradients are averaged."""
+    flags = [*SHARED, *FLAGS["sac"], "--env-kwargs", '{"continuous": true, "length": 11}', "--replay-ratio", 0.5]
+    flags += ["--learning-starts", 62, "--policy-frequency", 1, "--target-network-frequency", 1]
+    flags += ["--total-timesteps", 64, "--checkpoint-every", 2, "--log-dir", tmp_path / "logs"]
+    run_team(MODULE["sac"], *flags, folder=tmp_path, world_size=3)
+    folder = run_folder(tmp_path / "logs")
+    before, after = load(checkpoint(folder, 62)), load(checkpoint(folder, 64))
+    assert (before["schedule"]["done"], after["schedule"]["done"]) == (0, 1)
+
+    names = {"num_envs", "buffer_size", "batch_size", "n_step", "tau", "num_critics", "norm_obs"}
+    stored = {name: value for name, value in after["args"].items() if name in names | {"policy_lr", "q_lr"}}
+    args = SACArgs(**stored, hidden_sizes=(16,), policy_frequency=1, target_network_frequency=1)
+    half = SACArgs(**stored | {name: stored[name] // 2 for name in ("num_envs", "buffer_size", "batch_size")})
+    env = Deterministic(continuous=True)
+    envs = type("Envs", (), {"single_observation_space": env.observation_space})()
+    envs.single_action_space = env.action_space
+    agent = make_agent(args, envs)
+    agent.load_state_dict(before["agent"])
+    normalizer = {name: value for name, value in after["agent"].items() if name.startswith("obs_normalizer")}
+    agent.load_state_dict(normalizer, strict=False)  # that of the step which was learned from at once
+    batches, noise = [], []
+    for rank in (0, 1):
+        rb = make_buffer(half, env.observation_space, env.action_space, SINGLE, tmp_path)
+        shard = load(checkpoint(folder, 64).with_suffix(f".shard{rank}"))["shard"]
+        rb.load_state_dict(shard)
+        rng = torch.Generator()
+        rng.set_state(before["generators"][rank, 1].clone())
+        batches.append(rb.sample(1, 4, rng))
+        noise.append(agent.head.noise((2, 4), rng))
+    assert any(differences(batches[0][name], batches[1][name]) for name in batches[0])
+
+    class Alone:
+        """Fabric as a learner on one rank needs it."""
+
+        device = torch.device("cpu")
+        autocast = staticmethod(contextlib.nullcontext)
+        setup_module = setup_optimizers = staticmethod(lambda module: module)
+        backward = staticmethod(lambda loss: loss.backward())
+
+    learner = Learner(Alone(), agent, args)  # type: ignore[arg-type]
+    both = {name: torch.cat([batch[name] for batch in batches], 1) for name in batches[0]}
+    agent.head.noise = lambda *_: torch.cat(noise, 1)  # type: ignore[method-assign,union-attr]
+    sac.train(learner, both, 1, torch.Generator(), args)
+    for name, value in after["agent"].items():
+        torch.testing.assert_close(agent.state_dict()[name], value, rtol=0, atol=1e-5)
+    for name in ("critics.layers", "actor"):
+        keys = [key for key in after["agent"] if key.startswith(name.split(".")[0])]
+        assert max((after["agent"][key] - before["agent"][key]).abs().max() for key in keys) > 2e-4, "nothing learned"
+
+
+# --- Lag
+
+
+def sha(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def acting(module: torch.nn.Module) -> str:
+    """What the player acts with: all of PPO's parameters, all of SAC's but the critics'."""
+    return sha(*(value for name, value in module.named_parameters() if "critics" not in name))
+
+
+def spy(rank: int) -> None:
+    """Notes with what parameters each rollout begins and each update ends, and what each trainer learns from.
+
+    The trainers' first update waits until the player has begun as many more rollouts as it may be ahead.
+    """
+    from fabricrl.algos.ppo import ppo_decoupled
+    from fabricrl.algos.sac import sac_decoupled
+
+    lag, path = int(os.environ["SPY_LAG"]), Path(os.environ["SPY"])
+    calls: list[int] = []
+
+    def note(**entry: Any) -> None:
+        with path.with_suffix(f".{rank}").open("a") as file:
+            print(json.dumps(entry), file=file)
+
+    def wait(rollouts: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(path.with_suffix(".0").read_text().splitlines()) < rollouts:
+            assert time.monotonic() < deadline, "the player does not play while the trainers learn"
+            time.sleep(0.01)
+
+    def rollout(original: Callable) -> Callable:
+        def watched(player: Any, *rest: Any) -> Any:
+            note(rollout=acting(player))
+            return original(player, *rest)
+
+        return watched
+
+    def train_ppo(fabric: Any, objective: Any, flat: Any, optimizer: Any, data: Any, *rest: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            wait(1 + lag)
+        result = original_ppo(fabric, objective, flat, optimizer, data, *rest)
+        rows = [sha(*row) for row in zip(*data.values(), strict=True)]
+        moments = list(optimizer.state_dict()["state"][0].values())
+        note(update=sha(flat.vector), everything=sha(flat.vector, *moments), data=rows)
+        return result
+
+    def train_sac(learner: Any, batches: Any, first: int, *rest: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            wait(33 + lag)  # the 33rd rollout brings the first updates
+        original_sac(learner, batches, first, *rest)
+        optimizers = learner.q_optimizer, learner.actor_optimizer
+        moments = [value for o in optimizers for s in o.state_dict()["state"].values() for value in s.values()]
+        note(
+            update=acting(learner.agent), data=[sha(*batches.values())],
+            everything=sha(*learner.agent.state_dict().values(), *moments), first=first,
+        )  # fmt: skip
+
+    original_ppo, original_sac = ppo_decoupled.train, sac_decoupled.train
+    ppo_decoupled.train, sac_decoupled.train = train_ppo, train_sac
+    for module in (ppo_decoupled, sac_decoupled):
+        module.rollout = rollout(module.rollout)
+
+
+# SAC learns in whole iterations here, from the 33rd on; PPO from the first on
+LAGGED: dict[str, list[object]] = {"ppo": [], "sac": ["--replay-ratio", 1]}
+BEFORE, PER_ITERATION = {"ppo": 0, "sac": 32}, {"ppo": 32, "sac": 2}
+
+
+@pytest.mark.parametrize(("lag", "world_size"), [(0, 2), (1, 3), (3, 2)])
+def test_the_player_is_as_far_ahead_as_it_may_be_and_never_further_whatever_takes_how_long(
+    algo: str, lag: int, world_size: int, decoupled: Callable, tmp_path: Path
+) -> None:
+    """The rollout of iteration i is played with the parameters after update i - lag, or those of the last checkpoint.
+
+    The same run with trainers that are not held up leaves the same checkpoints.
+    """
+    flags = [*LAGGED[algo], "--max-lag", lag]
+    line = [*SHARED, *FLAGS[algo], *flags, "--log-dir", tmp_path / "logs"]
+    variables = {"SPY": str(tmp_path / "notes"), "SPY_LAG": str(lag)}
+    run_team(MODULE[algo], *line, folder=tmp_path, world_size=world_size, prepare=spy, variables=variables)
+    ranks = [
+        [json.loads(text) for text in (tmp_path / f"notes.{rank}").read_text().splitlines()]
+        for rank in range(world_size)
+    ]
+    played = [entry["rollout"] for entry in ranks[0]]
+    learned = [played[0], *(entry["update"] for entry in ranks[1])]
+    iterations, before = len(played), BEFORE[algo]
+    assert len(learned) - 1 == iterations - before
+    assert len(set(learned)) == len(learned), "an update has changed nothing"
+    folder = run_folder(tmp_path / "logs")
+    saved = [step // PER_ITERATION[algo] for step in saved_steps(folder)]
+    for iteration, parameters in enumerate(played):
+        fresh = max((step for step in saved if step <= iteration), default=0)
+        updates = max(iteration - lag, fresh) - before
+        assert parameters == learned[max(updates, 0)], iteration
+    lags = [entry["charts/lag"] for entry in table(folder)]
+    assert max(lags) == lag
+
+    for trainer in ranks[2:]:
+        for first, other in zip(ranks[1], trainer, strict=True):
+            assert first["everything"] == other["everything"], "trainers have different parameters or moments"
+            assert first["data"] != other["data"], "trainers learn from the same data"
+
+    _, other_folder = decoupled(algo, *flags, world_size=world_size)
+    assert saved_steps(folder) == saved_steps(other_folder)
+    for step in saved_steps(folder):
+        assert differences(content(checkpoint(folder, step)), content(checkpoint(other_folder, step))) == [], step
+
+
+def test_the_trainers_shares_are_the_rollout_each_row_once(tmp_path: Path) -> None:
+    """The rows that two trainers learn from in the first iteration are those of the only trainer."""
+    rows = []
+    for world_size in (2, 3):
+        folder = tmp_path / str(world_size)
+        line = [*SHARED, *FLAGS["ppo"], "--env-id", "Pendulum-v1", "--env-kwargs", "{}", "--total-timesteps", 32]
+        variables = {"SPY": str(folder / "notes"), "SPY_LAG": "0"}
+        line += ["--no-save-model", "--log-dir", folder / "logs"]
+        run_team(MODULE["ppo"], *line, folder=folder, world_size=world_size, prepare=spy, variables=variables)
+        notes = [(folder / f"notes.{rank}").read_text().splitlines() for rank in range(1, world_size)]
+        rows.append([json.loads(lines[0])["data"] for lines in notes])
+        assert not list((folder / "logs").rglob("*.ckpt"))
+    (whole,), halves = rows
+    assert [len(half) for half in halves] == [16, 16]
+    assert len(set(whole)) == 32
+    assert sorted(halves[0] + halves[1]) == sorted(whole)
+
+
+# --- Resuming
+
+
+@pytest.mark.parametrize(("lag", "world_size"), [(1, 3)])
+def test_a_resumed_run_equals_the_straight_run_to_the_last_bit(
+    algo: str, lag: int, world_size: int, decoupled: Callable, tmp_path: Path
+) -> None:
+    _, folder = decoupled(algo, *LAGGED[algo], "--max-lag", lag, world_size=world_size)
+    step = {"ppo": 192, "sac": 96}[algo]
+    expected, before = content(folder / f"checkpoints/step_{saved_steps(folder)[-1]:012d}.ckpt"), None
+    before = content(checkpoint(folder, step))
+    found = resume(algo, checkpoint(folder, step), tmp_path, world_size=world_size)
+    assert differences(expected, content(checkpoint(found, saved_steps(folder)[-1]))) == []
+    changed = {name.split("/")[1] for name in differences(before, expected)}
+    assert {"agent", "generators", "episodes", "global_step"} <= changed, "what does not change shows nothing"
+
+
+MIDDLE = {"ppo": 384, "sac": 144}  # SAC's ratio leaves a fraction of an update there
+
+
+def test_a_decoupled_run_goes_on_from_a_coupled_one_and_the_other_way_round(
+    algo: str, coupled: Callable, decoupled: Callable, tmp_path: Path
+) -> None:
+    one = coupled(algo)
+    _, folder = decoupled(algo, "--max-lag", 0)
+    last = saved_steps(one.folder)[-1]
+    expected = content(checkpoint(one.folder, last))
+    on = resume(algo, checkpoint(one.folder, MIDDLE[algo]), tmp_path, "--max-lag", 0)
+    assert on.name.startswith(f"{algo}_decoupled_1_")
+    assert differences(expected, content(checkpoint(on, last))) == []
+    finished = call(COUPLED[algo].main, "--resume", checkpoint(folder, MIDDLE[algo]), "--log-dir", tmp_path / "coupled")
+    assert finished.code == 0
+    assert finished.folder.name.startswith(f"{algo}_1_")
+    assert differences(expected, content(finished.checkpoint)) == []
+
+
+def test_another_number_of_trainers_goes_on_with_the_same_updates(coupled: Callable, tmp_path: Path) -> None:
+    """One iteration more, with one trainer, with two, and with the coupled script: equal but for rounding."""
+    flags = [*ONE_MINIBATCH, "--checkpoint-every", 32, "--total-timesteps", 96]
+    one = coupled("ppo", *flags)
+    third = content(checkpoint(one.folder, 96))
+
+    def close(path: Path) -> dict[str, Any]:
+        found = content(path)
+        for name, value in third["agent"].items():
+            torch.testing.assert_close(found["agent"][name], value, rtol=0, atol=2e-5)
+        for name, value in third["optimizer"]["state"][0].items():
+            torch.testing.assert_close(found["optimizer"]["state"][0][name], value, rtol=1e-3, atol=1e-6)
+        assert found["episodes"] == third["episodes"]
+        return found
+
+    two = resume("ppo", checkpoint(one.folder, 64), tmp_path / "two", "--max-lag", 0, world_size=3)
+    assert len(close(checkpoint(two, 96))["generators"]) == 2
+    earlier = resume("ppo", checkpoint(one.folder, 32), tmp_path / "first", "--max-lag", 0, world_size=3)
+    again = resume("ppo", checkpoint(earlier, 64), tmp_path / "again", world_size=2)
+    assert len(close(checkpoint(again, 96))["generators"]) == 1
+    finished = call(ppo.main, "--resume", checkpoint(earlier, 64), "--log-dir", tmp_path / "coupled")
+    close(finished.checkpoint)
+
+
+def test_a_replay_buffer_is_divided_among_other_trainers_and_put_together_again(
+    coupled: Callable, tmp_path: Path
+) -> None:
+    """Of two environments, one each: what the coupled script has stored of each is what its trainer goes on with."""
+    one = coupled("sac")
+    two = resume("sac", checkpoint(one.folder, 144), tmp_path / "two", "--total-timesteps", 160, world_size=3)
+    whole = records(content(checkpoint(one.folder, 144))[".shard0"], 2)
+    parts = content(checkpoint(two, 160))
+    assert {name for name in parts if name.startswith(".shard")} == {".shard0", ".shard1"}
+    assert parts["schedule"]["done"] == int(0.69 * (160 - 64))
+    finished = call(
+        sac.main, "--resume", checkpoint(two, 160), "--total-timesteps", 176, "--log-dir", tmp_path / "back"
+    )
+    state = content(finished.checkpoint)
+    assert state["schedule"]["done"] == int(0.69 * (176 - 64))
+    together = records(state[".shard0"], 2)
+    for env in (0, 1):
+        own = records(parts[f".shard{env}"], 1)[:, 0]
+        for other in (whole[:, env], together[:, env]):  # 8 of 24 steps were taken between
+            assert 24 - 8 - 1 <= (own == other).sum() <= len(own) - 8, env
+
+
+def records(buffer: dict[str, Any], num_envs: int) -> np.ndarray:
+    """The records of a stored buffer, [rows, N]."""
+    space = Deterministic(continuous=True).observation_space
+    return buffer["records"].numpy().view(record_type(space, 1, False)).reshape(-1, num_envs)
+
+
+# --- What goes wrong with one rank ends all of them
+
+# Runs that nobody would wait for. A checkpoint is there after 40 iterations
+ENDLESS: dict[str, list[object]] = {
+    "ppo": ["--num-steps", 8, "--num-minibatches", 1, "--update-epochs", 1, "--checkpoint-every", 640],
+    "sac": ["--learning-starts", 32, "--buffer-size", 48, "--batch-size", 8, "--checkpoint-every", 80],
+}
+for _flags in ENDLESS.values():
+    _flags += ["--env-id", "tests.envs:Fault-v0", "--num-envs", 2, "--hidden-sizes", 16, "--num-threads", 1]
+    _flags += ["--keep-checkpoints", 3, "--total-timesteps", 1_000_000_000]
+CONTINUOUS = {"ppo": "", "sac": ', "continuous": true'}
+
+
+def endless(algo: str, tmp_path: Path, *flags: object, kind: str = "none", at_step: int = 0) -> list[object]:
+    kwargs = f'{{"kind": "{kind}", "at_step": {at_step}{CONTINUOUS[algo]}}}'
+    return [*ENDLESS[algo], "--env-kwargs", kwargs, "--log-dir", tmp_path / "logs", *flags]
+
+
+def checkpoints(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "logs").glob("*/*/*/checkpoints/step_*.ckpt"))
+
+
+def wait_for_checkpoint(running: Team, tmp_path: Path) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not checkpoints(tmp_path):
+        assert time.monotonic() < deadline, running.report()
+        assert all(rank.exitcode is None for rank in running.ranks), running.report()
+        time.sleep(0.05)
+
+
+def assert_ended(running: Team, codes: list[int | None], within: float) -> None:
+    """Each rank ends with its code, all of them in time; None: it cannot."""
+    deadline = time.monotonic() + within
+    for rank, code in zip(running.ranks, codes, strict=True):
+        if code is not None:
+            rank.join(max(deadline - time.monotonic(), 0))
+    assert [rank.exitcode for rank in running.ranks] == codes, running.report()
+
+
+def assert_newest_loads(algo: str, tmp_path: Path) -> Path:
+    state, path = load_checkpoint(run_folder(tmp_path / "logs"), algo)
+    assert path == checkpoints(tmp_path)[-1]
+    assert all(tensor.isfinite().all() for tensor in state["agent"].values())
+    return path
+
+
+# Trainers that average something among themselves may not know which of them is gone
+LOST = re.compile(r"error: rank (\d) lost (?:rank (\d): message [A-Z] (?:to|from) it|.+) in iteration (\d+): \S.*")
+
+
+def losses_told(running: Team) -> dict[int, str | None]:
+    """Rank → whom it says to have lost, if it says that; every rank has one line, and the line names an iteration."""
+    told: dict[int, str | None] = {}
+    for line in running.errors:
+        match = LOST.fullmatch(line)
+        assert match, f"{line}\n{running.report()}"
+        assert int(match[3]) >= 40, "the run had a checkpoint by then"
+        told[int(match[1])] = match[2]
+    assert len(told) == len(running.errors), running.report()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("algo", "victim", "world_size"),
+    [("ppo", 1, 2), ("ppo", 0, 3), ("sac", 0, 2), ("sac", 2, 3), ("ppo", 1, 3), ("ppo", 2, 3)],
+)
+def test_a_killed_rank_ends_the_others_with_code_7_and_a_line(
+    algo: str, victim: int, world_size: int, tmp_path: Path
+) -> None:
+    flags = endless(algo, tmp_path)
+    with team(MODULE[algo], *flags, folder=tmp_path, world_size=world_size) as running:
+        wait_for_checkpoint(running, tmp_path)
+        os.kill(running.ranks[victim].pid or 0, signal.SIGKILL)
+        assert_ended(running, [-9 if rank == victim else 7 for rank in range(world_size)], within=30)
+    told = losses_told(running)
+    assert told.keys() == set(range(world_size)) - {victim}
+    assert str(victim) in told.values() or (victim and world_size > 2), running.report()
+    assert_newest_loads(algo, tmp_path)
+
+
+@pytest.mark.parametrize(("algo", "victim", "world_size"), [("ppo", 1, 2), ("sac", 2, 3)])
+def test_a_stopped_trainer_ends_the_others_with_code_7_once_the_time_is_out(
+    algo: str, victim: int, world_size: int, tmp_path: Path
+) -> None:
+    flags = endless(algo, tmp_path, "--timeout", 0.05)  # 3 s
+    with team(MODULE[algo], *flags, folder=tmp_path, world_size=world_size) as running:
+        wait_for_checkpoint(running, tmp_path)
+        os.kill(running.ranks[victim].pid or 0, signal.SIGSTOP)
+        assert_ended(running, [None if rank == victim else 7 for rank in range(world_size)], within=3 + 30)
+        os.kill(running.ranks[victim].pid or 0, signal.SIGCONT)  # what it finds when it wakes up ends it, too
+        assert_ended(running, [7] * world_size, within=30)
+    told = losses_told(running)
+    assert told.keys() == set(range(world_size))
+    assert str(victim) in told.values() or world_size > 2, running.report()
+    assert_newest_loads(algo, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("algo", "kind", "code", "words"),
+    [
+        ("ppo", "raise_step", 4, "RuntimeError: this environment cannot step"),
+        ("sac", "raise_step", 4, "RuntimeError: this environment cannot step"),
+        ("ppo", "raise_reset", 4, "this environment cannot be reset"),
+        ("ppo", "reward_nan", 5, "reward of environment 0 is not finite"),
+        ("sac", "obs_nan", 5, "observation of environment 0 is not finite"),
+    ],
+)
+def test_a_fault_of_the_player_ends_all_ranks_with_its_code_and_one_line(
+    algo: str, kind: str, code: int, words: str, tmp_path: Path
+) -> None:
+    flags = endless(algo, tmp_path, kind=kind, at_step=0 if kind == "raise_reset" else 400)
+    ended = run_team(MODULE[algo], *flags, folder=tmp_path, code=code, world_size=3)
+    (line,) = ended.errors
+    assert words in line
+    if kind != "raise_reset":
+        assert_newest_loads(algo, tmp_path)
+
+
+def nan_gradient(rank: int) -> None:
+    """The last trainer's gradient is NaN at some time, as after a bug in what somebody has changed."""
+    from fabricrl.utils.model import FlatParameters
+
+    collect, calls = FlatParameters.collect_gradients, []
+
+    def spoil(flat: FlatParameters) -> None:
+        collect(flat)
+        calls.append(1)
+        if len(calls) == 50 and rank == 2:
+            assert flat.vector.grad is not None
+            flat.vector.grad[0] = torch.nan
+
+    FlatParameters.collect_gradients = spoil  # type: ignore[method-assign]
+
+
+def test_a_gradient_that_is_not_finite_on_one_trainer_ends_all_ranks_without_a_checkpoint_of_it(
+    algo: str, tmp_path: Path
+) -> None:
+    flags = endless(algo, tmp_path, "--log-every", 1)
+    ended = run_team(MODULE[algo], *flags, folder=tmp_path, code=5, world_size=3, prepare=nan_gradient)
+    (line,) = ended.errors
+    assert "not finite after the update" in line
+    assert_newest_loads(algo, tmp_path)
+
+
+def test_parameters_that_overflow_end_all_ranks_and_are_told_once(tmp_path: Path) -> None:
+    """All trainers notice, since they have the same parameters."""
+    flags = endless("ppo", tmp_path, "--learning-rate", 1e38)
+    ended = run_team(MODULE["ppo"], *flags, folder=tmp_path, code=5, world_size=3)
+    assert len(ended.errors) == 1, ended.report()
+    assert "not finite" in ended.errors[0]
+    assert not checkpoints(tmp_path)
+
+
+def disk_full(rank: int) -> None:
+    """PPO's player, or SAC's last trainer, cannot write its second file."""
+    from fabricrl.utils import checkpoint
+
+    write, calls = checkpoint._write, []
+
+    def spoil(path: Path, state: dict[str, Any]) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, state)
+
+    if rank == int(os.environ["RANK_WITH_FULL_DISK"]):
+        checkpoint._write = spoil
+
+
+@pytest.mark.parametrize(("algo", "rank"), [("ppo", 0), ("sac", 0), ("sac", 2)])
+def test_a_full_disk_of_any_rank_ends_all_with_code_6_and_earlier_checkpoints_stay(
+    algo: str, rank: int, tmp_path: Path
+) -> None:
+    flags = endless(algo, tmp_path)
+    variables = {"RANK_WITH_FULL_DISK": str(rank)}
+    ended = run_team(
+        MODULE[algo], *flags, folder=tmp_path, code=6, world_size=3, prepare=disk_full, variables=variables
+    )
+    (line,) = ended.errors
+    assert "No space left on device" in line
+    assert len(checkpoints(tmp_path)) == 1
+    assert_newest_loads(algo, tmp_path)
+
+
+def defect(rank: int) -> None:
+    """A bug in the trainers' code, such as nobody has thought of."""
+    from fabricrl.algos.ppo import ppo_decoupled
+
+    train, calls = ppo_decoupled.train, []
+
+    def spoil(*given: Any) -> Any:
+        calls.append(1)
+        return train(*given) if len(calls) < 45 else 1 // 0
+
+    ppo_decoupled.train = spoil
+
+
+def test_an_exception_that_nobody_expects_shows_its_traceback_and_ends_the_others_with_code_7(tmp_path: Path) -> None:
+    with team(MODULE["ppo"], *endless("ppo", tmp_path), folder=tmp_path, prepare=defect) as running:
+        assert_ended(running, [7, 1], within=LIMIT)
+    assert losses_told(running) == {0: "1"}
+    assert "ZeroDivisionError" in running.printed("err")
+
+
+# --- Signals
+
+
+@pytest.mark.parametrize(
+    ("algo", "ranks", "number", "code"),
+    [
+        ("ppo", [0], signal.SIGTERM, 143),
+        ("ppo", [2], signal.SIGINT, 130),
+        ("sac", [1], signal.SIGTERM, 143),
+        ("sac", [0, 1, 2], signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_to_any_rank_ends_all_with_a_checkpoint_that_resumes(
+    algo: str, ranks: list[int], number: int, code: int, tmp_path: Path
+) -> None:
+    with team(MODULE[algo], *endless(algo, tmp_path), folder=tmp_path, world_size=3) as running:
+        wait_for_checkpoint(running, tmp_path)
+        for rank in ranks:
+            os.kill(running.ranks[rank].pid or 0, number)
+        assert_ended(running, [code] * 3, within=30)
+    assert running.errors == []
+    path = assert_newest_loads(algo, tmp_path)
+    step = load(path)["global_step"]
+    assert (running.result["steps"], running.result["checkpoint"]) == (str(step), str(path))
+    finished = call(COUPLED[algo].main, "--resume", path.parent.parent, "--total-timesteps", step + 64)
+    assert (finished.code, finished.result["steps"]) == (0, str(step + 64))
+    assert finished.folder == path.parent.parent
+
+
+# --- Bad input, which only a rank knows to be bad
+
+
+@pytest.mark.parametrize(
+    ("algo", "flags", "words"),
+    [
+        ("ppo", ["--num-envs", 1, "--num-steps", 9, "--num-minibatches", 3],
+         "error: --num-envs is 1: it must be such that each of 2 trainers has an equal share of every minibatch of 3"),
+        ("sac", ["--num-envs", 3], "error: --num-envs is 3: it must be equal parts for 2 trainers"),
+        ("sac", ["--batch-size", 7], "error: --batch-size is 7: it must be equal parts for 2 trainers"),
+        ("ppo", ["--player-device", "cuda"], "error: --player-device is cuda: it must be cpu: there is no GPU here"),
+        ("ppo", ["--resume", "/nowhere"], "error: cannot read checkpoint /nowhere: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_the_ranks_end_all_of_them_with_one_line(
+    algo: str, flags: list[object], words: str, tmp_path: Path
+) -> None:
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code = 3 if "--resume" in flags else 2
+    line = [*endless(algo, tmp_path), *flags]
+    ended = run_team(MODULE[algo], *line, folder=tmp_path, code=code, world_size=3)
+    assert ended.errors == [words], ended.report()
+    assert not (tmp_path / "logs").exists()
+
+
+# --- Launchers
+
+
+LAUNCHES: dict[str, tuple[str, list[object]]] = {
+    "python": ("ppo", [*PYTHON, PPO_DECOUPLED, "--devices", 2]),
+    "lightning run model": ("sac", [command("lightning"), "run", "model", "--accelerator=cpu", "--strategy=ddp",
+                                    "--devices=2", SAC_DECOUPLED]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launcher_leaves_the_checkpoint_that_forked_ranks_leave(
+    name: str, decoupled: Callable, tmp_path: Path
+) -> None:
+    algo, words = LAUNCHES[name]
+    ended = run(*words, *SHARED, *FLAGS[algo], "--max-lag", 0, "--log-dir", tmp_path / "logs")
+    assert ended.code == 0, ended.report()
+    folder = run_folder(tmp_path / "logs")
+    other = decoupled(algo, "--max-lag", 0)[1]
+    assert files(folder) == files(other)
+    last = saved_steps(other)[-1]
+    assert ended.result["checkpoint"] == str(checkpoint(folder, last))
+    assert differences(content(checkpoint(folder, last)), content(checkpoint(other, last))) == []
+    assert not [line for line in ended.err.splitlines() if line.startswith(("error:", "warning:"))]
+
+
+def killed(algo: str, rank: int, tmp_path: Path) -> Running:
+    """A run that Fabric has launched, of which one rank is killed once it has a checkpoint."""
+    script = {"ppo": PPO_DECOUPLED, "sac": SAC_DECOUPLED}[algo]
+    with started(*PYTHON, script, *endless(algo, tmp_path), "--devices", 2) as running:
+        wait_for(lambda: checkpoints(tmp_path), running)
+        os.kill(running.rank_pid(rank), signal.SIGKILL)
+        return running.finish(30)
+
+
+def test_a_killed_trainer_of_fabrics_launcher_ends_the_player_with_code_7(tmp_path: Path) -> None:
+    running = killed("ppo", 1, tmp_path)
+    assert running.code == 7, running.report()
+    (line,) = running.errors
+    assert LOST.fullmatch(line), running.report()
+    assert "rank 0 lost rank 1" in line
+    assert_newest_loads("ppo", tmp_path)
+
+
+def test_a_killed_player_of_fabrics_launcher_leaves_no_trainer_behind(tmp_path: Path) -> None:
+    assert killed("sac", 0, tmp_path).code == -9
+    assert_newest_loads("sac", tmp_path)
