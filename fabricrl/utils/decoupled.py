@@ -5,7 +5,6 @@ flat buffers of bytes that are allocated once. Every message has a letter, which
 """
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
-from fabricrl.utils.launch import is_communication_error, one_line, report
+from fabricrl.utils.launch import is_communication_error, one_line, own_rank, report
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.utils import generators, require
 
@@ -316,7 +315,7 @@ def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step
 
 
 @contextmanager
-def telling(tell: Callable[[int], None], first_rank: int = PLAYER) -> Iterator[None]:
+def telling(tell: Callable[[int], None], first_rank: int = PLAYER, iteration: int = 0) -> Iterator[None]:
     """What goes wrong with a rank is reported at once and ends its peers, too, rather than leave them waiting for it.
 
     `first_rank` is that of the group that has agreed on who reports the error.
@@ -332,14 +331,15 @@ def telling(tell: Callable[[int], None], first_rank: int = PLAYER) -> Iterator[N
         tell(error.exit_code)
         raise
     except RunError as error:
-        told_by = error.told_by + first_rank
-        report(str(error), error.exit_code, told_by)  # before the others end, which may end this process
+        if own_rank() == error.told_by + first_rank:  # before the others end, which may end this process
+            report(str(error), error.exit_code, own_rank())
         tell(error.exit_code)
         raise EndedByPeerError(error.exit_code) from error
     except RuntimeError as error:
         if not is_communication_error(error):
             raise
-        report(f"rank {os.environ.get('RANK', first_rank)} lost another trainer: {one_line(error)}", 7)
+        lost = f"rank {own_rank()} lost another trainer in iteration {iteration}"
+        report(f"{lost}: {one_line(error)}", LostPeerError.exit_code)
         tell(LostPeerError.exit_code)
         raise EndedByPeerError(LostPeerError.exit_code) from error
 

@@ -166,9 +166,14 @@ def _part() -> None:
         torch.distributed.destroy_process_group()
 
 
+def own_rank() -> int:
+    """This process's, as its launcher says; also where there is no Fabric yet."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
 def report(message: str, code: int, told_by: int = 0) -> None:
     """One line on standard error; mistakes in arguments, which ranks make alike, are told by the first to make them."""
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    rank = own_rank()
     if message and (code not in (2, 3) or rank == told_by):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 

@@ -91,9 +91,12 @@ class MeanMetrics:
     def update(self, metrics: dict[str, Tensor]) -> None:
         """Adds scalars, or tensors of any shape whose elements count alike."""
         for name, value in metrics.items():
-            total = value.sum()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] += value.numel()
+            self.add(name, value.sum(), value.numel())
+
+    def add(self, name: str, total: Tensor, count: int) -> None:
+        """Adds `count` elements of which the sum is known."""
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] += count
 
     def compute(self) -> dict[str, float]:
         """The means since the last call; forgets them."""

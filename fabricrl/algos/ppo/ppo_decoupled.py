@@ -74,7 +74,7 @@ def make_messages(agent: PPOAgent, flat: FlatParameters, count: int, args: PPODe
     data |= dict.fromkeys(("advantages", "returns", "values", "logprobs"), ((share,), torch.float32))
     data["obs"] = (share, agent.actor.inputs), torch.float32
     data["actions"] = (share, agent.head.num_actions), agent.head.dtype
-    answer = REPORT | {"losses": ((len(METRICS),), torch.float64), "weights": vector}
+    answer = REPORT | {"losses": ((2, len(METRICS)), torch.float64), "weights": vector}
     optimizer = {"step": ((), torch.float32), "exp_avg": vector, "exp_avg_sq": vector}
     optimizer["generators"] = states, torch.uint8
     return Messages({"D": data, "W": answer, "O": optimizer}, count, args.max_lag)
@@ -83,7 +83,8 @@ def make_messages(agent: PPOAgent, flat: FlatParameters, count: int, args: PPODe
 def collect(trainers: Trainers, most: int, flat: FlatParameters, losses: MeanMetrics) -> None:
     """Takes losses, and the weights to act with, until the player is `most` iterations ahead."""
     for answer in trainers.collect(most):
-        losses.update(dict(zip(METRICS, answer["losses"].clone(), strict=True)))
+        for tag, total, count in zip(METRICS, *answer["losses"].clone(), strict=True):
+            losses.add(tag, total, int(count))
         flat.vector.data.copy_(answer["weights"])
 
 
@@ -244,7 +245,7 @@ def trainer(
             return packet["code"]
         data = {name: packet[name].to(fabric.device) for name in DATA}
 
-        with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER):
+        with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER, iteration):
             # 3. Update
             optimizer.param_groups[0]["lr"] = packet["learning_rate"]
             with failing_together(fabric):
@@ -255,8 +256,10 @@ def trainer(
                 rngs = rank_generators(fabric, train_rng)
             if speaks:
                 waited, passed = channel.lap()
-                means = torch.stack([metrics[tag].mean() for tag in METRICS])
-                report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "losses": means}
+                sums = torch.tensor(
+                    [[metrics[tag].sum() for tag in METRICS], [metrics[tag].numel() for tag in METRICS]]
+                )
+                report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "losses": sums}
                 channel.send("W", messages["W"].fill(weights=flat.vector.data, **report), PLAYER, iteration)
                 if packet["save"]:
                     stored = optimizer.state[flat.vector]
@@ -270,11 +273,11 @@ def main() -> int:
     spaces = check_env(args, ACTION_SPACES, video_mode)
     stop = StopSignal()
     fabric = launch(args)
-    world, team = make_groups(fabric, args.timeout)
-    count = fabric.world_size - FIRST_TRAINER
+    count = max(fabric.world_size - FIRST_TRAINER, 1)
     minibatch = args.num_steps * args.num_envs // args.num_minibatches
     allowed = f"such that each of {count} trainers has an equal share of every minibatch of {minibatch}"
     require(minibatch % count == 0, "num_envs", args.num_envs, allowed)
+    world, team = make_groups(fabric, args.timeout)
     channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:
         return trainer(args, spaces, Group(fabric, team), channel, stop)

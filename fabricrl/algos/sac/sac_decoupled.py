@@ -92,7 +92,7 @@ def make_messages(learner: Learner, obs_space: Space, count: int, args: SACDecou
         shapes = ((), vector.shape, vector.shape)
         optimizer |= {f"{name}.{part}": (shape, torch.float32) for part, shape in zip(ADAM, shapes, strict=True)}
     optimizer["generators"] = (count, 2, *torch.get_rng_state().shape), torch.uint8
-    answer = REPORT | {"noted": INTEGER, "losses": ((len(METRICS),), torch.float64)}
+    answer = REPORT | {"noted": INTEGER, "losses": ((2, len(METRICS)), torch.float64)}
     answer |= {"weights": (learner.actor.vector.shape, torch.float32)}
     fields = {"D": data, "W": answer, "O": optimizer}
     fields |= {"S": {"path": ((PATH_MAX,), torch.uint8), "obs": obs}, "B": {"code": INTEGER, "refill": INTEGER}}
@@ -130,8 +130,9 @@ def collect(trainers: Trainers, most: int, learner: Learner, losses: MeanMetrics
     """Takes losses, and the weights to act with, until the player is `most` iterations ahead."""
     for answer in trainers.collect(most):
         if answer["noted"]:
-            values = zip(METRICS, answer["losses"].clone(), strict=True)
-            losses.update({tag: value for tag, value in values if not value.isnan()})
+            for tag, total, count in zip(METRICS, *answer["losses"].clone(), strict=True):
+                if count:
+                    losses.add(tag, total, int(count))
         learner.actor.vector.data.copy_(answer["weights"])
 
 
@@ -332,7 +333,7 @@ def trainer(
             statistics = {name: packet.tensors[name] for name in ("mean", "var", "count")}
             agent.obs_normalizer.load_state_dict(statistics)
 
-        with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER):
+        with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER, iteration):
             # 2. Sample
             updates = packet["updates"]
             batches = rb.sample(updates, share.batch_size, train_rng) if updates else {}
@@ -357,8 +358,8 @@ def trainer(
                     waited, passed = channel.lap()
                     report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "noted": len(metrics)}
                     if metrics:
-                        means = [metrics[tag].mean().item() if tag in metrics else np.nan for tag in METRICS]
-                        report["losses"] = torch.tensor(means, dtype=torch.float64)
+                        noted = [metrics.get(tag, torch.zeros(0)) for tag in METRICS]
+                        report["losses"] = torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]])
                     weights = learner.actor.vector.data
                     channel.send("W", messages["W"].fill(weights=weights, **report), PLAYER, iteration)
             if speaks and packet["save"]:
@@ -388,10 +389,10 @@ def main() -> int:
     obs_space, action_space = check_env(args, ACTION_SPACES, video_mode, bounded=True)
     stop = StopSignal()
     fabric = launch(args)
-    world, team = make_groups(fabric, args.timeout)
-    count = fabric.world_size - FIRST_TRAINER
+    count = max(fabric.world_size - FIRST_TRAINER, 1)
     for name in ("num_envs", "batch_size", "buffer_size"):
         require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
+    world, team = make_groups(fabric, args.timeout)
     channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:
         return trainer(args, obs_space, action_space, Group(fabric, team), channel, stop)
