@@ -647,7 +647,7 @@ def nan_gradient(rank: int) -> None:
     def spoil(flat: FlatParameters) -> None:
         collect(flat)
         calls.append(1)
-        if len(calls) == 50 and rank == 2:
+        if len(calls) == 200 and rank == 2:
             assert flat.vector.grad is not None
             flat.vector.grad[0] = torch.nan
 

@@ -238,7 +238,10 @@ class Trainers:
         """
         assert self.messages is not None
         while len(self.ahead) > most:
-            answer = self.channel.receive("W", self.messages["W"], FIRST_TRAINER, self.ahead.popleft())
+            iteration = self.ahead.popleft()
+            answer = self.channel.receive("W", self.messages["W"], FIRST_TRAINER, iteration)
+            if answer["code"] == LostPeerError.exit_code:
+                raise LostPeerError(f"rank 0 lost a trainer in iteration {iteration}: rank {FIRST_TRAINER} says so")
             if answer["code"]:
                 raise EndedByPeerError(answer["code"])
             self.signal = max(self.signal, answer["signal"])
