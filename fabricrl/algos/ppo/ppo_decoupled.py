@@ -276,7 +276,8 @@ def main() -> int:
     count = max(fabric.world_size - FIRST_TRAINER, 1)
     minibatch = args.num_steps * args.num_envs // args.num_minibatches
     allowed = f"such that each of {count} trainers has an equal share of every minibatch of {minibatch}"
-    require(minibatch % count == 0, "num_envs", args.num_envs, allowed)
+    with failing_together(fabric):  # none leaves while another is still about to meet the rest
+        require(minibatch % count == 0, "num_envs", args.num_envs, allowed)
     world, team = make_groups(fabric, args.timeout)
     channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:

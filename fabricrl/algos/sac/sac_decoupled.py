@@ -390,8 +390,9 @@ def main() -> int:
     stop = StopSignal()
     fabric = launch(args)
     count = max(fabric.world_size - FIRST_TRAINER, 1)
-    for name in ("num_envs", "batch_size", "buffer_size"):
-        require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
+    with failing_together(fabric):  # none leaves while another is still about to meet the rest
+        for name in ("num_envs", "batch_size", "buffer_size"):
+            require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
     world, team = make_groups(fabric, args.timeout)
     channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:
