@@ -9,6 +9,11 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
 
 
+def vectors(size: int) -> Box:
+    """The space of observations of `size` numbers."""
+    return Box(-np.inf, np.inf, (size,), np.float32)
+
+
 class Identity(gym.Env):
     """The observation tells which action to take; a step earns 1 for the right one, less for a wrong one.
 
@@ -141,6 +146,39 @@ class Recall(gym.Env):
         return np.zeros(1, np.float32), float(right), done, False, {}
 
 
+class Picture(gym.Env):
+    """A picture [40, 44, 3] of noise that a bright square crosses, and rewards of many sizes and both signs.
+
+    If `beside`, observations are a Dict of the picture, a vector and a gear. `tests.envs:Pictures-v0` is that one.
+    """
+
+    def __init__(self, beside: bool = False, length: int = 7) -> None:
+        self.beside, self.length = beside, length
+        picture = Box(0, 255, (40, 44, 3), np.uint8)
+        beside_it = {"speed": Box(-1.0, 1.0, (2,), np.float32), "gear": Discrete(3)}
+        self.observation_space = Dict({"picture": picture, **beside_it}) if beside else picture
+        self.action_space = Discrete(3)
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self._steps += 1
+        reward = float(self.np_random.normal()) * 3 + int(action)
+        return self._obs(), reward, False, self._steps >= self.length, {}
+
+    def _obs(self) -> Any:
+        picture = self.np_random.integers(0, 128, (40, 44, 3), np.uint8)
+        picture[8:16, 4 * self._steps : 4 * self._steps + 8] = (250, 120, 60)
+        if not self.beside:
+            return picture
+        speed = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return {"picture": picture, "speed": speed, "gear": self._steps % 3}
+
+
 class TwoArgumentError(Exception):
     """Cannot be made from its text alone, as some libraries' errors cannot."""
 
@@ -250,3 +288,5 @@ gym.register("Deterministic-v0", entry_point=Deterministic)
 gym.register("Fault-v0", entry_point=Fault)
 gym.register("Odd-v0", entry_point=Odd)
 gym.register("Recall-v0", entry_point=Recall)
+gym.register("Picture-v0", entry_point=Picture)
+gym.register("Pictures-v0", entry_point=Picture, kwargs={"beside": True})

@@ -51,12 +51,26 @@ TINIES = {"ppo": TINY, "ppo_recurrent": TINY | {"rnn_hidden_size": 8}}
 BOX = {"env_id": "tests.envs:IdentityBox-v0", "env_kwargs": "{}"}
 CARTPOLE = {"env_id": "CartPole-v1", "env_kwargs": "{}"}
 
+PICTURE = {"env_id": "tests.envs:Picture-v0", "env_kwargs": "{}", "cnn_features": 16}
+PICTURES = PICTURE | {"env_id": "tests.envs:Pictures-v0"}
+BREAKOUT = PICTURE | {"env_id": "ALE/Breakout-v5", "env_kwargs": '{"repeat_action_probability": 0.0}'}
+BREAKOUT |= {"action_repeat": 4, "num_steps": 48}  # within which a life is lost
+
 # Field -> another value than TINY's, and what else has to be set for it to matter. The parameters after the training
 # must be others.
 CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "env_id": ("CartPole-v1", {"env_kwargs": "{}"}),
     "env_kwargs": ('{"length": 7, "truncate": true}', {}),
     "mask_velocities": (True, CARTPOLE),
+    "obs_keys": (("picture", "gear"), PICTURES),
+    "action_repeat": (2, {}),
+    "noop_max": (30, BREAKOUT),
+    "life_loss": (True, BREAKOUT),
+    "grayscale": (True, PICTURE),
+    "resize": (60, PICTURE),
+    "frame_stack": (3, PICTURE),
+    "cnn_features": (24, PICTURE),
+    "clip_reward": (True, PICTURE),
     "num_envs": (4, {}),
     "total_timesteps": (64, {}),
     "seed": (2, {}),
@@ -243,6 +257,8 @@ def base(algo: str, run: Train, trained_before: dict[tuple, torch.Tensor]) -> Ca
 @pytest.mark.parametrize(("algo", "name"), CHANGES)
 def test_turning_it_changes_the_parameters(algo: str, name: str, run: Train, base: Callable) -> None:
     value, extra = (CHANGES_PARAMETERS | OWN[algo])[name]
+    if str(extra.get("env_id")).startswith("ALE/"):
+        pytest.importorskip("ale_py")
     before = base() if name == "env_id" else base(**extra)
     if name == "preset":  # TINY's own flags win, so what changes is what it leaves open
         assert PRESETS[value].keys() - TINY.keys()

@@ -17,6 +17,7 @@ from fabricrl.envs import make_envs
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.metric import Stopwatch
 from fabricrl.utils.utils import env_seeds
+from tests.envs import vectors
 
 STEPS, ENVS = 7, 3
 # Lengths 3, 4 and 5 for the three environments (seeds 0, 1, 2), so that ends fall on every step of a rollout
@@ -72,7 +73,7 @@ class Expected:
 def test_every_row_is_a_real_step_and_every_field_belongs_to_it(build: Any, kind: str) -> None:
     envs = build(KINDS[kind])
     agent = make_agent(PPOArgs(), envs)
-    rb = RolloutBuffer(STEPS, ENVS, (3,), 1, torch.int64)
+    rb = RolloutBuffer(STEPS, ENVS, vectors(3), 1, torch.int64)
     obs, _ = envs.reset(seed=env_seeds(0, 0, ENVS))
     rb.start(obs)
     references = [Expected(kind, seed) for seed in range(ENVS)]
@@ -105,7 +106,7 @@ def test_every_row_is_a_real_step_and_every_field_belongs_to_it(build: Any, kind
 def test_actions_are_stored_as_they_were_drawn_but_reach_the_environment_clipped(build: Any) -> None:
     envs = build('{"action": "box_uneven"}', "tests.envs:Odd-v0")  # bounds [−1, 1] and [0, 10]; refuses others
     agent = make_agent(PPOArgs(log_std_init=2.0), envs)
-    rb = RolloutBuffer(STEPS, ENVS, (3,), 2, torch.float32)
+    rb = RolloutBuffer(STEPS, ENVS, vectors(3), 2, torch.float32)
     rb.start(envs.reset(seed=1)[0])
     noise = agent.head.noise((STEPS, ENVS), torch.Generator().manual_seed(3))
     rollout(agent, envs, rb, torch.Generator().manual_seed(3), Stopwatch("act", "env"))
@@ -135,7 +136,7 @@ def step(rb: RolloutBuffer, t: int, **changes: Any) -> None:
 
 
 def small_buffer() -> RolloutBuffer:
-    rb = RolloutBuffer(3, 2, (2,), 1, torch.int64)
+    rb = RolloutBuffer(3, 2, vectors(2), 1, torch.int64)
     rb.start(np.zeros((2, 2), np.float32))
     for t in range(3):
         step(rb, t)
@@ -189,7 +190,7 @@ def test_final_observations_are_copies() -> None:
 def test_a_rollout_with_a_bad_number_ends_in_an_error_that_names_it(build: Any) -> None:
     envs = build('{"kind": "reward_nan", "at_step": 4, "only_seed": 1}', "tests.envs:Fault-v0")
     agent = make_agent(PPOArgs(), envs)
-    rb = RolloutBuffer(STEPS, ENVS, (2,), 1, torch.int64)
+    rb = RolloutBuffer(STEPS, ENVS, vectors(2), 1, torch.int64)
     rb.start(envs.reset(seed=env_seeds(0, 0, ENVS))[0])
     with pytest.raises(NonFiniteError, match="reward of environment 1 is not finite after step 4"):
         rollout(agent, envs, rb, torch.Generator(), Stopwatch("act", "env"))

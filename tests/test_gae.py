@@ -13,6 +13,7 @@ from fabricrl.algos.ppo.ppo import returns_and_advantages
 from fabricrl.data.buffers import RolloutBuffer
 from fabricrl.utils.utils import discounted_sums, explained_variance, gae, normalize_rows
 from tests.conftest import SINGLE, on_ranks
+from tests.envs import vectors
 
 # Three steps, γ = λ = 1/2, so γλ = 1/4; every number below is exact in float32.
 REWARDS = (1.0, 2.0, 3.0)
@@ -50,7 +51,7 @@ def flags(steps: tuple[int, ...]) -> np.ndarray:
 
 def value_is_first_number(norm_reward: bool = False) -> PPOAgent:
     """An agent with V(s) = s_0, exactly."""
-    agent = PPOAgent(2, Discrete(2), hidden_sizes=(), norm_reward=norm_reward)
+    agent = PPOAgent(vectors(2), Discrete(2), hidden_sizes=(), norm_reward=norm_reward)
     with torch.no_grad():
         agent.critic.out.weight.copy_(torch.tensor([[1.0, 0.0]]))
         agent.critic.out.bias.zero_()
@@ -60,7 +61,7 @@ def value_is_first_number(norm_reward: bool = False) -> PPOAgent:
 def filled_buffer() -> RolloutBuffer:
     """One environment for each row of ROLLOUTS; the observations carry the values."""
     num_envs = len(ROLLOUTS)
-    rb = RolloutBuffer(3, num_envs, (2,), 1, torch.int64)
+    rb = RolloutBuffer(3, num_envs, vectors(2), 1, torch.int64)
     observe = lambda value: np.tile(np.array([value, -1.0], np.float32), (num_envs, 1))  # noqa: E731
     rb.start(observe(VALUES[0]))
     for t, value in enumerate((*VALUES[1:], NEXT_VALUE)):
@@ -120,7 +121,7 @@ def test_without_bootstrapping_a_time_limit_counts_as_the_end_of_the_task() -> N
     ],
 )
 def test_time_limit_truth_table(terminated: bool, truncated: bool, bootstrap: bool, target: float) -> None:
-    rb = RolloutBuffer(1, 1, (2,), 1, torch.int64)
+    rb = RolloutBuffer(1, 1, vectors(2), 1, torch.int64)
     rb.start(np.array([[2.0, 0.0]]))
     final = np.array([np.array([FINAL_VALUE, 0.0], np.float32), None], dtype=object)[:1]
     infos = {"final_obs": final} if terminated or truncated else {}

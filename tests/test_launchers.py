@@ -13,6 +13,7 @@ from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import Objective, train
 from fabricrl.utils.errors import RunError
 from fabricrl.utils.model import FlatParameters
+from tests.envs import vectors
 from tests.process import (
     EVALUATE,
     PPO,
@@ -46,6 +47,7 @@ SPY = '''
 import hashlib, os, pathlib
 from fabricrl.algos.ppo import ppo
 from fabricrl.utils.launch import run_script
+from tests.envs import vectors
 
 def note(fabric, *words):
     with open(f"{os.environ['SPY']}.{fabric.global_rank}", "a") as file:
@@ -209,7 +211,7 @@ def update(rank: int, world_size: int, port: int, sgd: bool, norm_adv: bool, pat
     torch.set_num_threads(1)
     torch.manual_seed(0)
     args = PPOArgs(num_envs=8, num_steps=8, num_minibatches=1, update_epochs=1, norm_adv=norm_adv, max_grad_norm=0.05)
-    agent = PPOAgent(3, Discrete(4))
+    agent = PPOAgent(vectors(3), Discrete(4))
     objective = fabric.setup_module(Objective(agent, args))
     flat = FlatParameters(agent)
     # SGD at rate 1 moves the parameters by the gradient itself

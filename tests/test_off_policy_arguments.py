@@ -57,6 +57,8 @@ CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "precision": ("bf16-mixed", {}),
     "buffer_size": (24, {}),
     "learning_starts": (32, {}),
+    "obs_keys": (("speed",), {"env_id": "tests.envs:Odd-v0", "env_kwargs": '{"obs": "dict", "action": "box"}'}),
+    "action_repeat": (2, {}),
     "batch_size": (4, {}),
     "replay_ratio": (1.0, {}),
     "n_step": (3, {}),

@@ -21,6 +21,7 @@ from fabricrl.envs import make_envs
 from fabricrl.utils.metric import Stopwatch
 from fabricrl.utils.model import FlatParameters
 from tests.conftest import SINGLE
+from tests.envs import vectors
 
 STEPS, ENVS = 16, 2
 ENVIRONMENTS = {
@@ -39,7 +40,7 @@ def played(kind: str, tmp_path: Path, **changes: Any) -> tuple[PPOArgs, PPOAgent
     envs = make_envs(args, 0, tmp_path)
     torch.manual_seed(args.seed)
     agent = make_agent(args, envs)
-    rb = RolloutBuffer(STEPS, ENVS, envs.single_observation_space.shape, agent.head.num_actions, agent.head.dtype)
+    rb = RolloutBuffer(STEPS, ENVS, envs.single_observation_space, agent.head.num_actions, agent.head.dtype)
     rb.start(envs.reset(seed=1)[0])
     rollout(agent, envs, rb, torch.Generator().manual_seed(2), Stopwatch("act", "env"))
     envs.close()
@@ -139,7 +140,7 @@ SPACES = {
 def test_an_update_equals_the_plain_one(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     args, agent, rb = played(kind, tmp_path, **changes)
     updated = Updated(args, agent, rb)
-    plain = PPOAgent(rb.obs.shape[-1], SPACES[kind], args.hidden_sizes, args.activation).double()
+    plain = PPOAgent(vectors(rb.obs.shape[-1]), SPACES[kind], args.hidden_sizes, args.activation).double()
     with torch.no_grad():
         for parameter, before in zip(plain.parameters(), updated.before, strict=True):
             parameter.copy_(before)

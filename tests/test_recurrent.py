@@ -13,6 +13,7 @@ from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
 from fabricrl.data.buffers import RecurrentRolloutBuffer
 from fabricrl.models.distributions import make_head
 from fabricrl.models.recurrent import Layout, RecurrentCore, Sequences
+from tests.envs import vectors
 
 KINDS = ("lstm", "gru")
 INPUTS, HIDDEN = 3, 5
@@ -249,7 +250,7 @@ def step(rb: RecurrentRolloutBuffer, t: int, terminated: list[int], truncated: l
 
 
 def test_the_buffer_forgets_where_an_episode_ends_and_keeps_what_was_remembered_at_time_limits() -> None:
-    rb = RecurrentRolloutBuffer(3, 4, (1,), 1, torch.int64, 2)
+    rb = RecurrentRolloutBuffer(3, 4, vectors(1), 1, torch.int64, 2)
     memories = [100.0 * (t + 1) + torch.arange(8.0).view(4, 2) for t in range(3)]
     rb.start(np.zeros((4, 1), np.float32))
     assert not rb.memory[0].any()
@@ -278,7 +279,7 @@ def test_the_buffer_forgets_where_an_episode_ends_and_keeps_what_was_remembered_
 
 def make(space: Space, **changes: Any) -> RecurrentPPOAgent:
     settings: dict[str, Any] = {"rnn_hidden_size": HIDDEN, "hidden_sizes": (4,)}
-    return shaken(RecurrentPPOAgent(2, space, **(settings | changes)))
+    return shaken(RecurrentPPOAgent(vectors(2), space, **(settings | changes)))
 
 
 @pytest.mark.parametrize(
@@ -316,14 +317,14 @@ def test_memory_is_previous_action_reward_and_states_of_the_cores(
     assert torch.equal(memory, torch.cat((torch.tensor(expected), states), -1))
     assert torch.equal(agent.states(memory), states)
     obs = torch.randn(2, 2)
-    assert torch.equal(agent.inputs(obs, memory), torch.cat((obs, torch.tensor(expected)), -1))
+    assert torch.equal(agent.inputs(obs, agent.previous(memory)), torch.cat((obs, torch.tensor(expected)), -1))
 
 
 def test_only_the_observation_is_normalised() -> None:
     agent = make(Discrete(3), prev_action=True, prev_reward=True, norm_obs=True)
     agent.obs_normalizer.update(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))  # means 2 and 20, deviations 1 and 10
     memory = torch.cat((torch.tensor([[0.0, 1.0, 0.0, 50.0]]), torch.randn(1, 4 * HIDDEN)), -1)
-    inputs = agent.inputs(torch.tensor([[4.0, 5.0]]), memory)
+    inputs = agent.inputs(agent.prepare(torch.tensor([[4.0, 5.0]])), agent.previous(memory))
     torch.testing.assert_close(inputs, torch.tensor([[2.0, -1.5, 0.0, 1.0, 0.0, 50.0]]))
 
 
@@ -370,7 +371,8 @@ def test_minibatches_of_the_agent_equal_a_loop_over_steps_in_outputs_and_all_gra
     for minibatch, layout in zip(order, layouts, strict=True):
         x, own, begins = inputs[minibatch], states[minibatch], {0}
         begins |= {i for i, row in enumerate(minibatch.tolist()) if row in starts}
-        packed = agent(x, actions[minibatch], own[layout.first], layout)
+        obs, previous = x.split([2, x.shape[1] - 2], -1)
+        packed = agent(obs, actions[minibatch], previous, own[layout.first], layout)
         features = values = walk(agent.actor_core, x, own[:, :size], begins)
         if not shared:
             values = walk(agent.critic_core, x, own[:, size:], begins)

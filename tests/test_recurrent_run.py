@@ -29,7 +29,7 @@ from fabricrl.envs.wrappers import MaskVelocities
 from fabricrl.utils.checkpoint import save_checkpoint
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.launch import StopSignal
-from tests.envs import ODD_SPACES, Recall
+from tests.envs import ODD_SPACES, Recall, vectors
 from tests.process import Finished, Team, call, differences, load, logged, run_team, saved_steps
 from tests.test_recurrent import cell
 from tests.test_resume import content
@@ -422,7 +422,7 @@ def test_the_policy_of_an_evaluation_remembers_and_forgets_where_an_episode_was_
     """Four environments with ends, observations and rewards from a die."""
     envs = SimpleNamespace(single_action_space=ODD_SPACES[space])
     options = {"prev_action": True, "prev_reward": True, "rnn_type": "gru", "rnn_hidden_size": 8}
-    agent = RecurrentPPOAgent(3, ODD_SPACES[space], **options)  # type: ignore[arg-type]
+    agent = RecurrentPPOAgent(vectors(3), ODD_SPACES[space], **options)  # type: ignore[arg-type]
     with torch.no_grad():
         agent.actor.out.weight.normal_(generator=torch.Generator().manual_seed(1))
     policy = utils.make_policy(agent, envs, greedy, 5)  # type: ignore[arg-type]

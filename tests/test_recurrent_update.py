@@ -26,7 +26,7 @@ from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.metric import Stopwatch
 from fabricrl.utils.model import FlatParameters
 from tests.conftest import SINGLE
-from tests.envs import Counting
+from tests.envs import Counting, vectors
 from tests.process import FORKSERVER, LIMIT, free_port, load
 from tests.test_ppo_update import ENVIRONMENTS, SPACES, log_probability_and_entropy
 from tests.test_recurrent import cell, cut, random_dones, shaken, walk
@@ -69,7 +69,7 @@ class Played:
         self.agent = shaken(make_agent(self.args, self.envs))
         if self.agent.obs_normalizer is not None:
             self.agent.obs_normalizer.update(5 * torch.rand(100, 3, generator=torch.Generator().manual_seed(1)))
-        self.rb = RecurrentRolloutBuffer(STEPS, len(ENDS), (3,), 1, torch.int64, self.agent.memory_size)
+        self.rb = RecurrentRolloutBuffer(STEPS, len(ENDS), vectors(3), 1, torch.int64, self.agent.memory_size)
         self.rb.start(self.envs.reset(seed=0)[0])
         self.rng = torch.Generator().manual_seed(2)
         self.memory = torch.zeros(len(ENDS), self.agent.memory_size)
@@ -232,7 +232,8 @@ def test_inputs_are_in_the_order_of_sequences_and_normalised_once(played: Played
     obs = rb.obs[:-1]
     if agent.obs_normalizer is not None:
         obs = ((obs - agent.obs_normalizer.mean) / (agent.obs_normalizer.var + 1e-8).sqrt()).float()
-    torch.testing.assert_close(data["obs"], torch.cat((obs, rb.memory[:-1, :, : agent.num_prev]), -1))
+    torch.testing.assert_close(data["obs"], obs)
+    assert torch.equal(data["previous"], rb.memory[:-1, :, : agent.num_prev])
 
 
 def test_a_rollout_with_a_bad_number_ends_in_an_error_that_names_it(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_a_rollout_with_a_bad_number_ends_in_an_error_that_names_it(tmp_path: Pa
     args = RecurrentPPOArgs(env_id="tests.envs:Fault-v0", env_kwargs=env_kwargs, prev_reward=True, prev_action=True)
     envs = make_envs(args, 0, tmp_path)
     agent = make_agent(args, envs)
-    rb = RecurrentRolloutBuffer(STEPS, 8, (2,), 1, torch.float32, agent.memory_size)
+    rb = RecurrentRolloutBuffer(STEPS, 8, vectors(2), 1, torch.float32, agent.memory_size)
     rb.start(envs.reset(seed=0)[0])
     with pytest.raises(NonFiniteError, match="reward of environment 1 is not finite after step 4"):
         rollout(agent, envs, rb, torch.Generator(), Stopwatch("act", "env"))
@@ -263,8 +264,8 @@ def learning(kind: str, tmp_path: Path, **changes: Any) -> tuple[RecurrentPPOArg
     envs = make_envs(args, 0, tmp_path)
     torch.manual_seed(args.seed)
     agent = make_agent(args, envs)
-    head, shape = agent.head, envs.single_observation_space.shape
-    rb = RecurrentRolloutBuffer(T, N, shape, head.num_actions, head.dtype, agent.memory_size)
+    head, space = agent.head, envs.single_observation_space
+    rb = RecurrentRolloutBuffer(T, N, space, head.num_actions, head.dtype, agent.memory_size)
     rb.start(envs.reset(seed=1)[0])
     rng = torch.Generator().manual_seed(2)
     for _ in range(2):  # the second rollout starts within an episode, from a memory
@@ -305,7 +306,7 @@ class Updated:
             layout = sequences.in_order()
             with torch.no_grad():
                 states = self.data["states"][layout.first]
-                outputs = agent(self.data["obs"], self.data["actions"], states, layout)
+                outputs = agent(self.data["obs"], self.data["actions"], self.data["previous"], states, layout)
             self.data["logprobs"], _, self.data["values"] = outputs
         self.before = copy.deepcopy(agent)
         self.spy = Spy(agent, args)
@@ -320,9 +321,10 @@ class Updated:
 def evaluated(agent: RecurrentPPOAgent, space: Space, batch: dict[str, Tensor], begins: set[int]) -> tuple:
     """Log-probabilities, entropies and values, step by step."""
     size = agent.actor_core.state_size
-    features = values = walk(agent.actor_core, batch["obs"], batch["states"][:, :size], begins)
+    inputs = torch.cat((batch["obs"], batch["previous"]), -1)
+    features = values = walk(agent.actor_core, inputs, batch["states"][:, :size], begins)
     if agent.critic_core is not None:
-        values = walk(agent.critic_core, batch["obs"], batch["states"][:, size:], begins)
+        values = walk(agent.critic_core, inputs, batch["states"][:, size:], begins)
     logprobs, entropy = log_probability_and_entropy(agent, agent.actor(features), batch["actions"], space)
     return logprobs, entropy, agent.critic(values)[:, 0]
 
@@ -453,6 +455,7 @@ def share_of(rank: int, world_size: int, envs: int = 4, steps: int = 12) -> tupl
     data = {
         "obs": torch.randn(envs * steps, 3, generator=rng) + second[:, None],
         "actions": torch.randint(4, (envs * steps, 1), generator=rng),
+        "previous": torch.empty(envs * steps, 0),
         "states": torch.randn(envs * steps, 24, generator=rng),
         "logprobs": -1.4 + 0.2 * torch.randn(envs * steps, generator=rng),
         "values": torch.randn(envs * steps, generator=rng),
@@ -479,7 +482,7 @@ def update(rank: int, world_size: int, port: int, shared: bool, path: str) -> No
     args = RecurrentPPOArgs(num_envs=8, num_steps=8, num_minibatches=1, update_epochs=1, max_grad_norm=0.05)
     for name in ("sgd", "adam"):
         torch.manual_seed(0)
-        agent = RecurrentPPOAgent(3, Discrete(4), rnn_hidden_size=12 if shared else 6, shared_core=shared)
+        agent = RecurrentPPOAgent(vectors(3), Discrete(4), rnn_hidden_size=12 if shared else 6, shared_core=shared)
         objective = fabric.setup_module(RecurrentObjective(agent, args))
         flat = FlatParameters(agent)
         # At rate 1 gradient descent moves the parameters by the gradient itself

@@ -39,8 +39,12 @@ class StandardArgs:
     mask_velocities: bool = arg(
         False, "zero velocities in observations: CartPole, MountainCar, MountainCarContinuous, Pendulum, LunarLander"
     )
-    vectorization: Literal["sync", "async"] = arg(
-        "sync", "sync: one process steps all; async: a process each, for slow ones"
+    obs_keys: tuple[str, ...] = arg((), "parts of a Dict observation to use; none: all")
+    action_repeat: int = arg(1, "times that each action is taken; of the last two frames of an Atari game the maximum")
+    vectorization: Literal["auto", "sync", "async", "native", "envpool"] = arg(
+        "auto",
+        "sync: one process steps all; async: a process each; native: Gymnasium's vector form, where there is one; "
+        "envpool: C++ threads, by the extra of that name; auto: native or the faster of sync and async",
     )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
@@ -88,7 +92,8 @@ class StandardArgs:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, which names the argument, what was given, and what is allowed."""
-        for name in ("num_envs", "total_timesteps", "video_every", "log_every", "keep_checkpoints", "num_threads"):
+        counts = ("num_envs", "total_timesteps", "action_repeat", "video_every", "log_every", "keep_checkpoints")
+        for name in (*counts, "num_threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "an integer of at least 1")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")

@@ -4,16 +4,19 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium.spaces import Box
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.ranks import all_max
+from fabricrl.utils.records import Records, floats_of
 from fabricrl.utils.utils import require
 
 GIB = 2**30
@@ -27,30 +30,72 @@ class RolloutBuffer:
     is the observation that the next rollout starts from. Everything is written through NumPy views of the tensors: a
     step makes no tensor.
 
+    Where the policy sees the last S observations together, each is stored once all the same: S − 1 rows of `frames`
+    stand before those of this rollout, and `stacks` says which rows are seen at each step. None is older than its
+    episode: in place of those the first one is repeated.
+
     Attributes:
-        obs: [T + 1, N, *obs_shape]; actions: [T, N, A]; rewards: [T, N], as the environment gave them;
-        terminated, truncated, dones: [T, N], bool.
+        obs: [T + 1, N, R]; actions: [T, N, A]; rewards: [T, N], as the environment gave them;
+        terminated, truncated: [T, N], bool; terminated also where a life was lost, if the environment tells;
+        ends: [T, N], where episodes ended, lives left aside;
+        skipped: [T, N], steps that only reset an environment, as some do after an episode: they belong to none.
+
+    Args:
+        obs_space: a single environment's, one row R; uint8 stays uint8, everything else becomes float32.
+        frame_stack: S.
     """
 
     def __init__(
-        self, num_steps: int, num_envs: int, obs_shape: tuple[int, ...], num_actions: int, action_dtype: torch.dtype
+        self,
+        num_steps: int,
+        num_envs: int,
+        obs_space: Box,
+        num_actions: int,
+        action_dtype: torch.dtype,
+        frame_stack: int = 1,
     ) -> None:
-        self.num_envs = num_envs
-        self.obs = torch.zeros(num_steps + 1, num_envs, *obs_shape)
+        self.num_envs, self.frame_stack = num_envs, frame_stack
+        self.num_floats = obs_space.num_floats if isinstance(obs_space, Records) else None
+        dtype = torch.float32 if self.num_floats is None else torch.uint8
+        self.frames = torch.zeros(frame_stack + num_steps, num_envs, *obs_space.shape, dtype=dtype)
+        self.obs = self.frames[frame_stack - 1 :]
         self.actions = torch.zeros(num_steps, num_envs, num_actions, dtype=action_dtype)
         self.rewards = torch.zeros(num_steps, num_envs)
         self.terminated = torch.zeros(num_steps, num_envs, dtype=torch.bool)
         self.truncated = torch.zeros(num_steps, num_envs, dtype=torch.bool)
-        self.obs_rows = self.obs.unbind()  # T + 1 views [N, *obs_shape], made once
+        self.skipped = torch.zeros(num_steps, num_envs, dtype=torch.bool)
+        self.ends = torch.zeros(num_steps, num_envs, dtype=torch.bool)
+        self.obs_rows = self.obs.unbind()  # T + 1 views [N, R], made once
         self._obs, self._actions = self.obs.numpy(), self.actions.numpy()
-        self._rewards = self.rewards.numpy()
+        self._rewards, self._ends = self.rewards.numpy(), self.ends.numpy()
         self._terminated, self._truncated = self.terminated.numpy(), self.truncated.numpy()
+        self._skipped = self.skipped.numpy()
         self._final: list[tuple[int, int, np.ndarray]] = []
+        self.stacks = torch.zeros(num_steps + 1, num_envs, frame_stack, dtype=torch.int64)  # rows of frames × N
+        self._rows = self.stacks.numpy()
+        self._first = np.zeros((num_envs, 1), dtype=np.int64)  # row of `frames` that the running episode began with
 
     def start(self, obs: np.ndarray | None = None) -> None:
-        """Begins a rollout at `obs` [N, *obs_shape], or where the last one ended."""
-        self._obs[0] = self._obs[-1] if obs is None else obs
+        """Begins a rollout at `obs` [N, R], where episodes begin, or where the last one ended."""
+        if obs is None:
+            self.frames[: self.frame_stack] = self.frames[-self.frame_stack :].clone()
+            self._first -= len(self.actions)
+        else:
+            self._obs[0] = obs
+            self._first[:] = self.frame_stack - 1
         self._final.clear()
+        self._skipped[:] = False
+        self._stack(0)
+
+    def _stack(self, t: int) -> None:
+        """Notes which frames are seen at step t, oldest first."""
+        if self.frame_stack > 1:
+            rows = np.maximum(np.arange(t, t + self.frame_stack), self._first)  # [N, S]
+            self._rows[t] = rows * self.num_envs + np.arange(self.num_envs)[:, None]
+
+    def seen(self, t: int) -> Tensor:
+        """What the policy sees at step t: [N, R], or [N, S, R] if frames are stacked."""
+        return self.obs_rows[t] if self.frame_stack == 1 else self.frames.flatten(0, 1)[self.stacks[t]]
 
     def add(
         self,
@@ -62,40 +107,99 @@ class RolloutBuffer:
         truncated: np.ndarray,
         infos: dict[str, Any],
     ) -> None:
-        """Stores step t: `actions` [N, A] as they were drawn, and what `envs.step` returned under SAME_STEP."""
+        """Stores step t: `actions` [N, A] as they were drawn, and what `envs.step` of `make_envs` returned."""
         self._actions[t] = actions
         self._obs[t + 1] = next_obs  # crucial: the first observation of the next episode, not the final one
         self._rewards[t] = rewards
         self._terminated[t] = terminated
         self._truncated[t] = truncated
+        self._ends[t] = ended = terminated | truncated
+        if "life_lost" in infos:
+            self._terminated[t] |= infos["life_lost"]
         if truncated.any():
-            for env in np.flatnonzero(truncated & ~terminated):
-                self._final.append((t, int(env), np.array(infos["final_obs"][env], dtype=np.float32)))
+            for env in np.flatnonzero(truncated & ~self._terminated[t]):
+                final_obs = np.array(infos["final_obs"][env], dtype=self._obs.dtype)
+                self._final.append((t, int(env), final_obs))
+        if "skipped" in infos:
+            self._skipped[t] = infos["skipped"]
+            ended = ended | self._skipped[t]  # so that nothing leads from such a row to the next
+        if self.frame_stack > 1:
+            self._first[ended] = t + self.frame_stack
+            self._stack(t + 1)
 
     @property
     def dones(self) -> Tensor:
-        return self.terminated | self.truncated
+        """[T, N], bool: where what is learned from one step does not reach the next."""
+        return self.terminated | self.truncated | self.skipped
+
+    def count(self, fabric: Fabric) -> int:
+        """How many of the T N steps can be learned from: all but those skipped, and as many on each rank.
+
+        All ranks must call it together.
+        """
+        return -all_max(fabric, int(self._skipped.sum()) - self.skipped.numel())
+
+    def inputs(self, prepare: Callable[[Tensor], Tensor], device: torch.device) -> "tuple[Tensor | Stacks, Tensor]":
+        """What the policy saw, on the device and prepared for it: [T N, ...], and what it sees next, [N, ...]."""
+        frames = prepare(self.frames.to(device))
+        if self.frame_stack == 1:
+            return frames[:-1].flatten(0, 1), frames[-1]
+        stacks = Stacks(frames.flatten(0, 1), self.stacks.flatten(0, 1).to(device))
+        count = self.actions.shape[:2].numel()
+        return stacks.rows(slice(count)), stacks[slice(count, None)]
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """The numbers in observations [..., R], without images: [..., D]."""
+        return rows if self.num_floats is None else floats_of(rows, self.num_floats)
 
     def time_limits(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Truncated and not terminated episodes: t [E], env [E] and final observations [E, *obs_shape]; None: none."""
+        """Truncated and not terminated episodes: t [E], env [E] and what would have been seen then, [E, ...]; None:
+        none."""
         if not self._final:
             return None
         steps, envs, obs = zip(*self._final, strict=True)
-        return torch.tensor(steps), torch.tensor(envs), torch.from_numpy(np.stack(obs))
+        t, env, final_obs = torch.tensor(steps), torch.tensor(envs), torch.from_numpy(np.stack(obs))
+        if self.frame_stack > 1:
+            before = self.frames.flatten(0, 1)[self.stacks[t, env, 1:]]  # [E, S - 1, R]
+            final_obs = torch.cat((before, final_obs[:, None]), 1)
+        return t, env, final_obs
 
     def first_bad(self) -> str | None:
         """Where NaN or infinity came from the environment first, in words; None if nowhere."""
-        if self.obs.sum().isfinite() and self.rewards.sum().isfinite() and not self._final:
+        obs = self.vectors(self.obs)
+        if obs.sum().isfinite() and self.rewards.sum().isfinite() and not self._final:
             return None  # a finite sum has finite terms: one cheap test instead of the masks below
-        for name, values in (("reward", self.rewards[..., None]), ("observation", self.obs[1:].flatten(2))):
+        for name, values in (("reward", self.rewards[..., None]), ("observation", obs[1:].flatten(2))):
             bad = (~values.isfinite().all(-1)).nonzero()
             if len(bad):
                 step, env = bad[0].tolist()
                 return f"{name} of environment {env} is not finite after step {step} of the rollout"
         for step, env, final_obs in self._final:
-            if not np.isfinite(final_obs).all():
+            if not self.vectors(torch.from_numpy(final_obs)).isfinite().all():
                 return f"final observation of environment {env} is not finite after step {step} of the rollout"
-        return None if self.obs[0].isfinite().all() else "first observation is not finite"
+        return None if obs[0].isfinite().all() else "first observation is not finite"
+
+
+class Stacks:
+    """Observations of S frames each, which are put side by side where they are asked for, and stored once.
+
+    Args:
+        frames: [F, R]; places: [B, S], which of them each observation is made of.
+    """
+
+    def __init__(self, frames: Tensor, places: Tensor) -> None:
+        self.frames, self.places = frames, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """[..., S, R]"""
+        return self.frames[self.places[index]]
+
+    def rows(self, index: Tensor | slice) -> "Stacks":
+        """Some of the observations, not put together yet."""
+        return Stacks(self.frames, self.places[index])
 
 
 class RecurrentRolloutBuffer(RolloutBuffer):
@@ -109,13 +213,14 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         self,
         num_steps: int,
         num_envs: int,
-        obs_shape: tuple[int, ...],
+        obs_space: Box,
         num_actions: int,
         action_dtype: torch.dtype,
         memory_size: int,
+        frame_stack: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(num_steps, num_envs, obs_shape, num_actions, action_dtype)
+        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, frame_stack)
         self.memory = torch.zeros(num_steps + 1, num_envs, memory_size, device=device)
         self.memory_rows = self.memory.unbind()
         self._final_memory: list[Tensor] = []
@@ -129,7 +234,7 @@ class RecurrentRolloutBuffer(RolloutBuffer):
     def remember(self, t: int, memory: Tensor) -> None:
         """Stores the memory [N, M] that step t has left, once `add` knows which episodes it ended: they forget."""
         row = self.memory_rows[t + 1].copy_(memory)
-        dones = self._terminated[t] | self._truncated[t]
+        dones = self._terminated[t] | self._truncated[t] | self._skipped[t]
         if dones.any():
             self._final_memory += [memory[env] for step, env, _ in self._final if step == t]
             row[torch.from_numpy(dones).to(memory.device)] = 0.0

@@ -5,12 +5,21 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sp
 
 from fabricrl.utils.errors import ConfigError
 
+SMALLEST_IMAGE = 36  # sides that three layers of NatureCNN leave something of
 VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
 SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and a one-level Dict of these"
 
 
-def check_observation_space(space: Space) -> None:
-    """Raises ConfigError unless the space is a Box, Discrete, MultiDiscrete, MultiBinary, or a flat Dict of these."""
+def check_observation_space(space: Space, images: bool = True) -> None:
+    """Raises ConfigError unless the space is a Box, Discrete, MultiDiscrete, MultiBinary, or a flat Dict of these.
+
+    `images`: whether images may be among them.
+    """
+    if not images and (found := image_keys(space)):
+        what = f"its part {found[0]!r} is an image" if found[0] else "it is an image"
+        raise ConfigError(
+            f"observation space {_text(space)} is not supported: {what}, which PPO takes and this does not"
+        )
     if isinstance(space, Dict):
         for key, part in space.spaces.items():
             if not isinstance(part, VECTOR_SPACES):
@@ -45,6 +54,20 @@ def check_bounded(space: Space) -> None:
 def is_flat(space: Space) -> bool:
     """Whether observations are vectors of numbers already."""
     return isinstance(space, Box) and len(space.shape) == 1
+
+
+def is_image(space: Space) -> bool:
+    """Whether observations are images: uint8 with two sides and channels first or last, or two sides of 36 or more."""
+    if not (isinstance(space, Box) and space.dtype == np.uint8):
+        return False
+    return len(space.shape) == 3 or (len(space.shape) == 2 and min(space.shape) >= SMALLEST_IMAGE)
+
+
+def image_keys(space: Space) -> list[str]:
+    """Which parts of a flat Dict are images; [""] if the space itself is one."""
+    if isinstance(space, Dict):
+        return [key for key, part in space.spaces.items() if is_image(part)]
+    return [""] if is_image(space) else []
 
 
 def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import difflib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -15,14 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.spaces import Space
+from gymnasium.spaces import Dict, Space
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from fabricrl.envs.spaces import check_action_space, check_bounded, check_observation_space, is_flat
-from fabricrl.envs.wrappers import MaskVelocities, NameFailures, RecordEpisodes, shield_worker
+from fabricrl.envs.backends import DEFAULTS, EnvPoolVectorEnv, NativeVectorEnv, check_backend, choose, option
+from fabricrl.envs.spaces import check_action_space, check_bounded, check_observation_space, image_keys, is_flat
+from fabricrl.envs.wrappers import (
+    ActionRepeat,
+    LifeLoss,
+    MaskVelocities,
+    NameFailures,
+    PackImages,
+    RecordEpisodes,
+    is_atari,
+    require_opencv,
+    shield_worker,
+)
 from fabricrl.utils.errors import ConfigError, EnvError
 
-EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d"}  # module that is missing -> extra that brings it
+EXTRAS = {
+    "mujoco": "mujoco",
+    "Box2D": "box2d",
+    "box2d": "box2d",
+    "ale_py": "atari",
+}  # module that is missing -> extra that brings it
 
 
 def make_env(
@@ -33,11 +50,14 @@ def make_env(
     video_every: int = 1,
     video_episodes: float = math.inf,
 ) -> gym.Env:
-    """One environment whose observations are vectors: what is not one yet is flattened, Discrete parts one-hot.
+    """One environment whose observations are one row: vectors, or records where there are images among them.
+
+    What is neither is flattened, Discrete parts one-hot.
 
     Args:
         args: `env_id`, an id of Gymnasium, or `module:Id-v0`, where `module` registers the id and is found from here;
-            `env_kwargs`, a JSON object of arguments for the environment's constructor; `mask_velocities`.
+            `env_kwargs`, a JSON object of arguments for the environment's constructor; and of `backends.DEFAULTS` what
+            the algorithm has.
         video_folder: where to record every `video_every`-th of the first `video_episodes` episodes; None: nowhere.
 
     Raises:
@@ -47,20 +67,53 @@ def make_env(
     if video_folder is not None:
         render_mode = "rgb_array"
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # drawing into an array needs no screen
-    env = _construct(args.env_id, args.env_kwargs, render_mode)
-    if args.mask_velocities:
-        env = MaskVelocities(env)
+    env = _construct(args, render_mode)
     if video_folder is not None:
         env = RecordEpisodes(env, video_folder, video_prefix, video_every, video_episodes)
-    # Images will pass here as they are, for a NatureCNN; everything else becomes one vector for an MLP.
+    env = _preprocessed(args, env)
+    return _as_row(args, env)
+
+
+def _as_row(args: Any, env: gym.Env) -> gym.Env:
+    if image_keys(env.observation_space):
+        return PackImages(env, option(args, "grayscale"), option(args, "resize"))
     return env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
+
+
+def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
+    """What comes before observations become one row."""
+    keys, repeat, noop_max = option(args, "obs_keys"), option(args, "action_repeat"), option(args, "noop_max")
+    if keys:
+        known = list(env.observation_space) if isinstance(env.observation_space, Dict) else []
+        if not set(keys) <= set(known):
+            there = f"those there are: {', '.join(known)}" if known else "it is for Dict observations"
+            raise ConfigError(f"--obs-keys is {' '.join(keys)}: {there}")
+        env = gym.wrappers.FilterObservation(env, list(keys))
+    if option(args, "mask_velocities"):
+        env = MaskVelocities(env)
+    if is_atari(env) and (repeat > 1 or noop_max > 0):
+        grayscale, size = option(args, "grayscale"), option(args, "resize")
+        require_opencv("an Atari game with --action-repeat or --noop-max", "atari")
+        screen = (160, 210) if size is None else size
+        env = gym.wrappers.AtariPreprocessing(env, noop_max, repeat, screen, grayscale_obs=grayscale)
+    elif noop_max > 0:
+        raise ConfigError(f"--noop-max is {noop_max}: it can be for Atari games")
+    elif repeat > 1:
+        env = ActionRepeat(env, repeat)
+    if not image_keys(env.observation_space):
+        for name in ("grayscale", "resize", "frame_stack"):
+            if option(args, name) != DEFAULTS[name]:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} is set: {args.env_id} has no images among its observations")
+    return LifeLoss(env) if option(args, "life_loss") else env
 
 
 def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     """The `args.num_envs` environments of a rank, resetting in the step that ends an episode (SAME_STEP).
 
-    `step` returns the first observation of the next episode; the last one is in `infos["final_obs"]`.
-    Rank 0 records its environment 0 if `args.capture_video`.
+    `step` returns the first observation of the next episode; the last one is in `infos["final_obs"]`. Native ones
+    reset a step later, which `infos["skipped"]` tells. `infos["life_lost"]` is there if `args.life_loss`.
+    Rank 0 records its environment 0 if `args.capture_video`, and says what `--vectorization auto` has chosen.
 
     Raises:
         ConfigError, EnvError: as `make_env`; later, `reset` and `step` raise EnvError.
@@ -68,22 +121,32 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
 
     def thunk(index: int) -> Callable[[], gym.Env]:
         def build() -> gym.Env:
-            if args.vectorization == "async" and os.getpid() != script:
+            if os.getpid() != script:
                 shield_worker()
             record = args.capture_video and rank == 0 and index == 0
-            folder = video_folder if record and (args.vectorization == "sync" or os.getpid() != script) else None
+            folder = video_folder if record and (kind == "sync" or os.getpid() != script) else None
             mode = "rgb_array" if record else None  # also in the async dummy, whose spaces and modes must agree
             env = make_env(args, mode, folder, video_every=args.video_every)
             return NameFailures(env, index)
 
         return build
 
-    script = os.getpid()
+    script, kind = os.getpid(), args.vectorization
+    if kind == "auto":
+        with contextlib.closing(make_env(args)) as env:
+            kind = choose(args, env)
+        if rank == 0:
+            print(f"vectorization: {kind}", file=sys.stderr, flush=True)
+    if kind == "native":
+        return ReportFailures(NativeVectorEnv(args))
+    if kind == "envpool":
+        with contextlib.closing(make_env(args)) as env:
+            return ReportFailures(EnvPoolVectorEnv(args, env))
     thunks = [thunk(index) for index in range(args.num_envs)]
     # Without copies: the buffer copies each observation before the next step overwrites it.
-    kind = SyncVectorEnv if args.vectorization == "sync" else AsyncVectorEnv
+    vector_env = SyncVectorEnv if kind == "sync" else AsyncVectorEnv
     try:
-        envs = kind(thunks, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        envs = vector_env(thunks, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
     except Exception as error:
         _kill(multiprocessing.active_children())  # workers ignore the signal that would end them at exit
         if isinstance(error, ConfigError | EnvError):
@@ -137,11 +200,15 @@ def _kill(processes: Iterable[Any]) -> None:
 
 
 def check_env(
-    args: Any, action_spaces: tuple[type[Space], ...], render_mode: str | None, bounded: bool = False
+    args: Any,
+    action_spaces: tuple[type[Space], ...],
+    render_mode: str | None,
+    bounded: bool = False,
+    images: bool = False,
 ) -> tuple[Space, Space]:
     """Builds one environment and throws it away, so that mistakes are told before anything starts.
 
-    `bounded`: actions must be a Box with finite bounds.
+    `bounded`: actions must be a Box with finite bounds; `images`: observations may have images.
 
     Returns the observation and the action space that `make_envs` will give each environment.
 
@@ -150,26 +217,34 @@ def check_env(
             no velocities that could be masked.
         EnvError: its constructor raised.
     """
-    env = _construct(args.env_id, args.env_kwargs)
+    env = _construct(args)
     try:
-        if args.mask_velocities:
-            env = MaskVelocities(env)
-        check_observation_space(env.observation_space)
+        env = _preprocessed(args, env)
+        check_observation_space(env.observation_space, images)
         check_action_space(env.action_space, action_spaces)
         if bounded:
             check_bounded(env.action_space)
         modes = env.metadata.get("render_modes", [])
         if render_mode is not None and render_mode not in modes:
             raise ConfigError(f"{args.env_id} cannot be rendered as {render_mode!r}, only as {modes}")
-        flat = env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
-        return flat.observation_space, flat.action_space
+        check_backend(args)
+        return _as_row(args, env).observation_space, env.action_space
     finally:
         with contextlib.suppress(Exception):  # what it says at its end does not matter yet
             env.close()
 
 
-def _construct(env_id: str, env_kwargs: str, render_mode: str | None = None) -> gym.Env:
+def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
+    env_id, env_kwargs = args.env_id, args.env_kwargs
     kwargs = json.loads(env_kwargs) | ({} if render_mode is None else {"render_mode": render_mode})
+    if env_id.startswith("ALE/"):
+        if importlib.util.find_spec("ale_py") is None:
+            raise ConfigError(f"--env-id {env_id} needs a package that is not here: pip install -e '.[atari]'")
+        import ale_py  # which registers its games when it is imported
+
+        gym.register_envs(ale_py)
+        if option(args, "action_repeat") > 1 or option(args, "noop_max") > 0:
+            kwargs.setdefault("frameskip", 1)  # AtariPreprocessing repeats
     if ":" in env_id and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # `module` of one's own is looked for where the command was given
     try:

@@ -1,5 +1,6 @@
 """Single-environment wrappers that Gymnasium does not have, and what protects a run from its environments."""
 
+import importlib.util
 import math
 import os
 import signal
@@ -12,9 +13,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Dict, flatdim, flatten
 
+from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.launch import die_with_parent
+from fabricrl.utils.records import Records
 
 # Where observations hold velocities, by id without version: the places that rl-baselines3-zoo masks
 VELOCITIES = {
@@ -45,6 +49,121 @@ class MaskVelocities(gym.ObservationWrapper):
         observation = observation.copy()  # the environment may keep the one it returned
         observation[self._masked] = 0.0
         return observation
+
+
+class ActionRepeat(gym.Wrapper):
+    """Each action is taken `count` times, or until the episode ends; rewards are summed."""
+
+    def __init__(self, env: gym.Env, count: int) -> None:
+        super().__init__(env)
+        self.count = count
+
+    def step(self, action: Any) -> tuple:
+        total = 0.0
+        for _ in range(self.count):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+class LifeLoss(gym.Wrapper):
+    """Says in `info["life_lost"]` when a life was lost, for who learns from it; the game and its return go on."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._lives = 0
+        if not is_atari(env):
+            raise ConfigError("--life-loss is set: it can be for Atari games, which count lives")
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._lives = info["lives"]
+        return obs, info
+
+    def step(self, action: Any) -> tuple:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        before, self._lives = self._lives, info["lives"]
+        return obs, reward, terminated, truncated, info | {"life_lost": self._lives < before}
+
+
+class PackImages(gym.ObservationWrapper):
+    """Observations with images, alone or in a flat Dict, as records of bytes (see `utils/records.py`).
+
+    Args:
+        grayscale: images of three colours become one channel, by the weights of ITU-R 601.
+        resize: height and width of images, by area; None: as they are.
+
+    Raises:
+        ConfigError: an image is too small for the encoder, or OpenCV is needed and not here.
+    """
+
+    def __init__(self, env: gym.Env, grayscale: bool = False, resize: int | None = None) -> None:
+        super().__init__(env)
+        space = env.observation_space
+        parts = space.spaces if isinstance(space, Dict) else {"image": space}
+        self._vectors = {key: part for key, part in parts.items() if not is_image(part)}
+        self._images = {key: part for key, part in parts.items() if is_image(part)}
+        self._single = not isinstance(space, Dict)
+        self._grayscale, self._resize = grayscale, resize
+        if grayscale or resize is not None:
+            require_opencv("--grayscale" if grayscale else "--resize")
+        shapes = {key: self._process(np.zeros(part.shape or (), np.uint8)).shape for key, part in self._images.items()}
+        for key, shape in shapes.items():
+            sides = shape if len(shape) == 2 else shape[1:] if shape[0] < shape[-1] else shape[:-1]
+            if min(sides) < SMALLEST_IMAGE:
+                raise ConfigError(
+                    f"observation {key!r} is an image of {sides[0]} × {sides[1]}: the encoder takes "
+                    f"{SMALLEST_IMAGE} × {SMALLEST_IMAGE} and more; --resize 84 enlarges it"
+                )
+        self.records = Records({key: flatdim(part) for key, part in self._vectors.items()}, shapes)
+        self.observation_space = self.records
+
+    def observation(self, observation: Any) -> np.ndarray:
+        record = np.empty(self.records.size, np.uint8)
+        parts = {"image": observation} if self._single else observation
+        floats = record[: 4 * self.records.num_floats].view(np.float32)
+        at = 0
+        for key, part in self._vectors.items():
+            size = self.records.vectors[key]
+            floats[at : at + size] = np.asarray(flatten(part, parts[key]))
+            at += size
+        end = 4 * at
+        for key, image in self.records.images.items():
+            pixels = self._process(parts[key])
+            if parts[key].shape != self._images[key].shape:
+                raise EnvError(f"image {key!r} has shape {parts[key].shape}, its space is {self._images[key]}")
+            end = image.start + pixels.size
+            record[image.start : end] = pixels.reshape(-1)
+        record[end:] = 0
+        return record
+
+    def _process(self, image: np.ndarray) -> np.ndarray:
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise EnvError(f"an image is {image.dtype} {image.shape}, where its space says uint8")
+        if not self._grayscale and self._resize is None:
+            return image
+        import cv2  # here, as it takes a moment and few runs need it
+
+        if image.ndim == 3 and image.shape[0] < image.shape[-1]:
+            image = np.ascontiguousarray(image.transpose(1, 2, 0))
+        if self._grayscale and image.ndim == 3 and image.shape[-1] == 3:
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        if self._resize is not None and image.shape[:2] != (self._resize, self._resize):
+            image = cv2.resize(image, (self._resize, self._resize), interpolation=cv2.INTER_AREA)
+        return image
+
+
+def is_atari(env: gym.Env) -> bool:
+    """Whether this is a game of the Arcade Learning Environment."""
+    return hasattr(env.unwrapped, "ale")
+
+
+def require_opencv(what: str, extra: str = "images") -> None:
+    """Raises ConfigError, with the command, unless OpenCV is here."""
+    if importlib.util.find_spec("cv2") is None:
+        raise ConfigError(f"{what} needs a package that is not here: pip install -e '.[{extra}]'")
 
 
 class NameFailures(gym.Wrapper):

@@ -113,20 +113,27 @@ class Sequences:
 
     Args:
         dones: [T, N], whether an episode ended with that step.
+        skipped: [T, N], steps that belong to no episode, each between two of them; no minibatch has them.
+        count: rows that minibatches are made of, at most; None: all that are not skipped.
     """
 
-    def __init__(self, dones: Tensor, length: int) -> None:
+    def __init__(self, dones: Tensor, length: int, skipped: Tensor | None = None, count: int | None = None) -> None:
         begins = np.ones((dones.shape[1], dones.shape[0]), dtype=bool)  # [N, T]
         begins[:, 1:] = dones.numpy().T[:, :-1]
         rows = np.arange(begins.size)
         since = rows - np.maximum.accumulate(np.where(begins.reshape(-1), rows, 0))
-        self.first = np.flatnonzero(since % length == 0)
+        self._begins = since % length == 0
+        self.first = np.flatnonzero(self._begins)
         self.lengths = np.diff(self.first, append=begins.size)
-        self.num_rows = begins.size
+        real = np.ones(begins.size, dtype=bool) if skipped is None else ~skipped.numpy().T.reshape(-1)
+        kept = real[self.first]
+        self.first, self.lengths = self.first[kept], self.lengths[kept]
+        self.rows = torch.from_numpy(np.flatnonzero(real))
+        self.num_rows = min(len(self.rows), begins.size if count is None else count)
 
     def in_order(self) -> Layout:
         """All rows as one minibatch."""
-        return _lay_out(np.isin(np.arange(self.num_rows), self.first))
+        return _lay_out(self._begins)
 
     def minibatches(self, count: int, rng: torch.Generator) -> tuple[Tensor, list[Layout]]:
         """The sequences in random order, divided into minibatches of equal size.
@@ -139,8 +146,9 @@ class Sequences:
         order = torch.randperm(len(self.first), generator=rng).numpy()
         first, lengths = self.first[order], self.lengths[order]
         places = np.cumsum(lengths) - lengths  # where each sequence begins in the new order
-        rows = np.repeat(first - places, lengths) + np.arange(self.num_rows)
-        begins = np.isin(np.arange(self.num_rows), places).reshape(count, -1)  # [M, B]
+        rows = np.repeat(first - places, lengths) + np.arange(len(self.rows))
+        rows = rows[: self.num_rows // count * count]  # all, unless steps were skipped
+        begins = np.isin(np.arange(len(rows)), places).reshape(count, -1)  # [M, B]
         begins[:, 0] = True
         return torch.from_numpy(rows.reshape(count, -1)), [_lay_out(minibatch) for minibatch in begins]
 

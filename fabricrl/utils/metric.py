@@ -28,9 +28,13 @@ class EpisodeStatistics:
         self._return = np.zeros(num_envs)  # of the episodes that are still running
         self._length = np.zeros(num_envs, dtype=np.int64)
 
-    def update(self, fabric: Fabric, rewards: Tensor, dones: Tensor) -> None:
-        """Takes the raw rewards and dones [T, N] of this rank's rollout; all ranks must call it together."""
-        ended = gather_rows(fabric, self._ended(rewards.numpy(), dones.numpy()))  # [E, 2]
+    def update(self, fabric: Fabric, rewards: Tensor, dones: Tensor, skipped: Tensor | None = None) -> None:
+        """Takes the raw rewards and dones [T, N] of this rank's rollout; all ranks must call it together.
+
+        `skipped`: steps between episodes, which count for neither.
+        """
+        steps = np.ones(dones.shape, dtype=np.int64) if skipped is None else (~skipped).numpy().astype(np.int64)
+        ended = gather_rows(fabric, self._ended(rewards.numpy(), dones.numpy(), steps))  # [E, 2]
         self._unlogged.append(ended)
         self.returns.extend(ended[:, 0].tolist())
         self.count += len(ended)
@@ -55,17 +59,17 @@ class EpisodeStatistics:
         mean_return, mean_length = ended.mean(0).tolist()
         return {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
 
-    def _ended(self, rewards: np.ndarray, dones: np.ndarray) -> Tensor:
+    def _ended(self, rewards: np.ndarray, dones: np.ndarray, steps: np.ndarray) -> Tensor:
         """Rows (return, length) of the episodes that end in this rollout, in the order in which they end."""
         rows = []
         start = np.zeros(len(self._return), dtype=np.int64)  # first step of the running episode in this rollout
         for t, env in np.argwhere(dones):
             total = self._return[env] + rewards[start[env] : t + 1, env].sum(dtype=np.float64)
-            rows.append((total, self._length[env] + t + 1 - start[env]))
+            rows.append((total, self._length[env] + steps[start[env] : t + 1, env].sum()))
             self._return[env], self._length[env], start[env] = 0.0, 0, t + 1
         for env, first in enumerate(start):
             self._return[env] += rewards[first:, env].sum(dtype=np.float64)
-            self._length[env] += len(rewards) - first
+            self._length[env] += steps[first:, env].sum()
         return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
 
     @property

@@ -2,15 +2,18 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
-def orthogonal_init(layer: nn.Linear, gain: float) -> nn.Linear:
+
+def orthogonal_init(layer: Layer, gain: float) -> Layer:
     """Orthogonal weights (Saxe et al. 2014) scaled by `gain`, zero bias; in place."""
     nn.init.orthogonal_(layer.weight, gain)
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
 

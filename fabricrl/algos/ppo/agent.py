@@ -1,26 +1,27 @@
-"""Actor, critic and normalisers of PPO: a plain module that knows neither Fabric nor environments."""
+"""Actor, critic, encoder and normalisers of PPO: a plain module that knows neither Fabric nor environments."""
 
 from collections.abc import Sequence
 
 import torch
-from gymnasium.spaces import Space
+from gymnasium.spaces import Box, Space
 from torch import Tensor, nn
 
 from fabricrl.models.distributions import make_head
-from fabricrl.models.models import MLP, RunningNormalizer
+from fabricrl.models.models import MLP, RunningNormalizer, make_encoder, make_normalizer, normalized
 
 
 class PPOAgent(nn.Module):
-    """Separate networks for policy and value over vector observations.
+    """Separate networks for policy and value; where there are images, over an encoder that both share.
 
-        actor:  obs [*, D] → (normalise) → MLP → head: distribution of actions [*, A]
-        critic: obs [*, D] → (normalise) → MLP → value [*]
+        obs [*, D] → (normalise) → features             records [*, R] or [*, S, R] → (normalise) → encoder → features
+        actor:  features → MLP → head: distribution of actions [*, A]
+        critic: features → MLP → value [*]
 
     `forward` is the one gradient path. It takes observations as `prepare` returns them: they are normalised once a
     rollout, not once a minibatch.
 
     Args:
-        obs_size: D.
+        obs_space: of one environment, vectors [D] or records of bytes.
         action_space: a single environment's, Discrete, MultiDiscrete, MultiBinary or Box.
         norm_obs, norm_reward: whether there are running statistics; None stands where there are not.
 
@@ -30,41 +31,57 @@ class PPOAgent(nn.Module):
 
     def __init__(
         self,
-        obs_size: int,
+        obs_space: Box,
         action_space: Space,
         hidden_sizes: Sequence[int] = (64, 64),
         activation: str = "tanh",
         log_std: float = 0.0,
         norm_obs: bool = False,
         norm_reward: bool = False,
+        frame_stack: int = 1,
+        cnn_features: int = 512,
     ) -> None:
         super().__init__()
         self.head = make_head(action_space, log_std)
-        self.actor = MLP(obs_size, self.head.size, hidden_sizes, activation, gain=0.01)
-        self.critic = MLP(obs_size, 1, hidden_sizes, activation, gain=1.0)
-        self.obs_normalizer = RunningNormalizer(obs_size) if norm_obs else None
+        self.encoder = make_encoder(obs_space, frame_stack, cnn_features)
+        self.frame_stack = frame_stack
+        self.obs_shape = (frame_stack, *obs_space.shape) if frame_stack > 1 else obs_space.shape
+        self.obs_dtype = torch.float32 if self.encoder is None else torch.uint8
+        num_features = obs_space.shape[0] if self.encoder is None else self.encoder.num_features
+        self.actor = MLP(num_features, self.head.size, hidden_sizes, activation, gain=0.01)
+        self.critic = MLP(num_features, 1, hidden_sizes, activation, gain=1.0)
+        self.obs_normalizer = make_normalizer(obs_space) if norm_obs else None
         self.reward_normalizer = RunningNormalizer(1) if norm_reward else None
 
     def forward(self, inputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Prepared observations [B, D] and actions [B, A] → log π(a|s), entropy, value; each [B]."""
-        logprobs, entropy = self.head.evaluate(self.actor(inputs), actions)
-        return logprobs, entropy, self.critic(inputs).squeeze(-1)
+        """Prepared observations [B, ...] and actions [B, A] → log π(a|s), entropy, value; each [B]."""
+        features = self.features(inputs)
+        logprobs, entropy = self.head.evaluate(self.actor(features), actions)
+        return logprobs, entropy, self.critic(features).squeeze(-1)
 
     def prepare(self, obs: Tensor) -> Tensor:
-        """Observations as the networks take them."""
-        return obs if self.obs_normalizer is None else self.obs_normalizer(obs)
+        """Observations [*, D] or [*, R] as the networks take them."""
+        return obs if self.obs_normalizer is None else normalized(self.obs_normalizer, obs)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """What actor and critic see of prepared observations."""
+        return inputs if self.encoder is None else self.encoder(inputs)
 
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """Draws actions [N, A] at raw observations [N, D], from noise of `head.noise`. Only what acting needs."""
-        return self.head.sample(self.actor.forward(self.prepare(obs)), noise)
+        """Draws actions [N, A] at raw observations [N, ...], from noise of `head.noise`. Only what acting needs."""
+        return self.head.sample(self.actor.forward(self.features(self.prepare(obs))), noise)
 
     def greedy(self, obs: Tensor) -> Tensor:
-        """The most likely actions [N, A] at raw observations [N, D]."""
-        return self.head.mode(self.actor(self.prepare(obs)))
+        """The most likely actions [N, A] at raw observations [N, ...]."""
+        return self.head.mode(self.actor(self.features(self.prepare(obs))))
 
     def value(self, obs: Tensor) -> Tensor:
-        """V(s) [*] at raw observations [*, D]."""
-        return self.critic(self.prepare(obs)).squeeze(-1)
+        """V(s) [N] at raw observations [N, ...]."""
+        return self.prepared_value(self.prepare(obs))
+
+    def prepared_value(self, inputs: Tensor) -> Tensor:
+        """V(s) [N] at prepared observations [N, ...]."""
+        return self.critic(self.features(inputs)).squeeze(-1)
 
     @torch.no_grad()
     def scale_rewards(self, rewards: Tensor) -> Tensor:

@@ -22,6 +22,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_obs": True,
         "norm_reward": True,
     },
+    "atari": {
+        "env_id": "ALE/Pong-v5",
+        "env_kwargs": '{"repeat_action_probability": 0.0}',
+        "action_repeat": 4,
+        "noop_max": 30,
+        "life_loss": True,
+        "grayscale": True,
+        "resize": 84,
+        "frame_stack": 4,
+        "total_timesteps": 10_000_000,
+        "num_envs": 8,
+        "clip_reward": True,
+        "hidden_sizes": (),
+        "clip_coef": 0.1,
+        "num_threads": None,
+    },
 }
 
 
@@ -31,7 +47,12 @@ class PPOArgs(StandardArgs):
 
     num_envs: int = arg(4, "environments per rank")
     total_timesteps: int = arg(500_000, "environment steps over all environments and ranks, in whole iterations")
-    preset: Literal["classic", "mujoco"] = arg(
+    noop_max: int = arg(0, "Atari: up to so many steps without action begin an episode", "images and Atari")
+    life_loss: bool = arg(False, "Atari: what is learned ends with each life, and the episode with the game")
+    grayscale: bool = arg(False, "images without colour")
+    resize: int | None = arg(None, "height and width that images are brought to; None: left as they are")
+    frame_stack: int = arg(1, "observations with images are seen together with those before, so many in all")
+    preset: Literal["classic", "mujoco", "atari"] = arg(
         "classic", "defaults for a family of tasks; --help --preset mujoco shows its", "rollout and returns"
     )
     num_steps: int = arg(128, "steps of each environment per iteration")
@@ -41,11 +62,13 @@ class PPOArgs(StandardArgs):
         True, "add γ V(final observation) where a time limit, not the task, ended an episode"
     )
     norm_obs: bool = arg(False, "normalise observations by running mean and deviation")
+    clip_reward: bool = arg(False, "learn from the sign of each reward; the log tells the rewards themselves")
     norm_reward: bool = arg(False, "divide rewards by the running deviation of the discounted return")
     hidden_sizes: tuple[int, ...] = arg(
         (64, 64), "widths of the hidden layers of actor and critic, such as 64 64; none: linear", "networks"
     )
     activation: Literal["tanh", "relu", "elu", "silu"] = arg("tanh", "activation of the hidden layers")
+    cnn_features: int = arg(512, "width of the layer that ends the encoder of each image")
     log_std_init: float = arg(0.0, "initial logarithm of the standard deviation of Box actions")
     learning_rate: float = arg(2.5e-4, "Adam's learning rate", "update")
     anneal_lr: bool = arg(True, "learning rate falls linearly to zero over the run")
@@ -65,8 +88,10 @@ class PPOArgs(StandardArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_steps", "num_minibatches", "update_epochs"):
+        for name in ("num_steps", "num_minibatches", "update_epochs", "frame_stack", "cnn_features"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        require(self.noop_max >= 0, "noop_max", self.noop_max, "0 or more")
+        require(self.resize is None or self.resize >= 36, "resize", self.resize, "at least 36, or None")
         require_between(self, 0, 1, "gamma", "gae_lambda")
         require_between(self, 0, float("inf"), "ent_coef", "vf_coef", "max_grad_norm")
         require_between(self, -20, 20, "log_std_init")

@@ -4,8 +4,11 @@
     python fabricrl/algos/ppo/ppo.py --env-id CartPole-v1 --devices 2 --strategy ddp
     lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/ppo/ppo.py --env-id CartPole-v1
 
-Shapes: T steps, N environments of a rank, W ranks, D observation size, A action size, M minibatches, B = T N / M rows.
+Shapes: T steps, N environments of a rank, W ranks, D observation size, A action size, M minibatches, B = T N / M rows,
+R size of an observation's row: D numbers, or the bytes of a record with images.
 """
+
+from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -17,7 +20,7 @@ from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo.loss import approx_kl, clip_fraction, entropy_loss, policy_loss, value_loss
 from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent
-from fabricrl.data.buffers import RolloutBuffer
+from fabricrl.data.buffers import RolloutBuffer, Stacks
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe, env_actions
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore, restore_optimizer
@@ -46,7 +49,7 @@ def rollout(player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer, rng: torch.Gen
     noise = player.head.noise(rb.actions.shape[:2], rng).to(device).unbind()  # T × [N, ...]
     try:
         for t in range(num_steps):
-            actions = player.act(rb.obs_rows[t].to(device), noise[t]).cpu().numpy()  # [N, A]
+            actions = player.act(rb.seen(t).to(device), noise[t]).cpu().numpy()  # [N, A]
             clock.lap("act")
             step = envs.step(env_actions(envs.single_action_space, actions))
             clock.lap("env")
@@ -59,27 +62,40 @@ def rollout(player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer, rng: torch.Gen
 @torch.no_grad()
 def returns_and_advantages(
     player: PPOAgent, rb: RolloutBuffer, carry: Tensor, args: PPOArgs, fabric: Fabric
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Any], Tensor]:
     """The rollout as training data, each [T N, ...] on the device, and the discounted reward carried on, [N]."""
-    rewards, dones = rb.rewards.clone(), rb.dones  # [T, N]
+    rewards, dones = rb.rewards.sign() if args.clip_reward else rb.rewards.clone(), rb.dones  # [T, N]
     if player.reward_normalizer is not None:
         sums, carry = discounted_sums(rewards, dones, carry, args.gamma)
-        player.reward_normalizer.update(sums.flatten()[:, None].to(fabric.device), fabric)
+        player.reward_normalizer.update(sums[~rb.skipped][:, None].to(fabric.device), fabric)
         rewards = player.scale_rewards(rewards.to(fabric.device)).cpu()
     limits = rb.time_limits()
     if limits is not None and args.bootstrap_truncated:
         t, env, final_obs = limits
         rewards[t, env] += args.gamma * player.value(final_obs.to(fabric.device)).cpu()  # truncated, not terminated
-    inputs = player.prepare(rb.obs.to(fabric.device))  # [T + 1, N, D]
-    actions = rb.actions.to(fabric.device)
+    inputs, next_inputs = rb.inputs(player.prepare, fabric.device)  # [T N, ...], [N, ...]
+    actions = rb.actions.flatten(0, 1).to(fabric.device)  # [T N, A]
     with fabric.autocast():  # as in the update, so that the first ratio is 1 in any precision
-        logprobs, _, values = player(inputs[:-1], actions)  # [T, N]: the policy has not changed since it acted
-        next_values = player.critic(inputs[-1]).squeeze(-1)  # [N]
+        logprobs, values = evaluate(player, inputs, actions)  # [T N]: the policy has not changed since it acted
+        next_values = player.prepared_value(next_inputs)  # [N]
     logprobs, values, next_values = logprobs.float(), values.float(), next_values.float()
-    advantages, returns = gae(rewards, values.cpu(), dones, next_values.cpu(), args.gamma, args.gae_lambda)
-    columns = {"advantages": advantages.to(fabric.device), "returns": returns.to(fabric.device), "values": values}
-    columns |= {"obs": inputs[:-1], "actions": actions, "logprobs": logprobs}
-    return {name: column.flatten(0, 1) for name, column in columns.items()}, carry
+    estimates = gae(rewards, values.cpu().view(dones.shape), dones, next_values.cpu(), args.gamma, args.gae_lambda)
+    advantages, returns = (estimate.flatten().to(fabric.device) for estimate in estimates)
+    columns = {"advantages": advantages, "returns": returns, "values": values, "actions": actions, "logprobs": logprobs}
+    data: dict[str, Any] = columns | {"obs": inputs}
+    if (count := rb.count(fabric)) < len(actions):
+        kept = (~rb.skipped).flatten().nonzero()[:count, 0].to(fabric.device)
+        data = {name: column[kept] for name, column in columns.items()}
+        data["obs"] = inputs.rows(kept) if isinstance(inputs, Stacks) else inputs[kept]
+    return data, carry
+
+
+def evaluate(player: PPOAgent, inputs: Tensor | Stacks, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """log π(a|s) and V(s), [T N] each; of images a thousand at a time, for which there is always memory."""
+    rows = len(actions) if player.encoder is None else 1024
+    parts = [player(inputs[at : at + rows], actions[at : at + rows]) for at in range(0, len(actions), rows)]
+    logprobs, _, values = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logprobs, values
 
 
 class Objective(nn.Module):
@@ -114,7 +130,7 @@ def train(
     objective: nn.Module,
     flat: FlatParameters,
     optimizer: torch.optim.Optimizer,
-    data: dict[str, Tensor],
+    data: dict[str, Any],
     rng: torch.Generator,
     args: PPOArgs,
     clip_coef: float,
@@ -126,14 +142,17 @@ def train(
         NonFiniteError: as `checked` does.
     """
     history: list[tuple[Tensor, Tensor]] = []
+    batch_size = len(data["returns"])
+    kept = batch_size // args.num_minibatches * args.num_minibatches  # all, unless steps were skipped
     coefs = compiled_coefs(fabric, clip_coef, ent_coef) if args.compile else (clip_coef, ent_coef)
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(data["obs"]), generator=rng).view(args.num_minibatches, -1).to(fabric.device)
-        shuffled = {name: column[order] for name, column in data.items()}  # [M, B, ...], one gather an epoch
+        order = torch.randperm(batch_size, generator=rng)[:kept].view(args.num_minibatches, -1).to(fabric.device)
+        shuffled = {name: column[order] for name, column in data.items() if name != "obs"}  # [M, B, ...]
         if args.norm_adv:
             shuffled["advantages"] = normalize_rows(fabric, shuffled["advantages"])
-        for minibatch in zip(*shuffled.values(), strict=True):
-            loss, losses, logratio = objective(AsIs(dict(zip(shuffled, minibatch, strict=True))), *coefs)
+        for rows, minibatch in zip(order, zip(*shuffled.values(), strict=True), strict=True):
+            batch = dict(zip(shuffled, minibatch, strict=True)) | {"obs": data["obs"][rows]}
+            loss, losses, logratio = objective(AsIs(batch), *coefs)
             fabric.backward(loss)
             flat.collect_gradients()
             if args.max_grad_norm > 0:
@@ -172,7 +191,7 @@ def compile_ahead(
 ) -> None:
     """Compiles forward and backward on an empty minibatch of `size` rows now, not within the first update."""
     batch = {name: torch.zeros(size) for name in ("advantages", "returns", "values", "logprobs")}
-    batch["obs"] = torch.zeros(size, agent.actor.inputs)
+    batch["obs"] = torch.zeros(size, *agent.obs_shape, dtype=agent.obs_dtype)
     batch["actions"] = torch.zeros(size, agent.head.num_actions, dtype=agent.head.dtype)
     batch = {name: column.to(fabric.device) for name, column in batch.items()}
     fabric.backward(objective(AsIs(batch), *compiled_coefs(fabric, args.clip_coef, args.ent_coef))[0])
@@ -182,7 +201,7 @@ def compile_ahead(
 def main() -> int:
     args = parse(PPOArgs, "ppo", PRESETS)
     video_mode = "rgb_array" if args.capture_video else None
-    spaces = describe(*check_env(args, ACTION_SPACES, video_mode))
+    spaces = describe(*check_env(args, ACTION_SPACES, video_mode, images=True))
     state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
     global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
 
@@ -211,8 +230,8 @@ def main() -> int:
 
     # --- Metrics and buffer
     episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
-    obs_shape, head = envs.single_observation_space.shape, player.head
-    rb = RolloutBuffer(args.num_steps, args.num_envs, obs_shape, head.num_actions, head.dtype)
+    obs_space, head = envs.single_observation_space, player.head
+    rb = RolloutBuffer(args.num_steps, args.num_envs, obs_space, head.num_actions, head.dtype, args.frame_stack)
     carry = torch.zeros(args.num_envs)  # discounted reward so far, [N]
 
     # --- Counters
@@ -253,11 +272,11 @@ def main() -> int:
         with failing_together(fabric):
             losses.update(train(fabric, objective, flat, optimizer, data, train_rng, args, clip_coef, ent_coef))
         if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
-            player.obs_normalizer.update(rb.obs[:-1].to(fabric.device), fabric)
+            player.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(fabric.device), fabric)
         clock.lap("train")
 
         # 4. Log
-        episodes.update(fabric, rb.rewards, rb.dones)
+        episodes.update(fabric, rb.rewards, rb.ends, rb.skipped)
         exit_code = stop.exit_code(fabric)
         last = exit_code > 0 or global_step + batch_size > args.total_timesteps
         clock.lap("comm")

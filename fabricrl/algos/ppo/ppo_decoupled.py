@@ -14,13 +14,14 @@ and once, at the start, [H] from the player to each trainer, when it is ready.
 Normalisers stay with the player, who alone sees raw observations and rewards. Shapes as in ppo.py; B rows of a share.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from gymnasium.spaces import Space
-from torch import nn
+from torch import Tensor, nn
 
 from fabricrl.algos.args import parse
 from fabricrl.algos.ppo.agent import PPOAgent
@@ -69,15 +70,27 @@ def make_messages(agent: PPOAgent, flat: FlatParameters, count: int, args: PPODe
     """The packets that `count` trainers and their player exchange."""
     share = args.num_steps * args.num_envs // count  # B
     vector, states = (flat.vector.shape, torch.float32), (count, 2, *torch.get_rng_state().shape)
-    data: dict[str, Any] = HEADER | {"save": INTEGER}
+    data: dict[str, Any] = HEADER | {"save": INTEGER, "rows": INTEGER}
     data |= dict.fromkeys(("learning_rate", "clip_coef", "ent_coef"), REAL)
     data |= dict.fromkeys(("advantages", "returns", "values", "logprobs"), ((share,), torch.float32))
-    data["obs"] = (share, agent.actor.inputs), torch.float32
+    data["obs"] = (share, *agent.obs_shape), agent.obs_dtype
     data["actions"] = (share, agent.head.num_actions), agent.head.dtype
     answer = REPORT | {"losses": ((2, len(METRICS)), torch.float64), "weights": vector}
     optimizer = {"step": ((), torch.float32), "exp_avg": vector, "exp_avg_sq": vector}
     optimizer["generators"] = states, torch.uint8
     return Messages({"D": data, "W": answer, "O": optimizer}, count, args.max_lag)
+
+
+def divide(data: dict[str, Any], count: int, room: int) -> Iterator[dict[str, Tensor]]:
+    """Every `count`-th row of the rollout for each trainer; as many for all, filled up to `room` if steps were skipped.
+
+    What frames an observation is made of is put together here: it travels as it is seen.
+    """
+    rows = len(data["returns"]) // count
+    for rank in range(count):
+        share = {name: column[rank::count][:rows] for name, column in data.items()}
+        fill = {name: column.new_zeros(room - rows, *column.shape[1:]) for name, column in share.items()}
+        yield share if rows == room else {name: torch.cat((share[name], fill[name])) for name in share}
 
 
 def collect(trainers: Trainers, most: int, flat: FlatParameters, losses: MeanMetrics) -> None:
@@ -115,8 +128,8 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, traine
 
     # --- Metrics and buffer
     episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
-    obs_shape, head = envs.single_observation_space.shape, player.head
-    rb = RolloutBuffer(args.num_steps, args.num_envs, obs_shape, head.num_actions, head.dtype)
+    obs_space, head = envs.single_observation_space, player.head
+    rb = RolloutBuffer(args.num_steps, args.num_envs, obs_space, head.num_actions, head.dtype, args.frame_stack)
     carry = torch.zeros(args.num_envs)  # discounted reward so far, [N]
 
     # --- Counters
@@ -161,18 +174,17 @@ def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, traine
         collect(trainers, max(args.max_lag, 1) - 1, flat, losses)  # <- [W]
         clock.lap("wait_player")
         coefs = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
-        ranks = range(trainers.count)
-        shares = ({name: column[rank :: len(ranks)] for name, column in data.items()} for rank in ranks)
-        trainers.send(shares, save=saves, **coefs)  # -> [D]
+        shares = divide(data, trainers.count, batch_size // trainers.count)
+        trainers.send(shares, save=saves, rows=len(data["returns"]) // trainers.count, **coefs)  # -> [D]
         clock.lap("comm")
         collect(trainers, 0 if last or saves else args.max_lag, flat, losses)  # <- [W]
         clock.lap("wait_player")
         if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
-            player.obs_normalizer.update(rb.obs[:-1].to(fabric.device), fabric)
+            player.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(fabric.device), fabric)
         clock.lap("train")
 
         # 4. Log
-        episodes.update(fabric, rb.rewards, rb.dones)
+        episodes.update(fabric, rb.rewards, rb.ends, rb.skipped)
         run.advance(global_step, episodes.mean_return)
         if run.wants_log(global_step, last):
             charts = {"charts/learning_rate": learning_rate, "charts/SPS": run.sps(global_step)}
@@ -243,7 +255,7 @@ def trainer(
         if packet["command"] == STOP:
             channel.flush()
             return packet["code"]
-        data = {name: packet[name].to(fabric.device) for name in DATA}
+        data = {name: packet[name][: packet["rows"]].to(fabric.device) for name in DATA}
 
         with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER, iteration):
             # 3. Update
@@ -270,7 +282,7 @@ def trainer(
 def main() -> int:
     args = parse(PPODecoupledArgs, "ppo", PRESETS)
     video_mode = "rgb_array" if args.capture_video else None
-    spaces = check_env(args, ACTION_SPACES, video_mode)
+    spaces = check_env(args, ACTION_SPACES, video_mode, images=True)
     stop = StopSignal()
     fabric = launch(args)
     count = max(fabric.world_size - FIRST_TRAINER, 1)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import VectorEnv
+from torch import Tensor
 
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.envs.spaces import env_actions
@@ -16,25 +17,47 @@ ACTION_SPACES = (Discrete, MultiDiscrete, MultiBinary, Box)
 
 def make_agent(args: Any, envs: VectorEnv) -> PPOAgent:
     """The agent that `args` describe, for these environments."""
-    (obs_size,) = envs.single_observation_space.shape
     return PPOAgent(
-        obs_size,
+        envs.single_observation_space,
         envs.single_action_space,
         args.hidden_sizes,
         args.activation,
         args.log_std_init,
         args.norm_obs,
         args.norm_reward,
+        args.frame_stack,
+        args.cnn_features,
     )
 
 
+class FrameStack:
+    """What an agent sees of the observations that it is shown one by one: the last S of the episode, or the last."""
+
+    def __init__(self, agent: Any) -> None:
+        self.depth, self.dtype = agent.frame_stack, agent.obs_dtype
+        self.frames = torch.empty(0)
+
+    def add(self, obs: np.ndarray, dones: np.ndarray) -> Tensor:
+        """Observations [N, R] → [N, R], or [N, S, R]; `dones` [N]: which are the first of an episode."""
+        newest = torch.as_tensor(obs, dtype=self.dtype)
+        if self.depth == 1:
+            return newest
+        newest = newest[:, None]
+        if not len(self.frames):
+            self.frames = newest.repeat(1, self.depth, 1)
+        shifted = torch.cat((self.frames[:, 1:], newest), 1)
+        self.frames = torch.where(torch.as_tensor(dones)[:, None, None], newest, shifted)
+        return self.frames
+
+
 def make_policy(agent: PPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., Any]:
-    """A function (observations [N, D]; rewards and dones [N] of the step before) → actions for `envs.step`."""
+    """A function (observations [N, R]; rewards and dones [N] of the step before) → actions for `envs.step`."""
     generator = torch.Generator().manual_seed(seed)
+    frames = FrameStack(agent)
 
     @torch.inference_mode()
     def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> Any:
-        inputs = torch.as_tensor(obs, dtype=torch.float32)
+        inputs = frames.add(obs, dones)
         actions = agent.greedy(inputs) if greedy else agent.act(inputs, agent.head.noise((len(obs),), generator))
         return env_actions(envs.single_action_space, actions.numpy())
 

@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 
 import torch
-from gymnasium.spaces import Space
+from gymnasium.spaces import Box, Space
 from torch import Tensor, nn
 
 from fabricrl.models.distributions import make_head
-from fabricrl.models.models import MLP, RunningNormalizer
+from fabricrl.models.models import MLP, RunningNormalizer, make_encoder, make_normalizer, normalized
 from fabricrl.models.recurrent import Layout, RecurrentCore
 
 
 class RecurrentPPOAgent(nn.Module):
-    """Policy and value that remember, over vector observations.
+    """Policy and value that remember.
 
-        inputs: obs [*, D] → (normalise), beside (previous action), (previous reward); together [*, I]
+        features: obs [*, D] → (normalise), or records with images → (normalise) → encoder
+        inputs: features, beside (previous action), (previous reward); together [*, I]
         actor:  inputs → core → MLP → head: distribution of actions [*, A]
         critic: inputs → core → MLP → value [*]
 
@@ -22,10 +23,10 @@ class RecurrentPPOAgent(nn.Module):
 
         (previous action) | (previous reward) | state of the actor's core | state of the critic's, unless both share one
 
-    `forward` is the one gradient path. It takes inputs as `inputs` returns them, once a rollout.
+    `forward` is the one gradient path. It takes observations as `prepare` returns them, once a rollout.
 
     Args:
-        obs_size: D.
+        obs_space: of one environment, vectors [D] or records of bytes.
         action_space: a single environment's, Discrete, MultiDiscrete, MultiBinary or Box.
         prev_action, prev_reward: whether the cores are told the action before, discrete ones as one-hot, and what it
             earned.
@@ -37,7 +38,7 @@ class RecurrentPPOAgent(nn.Module):
 
     def __init__(
         self,
-        obs_size: int,
+        obs_space: Box,
         action_space: Space,
         rnn_type: str = "lstm",
         rnn_hidden_size: int = 64,
@@ -51,48 +52,67 @@ class RecurrentPPOAgent(nn.Module):
         log_std: float = 0.0,
         norm_obs: bool = False,
         norm_reward: bool = False,
+        frame_stack: int = 1,
+        cnn_features: int = 512,
     ) -> None:
         super().__init__()
         self.head = make_head(action_space, log_std)
         self.prev_action, self.prev_reward = prev_action, prev_reward
         self.num_prev = prev_action * self.head.encoded_size + prev_reward
-        core = (rnn_type, obs_size + self.num_prev, rnn_hidden_size, rnn_layers, encoder_sizes, activation)
+        self.encoder = make_encoder(obs_space, frame_stack, cnn_features)
+        self.frame_stack = frame_stack
+        self.obs_shape = (frame_stack, *obs_space.shape) if frame_stack > 1 else obs_space.shape
+        self.obs_dtype = torch.float32 if self.encoder is None else torch.uint8
+        num_features = obs_space.shape[0] if self.encoder is None else self.encoder.num_features
+        core = (rnn_type, num_features + self.num_prev, rnn_hidden_size, rnn_layers, encoder_sizes, activation)
         self.actor_core = RecurrentCore(*core)
         self.critic_core = None if shared_core else RecurrentCore(*core)
         self.actor = MLP(rnn_hidden_size, self.head.size, hidden_sizes, activation, gain=0.01)
         self.critic = MLP(rnn_hidden_size, 1, hidden_sizes, activation, gain=1.0)
-        self.obs_normalizer = RunningNormalizer(obs_size) if norm_obs else None
+        self.obs_normalizer = make_normalizer(obs_space) if norm_obs else None
         self.reward_normalizer = RunningNormalizer(1) if norm_reward else None
         self.state_size = self.actor_core.state_size
         self.memory_size = self.num_prev + self.state_size * (1 if shared_core else 2)  # M
 
-    def forward(self, inputs: Tensor, actions: Tensor, states: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs [B, I], actions [B, A] → log π(a|s), entropy, value; each [B].
+    def forward(
+        self, obs: Tensor, actions: Tensor, previous: Tensor, states: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Prepared observations [B, ...], actions [B, A] → log π(a|s), entropy, value; each [B].
 
-        The rows are sequences, as `layout` says; what the cores' states were before the first of each is `states`.
+        The rows are sequences, as `layout` says; what the cores' states were before the first of each is `states`, and
+        `previous` [B, ...] the part of the memory that they are told in each row.
         """
+        inputs = self.inputs(obs, previous)
         features = values = self.actor_core(inputs, states[:, : self.state_size], layout)  # [B, H]
         if self.critic_core is not None:
             values = self.critic_core(inputs, states[:, self.state_size :], layout)
         logprobs, entropy = self.head.evaluate(self.actor(features), actions)
         return logprobs, entropy, self.critic(values).squeeze(-1)
 
-    def inputs(self, obs: Tensor, memory: Tensor) -> Tensor:
-        """Raw observations [*, D] with the memory [*, M] that was there → what the cores take, [*, I]."""
-        prepared = obs if self.obs_normalizer is None else self.obs_normalizer(obs)
-        return torch.cat((prepared, memory[..., : self.num_prev]), -1) if self.num_prev else prepared
+    def prepare(self, obs: Tensor) -> Tensor:
+        """Observations [*, D] or [*, R] as the networks take them."""
+        return obs if self.obs_normalizer is None else normalized(self.obs_normalizer, obs)
+
+    def inputs(self, obs: Tensor, previous: Tensor) -> Tensor:
+        """Prepared observations [*, ...] with the action and the reward before → what the cores take, [*, I]."""
+        features = obs if self.encoder is None else self.encoder(obs)
+        return torch.cat((features, previous), -1) if self.num_prev else features
+
+    def previous(self, memory: Tensor) -> Tensor:
+        """The part of memories [*, M] that the cores are told: the action and the reward before, as far as wanted."""
+        return memory[..., : self.num_prev]
 
     def states(self, memory: Tensor) -> Tensor:
         """The part of memories [*, M] that is the cores'."""
         return memory[..., self.num_prev :]
 
     def act(self, obs: Tensor, memory: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws actions [N, A] at raw observations [N, D], from noise of `head.noise`; and the cores' states after."""
+        """Draws actions [N, A] at raw observations [N, ...], from noise of `head.noise`; and the states after."""
         features, states = self._step(obs, memory)
         return self.head.sample(self.actor(features), noise), states
 
     def greedy(self, obs: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The most likely actions [N, A] at raw observations [N, D]; and the cores' states after."""
+        """The most likely actions [N, A] at raw observations [N, ...]; and the cores' states after."""
         features, states = self._step(obs, memory)
         return self.head.mode(self.actor(features)), states
 
@@ -103,8 +123,12 @@ class RecurrentPPOAgent(nn.Module):
         return torch.cat((*parts, states), -1) if parts else states
 
     def value(self, obs: Tensor, memory: Tensor) -> Tensor:
-        """V [N] at raw observations [N, D], with the memory of the step before."""
-        inputs, states = self.inputs(obs, memory), self.states(memory)
+        """V [N] at raw observations [N, ...], with the memory of the step before."""
+        return self.prepared_value(self.prepare(obs), memory)
+
+    def prepared_value(self, obs: Tensor, memory: Tensor) -> Tensor:
+        """V [N] at prepared observations [N, ...], with the memory of the step before."""
+        inputs, states = self.inputs(obs, self.previous(memory)), self.states(memory)
         if self.critic_core is None:
             return self.critic(self.actor_core.step(inputs, states)[0]).squeeze(-1)
         return self.critic(self.critic_core.step(inputs, states[:, self.state_size :])[0]).squeeze(-1)
@@ -116,7 +140,7 @@ class RecurrentPPOAgent(nn.Module):
 
     def _step(self, obs: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The actor's features [N, H], and the states of all cores after this step."""
-        inputs, states = self.inputs(obs, memory), self.states(memory)
+        inputs, states = self.inputs(self.prepare(obs), self.previous(memory)), self.states(memory)
         features, after = self.actor_core.step(inputs, states[:, : self.state_size])
         if self.critic_core is None:
             return features, after

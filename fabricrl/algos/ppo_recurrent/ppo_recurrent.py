@@ -24,7 +24,7 @@ from fabricrl.algos.ppo.ppo import Objective, checked, compiled_coefs
 from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.ppo_recurrent.utils import ACTION_SPACES, make_agent
-from fabricrl.data.buffers import RecurrentRolloutBuffer
+from fabricrl.data.buffers import RecurrentRolloutBuffer, Stacks
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe, env_actions
 from fabricrl.models.recurrent import Sequences
@@ -56,7 +56,7 @@ def rollout(
     noise = player.head.noise(rb.actions.shape[:2], rng).to(device).unbind()  # T × [N, ...]
     try:
         for t in range(num_steps):
-            drawn, states = player.act(rb.obs_rows[t].to(device), rb.memory_rows[t], noise[t])
+            drawn, states = player.act(rb.seen(t).to(device), rb.memory_rows[t], noise[t])
             actions = drawn.cpu().numpy()  # [N, A]
             clock.lap("act")
             step = envs.step(env_actions(envs.single_action_space, actions))
@@ -71,28 +71,31 @@ def rollout(
 @torch.no_grad()
 def returns_and_advantages(
     player: RecurrentPPOAgent, rb: RecurrentRolloutBuffer, carry: Tensor, args: RecurrentPPOArgs, fabric: Fabric
-) -> tuple[dict[str, Tensor], Sequences, Tensor]:
+) -> tuple[dict[str, Any], Sequences, Tensor]:
     """The rollout as training data, each [N T, ...] on the device; its sequences; the discounted reward so far, [N]."""
-    rewards, dones = rb.rewards.clone(), rb.dones  # [T, N]
+    rewards, dones = rb.rewards.sign() if args.clip_reward else rb.rewards.clone(), rb.dones  # [T, N]
     if player.reward_normalizer is not None:
         sums, carry = discounted_sums(rewards, dones, carry, args.gamma)
-        player.reward_normalizer.update(sums.flatten()[:, None].to(fabric.device), fabric)
+        player.reward_normalizer.update(sums[~rb.skipped][:, None].to(fabric.device), fabric)
         rewards = player.scale_rewards(rewards.to(fabric.device)).cpu()
     limits = rb.time_limits()
     if limits is not None and args.bootstrap_truncated:
         t, env, final_obs = limits
         final_values = player.value(final_obs.to(fabric.device), rb.final_memory())  # truncated, not terminated
         rewards[t, env] += args.gamma * final_values.cpu()
-    sequences = Sequences(dones, args.sequence_length)
-    obs = rb.obs.to(fabric.device)
-    columns = {"obs": player.inputs(obs[:-1], rb.memory[:-1]), "actions": rb.actions.to(fabric.device)}
+    sequences = Sequences(dones, args.sequence_length, rb.skipped, rb.count(fabric))
+    inputs, next_inputs = rb.inputs(player.prepare, fabric.device)  # [T N, ...], [N, ...]
+    by_env = torch.arange(dones.numel(), device=fabric.device).view(dones.shape).T.flatten()  # [N T]
+    columns = {"actions": rb.actions.to(fabric.device), "previous": player.previous(rb.memory[:-1])}
     columns["states"] = player.states(rb.memory[:-1])
-    data = {name: column.transpose(0, 1).flatten(0, 1) for name, column in columns.items()}  # [N T, ...]
+    data: dict[str, Any] = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}  # [N T, ...]
+    data["obs"] = inputs.rows(by_env) if isinstance(inputs, Stacks) else inputs[by_env]
     layout = sequences.in_order().to(fabric.device)
     with fabric.autocast():  # as in the update, so that the first ratio is 1 in any precision
         # [N T]: the policy has not changed since it acted
-        logprobs, _, values = player(data["obs"], data["actions"], data["states"][layout.first], layout)
-        next_values = player.value(obs[-1], rb.memory[-1])  # [N]
+        states = data["states"][layout.first]
+        logprobs, _, values = player(data["obs"][:], data["actions"], data["previous"], states, layout)
+        next_values = player.prepared_value(next_inputs, rb.memory[-1])  # [N]
     data["logprobs"], data["values"], next_values = logprobs.float(), values.float(), next_values.float()
     values = data["values"].view(rb.num_envs, -1).T.cpu()  # [T, N]
     advantages, returns = gae(rewards, values, dones, next_values.cpu(), args.gamma, args.gae_lambda)
@@ -105,7 +108,7 @@ class RecurrentObjective(Objective):
 
     def evaluate(self, batch: AsIs | dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """log π(a|s), entropy and value now; each [B]."""
-        return self.agent(batch["obs"], batch["actions"], batch["states"], batch["layout"])
+        return self.agent(batch["obs"], batch["actions"], batch["previous"], batch["states"], batch["layout"])
 
 
 def train(
@@ -113,7 +116,7 @@ def train(
     objective: nn.Module,
     flat: FlatParameters,
     optimizer: torch.optim.Optimizer,
-    data: dict[str, Tensor],
+    data: dict[str, Any],
     sequences: Sequences,
     rng: torch.Generator,
     args: RecurrentPPOArgs,
@@ -130,12 +133,12 @@ def train(
     for _ in range(args.update_epochs):
         order, layouts = sequences.minibatches(args.num_minibatches, rng)
         order = order.to(fabric.device)  # [M, B]
-        shuffled = {name: column[order] for name, column in data.items() if name != "states"}  # [M, B, ...]
+        shuffled = {name: column[order] for name, column in data.items() if name not in ("obs", "states")}
         if args.norm_adv:
             shuffled["advantages"] = normalize_rows(fabric, shuffled["advantages"])
         for rows, layout, minibatch in zip(order, layouts, zip(*shuffled.values(), strict=True), strict=True):
             layout = layout.to(fabric.device)
-            batch = dict(zip(shuffled, minibatch, strict=True)) | {"layout": layout}
+            batch = dict(zip(shuffled, minibatch, strict=True)) | {"layout": layout, "obs": data["obs"][rows]}
             batch["states"] = data["states"][rows[layout.first]]  # [S, ...]
             loss, losses, logratio = objective(AsIs(batch), *coefs)
             fabric.backward(loss)
@@ -160,7 +163,8 @@ def compile_ahead(
     """Compiles forward and backward on empty minibatches now, not within the first update; changes nothing."""
     size = args.num_steps * args.num_envs // args.num_minibatches
     batch: dict[str, Any] = {name: torch.zeros(size) for name in ("advantages", "returns", "values", "logprobs")}
-    batch |= {"obs": torch.zeros(size, player.actor_core.inputs), "actions": rb.actions.flatten(0, 1)[:size]}
+    batch |= {"obs": torch.zeros(size, *player.obs_shape, dtype=player.obs_dtype)}
+    batch |= {"actions": rb.actions.flatten(0, 1)[:size], "previous": torch.zeros(size, player.num_prev)}
     for length in (2, 3):  # how many sequences there are varies, which the second call shows to the compiler
         _, (layout, *_) = Sequences(rb.dones, length).minibatches(args.num_minibatches, torch.Generator())
         batch |= {"layout": layout, "states": torch.zeros(len(layout.first), player.memory_size - player.num_prev)}
@@ -172,7 +176,7 @@ def compile_ahead(
 def main() -> int:
     args = parse(RecurrentPPOArgs, "ppo_recurrent", PRESETS)
     video_mode = "rgb_array" if args.capture_video else None
-    spaces = describe(*check_env(args, ACTION_SPACES, video_mode))
+    spaces = describe(*check_env(args, ACTION_SPACES, video_mode, images=True))
     state, resumed = load_checkpoint(args.resume, "ppo_recurrent") if args.resume else ({}, None)
     global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
 
@@ -201,9 +205,9 @@ def main() -> int:
 
     # --- Metrics and buffer
     episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
-    obs_shape, head = envs.single_observation_space.shape, player.head
-    shape = (args.num_steps, args.num_envs, obs_shape, head.num_actions)
-    rb = RecurrentRolloutBuffer(*shape, head.dtype, player.memory_size, fabric.device)
+    obs_space, head = envs.single_observation_space, player.head
+    sizes = (args.num_steps, args.num_envs, obs_space, head.num_actions, head.dtype, player.memory_size)
+    rb = RecurrentRolloutBuffer(*sizes, args.frame_stack, fabric.device)
     carry = torch.zeros(args.num_envs)  # discounted reward so far, [N]
 
     # --- Counters
@@ -244,18 +248,19 @@ def main() -> int:
             coefs = clip_coef, ent_coef
             losses.update(train(fabric, objective, flat, optimizer, data, sequences, train_rng, args, *coefs))
         if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
-            player.obs_normalizer.update(rb.obs[:-1].to(fabric.device), fabric)
+            player.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(fabric.device), fabric)
         clock.lap("train")
 
         # 4. Log
-        episodes.update(fabric, rb.rewards, rb.dones)
+        episodes.update(fabric, rb.rewards, rb.ends, rb.skipped)
         exit_code = stop.exit_code(fabric)
         last = exit_code > 0 or global_step + batch_size > args.total_timesteps
         clock.lap("comm")
         run.advance(global_step, episodes.mean_return)
         if run.wants_log(global_step, last):
             charts = {"charts/learning_rate": learning_rate, "charts/SPS": run.sps(global_step)}
-            charts["losses/explained_variance"] = explained_variance(data["values"], data["returns"]).item()
+            real = sequences.rows.to(fabric.device)
+            charts["losses/explained_variance"] = explained_variance(data["values"][real], data["returns"][real]).item()
             run.log(charts | episodes.compute() | losses.compute() | clock.shares(), global_step)
 
         # 5. Checkpoint

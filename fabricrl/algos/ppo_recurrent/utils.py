@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from fabricrl.algos.ppo.utils import ACTION_SPACES
+from fabricrl.algos.ppo.utils import ACTION_SPACES, FrameStack
 from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
 from fabricrl.envs.spaces import env_actions
 
@@ -16,9 +16,8 @@ __all__ = ["ACTION_SPACES", "make_agent", "make_policy"]
 
 def make_agent(args: Any, envs: VectorEnv) -> RecurrentPPOAgent:
     """The agent that `args` describe, for these environments."""
-    (obs_size,) = envs.single_observation_space.shape
     return RecurrentPPOAgent(
-        obs_size,
+        envs.single_observation_space,
         envs.single_action_space,
         args.rnn_type,
         args.rnn_hidden_size,
@@ -32,21 +31,24 @@ def make_agent(args: Any, envs: VectorEnv) -> RecurrentPPOAgent:
         args.log_std_init,
         args.norm_obs,
         args.norm_reward,
+        args.frame_stack,
+        args.cnn_features,
     )
 
 
 def make_policy(agent: RecurrentPPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., Any]:
-    """A function (observations [N, D]; rewards and dones [N] of the step before) → actions for `envs.step`.
+    """A function (observations [N, R]; rewards and dones [N] of the step before) → actions for `envs.step`.
 
     It remembers, and forgets where an episode was done.
     """
     generator = torch.Generator().manual_seed(seed)
+    frames = FrameStack(agent)
     actions = states = torch.empty(0)
 
     @torch.inference_mode()
     def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> Any:
         nonlocal actions, states
-        inputs = torch.as_tensor(obs, dtype=torch.float32)
+        inputs = frames.add(obs, dones)
         memory = torch.zeros(len(obs), agent.memory_size)
         if len(states):
             memory = agent.remember(actions, torch.as_tensor(rewards, dtype=torch.float32), states)

@@ -13,6 +13,11 @@ class OffPolicyArgs(StandardArgs):
     """Replay, networks and update of an actor-critic algorithm with entropy; CleanRL's names and defaults."""
 
     env_id: str = arg("Pendulum-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
+    vectorization: Literal["auto", "sync", "async", "envpool"] = arg(
+        "auto",
+        "sync: one process steps all; async: a process each; envpool: C++ threads, by the extra of that name; "
+        "auto: the faster of sync and async",
+    )
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
     num_threads: int | None = arg(
         None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Beside other work take 1"

@@ -1,0 +1,269 @@
+"""What steps many environments at once besides Gymnasium's own loops: its native vector environments, and EnvPool.
+
+All of them look alike to a script: an episode that ends is followed by the first observation of the next, and its last
+one is in `infos["final_obs"]`. Where a back end cannot do that, it says which rows are none: see `NativeVectorEnv`.
+"""
+
+import difflib
+import importlib.util
+import json
+import math
+import os
+import sys
+from time import perf_counter
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from fabricrl.utils.errors import ConfigError, EnvError
+
+# What an environment is made with where an algorithm, or an older checkpoint, does not have the argument
+DEFAULTS: dict[str, Any] = {
+    "obs_keys": (),
+    "mask_velocities": False,
+    "action_repeat": 1,
+    "noop_max": 0,
+    "life_loss": False,
+    "grayscale": False,
+    "resize": None,
+    "frame_stack": 1,
+    "capture_video": False,
+}
+ATARI_OPTIONS = {
+    "action_repeat",
+    "noop_max",
+    "life_loss",
+    "grayscale",
+    "resize",
+    "frame_stack",
+}  # that EnvPool has for them, too
+NATIVE_FROM = 16  # environments; with fewer a step of Gymnasium's CartPole takes as long either way
+ROUND_TRIP = 1.2e-4  # seconds that a step of an environment in another process takes besides its own work
+
+
+def option(args: Any, name: str) -> Any:
+    """An argument of the environment, or what it is where there is none."""
+    return getattr(args, name, DEFAULTS[name])
+
+
+def check_backend(args: Any) -> None:
+    """Raises ConfigError unless this environment, with these arguments, can be had from `args.vectorization`."""
+    if args.vectorization not in ("native", "envpool"):
+        return
+    atari = args.env_id.startswith("ALE/")
+    allowed = ATARI_OPTIONS if args.vectorization == "envpool" and atari else set()
+    for name, default in DEFAULTS.items():
+        if name not in allowed and option(args, name) != default:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} is set: --vectorization {args.vectorization} is without it, sync and async have it"
+            )
+    if args.vectorization == "native":
+        if not _is_native(args.env_id):
+            ids = sorted(spec.id for spec in gym.registry.values() if _is_native(spec.id))
+            raise ConfigError(f"--vectorization native: {args.env_id} has no native form; there is {', '.join(ids)}")
+        return
+    if importlib.util.find_spec("envpool") is None:
+        raise ConfigError("--vectorization envpool needs a package that is not here: pip install -e '.[envpool]'")
+    import envpool  # here, as it takes a moment and few runs need it
+
+    name = _envpool_id(args.env_id)
+    if name not in envpool.list_all_envs():
+        close = difflib.get_close_matches(name, envpool.list_all_envs(), n=3, cutoff=0.5)
+        hint = f"; nearest are {', '.join(close)}" if close else ""
+        raise ConfigError(f"--vectorization envpool: {args.env_id} is none of EnvPool's environments{hint}")
+    if atari and (option(args, "resize") is None or option(args, "action_repeat") < 2):
+        raise ConfigError(
+            "--vectorization envpool resizes and repeats actions of Atari games: give --resize and --action-repeat, or "
+            "--preset atari"
+        )
+
+
+def choose(args: Any, env: gym.Env) -> str:
+    """What `--vectorization auto` means here: native where there is one and it pays, else the faster of sync and async,
+    for which it steps `env` for a moment. An environment that fails meanwhile will fail again where it is told."""
+    plain = all(option(args, name) == default for name, default in DEFAULTS.items())
+    # A replay buffer, which has no `num_steps`, has no room for rows that only reset
+    if hasattr(args, "num_steps") and plain and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
+        return "native"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if min(args.num_envs, cores) == 1:
+        return "sync"
+    saved = 1 - math.ceil(args.num_envs / cores) / args.num_envs  # share of the steps' time
+    return "async" if _step_seconds(env) * saved > ROUND_TRIP else "sync"
+
+
+def _step_seconds(env: gym.Env) -> float:
+    """Median time of a step with a random action, resets left out; 0 if the environment failed."""
+    seconds: list[float] = []
+    try:
+        env.action_space.seed(0)
+        env.reset(seed=0)
+        begin = perf_counter()
+        while len(seconds) < 5 or (len(seconds) < 200 and perf_counter() - begin < 0.05):
+            start = perf_counter()
+            *_, terminated, truncated, _ = env.step(env.action_space.sample())
+            seconds.append(perf_counter() - start)
+            if terminated or truncated:
+                env.reset()
+    except Exception as error:
+        print(f"warning: environment failed in a trial: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 0.0
+    return float(np.median(seconds))
+
+
+def _is_native(env_id: str) -> bool:
+    """Whether Gymnasium has a vector environment for it that needs nothing but NumPy."""
+    spec = gym.registry.get(env_id.rpartition(":")[2])
+    return spec is not None and spec.vector_entry_point is not None and spec.namespace != "phys2d"
+
+
+def _envpool_id(env_id: str) -> str:
+    return env_id.removeprefix("ALE/")
+
+
+class NativeVectorEnv(gym.vector.VectorWrapper):
+    """A vector environment that resets in the step *after* an episode's last.
+
+    That step takes no action, earns nothing and belongs to no episode: `infos["skipped"]` [N] tells which environments
+    it is for, so that it reaches no loss, no statistic and no buffer.
+
+    Raises:
+        ConfigError: the arguments do not fit.
+    """
+
+    def __init__(self, args: Any) -> None:
+        try:
+            kwargs = json.loads(args.env_kwargs)
+            env = gym.make_vec(args.env_id, args.num_envs, vectorization_mode="vector_entry_point", **kwargs)
+        except TypeError as error:
+            raise ConfigError(
+                f"--env-kwargs {args.env_kwargs} does not fit the native {args.env_id}: {error}"
+            ) from error
+        super().__init__(env)
+        mode = env.metadata.get("autoreset_mode")
+        if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+            raise ConfigError(f"--vectorization native: {args.env_id} resets in a way that is not supported ({mode})")
+        self._next_step = mode == AutoresetMode.NEXT_STEP
+        self._ended = np.zeros(args.num_envs, dtype=bool)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
+        """Begins new episodes; of a list of seeds the first is that of all."""
+        self._ended[:] = False
+        return self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
+
+    def step(self, actions: Any) -> tuple:
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        if self._next_step:
+            infos = infos | {"final_obs": obs}
+            if self._ended.any():
+                infos["skipped"] = self._ended
+            self._ended = terminated | truncated
+        return obs, rewards, terminated, truncated, infos
+
+
+class EnvPoolVectorEnv(VectorEnv):
+    """EnvPool (Weng et al. 2022, arXiv:2206.10558): environments in C++ threads, with the spaces that Gymnasium's have.
+
+    EnvPool by itself resets in the step after an episode's last. Here those environments are reset at once, by a call
+    of their own, so that no such row ever exists.
+
+    Args:
+        env: one environment of Gymnasium's with the same id and arguments, which says how spaces look.
+
+    Raises:
+        ConfigError: the arguments do not fit, or observations have another shape there.
+    """
+
+    def __init__(self, args: Any, env: gym.Env) -> None:
+        self.num_envs = args.num_envs
+        self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self._name, self._kwargs = _envpool_id(args.env_id), json.loads(args.env_kwargs)
+        self._life_loss = option(args, "life_loss")
+        if args.env_id.startswith("ALE/"):
+            self._kwargs = _atari_settings(args, env.spec.kwargs if env.spec else {}) | self._kwargs
+        pool = self._make([0], 1)
+        spec = pool.spec.gymnasium_observation_space if hasattr(pool.spec, "gymnasium_observation_space") else None
+        shape = (spec or pool.observation_space).shape
+        theirs = pool.action_space
+        if math.prod(shape) != math.prod(self.single_observation_space.shape or ()):
+            raise ConfigError(f"--vectorization envpool: observations of {args.env_id} are {shape} there")
+        same = theirs.n == env.action_space.n if isinstance(env.action_space, Discrete) else True  # type: ignore[union-attr]
+        if not same or theirs.shape != env.action_space.shape:
+            raise ConfigError(f"--vectorization envpool: actions of {args.env_id} are {theirs} there")
+        self._channels_first = len(shape) == 3 and shape[0] < shape[-1]
+        self._action_type = theirs.dtype if isinstance(theirs, Box) else np.dtype(np.int32)
+        self._pool: Any = None
+        self._lives = np.zeros(self.num_envs, dtype=np.int64)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
+        """Begins new episodes, in new environments if there are seeds, since EnvPool takes those when it makes them."""
+        if seed is not None or self._pool is None:
+            seeds = seed if isinstance(seed, list) else [(seed or 0) + i for i in range(self.num_envs)]
+            self._pool = self._make(seeds, self.num_envs)
+        obs, info = self._pool.reset()
+        if self._life_loss:
+            self._lives[info["env_id"]] = info["lives"]
+        return self._obs(obs), {}
+
+    def step(self, actions: Any) -> tuple:
+        obs, rewards, terminated, truncated, info = self._pool.step(np.asarray(actions, dtype=self._action_type))
+        obs, infos = self._obs(obs), {}
+        if self._life_loss:
+            infos["life_lost"] = info["lives"] < self._lives
+            self._lives = info["lives"].copy()
+        ended = terminated | truncated
+        if ended.any():
+            infos["final_obs"], obs = obs, obs.copy()
+            first, info = self._pool.reset(np.flatnonzero(ended).astype(np.int32))
+            obs[info["env_id"]] = self._obs(first)
+            if self._life_loss:
+                self._lives[info["env_id"]] = info["lives"]
+        return obs, rewards, terminated, truncated, infos
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self._pool = None
+
+    def _make(self, seeds: list[int], num_envs: int) -> Any:
+        import envpool
+
+        try:
+            return envpool.make(
+                self._name, env_type="gymnasium", num_envs=num_envs, seed=seeds[0], env_seed=seeds, **self._kwargs
+            )
+        except (AssertionError, TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"--env-kwargs do not fit EnvPool's {self._name}: {error}") from error
+        except RuntimeError as error:
+            raise EnvError(f"EnvPool cannot make {self._name}: {error}") from error
+
+    def _obs(self, obs: np.ndarray) -> np.ndarray:
+        """[N, ...] as the space has it: channels last, and images as records."""
+        if self._channels_first:
+            obs = np.moveaxis(obs, 1, -1)
+        return obs.reshape(len(obs), *(self.single_observation_space.shape or ()))
+
+
+def _atari_settings(args: Any, spec: dict[str, Any]) -> dict[str, Any]:
+    """EnvPool's words for the arguments of an Atari game, and what Gymnasium's id says besides."""
+    frames = spec.get("max_num_frames_per_episode", 108_000)
+    return {
+        "stack_num": 1,
+        "frame_skip": args.action_repeat,
+        "noop_max": args.noop_max,
+        "gray_scale": args.grayscale,
+        "img_height": args.resize,
+        "img_width": args.resize,
+        "repeat_action_probability": spec.get("repeat_action_probability", 0.25),
+        "full_action_space": spec.get("full_action_space", False),
+        "max_episode_steps": frames // args.action_repeat,
+        "use_fire_reset": False,
+        "episodic_life": False,
+        "reward_clip": False,
+    }
