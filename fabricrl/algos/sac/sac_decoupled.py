@@ -291,8 +291,9 @@ def trainer(
     state, resumed = load_checkpoint(args.resume, "sac") if args.resume else ({}, None)
     act_rng, train_rng = generators(args.seed, fabric.global_rank, state.get("global_step", 0))
     count, speaks = fabric.world_size, fabric.global_rank == 0  # the first trainer speaks for all
-    own = {name: getattr(args, name) // count for name in ("num_envs", "buffer_size", "batch_size")}
-    share = replace(args, **own)
+    envs = args.num_envs // count
+    rows = args.buffer_size // args.num_envs  # of each environment, as many as with any other number of trainers
+    share = replace(args, num_envs=envs, buffer_size=rows * envs, batch_size=args.batch_size // count)
 
     # --- Agent and optimizers
     agent = make_agent(share, SimpleNamespace(single_observation_space=obs_space, single_action_space=action_space))
@@ -391,7 +392,7 @@ def main() -> int:
     fabric = launch(args)
     count = max(fabric.world_size - FIRST_TRAINER, 1)
     with failing_together(fabric):  # none leaves while another is still about to meet the rest
-        for name in ("num_envs", "batch_size", "buffer_size"):
+        for name in ("num_envs", "batch_size"):
             require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
     world, team = make_groups(fabric, args.timeout)
     channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
