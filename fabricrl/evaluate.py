@@ -127,7 +127,7 @@ def main() -> int:
     with reading(found):
         args = SimpleNamespace(**OLDER | state["args"])
         env_id = args.env_id
-    check_spaces(state["spaces"], describe(*check_env(args, utils.ACTION_SPACES, mode)))
+    check_spaces(state["spaces"], describe(*check_env(args, utils.ACTION_SPACES, mode, images=True)))
     video_folder = found.parent.parent / "videos" / found.stem
     modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
     results = {mode: evaluate(state, args, mode == "greedy", options, video_folder) for mode in modes}

@@ -95,7 +95,7 @@ class RolloutBuffer:
 
     def seen(self, t: int) -> Tensor:
         """What the policy sees at step t: [N, R], or [N, S, R] if frames are stacked."""
-        return self.obs_rows[t] if self.frame_stack == 1 else self.frames.flatten(0, 1)[self.stacks[t]]
+        return self.obs_rows[t] if self.frame_stack == 1 else Stacks(self.frames.flatten(0, 1), self.stacks[t])[:]
 
     def add(
         self,
@@ -195,7 +195,8 @@ class Stacks:
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         """[..., S, R]"""
-        return self.frames[self.places[index]]
+        places = self.places[index]
+        return self.frames.index_select(0, places.flatten()).view(*places.shape, -1)  # much faster than frames[places]
 
     def rows(self, index: Tensor | slice) -> "Stacks":
         """Some of the observations, not put together yet."""

@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "frame_stack": 1,
     "capture_video": False,
 }
+ATARI_WORDS = {"repeat_action_probability", "full_action_space", "max_num_frames_per_episode", "frameskip", "obs_type"}
 ATARI_OPTIONS = {
     "action_repeat",
     "noop_max",
@@ -50,8 +51,12 @@ def option(args: Any, name: str) -> Any:
     return getattr(args, name, DEFAULTS[name])
 
 
-def check_backend(args: Any) -> None:
-    """Raises ConfigError unless this environment, with these arguments, can be had from `args.vectorization`."""
+def check_backend(args: Any, env: gym.Env) -> None:
+    """Makes what `args.vectorization` names, if that is native or envpool, beside one environment, and throws it away.
+
+    Raises:
+        ConfigError: this environment, with these arguments, cannot be had from there.
+    """
     if args.vectorization not in ("native", "envpool"):
         return
     atari = args.env_id.startswith("ALE/")
@@ -66,6 +71,12 @@ def check_backend(args: Any) -> None:
         if not _is_native(args.env_id):
             ids = sorted(spec.id for spec in gym.registry.values() if _is_native(spec.id))
             raise ConfigError(f"--vectorization native: {args.env_id} has no native form; there is {', '.join(ids)}")
+        if not _fills_minibatches(args):
+            raise ConfigError(
+                "--vectorization native: steps that only reset are left out, up to half of them: num-envs × num-steps "
+                f"must be at least 4 × num-minibatches = {4 * args.num_minibatches}"
+            )
+        NativeVectorEnv(args, env).close()
         return
     if importlib.util.find_spec("envpool") is None:
         raise ConfigError("--vectorization envpool needs a package that is not here: pip install -e '.[envpool]'")
@@ -81,6 +92,7 @@ def check_backend(args: Any) -> None:
             "--vectorization envpool resizes and repeats actions of Atari games: give --resize and --action-repeat, or "
             "--preset atari"
         )
+    EnvPoolVectorEnv(args, env).close()
 
 
 def choose(args: Any, env: gym.Env) -> str:
@@ -88,7 +100,8 @@ def choose(args: Any, env: gym.Env) -> str:
     for which it steps `env` for a moment. An environment that fails meanwhile will fail again where it is told."""
     plain = all(option(args, name) == default for name, default in DEFAULTS.items())
     # A replay buffer, which has no `num_steps`, has no room for rows that only reset
-    if hasattr(args, "num_steps") and plain and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
+    rollouts = hasattr(args, "num_steps") and _fills_minibatches(args)
+    if rollouts and plain and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
         return "native"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if min(args.num_envs, cores) == 1:
@@ -117,9 +130,14 @@ def _step_seconds(env: gym.Env) -> float:
 
 
 def _is_native(env_id: str) -> bool:
-    """Whether Gymnasium has a vector environment for it that needs nothing but NumPy."""
+    """Whether Gymnasium has a vector environment for it that needs nothing but NumPy, and the same observations."""
     spec = gym.registry.get(env_id.rpartition(":")[2])
-    return spec is not None and spec.vector_entry_point is not None and spec.namespace != "phys2d"
+    return spec is not None and spec.vector_entry_point is not None and spec.namespace not in ("phys2d", "ALE")
+
+
+def _fills_minibatches(args: Any) -> bool:
+    """Whether a minibatch has two rows still if every other step is one that only resets."""
+    return args.num_envs * args.num_steps >= 4 * args.num_minibatches
 
 
 def _envpool_id(env_id: str) -> str:
@@ -132,22 +150,29 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
     That step takes no action, earns nothing and belongs to no episode: `infos["skipped"]` [N] tells which environments
     it is for, so that it reaches no loss, no statistic and no buffer.
 
+    Args:
+        env: one environment with the same id and arguments, as a script sees it.
+
     Raises:
-        ConfigError: the arguments do not fit.
+        ConfigError: the arguments do not fit, or the spaces of the native form are others.
     """
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: Any, env: gym.Env) -> None:
         try:
             kwargs = json.loads(args.env_kwargs)
-            env = gym.make_vec(args.env_id, args.num_envs, vectorization_mode="vector_entry_point", **kwargs)
+            envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode="vector_entry_point", **kwargs)
         except TypeError as error:
             raise ConfigError(
                 f"--env-kwargs {args.env_kwargs} does not fit the native {args.env_id}: {error}"
             ) from error
-        super().__init__(env)
-        mode = env.metadata.get("autoreset_mode")
+        super().__init__(envs)
+        mode = envs.metadata.get("autoreset_mode")
         if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise ConfigError(f"--vectorization native: {args.env_id} resets in a way that is not supported ({mode})")
+        theirs = envs.single_observation_space, envs.single_action_space
+        for there, here in zip(theirs, (env.observation_space, env.action_space), strict=True):
+            if there.shape != here.shape or there.dtype != here.dtype:
+                raise ConfigError(f"--vectorization native: {args.env_id} has {there} there, and {here} otherwise")
         self._next_step = mode == AutoresetMode.NEXT_STEP
         self._ended = np.zeros(args.num_envs, dtype=bool)
 
@@ -159,9 +184,11 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
     def step(self, actions: Any) -> tuple:
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
         if self._next_step:
-            infos = infos | {"final_obs": obs}
-            if self._ended.any():
-                infos["skipped"] = self._ended
+            skipped, infos = self._ended, infos | {"final_obs": obs}
+            if skipped.any():
+                infos["skipped"] = skipped
+                rewards = np.where(skipped, 0.0, rewards)
+                terminated, truncated = terminated & ~skipped, truncated & ~skipped
             self._ended = terminated | truncated
         return obs, rewards, terminated, truncated, infos
 
@@ -188,11 +215,10 @@ class EnvPoolVectorEnv(VectorEnv):
         self._name, self._kwargs = _envpool_id(args.env_id), json.loads(args.env_kwargs)
         self._life_loss = option(args, "life_loss")
         if args.env_id.startswith("ALE/"):
-            self._kwargs = _atari_settings(args, env.spec.kwargs if env.spec else {}) | self._kwargs
+            spec = env.spec.kwargs if env.spec else {}
+            self._kwargs = _atari_settings(args, spec) | {k: v for k, v in self._kwargs.items() if k not in ATARI_WORDS}
         pool = self._make([0], 1)
-        spec = pool.spec.gymnasium_observation_space if hasattr(pool.spec, "gymnasium_observation_space") else None
-        shape = (spec or pool.observation_space).shape
-        theirs = pool.action_space
+        shape, theirs = pool.observation_space.shape, pool.action_space
         if math.prod(shape) != math.prod(self.single_observation_space.shape or ()):
             raise ConfigError(f"--vectorization envpool: observations of {args.env_id} are {shape} there")
         same = theirs.n == env.action_space.n if isinstance(env.action_space, Discrete) else True  # type: ignore[union-attr]
@@ -207,7 +233,7 @@ class EnvPoolVectorEnv(VectorEnv):
         """Begins new episodes, in new environments if there are seeds, since EnvPool takes those when it makes them."""
         if seed is not None or self._pool is None:
             seeds = seed if isinstance(seed, list) else [(seed or 0) + i for i in range(self.num_envs)]
-            self._pool = self._make(seeds, self.num_envs)
+            self._pool = self._make([seed % 2**31 for seed in seeds], self.num_envs)
         obs, info = self._pool.reset()
         if self._life_loss:
             self._lives[info["env_id"]] = info["lives"]
@@ -224,8 +250,6 @@ class EnvPoolVectorEnv(VectorEnv):
             infos["final_obs"], obs = obs, obs.copy()
             first, info = self._pool.reset(np.flatnonzero(ended).astype(np.int32))
             obs[info["env_id"]] = self._obs(first)
-            if self._life_loss:
-                self._lives[info["env_id"]] = info["lives"]
         return obs, rewards, terminated, truncated, infos
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -256,7 +280,7 @@ def _atari_settings(args: Any, spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "stack_num": 1,
         "frame_skip": args.action_repeat,
-        "noop_max": args.noop_max,
+        "noop_max": max(args.noop_max, 1),  # draws from what is below
         "gray_scale": args.grayscale,
         "img_height": args.resize,
         "img_width": args.resize,

@@ -6,6 +6,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sp
 from fabricrl.utils.errors import ConfigError
 
 SMALLEST_IMAGE = 36  # sides that three layers of NatureCNN leave something of
+LARGEST_GRID = 16  # sides from which on an array with channels is an image
 VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
 SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and a one-level Dict of these"
 
@@ -57,10 +58,15 @@ def is_flat(space: Space) -> bool:
 
 
 def is_image(space: Space) -> bool:
-    """Whether observations are images: uint8 with two sides and channels first or last, or two sides of 36 or more."""
+    """Whether observations are images: uint8, two sides of 36 or more, or of 16 or more and channels first or last.
+
+    Those of less than 36 have to be enlarged. What is smaller than 16 is the grid of a game, and a vector.
+    """
     if not (isinstance(space, Box) and space.dtype == np.uint8):
         return False
-    return len(space.shape) == 3 or (len(space.shape) == 2 and min(space.shape) >= SMALLEST_IMAGE)
+    if len(space.shape) == 3:
+        return sorted(space.shape)[1] >= LARGEST_GRID
+    return len(space.shape) == 2 and min(space.shape) >= SMALLEST_IMAGE
 
 
 def image_keys(space: Space) -> list[str]:

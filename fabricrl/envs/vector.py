@@ -137,11 +137,9 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
             kind = choose(args, env)
         if rank == 0:
             print(f"vectorization: {kind}", file=sys.stderr, flush=True)
-    if kind == "native":
-        return ReportFailures(NativeVectorEnv(args))
-    if kind == "envpool":
+    if kind in ("native", "envpool"):
         with contextlib.closing(make_env(args)) as env:
-            return ReportFailures(EnvPoolVectorEnv(args, env))
+            return ReportFailures(NativeVectorEnv(args, env) if kind == "native" else EnvPoolVectorEnv(args, env))
     thunks = [thunk(index) for index in range(args.num_envs)]
     # Without copies: the buffer copies each observation before the next step overwrites it.
     vector_env = SyncVectorEnv if kind == "sync" else AsyncVectorEnv
@@ -227,8 +225,9 @@ def check_env(
         modes = env.metadata.get("render_modes", [])
         if render_mode is not None and render_mode not in modes:
             raise ConfigError(f"{args.env_id} cannot be rendered as {render_mode!r}, only as {modes}")
-        check_backend(args)
-        return _as_row(args, env).observation_space, env.action_space
+        env = _as_row(args, env)
+        check_backend(args, env)
+        return env.observation_space, env.action_space
     finally:
         with contextlib.suppress(Exception):  # what it says at its end does not matter yet
             env.close()
@@ -237,14 +236,18 @@ def check_env(
 def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
     env_id, env_kwargs = args.env_id, args.env_kwargs
     kwargs = json.loads(env_kwargs) | ({} if render_mode is None else {"render_mode": render_mode})
-    if env_id.startswith("ALE/"):
+    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         if importlib.util.find_spec("ale_py") is None:
             raise ConfigError(f"--env-id {env_id} needs a package that is not here: pip install -e '.[atari]'")
         import ale_py  # which registers its games when it is imported
 
         gym.register_envs(ale_py)
         if option(args, "action_repeat") > 1 or option(args, "noop_max") > 0:
-            kwargs.setdefault("frameskip", 1)  # AtariPreprocessing repeats
+            if taken := {"frameskip", "obs_type"} & kwargs.keys():
+                raise ConfigError(
+                    f"--env-kwargs has {taken.pop()!r}: it is chosen by --action-repeat, --noop-max and --grayscale"
+                )
+            kwargs["frameskip"] = 1  # AtariPreprocessing repeats
     if ":" in env_id and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # `module` of one's own is looked for where the command was given
     try:

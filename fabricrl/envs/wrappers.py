@@ -92,7 +92,7 @@ class PackImages(gym.ObservationWrapper):
     """Observations with images, alone or in a flat Dict, as records of bytes (see `utils/records.py`).
 
     Args:
-        grayscale: images of three colours become one channel, by the weights of ITU-R 601.
+        grayscale: images of three colours, transparent or not, become one channel, by the weights of ITU-R 601.
         resize: height and width of images, by area; None: as they are.
 
     Raises:
@@ -126,6 +126,8 @@ class PackImages(gym.ObservationWrapper):
         floats = record[: 4 * self.records.num_floats].view(np.float32)
         at = 0
         for key, part in self._vectors.items():
+            if np.shape(parts[key]) != part.shape:
+                raise EnvError(f"part {key!r} has shape {np.shape(parts[key])}, its space is {part}")
             size = self.records.vectors[key]
             floats[at : at + size] = np.asarray(flatten(part, parts[key]))
             at += size
@@ -148,10 +150,13 @@ class PackImages(gym.ObservationWrapper):
 
         if image.ndim == 3 and image.shape[0] < image.shape[-1]:
             image = np.ascontiguousarray(image.transpose(1, 2, 0))
-        if self._grayscale and image.ndim == 3 and image.shape[-1] == 3:
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        if self._grayscale and image.ndim == 3 and image.shape[-1] in (3, 4):
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY if image.shape[-1] == 3 else cv2.COLOR_RGBA2GRAY)
         if self._resize is not None and image.shape[:2] != (self._resize, self._resize):
-            image = cv2.resize(image, (self._resize, self._resize), interpolation=cv2.INTER_AREA)
+            planes = [image] if image.ndim == 2 else np.split(image, range(4, image.shape[-1], 4), -1)
+            size = (self._resize, self._resize)  # OpenCV takes up to four channels at once
+            image = np.dstack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes])
+            image = image[..., 0] if image.shape[-1] == 1 else image
         return image
 
 

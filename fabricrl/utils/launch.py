@@ -24,6 +24,7 @@ from fabricrl.utils.ranks import all_gather, all_max
 from fabricrl.utils.utils import require
 
 PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def launch(args: Any) -> Fabric:
@@ -36,6 +37,7 @@ def launch(args: Any) -> Fabric:
         ConfigError: devices that do not exist, a port in use, or a choice made twice.
     """
     _follow_launcher()
+    _keep_memory()
     names = ("accelerator", "strategy", "devices", "num_nodes", "precision")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.cuda:
@@ -67,6 +69,18 @@ def launch(args: Any) -> Fabric:
     random.seed(args.seed + fabric.global_rank)  # this and the next for environments that draw from global generators
     np.random.seed(args.seed + fabric.global_rank)
     return fabric
+
+
+def _keep_memory() -> None:
+    """Has glibc keep what is freed, instead of asking the kernel for it page by page again.
+
+    Each minibatch of images frees and takes some hundred megabytes: this is a tenth to a fourth of its time.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # other C libraries have none
+            libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:

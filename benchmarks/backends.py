@@ -1,0 +1,203 @@
+"""Back ends of environments: how fast PPO is with each, what the environments alone and the network alone would allow.
+
+    pip install -e '.[mujoco,atari,envpool]' --group dev
+    python benchmarks/backends.py --table        CartPole-v1 with 1 to 1 024 environments, each back end
+    python benchmarks/backends.py --cartpole     256 native environments: steps per second, seconds to the end, return
+    python benchmarks/backends.py --halfcheetah  HalfCheetah-v5 with EnvPool beside sync, the whole of PPO
+    python benchmarks/backends.py --pong         Pong with EnvPool beside the floor: environment and network alone
+
+The table goes to benchmarks/results/backends.md, the others to speed.csv and speed.md as those of speed.py do. Let
+nothing else run meanwhile. Exit code 1: a bar was missed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Discrete
+from speed import PPO, ROOT, Comparison, bench, machine, ours, run, spread, timed
+
+from fabricrl.algos.ppo.agent import PPOAgent
+from fabricrl.algos.ppo.args import PRESETS, PPOArgs
+from fabricrl.algos.ppo.loss import policy_loss, value_loss
+from fabricrl.envs import make_envs
+from fabricrl.utils.records import Records
+
+COUNTS = (1, 4, 16, 64, 256, 1024)
+BACKENDS = ("sync", "async", "native", "envpool")
+# Fewer steps each where there are more environments; four epochs of eight minibatches, whatever the number
+CARTPOLE = "--env-id CartPole-v1 --num-minibatches 8 --update-epochs 4 --learning-rate 3e-3"
+ENVIRONMENT = {"env_id": "CartPole-v1", "env_kwargs": "{}", "capture_video": False}
+ATARI = PPOArgs(**PRESETS["atari"] | {"vectorization": "envpool"})
+
+
+def steps_alone(args: Any, seconds: float) -> float:
+    """Steps per second of the environments of `args` with random actions, and nothing else."""
+    envs = make_envs(args, 1, Path("."))
+    envs.reset(seed=list(range(args.num_envs)))
+    envs.action_space.seed(1)
+    actions = [envs.action_space.sample() for _ in range(64)]
+    for action in actions[:16]:
+        envs.step(action)
+    count, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds:
+        envs.step(actions[count % 64])
+        count += 1
+    envs.close()
+    return count * args.num_envs / passed
+
+
+def bench_table(options: argparse.Namespace) -> bool:
+    """Writes backends.md: of each number of environments and back end, the environments alone, and PPO."""
+    lines = ["| environments | " + " | ".join(f"{kind}: alone / PPO" for kind in BACKENDS) + " |"]
+    lines.append("|-" * (len(BACKENDS) + 1) + "|")
+    for count in COUNTS:
+        steps = max(8, 2048 // count)
+        cells = []
+        for kind in BACKENDS:
+            if kind == "async" and count > 64:
+                cells.append("–")  # a process each
+                continue
+            alone = steps_alone(SimpleNamespace(**ENVIRONMENT, num_envs=count, vectorization=kind), options.seconds)
+            total = 40 * count * steps if count < 16 and kind != "async" else 20 * count * steps
+            speeds = []
+            for repetition in range(options.repetitions):
+                with tempfile.TemporaryDirectory() as folder:
+                    flags = f"--vectorization {kind} --num-envs {count} --num-steps {steps} --seed {repetition + 1}"
+                    command = f"{PPO} {CARTPOLE} {flags} --total-timesteps {max(total, 16 * count * steps)}"
+                    speeds.append(timed(ours(command, folder, options)).sps)
+            cells.append(f"{alone:,.0f} / {statistics.median(speeds):,.0f}".replace(",", " "))
+            print(f"{count} environments, {kind}: {alone:.0f} alone, {spread(speeds)} of PPO", flush=True)
+        lines.append(f"| {count} | " + " | ".join(cells) + " |")
+    head = ["Steps per second of CartPole-v1: the environments alone, with random actions, and PPO as a whole"]
+    head.append(f"(`{CARTPOLE}`, 2 048 steps an iteration or 8 of each environment; median of {options.repetitions}).")
+    source = f"`python benchmarks/backends.py --table --repetitions {options.repetitions}`, on {machine()}"
+    text = "\n".join(["\n".join(head), "", *lines, "", source, ""])
+    (options.out / "backends.md").write_text(text)
+    print(text)
+    return True
+
+
+def bench_cartpole(options: argparse.Namespace) -> bool:
+    """Steps per second with 256 native environments, and the seconds of a run that solves CartPole."""
+    flags = f"{CARTPOLE} --vectorization native --num-envs 256 --num-steps 32 --total-timesteps 1000000"
+    comparisons = [
+        Comparison("steps/s", "PPO, 256 native environments, 4 epochs", "one step a second", "a / b", ">= 100000"),
+        Comparison("s from the command to the end", "PPO", "nothing", "a - b", "<= 20"),
+        Comparison("greedy return over 100 episodes", "PPO", "0", "a - b", ">= 475"),
+    ]
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        started = time.perf_counter()
+        sps = timed(ours(f"{PPO} {flags} --seed {seed}", folder, options)).sps
+        wall = time.perf_counter() - started
+        (made,) = Path(folder).glob("ppo/*/*")
+        output, _ = run([sys.executable, "fabricrl/evaluate.py", str(made), "--mode", "greedy", "--json"])
+        return [(sps, 1.0), (wall, 0.0), (json.loads(output)["greedy"]["return_mean"], 0.0)]
+
+    return bench("native-cartpole", comparisons, measure, options)
+
+
+def bench_halfcheetah(options: argparse.Namespace) -> bool:
+    """Steps per second of the whole of PPO, with EnvPool's threads and with a loop over environments."""
+    flags = f"{PPO} --env-id HalfCheetah-v5 --preset mujoco --num-envs 8 --num-steps 256 --total-timesteps 61440"
+    comparisons = [Comparison("steps/s", "PPO, 8 environments of EnvPool", "PPO, 8 environments, sync", "a / b")]
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        kinds = ("envpool", "sync")
+        a, b = (timed(ours(f"{flags} --vectorization {kind} --seed {seed}", folder, options)).sps for kind in kinds)
+        return [(a, b)]
+
+    return bench("envpool-halfcheetah", comparisons, measure, options)
+
+
+def seconds_of(work: Callable[[], object], repetitions: int) -> float:
+    """Median time of a call."""
+    work()
+    times = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def floor(args: PPOArgs) -> float:
+    """Steps per second if there were nothing but the environments, and the network's products: one forward pass to act,
+    and one forward and backward pass a minibatch and epoch, on data that is there already."""
+    space = Records({}, {"image": (84, 84)})
+    sizes = {"frame_stack": args.frame_stack, "cnn_features": args.cnn_features}
+    agent = PPOAgent(space, Discrete(6), args.hidden_sizes, **sizes)
+    batch = args.num_envs * args.num_steps // args.num_minibatches
+    rng = np.random.default_rng(0)
+    shown = torch.from_numpy(rng.integers(0, 255, (args.num_envs, 4, 7056), np.uint8))
+    seen = torch.from_numpy(rng.integers(0, 255, (batch, 4, 7056), np.uint8))
+    actions, ones = torch.zeros(batch, 1, dtype=torch.int64), torch.ones(batch)
+
+    def learn() -> None:
+        logprobs, entropy, values = agent(seen, actions)
+        loss = policy_loss(logprobs, ones, 0.1) + value_loss(values, ones, ones, 0.1, True) - 0.01 * entropy.mean()
+        loss.backward()
+
+    noise = agent.head.noise((args.num_envs,), torch.Generator())
+    with torch.inference_mode():
+        act = seconds_of(lambda: agent.act(shown, noise), 200)
+    update = seconds_of(learn, 15)
+    env = args.num_envs / steps_alone(args, 5.0)
+    steps = args.num_steps * (act + env) + args.update_epochs * args.num_minibatches * update
+    print(
+        f"floor: act {act * 1e3:.2f} ms, environments {env * 1e3:.2f} ms, minibatch {update * 1e3:.1f} ms", flush=True
+    )
+    return args.num_steps * args.num_envs / steps
+
+
+def bench_pong(options: argparse.Namespace) -> bool:
+    """Steps per second of PPO on Pong with EnvPool, as a share of what environment and network allow."""
+    flags = f"{PPO} --preset atari --vectorization envpool --num-threads {options.num_threads} --total-timesteps 16384"
+    comparisons = [Comparison("steps/s", "PPO, 8 environments of EnvPool", "the floor", "a / b", ">= 0.8")]
+    torch.set_num_threads(options.num_threads)
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        return [(timed(ours(f"{flags} --seed {seed}", folder, options)).sps, floor(ATARI))]
+
+    return bench("envpool-pong", comparisons, measure, options)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs = {
+        "table": bench_table,
+        "cartpole": bench_cartpole,
+        "halfcheetah": bench_halfcheetah,
+        "pong": bench_pong,
+    }
+    for name, job in jobs.items():
+        parser.add_argument(f"--{name}", action="store_true", help=(job.__doc__ or "").split("\n")[0])
+    parser.add_argument("--repetitions", type=int, default=3, help="default: 3")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement of environments alone")
+    parser.add_argument("--num-threads", type=int, default=2, help="of PyTorch, for Pong (default: 2)")
+    parser.add_argument("--ours-args", default="", help="more flags for our script")
+    parser.add_argument("--total-timesteps", type=int, help="instead of the benchmark's, for a quick look")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the results")
+    options = parser.parse_args()
+    options.machine = machine()
+    torch.set_num_threads(1)
+    reached = []
+    for name, job in jobs.items():
+        if getattr(options, name) or not any(getattr(options, other) for other in jobs):
+            options.command = f"python benchmarks/backends.py --{name} --repetitions {options.repetitions}"
+            reached.append(job(options))
+    return 0 if all(reached) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

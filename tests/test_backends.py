@@ -1,0 +1,788 @@
+"""What `--vectorization` may be: whichever back end steps the environments, what is learned from truly happened."""
+
+import contextlib
+import csv
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
+
+from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo.args import PRESETS, PPOArgs
+from fabricrl.algos.ppo_recurrent import ppo_recurrent
+from fabricrl.algos.sac import sac
+from fabricrl.algos.sac.args import SACArgs
+from fabricrl.data.buffers import record_type
+from fabricrl.envs import backends, make_envs
+from fabricrl.utils.errors import ConfigError, EnvError
+from fabricrl.utils.utils import env_seeds
+from tests import vector_envs
+from tests.process import FORKSERVER, Finished, call, differences, load, run_folder, run_team
+from tests.test_decoupled_run import content
+from tests.vector_envs import Slow, Step
+
+NUM_STEPS, NUM_ENVS, ITERATIONS = 16, 3, 5
+STAGGERED: list[object] = [
+    "--env-id",
+    "tests.vector_envs:Staggered-v0",
+    "--vectorization",
+    "native",
+    "--num-threads",
+    1,
+]
+STAGGERED += ["--num-envs", NUM_ENVS, "--num-steps", NUM_STEPS, "--num-minibatches", 3, "--update-epochs", 1]
+STAGGERED += ["--hidden-sizes", 16, "--total-timesteps", NUM_STEPS * NUM_ENVS * ITERATIONS, "--log-every", 1]
+STAGGERED += ["--logger", "csv"]
+SCRIPTS = {"ppo": ppo, "ppo_recurrent": ppo_recurrent}
+MODES = ["next_step", "same_step"]
+
+
+def kwargs(**settings: Any) -> list[object]:
+    return ["--env-kwargs", json.dumps(settings)]
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> None:
+    vector_envs.MADE.clear()
+    Slow.failed = 0
+
+
+@pytest.fixture
+def learns_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Finished, list[Step]]]:
+    """Runs a script and calls `look(agent, data, sequences, steps of the rollout)` before each of its updates."""
+
+    def run(script: ModuleType, look: Callable[..., None] | None, *flags: object) -> tuple[Finished, list[Step]]:
+        original, calls = script.train, 0
+
+        def train(fabric: Any, objective: Any, flat: Any, optimizer: Any, data: Any, *rest: Any) -> Any:
+            nonlocal calls
+            first = calls * NUM_STEPS
+            steps = [step for step in vector_envs.MADE[-1].history if first <= step.t < first + NUM_STEPS]
+            if look is not None:
+                with torch.no_grad():
+                    look(objective.agent, data, rest[0], steps)
+            calls += 1
+            return original(fabric, objective, flat, optimizer, data, *rest)
+
+        monkeypatch.setattr(script, "train", train)
+        finished = call(script.main, *STAGGERED, "--log-dir", tmp_path, *flags)
+        assert calls == ITERATIONS
+        return finished, vector_envs.MADE[-1].history
+
+    return run
+
+
+def of_each_env(steps: list[Step]) -> list[list[Step]]:
+    return [[step for step in steps if step.env == env] for env in range(NUM_ENVS)]
+
+
+def episodes(history: list[Step]) -> list[list[Step]]:
+    """Those that have ended, in the order in which they did."""
+    ended: list[list[Step]] = []
+    for steps in of_each_env(history):
+        begin = 0
+        for i, step in enumerate(steps):
+            if step.done:
+                ended.append(steps[begin : i + 1])
+                begin = i + 1
+    return sorted(ended, key=lambda episode: (episode[-1].t, episode[-1].env))
+
+
+def estimates(steps: list[Step], values: list[float], after: list[float]) -> tuple[list[float], list[float]]:
+    """Advantages and returns of one environment's steps; `after`: the value of what each step led to."""
+    gamma, decay = 0.99, 0.95
+    advantages, advantage = [0.0] * len(steps), 0.0
+    for i in reversed(range(len(steps))):
+        surprise = steps[i].reward + (0.0 if steps[i].terminated else gamma * after[i]) - values[i]
+        advantage = surprise + (0.0 if steps[i].done else gamma * decay * advantage)
+        advantages[i] = advantage
+    return advantages, [advantage + value for advantage, value in zip(advantages, values, strict=True)]
+
+
+def close(found: torch.Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+# --- Native
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ppo_learns_from_what_truly_happened_with_the_returns_of_true_episodes(
+    mode: str, learns_from: Callable
+) -> None:
+    def look(agent: Any, data: dict[str, torch.Tensor], _: Any, steps: list[Step]) -> None:
+        assert mode == "same_step" or len(steps) < NUM_STEPS * NUM_ENVS
+        assert len({(step.t, step.env) for step in steps}) == len(steps) == len(data["returns"])
+        assert np.array_equal(data["obs"], [step.obs for step in steps])
+        assert data["actions"][:, 0].tolist() == [step.action for step in steps]
+        for env, own in enumerate(of_each_env(steps)):
+            values, after = (
+                agent.value(torch.from_numpy(np.stack(obs))).tolist()
+                for obs in ([step.obs for step in own], [step.next_obs for step in own])
+            )
+            advantages, returns = estimates(own, values, after)
+            rows = [i for i, step in enumerate(steps) if step.env == env]
+            close(data["values"][rows], values)
+            close(data["advantages"][rows], advantages)
+            close(data["returns"][rows], returns)
+
+    _, history = learns_from(ppo, look, *kwargs(mode=mode))
+    kinds = {(episode[-1].terminated, episode[-1].truncated) for episode in episodes(history)}
+    assert kinds == {(True, False), (False, True), (True, True)}
+    assert {len(episode) for episode in episodes(history)} == set(range(1, 8))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recurrent_ppo_remembers_nothing_of_another_episode_and_never_sees_a_step_that_only_resets(
+    mode: str, learns_from: Callable
+) -> None:
+    def look(agent: Any, data: dict[str, torch.Tensor], sequences: Any, steps: list[Step]) -> None:
+        place = [step.env * NUM_STEPS + step.t % NUM_STEPS for step in steps]  # rows are counted environment by it
+        for count in (1, 3):
+            order, layouts = sequences.minibatches(count, torch.Generator())
+            rows = order.flatten().tolist()
+            assert len(set(rows)) == len(rows) == len(steps) // count * count
+            assert set(rows) <= set(place)
+            for minibatch, layout in zip(order, layouts, strict=True):
+                begins = [*layout.first.tolist(), len(minibatch)]
+                for first, end in itertools.pairwise(begins):
+                    own = [steps[place.index(row)] for row in minibatch[first:end].tolist()]
+                    assert len({(step.env, step.obs[1]) for step in own}) == 1, "a sequence of several episodes"
+                    assert np.array_equal(np.diff([step.obs[0] for step in own]), np.ones(len(own) - 1))
+        assert np.array_equal(data["obs"][place], [step.obs for step in steps])
+        assert data["actions"][place, 0].tolist() == [step.action for step in steps]
+        first = [row for row, step in zip(place, steps, strict=True) if step.obs[0] == 0]
+        assert first
+        assert not data["states"][first].any()
+        assert not data["previous"][first].any()
+        for env, own in enumerate(of_each_env(steps)):
+            rows = [row for row, step in zip(place, steps, strict=True) if step.env == env]
+            values, after = replayed(agent, data, rows, own)
+            advantages, returns = estimates(own, values, after)
+            close(data["values"][rows], values)
+            close(data["advantages"][rows], advantages)
+            close(data["returns"][rows], returns)
+
+    flags = ["--prev-action", "--prev-reward", "--rnn-hidden-size", 8, "--sequence-length", 4]
+    learns_from(ppo_recurrent, look, *kwargs(mode=mode), *flags)
+
+
+def replayed(
+    agent: Any, data: dict[str, torch.Tensor], rows: list[int], steps: list[Step]
+) -> tuple[list[float], list[float]]:
+    """Values at each step and behind it: the critic is taken through the steps, with nothing known where one begins."""
+
+    def value(obs: np.ndarray, previous: torch.Tensor, state: torch.Tensor) -> tuple[float, torch.Tensor]:
+        inputs = torch.cat((torch.from_numpy(obs), previous))[None]
+        features, state = agent.critic_core.step(inputs, state[None])
+        return agent.critic(features).item(), state[0]
+
+    values, after = [], []
+    nothing = torch.zeros(agent.num_prev), torch.zeros(agent.state_size)
+    previous, state = data["previous"][rows[0]], data["states"][rows[0], agent.state_size :]
+    for step in steps:
+        if step.obs[0] == 0:
+            previous, state = nothing
+        found, state = value(step.obs, previous, state)
+        values.append(found)
+        previous = torch.tensor([*np.eye(3)[step.action], step.reward], dtype=torch.float32)
+        after.append(value(step.next_obs, previous, state)[0])
+    return values, after
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_statistics_of_episodes_and_normalisers_are_those_of_true_steps(
+    name: str, mode: str, learns_from: Callable
+) -> None:
+    finished, history = learns_from(SCRIPTS[name], None, *kwargs(mode=mode), "--norm-obs", "--norm-reward")
+    ended = episodes(history)
+    state = load(finished.checkpoint)
+    assert state["episodes"]["returns"] == [sum(step.reward for step in episode) for episode in ended][-100:]
+    assert state["episodes"]["count"] == int(finished.result["episodes"]) == len(ended)
+    with (finished.folder / "metrics.csv").open() as file:
+        entries = list(csv.DictReader(file))
+    assert len(entries) == ITERATIONS
+    for i, entry in enumerate(entries):
+        own = [episode for episode in ended if episode[-1].t // NUM_STEPS == i]
+        lengths, sums = [len(episode) for episode in own], [sum(step.reward for step in episode) for episode in own]
+        assert float(entry["charts/episodic_length"]) == pytest.approx(np.mean(lengths))
+        assert float(entry["charts/episodic_return"]) == pytest.approx(np.mean(sums))
+
+    discounted = []
+    for steps in of_each_env(history):
+        total = 0.0
+        for step in steps:
+            total = step.reward + 0.99 * total
+            discounted.append([total])
+            total = 0.0 if step.done else total
+    seen = {"obs_normalizer": np.array([step.obs for step in history]), "reward_normalizer": np.array(discounted)}
+    for name, rows in seen.items():
+        assert state["agent"][f"{name}.count"] == len(history)
+        np.testing.assert_allclose(state["agent"][f"{name}.mean"], rows.mean(0, dtype=float), rtol=1e-5)
+        np.testing.assert_allclose(state["agent"][f"{name}.var"], rows.var(0, dtype=float), rtol=1e-5)
+
+
+def test_a_step_that_only_resets_earns_nothing_whatever_the_environment_says(learns_from: Callable) -> None:
+    finished, history = learns_from(ppo, None, *kwargs(reset_reward=1000.0), "--norm-reward")
+    state = load(finished.checkpoint)
+    assert state["episodes"]["returns"] == [sum(step.reward for step in episode) for episode in episodes(history)]
+    assert state["agent"]["reward_normalizer.mean"] < 100
+
+
+def test_minibatches_that_skipped_steps_leave_too_small_end_no_run(learns_from: Callable) -> None:
+    """Of 24 minibatches with two rows some keep one, of which no advantage can be normalised: refused, or fewer."""
+    with contextlib.suppress(ConfigError):
+        assert learns_from(ppo, None, "--num-minibatches", NUM_STEPS * NUM_ENVS // 2)[0].code == 0
+
+
+def test_a_native_environment_that_is_never_reset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--vectorization native") as caught:
+        call(ppo.main, *STAGGERED, *kwargs(mode="disabled"), "--log-dir", tmp_path)
+    assert caught.value.exit_code == 2
+
+
+def test_arguments_that_a_native_environment_does_not_have_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--env-kwargs") as caught:
+        call(ppo.main, *STAGGERED, *kwargs(colour="red"), "--log-dir", tmp_path)
+    assert caught.value.exit_code == 2
+
+
+# --- Native on several ranks
+
+
+def note_updates(rank: int) -> None:
+    """Notes how many steps of a rollout were skipped, how many rows are learned from, and what comes out of it."""
+    original, estimate = ppo.train, ppo.returns_and_advantages
+    skipped = 0
+
+    def returns_and_advantages(player: Any, rb: Any, *rest: Any) -> Any:
+        nonlocal skipped
+        skipped = int(rb.skipped.sum())
+        return estimate(player, rb, *rest)
+
+    def train(fabric: Any, objective: Any, flat: Any, optimizer: Any, data: Any, *rest: Any) -> Any:
+        result = original(fabric, objective, flat, optimizer, data, *rest)
+        digest = hashlib.sha256(flat.vector.detach().numpy().tobytes()).hexdigest()
+        with open(f"{os.environ['NOTES']}.{rank}", "a") as file:
+            print(json.dumps([skipped, len(data["returns"]), digest]), file=file)
+        return result
+
+    ppo.returns_and_advantages, ppo.train = returns_and_advantages, train
+
+
+def test_two_ranks_that_skip_differing_numbers_of_steps_stay_equal(tmp_path: Path) -> None:
+    flags = [*STAGGERED, "--norm-obs", "--norm-reward", "--log-dir", tmp_path / "logs", "--total-timesteps", 480]
+    run_team(ppo.__name__, *flags, folder=tmp_path, prepare=note_updates, variables={"NOTES": str(tmp_path / "notes")})
+    notes = [[json.loads(line) for line in (tmp_path / f"notes.{rank}").read_text().splitlines()] for rank in (0, 1)]
+    assert len(notes[0]) == len(notes[1]) == ITERATIONS
+    assert any(first[0] != second[0] for first, second in zip(*notes, strict=True))
+    for first, second in zip(*notes, strict=True):
+        assert first[1] == second[1] == NUM_STEPS * NUM_ENVS - max(first[0], second[0])
+        assert first[2] == second[2], "parameters differ"
+
+
+NATIVE_CARTPOLE: list[object] = ["--env-id", "CartPole-v1", "--vectorization", "native", "--num-envs", 4]
+NATIVE_CARTPOLE += ["--num-steps", 32, "--hidden-sizes", 16, "--num-threads", 1, "--total-timesteps", 640]
+NATIVE_CARTPOLE += ["--checkpoint-every", 128, "--keep-checkpoints", 9, "--norm-obs", "--norm-reward"]
+NATIVE_CARTPOLE += ["--learning-rate", 1e-2]
+
+
+def test_decoupled_ppo_without_lag_is_coupled_ppo_on_native_environments(tmp_path: Path) -> None:
+    one = call(ppo.main, *NATIVE_CARTPOLE, "--log-dir", tmp_path / "coupled")
+    flags = [*NATIVE_CARTPOLE, "--max-lag", 0, "--log-dir", tmp_path / "logs"]
+    run_team("fabricrl.algos.ppo.ppo_decoupled", *flags, folder=tmp_path)
+    checkpoints = sorted((one.folder / "checkpoints").glob("step_*"))
+    assert len(checkpoints) == 5
+    for path in checkpoints:
+        other = run_folder(tmp_path / "logs") / "checkpoints" / path.name
+        assert differences(content(path), content(other)) == []
+    assert load(checkpoints[-1])["agent"]["obs_normalizer.count"] < 640, "nothing was skipped"
+
+
+def test_two_trainers_share_what_was_not_skipped(tmp_path: Path) -> None:
+    flags = [*STAGGERED, "--num-steps", 32, "--max-lag", 1, "--log-dir", tmp_path / "logs", "--total-timesteps", 960]
+    ranks = run_team("fabricrl.algos.ppo.ppo_decoupled", *flags, folder=tmp_path, world_size=3)
+    assert ranks.result["steps"] == "960"
+    assert load(ranks.result["checkpoint"])["optimizer"]["state"][0]["step"] == 30
+
+
+# --- EnvPool
+
+
+def environments(kind: str, env_id: str, num_envs: int = 1, **settings: Any) -> VectorEnv:
+    return make_envs(PPOArgs(env_id=env_id, vectorization=kind, num_envs=num_envs, **settings), 0, Path())
+
+
+@pytest.fixture
+def pool() -> Any:
+    return pytest.importorskip("envpool")
+
+
+def test_envpool_has_no_step_that_only_resets(pool: Any) -> None:
+    """Beside an EnvPool that is driven by hand, with the same actions in each environment's own steps."""
+    num_envs, steps = 3, 80
+    actions = np.random.default_rng(0).integers(2, size=(num_envs, steps)).astype(np.int32)
+    theirs = pool.make("CartPole-v1", env_type="gymnasium", num_envs=num_envs, seed=5, env_seed=[5, 6, 7])
+    obs, _ = theirs.reset()
+    taken, ended = np.zeros(num_envs, int), np.zeros(num_envs, bool)
+    expected: list[list[tuple]] = [[] for _ in range(num_envs)]
+    while taken.min() < steps:
+        before = obs
+        obs, rewards, terminated, truncated, _ = theirs.step(actions[range(num_envs), taken.clip(max=steps - 1)])
+        for env in np.flatnonzero(~ended):
+            expected[env].append((before[env], rewards[env], terminated[env], truncated[env], obs[env]))
+        taken += ~ended
+        ended = terminated | truncated
+
+    envs = environments("envpool", "CartPole-v1", num_envs)
+    obs, _ = envs.reset(seed=[5, 6, 7])
+    finals = 0
+    for t in range(steps):
+        before = obs.copy()
+        obs, rewards, terminated, truncated, infos = envs.step(actions[:, t])
+        assert "skipped" not in infos
+        for env in range(num_envs):
+            done = terminated[env] or truncated[env]
+            finals += done
+            after = infos["final_obs"][env] if done else obs[env]
+            for ours, true in zip(
+                (before[env], rewards[env], terminated[env], truncated[env], after), expected[env][t], strict=True
+            ):
+                assert np.array_equal(ours, true), (t, env)
+    assert finals > 6
+
+
+def trajectory(envs: VectorEnv, seeds: list[int], steps: int = 40) -> np.ndarray:
+    obs = [envs.reset(seed=seeds)[0].copy()]
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        obs.append(envs.step(np.repeat(rng.integers(2, size=1), len(seeds)))[0].copy())
+    return np.stack(obs, 1)  # [N, steps + 1, D]
+
+
+def test_in_envpool_the_seed_of_an_environment_says_what_happens_in_it(pool: Any) -> None:
+    envs = environments("envpool", "CartPole-v1", 3)
+    first, again = (trajectory(envs, env_seeds(1, 0, 3)) for _ in range(2))
+    assert np.array_equal(first, again)
+    both = np.concatenate((first, trajectory(envs, env_seeds(1, 1, 3))))  # of two ranks
+    assert len(np.unique(both[:, 0], axis=0)) == 6
+    assert np.array_equal(trajectory(envs, env_seeds(2, 0, 3))[:2], first[1:])
+
+
+def test_the_largest_seed_is_one_for_envpool_too(pool: Any) -> None:
+    envs = environments("envpool", "CartPole-v1", 3)
+    assert len(np.unique(envs.reset(seed=env_seeds(2**31 - 1, 0, 3))[0], axis=0)) == 3
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "LunarLander-v3", "HalfCheetah-v5"])
+def test_envpool_has_the_spaces_of_gymnasium_and_its_observations_are_of_them(env_id: str, pool: Any) -> None:
+    if env_id.startswith("LunarLander"):
+        pytest.importorskip("Box2D")
+    if env_id.startswith("HalfCheetah"):
+        pytest.importorskip("mujoco")
+    theirs, ours = (environments(kind, env_id, 2) for kind in ("sync", "envpool"))
+    assert ours.single_observation_space == theirs.single_observation_space
+    assert ours.single_action_space == theirs.single_action_space
+    theirs.action_space.seed(0)
+    for envs in (ours, theirs):
+        obs, _ = envs.reset(seed=[1, 2])
+        assert obs.shape == (2, *envs.single_observation_space.shape)
+        for _ in range(3):
+            obs, rewards, terminated, truncated, _ = envs.step(theirs.action_space.sample())
+            assert envs.observation_space.contains(obs.astype(envs.single_observation_space.dtype))
+            assert rewards.shape == terminated.shape == truncated.shape == (2,)
+    theirs.close()
+    ours.close()
+
+
+def test_half_a_cheetah_that_starts_without_noise_runs_alike_in_envpool_and_gymnasium(pool: Any) -> None:
+    pytest.importorskip("mujoco")
+    settings = {"env_kwargs": '{"reset_noise_scale": 0.0}'}
+    theirs, ours = (environments(kind, "HalfCheetah-v5", **settings) for kind in ("sync", "envpool"))
+    action = np.linspace(-1, 1, 6, dtype=np.float32)[None]
+    np.testing.assert_allclose(ours.reset(seed=[0])[0], theirs.reset(seed=[0])[0], atol=1e-6)
+    for _ in range(20):
+        found, expected = ours.step(action), theirs.step(action)
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found[1], expected[1], rtol=1e-6, atol=1e-6)
+    assert np.abs(expected[0]).max() > 0.5, "it has not moved"
+
+
+def test_a_lander_falls_alike_in_envpool_and_gymnasium(pool: Any) -> None:
+    """Landscape and first push are drawn: what sixteen landers earn on their way down has a mean, and that an error."""
+    pytest.importorskip("Box2D")
+    earned = []
+    for kind in ("sync", "envpool"):
+        envs = environments(kind, "LunarLander-v3", 16)
+        envs.reset(seed=list(range(16)))
+        steps = [envs.step(np.zeros(16, np.int64)) for _ in range(40)]
+        earned.append(np.sum([step[1] for step in steps], 0))
+    error = math.sqrt(sum(rewards.var() / 15 for rewards in earned))
+    assert abs(earned[0].mean() - earned[1].mean()) < 4 * error
+    assert 1 / 4 < earned[0].std() / earned[1].std() < 4
+
+
+def test_what_fits_gymnasium_and_not_envpool_is_refused(pool: Any) -> None:
+    for env_kwargs in ('{"sutton_barto_reward": true}', '{"max_episode_steps": "many"}'):
+        with pytest.raises(ConfigError, match="--env-kwargs") as caught:
+            environments("envpool", "CartPole-v1", env_kwargs=env_kwargs)
+        assert caught.value.exit_code == 2
+
+
+# --- Atari through Gymnasium and through EnvPool
+
+ATARI = {name: value for name, value in PRESETS["atari"].items() if name not in ("num_threads", "env_id", "num_envs")}
+
+
+def games(env_id: str, num_envs: int = 1, **settings: Any) -> tuple[VectorEnv, VectorEnv]:
+    pytest.importorskip("ale_py")
+    pytest.importorskip("cv2")
+    theirs, ours = (environments(kind, env_id, num_envs, **ATARI | settings) for kind in ("sync", "envpool"))
+    return theirs, ours
+
+
+def actions_of(envs: VectorEnv, steps: int) -> np.ndarray:
+    """[steps, N]"""
+    return np.random.default_rng(0).integers(envs.single_action_space.n, size=(steps, envs.num_envs))
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "ALE/Breakout-v5"])
+def test_a_game_without_chance_is_the_same_in_envpool_and_gymnasium_to_the_last_pixel(env_id: str, pool: Any) -> None:
+    """With one step of doing nothing at the beginning, a whole game and the beginning of the next."""
+    theirs, ours = games(env_id, noop_max=1)
+    assert ours.single_observation_space == theirs.single_observation_space
+    found, expected = ours.reset(seed=[3])[0], theirs.reset(seed=[3])[0]
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype == np.uint8
+    ends = lives = 0
+    for action in actions_of(theirs, 1000):
+        assert np.array_equal(found, expected)
+        expected, *their_rest, their_infos = theirs.step(action)
+        found, *our_rest, our_infos = ours.step(action)
+        assert [part.tolist() for part in our_rest] == [part.tolist() for part in their_rest]
+        if their_rest[1][0]:
+            ends += 1
+            # Gymnasium's takes the maximum with an older frame if the game ends within a step of four
+            assert np.abs(our_infos["final_obs"][0].astype(int) - their_infos["final_obs"][0]).mean() < 1
+            assert np.abs(our_infos["final_obs"][0].astype(int) - found[0]).mean() > 1
+        else:  # at the end of a game the last life is lost, which nobody needs to be told
+            lives += their_infos["life_lost"][0]
+            assert our_infos["life_lost"][0] == their_infos["life_lost"][0]
+        if ends and not np.any(their_rest):
+            break
+    assert ends == 1
+    assert lives == (4 if "Breakout" in env_id else 0)
+    theirs.close()
+
+
+def test_colours_and_large_rewards_are_the_same_in_envpool_and_gymnasium(pool: Any) -> None:
+    theirs, ours = games("ALE/MsPacman-v5", noop_max=1, grayscale=False, resize=64)
+    assert ours.single_observation_space == theirs.single_observation_space
+    assert np.array_equal(ours.reset(seed=[3])[0], theirs.reset(seed=[3])[0])
+    most = 0.0
+    for action in actions_of(theirs, 100):
+        (found, our_reward, *_), (expected, their_reward, *_) = ours.step(action), theirs.step(action)
+        assert np.array_equal(found, expected)
+        assert our_reward == their_reward
+        most = max(most, their_reward[0])
+    assert most >= 10
+    assert len(np.unique(expected.reshape(-1, 3), axis=0)) > 5
+    theirs.close()
+
+
+def test_games_differ_by_how_long_nothing_is_done_at_their_beginning(pool: Any) -> None:
+    for envs in games("ALE/Pong-v5", 3):
+        envs.reset(seed=[1, 2, 3])
+        obs = [envs.step(np.zeros(3, np.int64))[0].copy() for _ in range(20)][-1]
+        assert len(np.unique(obs, axis=0)) > 1
+        envs.close()
+
+
+def begin_at_once() -> None:
+    settings = {name: value for name, value in ATARI.items() if name != "noop_max"}
+    envs = environments("envpool", "ALE/Pong-v5", 2, **settings)
+    assert envs.reset(seed=[1, 2])[0].any()
+
+
+def test_a_game_that_begins_at_once_is_played_in_envpool_too(pool: Any) -> None:
+    """Without --noop-max; in a process of its own, since memory is at stake."""
+    pytest.importorskip("ale_py")
+    process = FORKSERVER.Process(target=begin_at_once)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("sticky", [False, True])
+def test_sticky_actions_are_carried_over(sticky: bool, pool: Any) -> None:
+    """With them, three games that begin alike and are played alike diverge; they are what an id has by default."""
+    settings = {"env_kwargs": "{}" if sticky else ATARI["env_kwargs"], "noop_max": 1}
+    for envs in games("ALE/Breakout-v5", 3, **settings):
+        envs.reset(seed=[1, 2, 3])
+        for action in actions_of(envs, 60)[:, 0]:
+            obs = envs.step(np.full(3, action))[0]
+        assert (len(np.unique(obs, axis=0)) > 1) == sticky
+        envs.close()
+
+
+def test_the_time_limit_of_a_game_is_carried_over(monkeypatch: pytest.MonkeyPatch, pool: Any) -> None:
+    """400 frames are 100 steps of four, of which the steps of doing nothing take a part."""
+    pytest.importorskip("ale_py")
+    import ale_py
+
+    gym.register_envs(ale_py)
+    limits = gym.registry["ALE/Pong-v5"].kwargs
+    assert limits["max_num_frames_per_episode"] == 108_000
+    monkeypatch.setitem(limits, "max_num_frames_per_episode", 400)
+    for envs in games("ALE/Pong-v5", noop_max=1):
+        envs.reset(seed=[1])
+        (end,) = [t for t in range(1, 110) if envs.step(np.zeros(1, np.int64))[3][0]]
+        assert 98 <= end <= 101
+        envs.close()
+
+
+def test_policies_that_draw_their_actions_earn_alike_in_both(pool: Any) -> None:
+    """Points lost at Pong come one by one, so that their number has an error of about its root."""
+    lost = []
+    for envs in games("ALE/Pong-v5", 4, env_kwargs="{}"):
+        envs.reset(seed=[1, 2, 3, 4])
+        rewards = np.array([envs.step(action)[1] for action in actions_of(envs, 400)])
+        assert set(np.unique(rewards)) <= {-1.0, 0.0, 1.0}
+        lost.append(-rewards.sum())
+        envs.close()
+    assert min(lost) > 10
+    assert abs(lost[0] - lost[1]) < 4 * math.sqrt(sum(lost))
+
+
+# --- What cannot be had is said before anything starts
+
+
+@pytest.fixture
+def complaint(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    def run(*flags: object, script: ModuleType = ppo) -> str:
+        def forbidden(*_: object, **__: object) -> None:
+            raise AssertionError("the mistake was not noticed before anything started")
+
+        monkeypatch.setattr(script, "launch", forbidden)
+        with pytest.raises(ConfigError) as caught:
+            call(script.main, *flags)
+        assert caught.value.exit_code == 2
+        assert len(str(caught.value).splitlines()) == 1
+        return str(caught.value)
+
+    return run
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name, *rest)
+    )
+
+
+def test_native_names_the_environments_that_have_such_a_form(complaint: Callable) -> None:
+    message = complaint("--env-id", "Acrobot-v1", "--vectorization", "native")
+    assert "--vectorization native: Acrobot-v1 has no native form" in message
+    assert "CartPole-v1" in message
+    assert "ALE/" not in message
+    assert "phys2d" not in message
+
+
+def test_atari_games_have_no_native_form(complaint: Callable) -> None:
+    """ale-py has a vector environment of its own, whose observations are others."""
+    pytest.importorskip("ale_py")
+    assert "no native form" in complaint("--env-id", "ALE/Pong-v5", "--vectorization", "native")
+
+
+def test_envpool_names_the_nearest_of_its_environments(complaint: Callable, pool: Any) -> None:
+    message = complaint("--env-id", "CartPol-v1", "--vectorization", "envpool")
+    assert "--vectorization envpool: CartPol-v1" in message
+    assert "CartPole-v1" in message
+
+
+@pytest.mark.parametrize("script", [ppo, sac])
+def test_envpool_that_is_not_here_is_told_with_the_command_that_brings_it(
+    script: ModuleType, complaint: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "envpool")
+    message = complaint("--env-id", "Pendulum-v1", "--vectorization", "envpool", script=script)
+    assert "--vectorization envpool" in message
+    assert "pip install -e '.[envpool]'" in message
+
+
+def test_ale_that_is_not_here_is_told_with_the_command_that_brings_it(
+    complaint: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "ale_py")
+    message = complaint("--preset", "atari")
+    assert "--env-id ALE/Pong-v5" in message
+    assert "pip install -e '.[atari]'" in message
+
+
+@pytest.mark.parametrize("flag", ["--mask-velocities", "--capture-video", "--action-repeat=2"])
+@pytest.mark.parametrize("kind", ["native", "envpool"])
+def test_what_is_done_to_single_environments_is_refused_elsewhere(flag: str, kind: str, complaint: Callable) -> None:
+    if kind == "envpool":
+        pytest.importorskip("envpool")
+    if flag == "--capture-video":
+        pytest.importorskip("moviepy")
+    message = complaint("--env-id", "CartPole-v1", "--vectorization", kind, flag)
+    assert message.startswith(flag.partition("=")[0])
+    assert f"--vectorization {kind}" in message
+
+
+@pytest.mark.parametrize("flags", [[], ["--resize", 84], ["--action-repeat", 4]])
+def test_envpool_needs_to_know_how_an_atari_game_is_shrunk_and_repeated(
+    flags: list[object], complaint: Callable, pool: Any
+) -> None:
+    pytest.importorskip("ale_py")
+    message = complaint("--env-id", "ALE/Pong-v5", "--vectorization", "envpool", *flags)
+    for word in ("--vectorization envpool", "--resize", "--action-repeat", "--preset atari"):
+        assert word in message
+
+
+def test_sac_has_no_native_form(complaint: Callable) -> None:
+    assert "--vectorization" in complaint("--vectorization", "native", script=sac)
+
+
+# --- auto
+
+
+def chosen(env_id: str, num_envs: int, kind: type = PPOArgs, **settings: Any) -> str:
+    args = kind(env_id=env_id, num_envs=num_envs, **settings)
+    return backends.choose(args, gym.make(env_id, **json.loads(args.env_kwargs)))
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda count: monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)), raising=False)
+
+
+def test_auto_is_native_where_many_environments_have_that_form_and_nothing_is_done_to_them(cores: Callable) -> None:
+    cores(2)
+    assert chosen("CartPole-v1", 64) == "native"
+    assert chosen("CartPole-v1", 2) == "sync"
+    assert chosen("Acrobot-v1", 64) in ("sync", "async")
+    assert chosen("CartPole-v1", 64, mask_velocities=True) in ("sync", "async")
+    assert chosen("CartPole-v1", 64, capture_video=True) in ("sync", "async")
+    assert chosen("tests.vector_envs:Slow-v0", 64) == "sync"
+
+
+def test_auto_is_never_native_where_transitions_are_replayed(cores: Callable) -> None:
+    cores(2)
+    assert chosen("CartPole-v1", 64, SACArgs) in ("sync", "async")
+
+
+def test_auto_is_never_native_for_an_atari_game(cores: Callable) -> None:
+    pytest.importorskip("ale_py")
+    cores(2)
+    assert chosen("ALE/Pong-v5", 64) in ("sync", "async")
+
+
+SLOW = {"env_id": "tests.vector_envs:Slow-v0", "env_kwargs": '{"seconds": 0.005}'}
+
+
+def test_auto_is_async_where_steps_are_slow_and_there_are_cores_for_them(cores: Callable) -> None:
+    cores(2)
+    assert chosen(num_envs=8, **SLOW) == "async"
+    assert chosen(num_envs=1, **SLOW) == "sync"
+    assert chosen("CartPole-v1", 1) == "sync"
+    assert chosen("tests.vector_envs:Slow-v0", 8) == "sync"
+    cores(1)
+    assert chosen(num_envs=8, **SLOW) == "sync"
+
+
+@pytest.mark.parametrize(
+    ("expected", "flags"),
+    [
+        ("native", ["--env-id", "CartPole-v1", "--num-envs", 16]),
+        ("sync", ["--env-id", "tests.vector_envs:Slow-v0", "--num-envs", 2]),
+        ("async", ["--env-id", SLOW["env_id"], "--env-kwargs", SLOW["env_kwargs"], "--num-envs", 2]),
+    ],
+)
+def test_a_run_says_what_was_chosen(
+    expected: str, flags: list[object], tmp_path: Path, cores: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(2)
+    made = []
+    kinds = {"native": backends.NativeVectorEnv, "sync": SyncVectorEnv, "async": AsyncVectorEnv}
+    reset = kinds[expected].reset
+    monkeypatch.setattr(kinds[expected], "reset", lambda self, **rest: made.append(self) or reset(self, **rest))
+    sizes = ["--num-steps", 8, "--total-timesteps", 8 * int(str(flags[-1])), "--num-minibatches", 2]
+    finished = call(ppo.main, *flags, *sizes, "--num-threads", 1, "--log-dir", tmp_path)
+    assert finished.code == 0
+    said = [line for line in finished.err.splitlines() if line.startswith("vectorization:")]
+    assert said == [f"vectorization: {expected}"]
+    assert len(made) == 1
+
+
+def test_an_environment_that_fails_in_the_trial_does_not_end_the_run_there(tmp_path: Path, cores: Callable) -> None:
+    cores(2)
+    flags = ["--env-id", "tests.vector_envs:Slow-v0", "--num-envs", 2, "--num-steps", 8, "--total-timesteps", 32]
+    flags += ["--num-minibatches", 2, "--num-threads", 1, "--log-dir", tmp_path]
+    finished = call(ppo.main, *flags, *kwargs(fails=1))
+    assert finished.code == 0
+    assert "warning: environment failed in a trial: RuntimeError: a cable is loose" in finished.err
+    assert finished.result["steps"] == "32"
+    Slow.failed = 0
+    with pytest.raises(EnvError, match="environment 0 failed in step: RuntimeError: a cable is loose"):
+        call(ppo.main, *flags, *kwargs(fails=2))
+
+
+# --- SAC
+
+PENDULUM: list[object] = ["--vectorization", "envpool", "--num-envs", 2, "--num-threads", 1, "--batch-size", 8]
+PENDULUM += ["--hidden-sizes", 16, "--replay-ratio", 0.05, "--learning-starts", 100, "--buffer-size", 2000]
+
+
+def swung(obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """What follows from actions in [-1, 1], by the equation of motion of a rod of length and mass 1 where g is 10."""
+    angle, speed, dt = np.arctan2(obs[:, 1], obs[:, 0]), obs[:, 2], 0.05
+    speed = (speed + (15 * np.sin(angle) + 3 * 2 * actions[:, 0]) * dt).clip(-8, 8)
+    angle = angle + speed * dt
+    return np.stack((np.cos(angle), np.sin(angle), speed), 1)
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_sac_keeps_what_truly_followed_at_the_ends_of_episodes_and_goes_on_from_there(
+    implicit: bool, tmp_path: Path, pool: Any
+) -> None:
+    flags = [*PENDULUM, "--log-dir", tmp_path, "--implicit-next-obs" if implicit else "--no-implicit-next-obs"]
+    finished = call(sac.main, *flags, "--total-timesteps", 900)
+    assert finished.result["episodes"] == "4"
+    longer = call(sac.main, "--resume", finished.checkpoint, "--total-timesteps", 1400, "--log-dir", tmp_path)
+    assert longer.result["steps"] == "1400"
+    envs = environments("sync", "Pendulum-v1")
+    for end, steps in ((finished, 450), (longer, 700)):
+        shard = load(end.checkpoint)["shard"]
+        kind = record_type(envs.single_observation_space, 1, implicit)
+        rows = shard["records"].numpy().view(kind).reshape(-1, 2)
+        ends = [199, 399] + ([449, 649] if steps == 700 else [])  # it was resumed in the middle of an episode
+        assert shard["size"] == steps
+        assert np.flatnonzero(rows["ended"][:steps, 0]).tolist() == ends
+        assert not rows["terminated"].any()
+        for env in (0, 1):
+            own = rows[:steps, env]
+            if implicit:
+                next_obs = np.concatenate((rows["obs"][1:steps, env], rows["obs"][steps : steps + 1, env]))
+                apart = own["final"] >= 0
+                assert np.flatnonzero(apart).tolist() == ends
+                next_obs[apart] = shard["finals"].numpy()[own["final"][apart]]
+            else:
+                next_obs = own["next_obs"]
+            np.testing.assert_allclose(next_obs, swung(own["obs"], own["actions"]), atol=2e-3)
+            assert np.abs(next_obs[ends] - rows["obs"][np.array(ends) + 1, env]).max(1).min() > 1e-2
