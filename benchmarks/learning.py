@@ -74,6 +74,7 @@ MASKED = (
     "--env-id CartPole-v1 --mask-velocities --num-envs 8 --learning-rate 7e-4 --no-anneal-lr --update-epochs 10 "
     "--gae-lambda 0.98 --max-grad-norm 1 --ent-coef 0 --no-clip-vloss --vf-coef 1.0 --norm-obs --norm-reward"
 )
+CATCH = "--num-envs 16 --num-steps 32 --hidden-sizes"
 ONE = "--num-threads 1"  # off-policy scripts take two threads by default, and with --jobs runs share the cores
 TASKS = {
     "cartpole": Task(
@@ -198,6 +199,37 @@ TASKS = {
         source="rl-baselines3-zoo, 20k steps, one run, ± over episodes",
         rival="sac-pendulum",
         times=0,
+    ),
+    "ppo-catch": Task(
+        f"{PPO} --env-id tests.pixel_envs:Catch-v0 {CATCH} --learning-rate 1.5e-3 --cnn-features 64 "
+        f"--total-timesteps 40960 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=0.9,
+        reference=(1, 0),
+        source="the best possible",
+    ),
+    # Who has no memory cannot expect more than -7/9 here: the docstring of the environment says why
+    "ppo-recurrent-masked-catch": Task(
+        f"{RECURRENT} --env-id tests.pixel_envs:MaskedCatch-v0 {CATCH} --learning-rate 1e-3 --cnn-features 128 "
+        f"--total-timesteps 153600 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=0.9,
+        reference=(1, 0),
+        source="the best possible",
+        rival="ppo-masked-catch",
+        times=0,
+    ),
+    "ppo-masked-catch": Task(
+        f"{PPO} --env-id tests.pixel_envs:MaskedCatch-v0 {CATCH} --learning-rate 1e-3 --cnn-features 128 "
+        f"--total-timesteps 153600 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=-0.6,  # a mean of 100 episodes scatters by 0.06
+        at_most=True,
+        reference=(-7 / 9, 0),
+        source="the best possible without memory",
     ),
     # What DroQ has to beat
     "sac-halfcheetah-16700": Task(
