@@ -18,8 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +34,10 @@ COUNTS = (1, 4, 16, 64, 256, 1024)
 BACKENDS = ("sync", "async", "native", "envpool")
 # Fewer steps each where there are more environments; four epochs of eight minibatches, whatever the number
 CARTPOLE = "--env-id CartPole-v1 --num-minibatches 8 --update-epochs 4 --learning-rate 3e-3"
-ENVIRONMENT = {"env_id": "CartPole-v1", "env_kwargs": "{}", "capture_video": False}
 ATARI = PPOArgs(**PRESETS["atari"] | {"vectorization": "envpool"})
 
 
-def steps_alone(args: Any, seconds: float) -> float:
+def steps_alone(args: PPOArgs, seconds: float) -> float:
     """Steps per second of the environments of `args` with random actions, and nothing else."""
     envs = make_envs(args, 1, Path("."))
     envs.reset(seed=list(range(args.num_envs)))
@@ -67,7 +64,7 @@ def bench_table(options: argparse.Namespace) -> bool:
             if kind == "async" and count > 64:
                 cells.append("–")  # a process each
                 continue
-            alone = steps_alone(SimpleNamespace(**ENVIRONMENT, num_envs=count, vectorization=kind), options.seconds)
+            alone = steps_alone(PPOArgs(num_envs=count, num_steps=steps, vectorization=kind), options.seconds)
             total = 40 * count * steps if count < 16 and kind != "async" else 20 * count * steps
             speeds = []
             for repetition in range(options.repetitions):

@@ -300,16 +300,32 @@ NATIVE_CARTPOLE += ["--checkpoint-every", 128, "--keep-checkpoints", 9, "--norm-
 NATIVE_CARTPOLE += ["--learning-rate", 1e-2]
 
 
-def test_decoupled_ppo_without_lag_is_coupled_ppo_on_native_environments(tmp_path: Path) -> None:
-    one = call(ppo.main, *NATIVE_CARTPOLE, "--log-dir", tmp_path / "coupled")
-    flags = [*NATIVE_CARTPOLE, "--max-lag", 0, "--log-dir", tmp_path / "logs"]
-    run_team("fabricrl.algos.ppo.ppo_decoupled", *flags, folder=tmp_path)
+PICTURES: list[object] = ["--env-id", "tests.envs:Pictures-v0", "--num-envs", 2, "--num-steps", 16, "--num-threads", 1]
+PICTURES += ["--frame-stack", 3, "--cnn-features", 16, "--clip-reward", "--total-timesteps", 160]
+PICTURES += ["--checkpoint-every", 32, "--keep-checkpoints", 9, "--norm-obs", "--norm-reward", "--learning-rate", 1e-2]
+
+
+@pytest.mark.parametrize("flags", [NATIVE_CARTPOLE, PICTURES], ids=["native", "images"])
+def test_decoupled_ppo_without_lag_is_coupled_ppo(flags: list[object], tmp_path: Path) -> None:
+    """On native environments, of which it leaves steps out, and on stacks of images, which travel put together."""
+    one = call(ppo.main, *flags, "--log-dir", tmp_path / "coupled")
+    apart = [*flags, "--max-lag", 0, "--log-dir", tmp_path / "logs"]
+    run_team("fabricrl.algos.ppo.ppo_decoupled", *apart, folder=tmp_path)
     checkpoints = sorted((one.folder / "checkpoints").glob("step_*"))
     assert len(checkpoints) == 5
     for path in checkpoints:
         other = run_folder(tmp_path / "logs") / "checkpoints" / path.name
         assert differences(content(path), content(other)) == []
-    assert load(checkpoints[-1])["agent"]["obs_normalizer.count"] < 640, "nothing was skipped"
+    seen, steps = load(checkpoints[-1])["agent"]["obs_normalizer.count"], load(checkpoints[-1])["global_step"]
+    assert seen < steps if flags is NATIVE_CARTPOLE else seen == steps, "steps that only reset are left out"
+
+
+def test_two_ranks_learn_the_same_from_images(tmp_path: Path) -> None:
+    flags = [*PICTURES, "--log-dir", tmp_path / "logs"]
+    run_team(ppo.__name__, *flags, folder=tmp_path, prepare=note_updates, variables={"NOTES": str(tmp_path / "notes")})
+    notes = [[json.loads(line) for line in (tmp_path / f"notes.{rank}").read_text().splitlines()] for rank in (0, 1)]
+    assert [note[2] for note in notes[0]] == [note[2] for note in notes[1]]
+    assert len({str(note[2]) for note in notes[0]}) == 2, "nothing was learned"
 
 
 def test_two_trainers_share_what_was_not_skipped(tmp_path: Path) -> None:

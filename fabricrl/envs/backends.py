@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from time import perf_counter
 from typing import Any
 
@@ -221,7 +222,9 @@ class EnvPoolVectorEnv(VectorEnv):
             spec = env.spec.kwargs if env.spec else {}
             self._kwargs = _atari_settings(args, spec) | {k: v for k, v in self._kwargs.items() if k not in ATARI_WORDS}
         pool = self._make([0], 1)
-        shape, theirs = pool.observation_space.shape, pool.action_space
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of bounds that are rounded
+            shape, theirs = pool.observation_space.shape, pool.action_space
         if math.prod(shape) != math.prod(self.single_observation_space.shape or ()):
             raise ConfigError(f"--vectorization envpool: observations of {args.env_id} are {shape} there")
         same = theirs.n == env.action_space.n if isinstance(env.action_space, Discrete) else True  # type: ignore[union-attr]
