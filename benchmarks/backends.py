@@ -28,6 +28,7 @@ from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo.loss import policy_loss, value_loss
 from fabricrl.envs import make_envs
+from fabricrl.utils.launch import keep_memory
 from fabricrl.utils.records import Records
 
 COUNTS = (1, 4, 16, 64, 256, 1024)
@@ -65,12 +66,12 @@ def bench_table(options: argparse.Namespace) -> bool:
                 cells.append("–")  # a process each
                 continue
             alone = steps_alone(PPOArgs(num_envs=count, num_steps=steps, vectorization=kind), options.seconds)
-            total = 40 * count * steps if count < 16 and kind != "async" else 20 * count * steps
+            total = (40 if count < 16 and kind != "async" else 20) * count * steps
             speeds = []
             for repetition in range(options.repetitions):
                 with tempfile.TemporaryDirectory() as folder:
                     flags = f"--vectorization {kind} --num-envs {count} --num-steps {steps} --seed {repetition + 1}"
-                    command = f"{PPO} {CARTPOLE} {flags} --total-timesteps {max(total, 16 * count * steps)}"
+                    command = f"{PPO} {CARTPOLE} {flags} --total-timesteps {total}"
                     speeds.append(timed(ours(command, folder, options)).sps)
             cells.append(f"{alone:,.0f} / {statistics.median(speeds):,.0f}".replace(",", " "))
             print(f"{count} environments, {kind}: {alone:.0f} alone, {spread(speeds)} of PPO", flush=True)
@@ -162,6 +163,7 @@ def bench_pong(options: argparse.Namespace) -> bool:
     flags = f"{PPO} --preset atari --vectorization envpool --num-threads {options.num_threads} --total-timesteps 16384"
     comparisons = [Comparison("steps/s", "PPO, 8 environments of EnvPool", "the floor", "a / b", ">= 0.8")]
     torch.set_num_threads(options.num_threads)
+    keep_memory()  # as the script does
 
     def measure(seed: int, folder: str) -> list[tuple[float, float]]:
         return [(timed(ours(f"{flags} --seed {seed}", folder, options)).sps, floor(ATARI))]

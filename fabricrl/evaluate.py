@@ -19,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from tqdm import tqdm
 
 from fabricrl.envs import check_env, make_env
 from fabricrl.envs.spaces import describe
@@ -50,6 +51,7 @@ def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.
     lengths: list[int] = []
     obs, _ = envs.reset(seed=seed)
     rewards, dones = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
+    bar = tqdm(total=episodes, desc="episodes", disable=None, leave=False)  # none without a terminal
     while quota.any():
         obs, rewards, terminated, truncated, _ = envs.step(policy(obs, rewards, dones))
         dones = terminated | truncated
@@ -58,7 +60,9 @@ def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.
             returns.append(float(running[i]))
             lengths.append(int(steps[i]))
             quota[i] -= 1
+            bar.update()
         running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
+    bar.close()
     return np.array(returns), np.array(lengths)
 
 
@@ -125,7 +129,7 @@ def main() -> int:
         raise CheckpointError(f"{found} was made by {state['algo']}, which this version does not have") from error
     mode = "human" if options.render else "rgb_array" if options.capture_video else None
     with reading(found):
-        args = SimpleNamespace(**OLDER | state["args"])
+        args = SimpleNamespace(**OLDER | state["args"] | {"vectorization": "sync"})
         env_id = args.env_id
     check_spaces(state["spaces"], describe(*check_env(args, utils.ACTION_SPACES, mode, images=True)))
     video_folder = found.parent.parent / "videos" / found.stem

@@ -149,7 +149,7 @@ class Recall(gym.Env):
 class Picture(gym.Env):
     """A picture [40, 44, 3] of noise that a bright square crosses, and rewards of many sizes and both signs.
 
-    If `beside`, observations are a Dict of the picture, a vector and a gear. `tests.envs:Pictures-v0` is that one.
+    If `beside`, observations are a Dict of the picture, a vector and a gear. `tests.envs:PictureDict-v0` is that one.
     """
 
     def __init__(self, beside: bool = False, length: int = 7) -> None:
@@ -289,4 +289,4 @@ gym.register("Fault-v0", entry_point=Fault)
 gym.register("Odd-v0", entry_point=Odd)
 gym.register("Recall-v0", entry_point=Recall)
 gym.register("Picture-v0", entry_point=Picture)
-gym.register("Pictures-v0", entry_point=Picture, kwargs={"beside": True})
+gym.register("PictureDict-v0", entry_point=Picture, kwargs={"beside": True})

@@ -52,7 +52,7 @@ BOX = {"env_id": "tests.envs:IdentityBox-v0", "env_kwargs": "{}"}
 CARTPOLE = {"env_id": "CartPole-v1", "env_kwargs": "{}"}
 
 PICTURE = {"env_id": "tests.envs:Picture-v0", "env_kwargs": "{}", "cnn_features": 16}
-PICTURES = PICTURE | {"env_id": "tests.envs:Pictures-v0"}
+PICTURES = PICTURE | {"env_id": "tests.envs:PictureDict-v0"}
 BREAKOUT = PICTURE | {"env_id": "ALE/Breakout-v5", "env_kwargs": '{"repeat_action_probability": 0.0}'}
 BREAKOUT |= {"action_repeat": 4, "num_steps": 48}  # within which a life is lost
 

@@ -300,7 +300,16 @@ NATIVE_CARTPOLE += ["--checkpoint-every", 128, "--keep-checkpoints", 9, "--norm-
 NATIVE_CARTPOLE += ["--learning-rate", 1e-2]
 
 
-PICTURES: list[object] = ["--env-id", "tests.envs:Pictures-v0", "--num-envs", 2, "--num-steps", 16, "--num-threads", 1]
+PICTURES: list[object] = [
+    "--env-id",
+    "tests.envs:PictureDict-v0",
+    "--num-envs",
+    2,
+    "--num-steps",
+    16,
+    "--num-threads",
+    1,
+]
 PICTURES += ["--frame-stack", 3, "--cnn-features", 16, "--clip-reward", "--total-timesteps", 160]
 PICTURES += ["--checkpoint-every", 32, "--keep-checkpoints", 9, "--norm-obs", "--norm-reward", "--learning-rate", 1e-2]
 
@@ -658,7 +667,8 @@ def test_what_is_done_to_single_environments_is_refused_elsewhere(flag: str, kin
         pytest.importorskip("moviepy")
     message = complaint("--env-id", "CartPole-v1", "--vectorization", kind, flag)
     assert message.startswith(flag.partition("=")[0])
-    assert f"--vectorization {kind}" in message
+    assert "--vectorization sync or async" in message
+    assert kind in message
 
 
 @pytest.mark.parametrize("flags", [[], ["--resize", 84], ["--action-repeat", 4]])
@@ -695,7 +705,7 @@ def test_auto_is_native_where_many_environments_have_that_form_and_nothing_is_do
     assert chosen("Acrobot-v1", 64) in ("sync", "async")
     assert chosen("CartPole-v1", 64, mask_velocities=True) in ("sync", "async")
     assert chosen("CartPole-v1", 64, capture_video=True) in ("sync", "async")
-    assert chosen("tests.vector_envs:Slow-v0", 64) == "sync"
+    assert chosen("tests.vector_envs:SlowSteps-v0", 64) == "sync"
 
 
 def test_auto_is_never_native_where_transitions_are_replayed(cores: Callable) -> None:
@@ -709,7 +719,7 @@ def test_auto_is_never_native_for_an_atari_game(cores: Callable) -> None:
     assert chosen("ALE/Pong-v5", 64) in ("sync", "async")
 
 
-SLOW = {"env_id": "tests.vector_envs:Slow-v0", "env_kwargs": '{"seconds": 0.005}'}
+SLOW = {"env_id": "tests.vector_envs:SlowSteps-v0", "env_kwargs": '{"seconds": 0.005}'}
 
 
 def test_auto_is_async_where_steps_are_slow_and_there_are_cores_for_them(cores: Callable) -> None:
@@ -717,7 +727,7 @@ def test_auto_is_async_where_steps_are_slow_and_there_are_cores_for_them(cores: 
     assert chosen(num_envs=8, **SLOW) == "async"
     assert chosen(num_envs=1, **SLOW) == "sync"
     assert chosen("CartPole-v1", 1) == "sync"
-    assert chosen("tests.vector_envs:Slow-v0", 8) == "sync"
+    assert chosen("tests.vector_envs:SlowSteps-v0", 8) == "sync"
     cores(1)
     assert chosen(num_envs=8, **SLOW) == "sync"
 
@@ -726,7 +736,7 @@ def test_auto_is_async_where_steps_are_slow_and_there_are_cores_for_them(cores: 
     ("expected", "flags"),
     [
         ("native", ["--env-id", "CartPole-v1", "--num-envs", 16]),
-        ("sync", ["--env-id", "tests.vector_envs:Slow-v0", "--num-envs", 2]),
+        ("sync", ["--env-id", "tests.vector_envs:SlowSteps-v0", "--num-envs", 2]),
         ("async", ["--env-id", SLOW["env_id"], "--env-kwargs", SLOW["env_kwargs"], "--num-envs", 2]),
     ],
 )
@@ -748,7 +758,7 @@ def test_a_run_says_what_was_chosen(
 
 def test_an_environment_that_fails_in_the_trial_does_not_end_the_run_there(tmp_path: Path, cores: Callable) -> None:
     cores(2)
-    flags = ["--env-id", "tests.vector_envs:Slow-v0", "--num-envs", 2, "--num-steps", 8, "--total-timesteps", 32]
+    flags = ["--env-id", "tests.vector_envs:SlowSteps-v0", "--num-envs", 2, "--num-steps", 8, "--total-timesteps", 32]
     flags += ["--num-minibatches", 2, "--num-threads", 1, "--log-dir", tmp_path]
     finished = call(ppo.main, *flags, *kwargs(fails=1))
     assert finished.code == 0

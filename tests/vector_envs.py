@@ -129,5 +129,5 @@ class Slow(gym.Env):
 
 
 gym.register("Staggered-v0", entry_point=Staggered, vector_entry_point=StaggeredVector)
-gym.register("Slow-v0", entry_point=Slow)
+gym.register("SlowSteps-v0", entry_point=Slow)
 gym.register("CartPol-v1", entry_point=Slow)  # which EnvPool does not have, but nearly

@@ -41,7 +41,7 @@ class RolloutBuffer:
         skipped: [T, N], steps that only reset an environment, as some do after an episode: they belong to none.
 
     Args:
-        obs_space: a single environment's, one row R; uint8 stays uint8, everything else becomes float32.
+        obs_space: a single environment's, one row R; records stay bytes, everything else becomes float32.
         frame_stack: S.
     """
 
@@ -235,10 +235,10 @@ class RecurrentRolloutBuffer(RolloutBuffer):
     def remember(self, t: int, memory: Tensor) -> None:
         """Stores the memory [N, M] that step t has left, once `add` knows which episodes it ended: they forget."""
         row = self.memory_rows[t + 1].copy_(memory)
-        dones = self._terminated[t] | self._truncated[t] | self._skipped[t]
-        if dones.any():
+        ended = self._ends[t] | self._skipped[t]  # not where a life was lost: the game goes on
+        if ended.any():
             self._final_memory += [memory[env] for step, env, _ in self._final if step == t]
-            row[torch.from_numpy(dones).to(memory.device)] = 0.0
+            row[torch.from_numpy(ended).to(memory.device)] = 0.0
 
     def final_memory(self) -> Tensor:
         """What was remembered at the final observations of `time_limits`, [E, M]."""

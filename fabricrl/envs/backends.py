@@ -4,6 +4,7 @@ All of them look alike to a script: an episode that ends is followed by the firs
 one is in `infos["final_obs"]`. Where a back end cannot do that, it says which rows are none: see `NativeVectorEnv`.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -16,11 +17,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from fabricrl.utils.errors import ConfigError, EnvError
+from fabricrl.utils.records import Records
 
 # What an environment is made with where an algorithm, or an older checkpoint, does not have the argument
 DEFAULTS: dict[str, Any] = {
@@ -44,6 +47,7 @@ ATARI_OPTIONS = {
     "frame_stack",
 }  # that EnvPool has for them, too
 NATIVE_FROM = 16  # environments; with fewer a step of Gymnasium's CartPole takes as long either way
+LEAST_ROWS = 8  # of a minibatch of native environments, and most trainers that share one
 ROUND_TRIP = 1.2e-4  # seconds that a step of an environment in another process takes besides its own work
 
 
@@ -65,17 +69,15 @@ def check_backend(args: Any, env: gym.Env) -> None:
     for name, default in DEFAULTS.items():
         if name not in allowed and option(args, name) != default:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} is set: --vectorization {args.vectorization} is without it, sync and async have it"
-            )
+            raise ConfigError(f"{flag} is set: it needs --vectorization sync or async, not {args.vectorization}")
     if args.vectorization == "native":
         if not _is_native(args.env_id):
             ids = sorted(spec.id for spec in gym.registry.values() if _is_native(spec.id))
             raise ConfigError(f"--vectorization native: {args.env_id} has no native form; there is {', '.join(ids)}")
         if not _fills_minibatches(args):
             raise ConfigError(
-                "--vectorization native: steps that only reset are left out, up to half of them: num-envs × num-steps "
-                f"must be at least 4 × num-minibatches = {4 * args.num_minibatches}"
+                "--vectorization native: steps that only reset are left out: num-envs × (num-steps // 2) must be at "
+                f"least {LEAST_ROWS} × num-minibatches = {LEAST_ROWS * args.num_minibatches}"
             )
         NativeVectorEnv(args, env).close()
         return
@@ -106,8 +108,12 @@ def choose(args: Any, env: gym.Env) -> str:
     # A replay buffer, which has no `num_steps`, has no room for rows that only reset
     rollouts = hasattr(args, "num_steps") and _fills_minibatches(args)
     if rollouts and plain and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
-        return "native"
+        with contextlib.suppress(ConfigError, EnvError):  # its arguments or spaces are others: not for us
+            NativeVectorEnv(args, env).close()
+            return "native"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.distributed.is_initialized():  # ranks share them
+        cores = max(cores * (getattr(args, "num_nodes", None) or 1) // torch.distributed.get_world_size(), 1)
     if min(args.num_envs, cores) == 1:
         return "sync"
     saved = 1 - math.ceil(args.num_envs / cores) / args.num_envs  # share of the steps' time
@@ -117,11 +123,12 @@ def choose(args: Any, env: gym.Env) -> str:
 def _step_seconds(env: gym.Env) -> float:
     """Median time of a step with a random action, resets left out; 0 if the environment failed."""
     seconds: list[float] = []
+    enough = 0.05  # seconds of trial, or five steps, or a second
     try:
         env.action_space.seed(0)
         env.reset(seed=0)
         begin = perf_counter()
-        while len(seconds) < 5 or (len(seconds) < 200 and perf_counter() - begin < 0.05):
+        while (passed := perf_counter() - begin) < enough or (len(seconds) < 5 and passed < 1.0):
             start = perf_counter()
             *_, terminated, truncated, _ = env.step(env.action_space.sample())
             seconds.append(perf_counter() - start)
@@ -140,8 +147,8 @@ def _is_native(env_id: str) -> bool:
 
 
 def _fills_minibatches(args: Any) -> bool:
-    """Whether a minibatch has two rows still if every other step is one that only resets."""
-    return args.num_envs * args.num_steps >= 4 * args.num_minibatches
+    """Whether a minibatch has enough rows still if every other step is one that only resets."""
+    return args.num_envs * (args.num_steps // 2) >= LEAST_ROWS * args.num_minibatches
 
 
 def _envpool_id(env_id: str) -> str:
@@ -159,6 +166,7 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
 
     Raises:
         ConfigError: the arguments do not fit, or the spaces of the native form are others.
+        EnvError: it cannot be built; later, from `reset` and `step`, what it returned is not what its spaces say.
     """
 
     def __init__(self, args: Any, env: gym.Env) -> None:
@@ -169,32 +177,58 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
             raise ConfigError(
                 f"--env-kwargs {args.env_kwargs} does not fit the native {args.env_id}: {error}"
             ) from error
+        except Exception as error:
+            raise EnvError(f"the native {args.env_id} cannot be built: {type(error).__name__}: {error}") from error
         super().__init__(envs)
         mode = envs.metadata.get("autoreset_mode")
         if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise ConfigError(f"--vectorization native: {args.env_id} resets in a way that is not supported ({mode})")
         theirs = envs.single_observation_space, envs.single_action_space
         for there, here in zip(theirs, (env.observation_space, env.action_space), strict=True):
-            if there.shape != here.shape or there.dtype != here.dtype:
+            same_kind = isinstance(here, Box) or there == here
+            if there.shape != here.shape or there.dtype != here.dtype or not same_kind:
                 raise ConfigError(f"--vectorization native: {args.env_id} has {there} there, and {here} otherwise")
+        if envs.num_envs != args.num_envs:
+            raise EnvError(
+                f"the native {args.env_id} has {envs.num_envs} environments where {args.num_envs} were asked"
+            )
+        self._shape = (args.num_envs, *(env.observation_space.shape or ()))
         self._next_step = mode == AutoresetMode.NEXT_STEP
         self._ended = np.zeros(args.num_envs, dtype=bool)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
         """Begins new episodes; of a list of seeds the first is that of all."""
         self._ended[:] = False
-        return self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
+        obs, _ = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
+        self._check("reset", observations=(obs, self._shape))
+        return obs, {}
 
     def step(self, actions: Any) -> tuple:
-        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        obs, rewards, terminated, truncated, given = self.env.step(actions)
+        columns = {"rewards": rewards, "terminated": terminated, "truncated": truncated}
+        each = {name: (column, self._shape[:1]) for name, column in columns.items()}
+        self._check("step", observations=(obs, self._shape), **each)
+        infos: dict[str, Any] = {}
         if self._next_step:
-            skipped, infos = self._ended, infos | {"final_obs": obs}
+            skipped, infos["final_obs"] = self._ended, obs
             if skipped.any():
                 infos["skipped"] = skipped
                 rewards = np.where(skipped, 0.0, rewards)
                 terminated, truncated = terminated & ~skipped, truncated & ~skipped
             self._ended = terminated | truncated
+        elif (terminated | truncated).any():
+            if "final_obs" not in given:
+                raise EnvError("the native environments ended episodes without `final_obs` in their infos")
+            infos["final_obs"] = given["final_obs"]
         return obs, rewards, terminated, truncated, infos
+
+    def _check(self, call: str, **columns: tuple[Any, tuple[int, ...]]) -> None:
+        """A buffer would take what has another shape and spread it."""
+        for name, (column, shape) in columns.items():
+            if getattr(column, "shape", None) != shape:
+                raise EnvError(
+                    f"the native environments returned {name} of shape {np.shape(column)} from {call}, not {shape}"
+                )
 
 
 class EnvPoolVectorEnv(VectorEnv):
@@ -222,10 +256,14 @@ class EnvPoolVectorEnv(VectorEnv):
             spec = env.spec.kwargs if env.spec else {}
             self._kwargs = _atari_settings(args, spec) | {k: v for k, v in self._kwargs.items() if k not in ATARI_WORDS}
         pool = self._make([0], 1)
+        self._limit = pool.spec.config.max_episode_steps
+        self._steps = np.zeros(self.num_envs, dtype=np.int64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of bounds that are rounded
             shape, theirs = pool.observation_space.shape, pool.action_space
-        if math.prod(shape) != math.prod(self.single_observation_space.shape or ()):
+        space = self.single_observation_space
+        self._padding = math.prod(space.shape or ()) - math.prod(shape)
+        if self._padding not in (range(4) if isinstance(space, Records) else (0,)):
             raise ConfigError(f"--vectorization envpool: observations of {args.env_id} are {shape} there")
         same = theirs.n == env.action_space.n if isinstance(env.action_space, Discrete) else True  # type: ignore[union-attr]
         if not same or theirs.shape != env.action_space.shape:
@@ -239,14 +277,18 @@ class EnvPoolVectorEnv(VectorEnv):
         """Begins new episodes, in new environments if there are seeds, since EnvPool takes those when it makes them."""
         if seed is not None or self._pool is None:
             seeds = seed if isinstance(seed, list) else [(seed or 0) + i for i in range(self.num_envs)]
-            self._pool = self._make([seed % 2**31 for seed in seeds], self.num_envs)
+            self._pool = self._make([seed % 2**31 for seed in seeds], self.num_envs, self._limit + 1)
         obs, info = self._pool.reset()
+        self._steps[:] = 0
         if self._life_loss:
             self._lives[info["env_id"]] = info["lives"]
         return self._obs(obs), {}
 
     def step(self, actions: Any) -> tuple:
-        obs, rewards, terminated, truncated, info = self._pool.step(np.asarray(actions, dtype=self._action_type))
+        obs, rewards, terminated, _, info = self._pool.step(np.asarray(actions, dtype=self._action_type))
+        self._steps += 1
+        # By its own limit EnvPool says of an episode that ends with the last step that is allowed only that it was cut
+        truncated = self._steps >= self._limit
         obs, infos = self._obs(obs), {}
         if self._life_loss:
             infos["life_lost"] = info["lives"] < self._lives
@@ -254,6 +296,7 @@ class EnvPoolVectorEnv(VectorEnv):
         ended = terminated | truncated
         if ended.any():
             infos["final_obs"], obs = obs, obs.copy()
+            self._steps[ended] = 0
             first, info = self._pool.reset(np.flatnonzero(ended).astype(np.int32))
             obs[info["env_id"]] = self._obs(first)
         return obs, rewards, terminated, truncated, infos
@@ -261,12 +304,13 @@ class EnvPoolVectorEnv(VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         self._pool = None
 
-    def _make(self, seeds: list[int], num_envs: int) -> Any:
+    def _make(self, seeds: list[int], num_envs: int, limit: int | None = None) -> Any:
         import envpool
 
+        kwargs = self._kwargs | ({} if limit is None else {"max_episode_steps": limit})
         try:
             return envpool.make(
-                self._name, env_type="gymnasium", num_envs=num_envs, seed=seeds[0], env_seed=seeds, **self._kwargs
+                self._name, env_type="gymnasium", num_envs=num_envs, seed=seeds[0], env_seed=seeds, **kwargs
             )
         except (AssertionError, TypeError, ValueError, KeyError) as error:
             raise ConfigError(f"--env-kwargs do not fit EnvPool's {self._name}: {error}") from error
@@ -277,6 +321,8 @@ class EnvPoolVectorEnv(VectorEnv):
         """[N, ...] as the space has it: channels last, and images as records."""
         if self._channels_first:
             obs = np.moveaxis(obs, 1, -1)
+        if self._padding:
+            obs = np.pad(obs.reshape(len(obs), -1), ((0, 0), (0, self._padding)))
         return obs.reshape(len(obs), *(self.single_observation_space.shape or ()))
 
 

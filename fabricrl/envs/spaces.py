@@ -76,6 +76,20 @@ def image_keys(space: Space) -> list[str]:
     return [""] if is_image(space) else []
 
 
+def odd_images(space: Space) -> list[str]:
+    """What to tell a user of observations that look like images and are taken as vectors."""
+    parts = space.spaces if isinstance(space, Dict) else {"": space}
+    return [
+        f"observation {key!r} {part.dtype} {part.shape}".replace(" ''", "")
+        + " is taken as a vector: images are uint8, with two sides and channels"
+        for key, part in parts.items()
+        if isinstance(part, Box)
+        and len(part.shape) > 2
+        and sorted(part.shape)[-2] >= SMALLEST_IMAGE
+        and not is_image(part)
+    ]
+
+
 def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     """What `envs.step` takes, from the actions [N, A] that a policy drew for a single action space `space`.
 

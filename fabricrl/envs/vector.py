@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import difflib
+import importlib
 import importlib.util
 import json
 import math
@@ -20,7 +21,14 @@ from gymnasium.spaces import Dict, Space
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fabricrl.envs.backends import DEFAULTS, EnvPoolVectorEnv, NativeVectorEnv, check_backend, choose, option
-from fabricrl.envs.spaces import check_action_space, check_bounded, check_observation_space, image_keys, is_flat
+from fabricrl.envs.spaces import (
+    check_action_space,
+    check_bounded,
+    check_observation_space,
+    image_keys,
+    is_flat,
+    odd_images,
+)
 from fabricrl.envs.wrappers import (
     ActionRepeat,
     LifeLoss,
@@ -33,6 +41,7 @@ from fabricrl.envs.wrappers import (
     shield_worker,
 )
 from fabricrl.utils.errors import ConfigError, EnvError
+from fabricrl.utils.records import Records
 
 EXTRAS = {
     "mujoco": "mujoco",
@@ -69,7 +78,8 @@ def make_env(
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # drawing into an array needs no screen
     env = _construct(args, render_mode)
     if video_folder is not None:
-        env = RecordEpisodes(env, video_folder, video_prefix, video_every, video_episodes)
+        frames = 5000 * option(args, "action_repeat")  # most of an episode; it draws those between two steps, too
+        env = RecordEpisodes(env, video_folder, video_prefix, video_every, video_episodes, frames)
     env = _preprocessed(args, env)
     return _as_row(args, env)
 
@@ -84,11 +94,11 @@ def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
     """What comes before observations become one row."""
     keys, repeat, noop_max = option(args, "obs_keys"), option(args, "action_repeat"), option(args, "noop_max")
     if keys:
-        known = list(env.observation_space) if isinstance(env.observation_space, Dict) else []
+        known = {str(key): key for key in env.observation_space} if isinstance(env.observation_space, Dict) else {}
         if not set(keys) <= set(known):
-            there = f"those there are: {', '.join(known)}" if known else "it is for Dict observations"
-            raise ConfigError(f"--obs-keys is {' '.join(keys)}: {there}")
-        env = gym.wrappers.FilterObservation(env, list(keys))
+            allowed = f"one or more of {', '.join(known)}" if known else "for Dict observations, which these are not"
+            raise ConfigError(f"--obs-keys is {' '.join(keys)}: it must be {allowed}")
+        env = gym.wrappers.FilterObservation(env, [known[key] for key in keys])
     if option(args, "mask_velocities"):
         env = MaskVelocities(env)
     if is_atari(env) and (repeat > 1 or noop_max > 0):
@@ -176,8 +186,12 @@ class ReportFailures(gym.vector.VectorWrapper):
         """Ends the environments whatever state they are in; for the end of a process that may have failed."""
         if isinstance(self.env, AsyncVectorEnv):
             _kill(self.env.processes)
-        if not self.env.closed:
-            self.env.close(**({"terminate": True} if isinstance(self.env, AsyncVectorEnv) else {}))
+            with contextlib.suppress(Exception), warnings.catch_warnings():  # their pipes are broken
+                warnings.simplefilter("ignore")
+                self.env.close(terminate=True)
+            self.env.closed = True  # or it would try again, and complain, when it is collected
+        elif not self.env.closed:
+            self.env.close()
 
     def _failure(self, call: str, error: Exception) -> EnvError:
         if isinstance(error, EnvError):
@@ -219,6 +233,9 @@ def check_env(
     try:
         env = _preprocessed(args, env)
         check_observation_space(env.observation_space, images)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            for text in odd_images(env.observation_space):
+                print(f"warning: {text}", file=sys.stderr, flush=True)
         check_action_space(env.action_space, action_spaces)
         if bounded:
             check_bounded(env.action_space)
@@ -226,6 +243,9 @@ def check_env(
         if render_mode is not None and render_mode not in modes:
             raise ConfigError(f"{args.env_id} cannot be rendered as {render_mode!r}, only as {modes}")
         env = _as_row(args, env)
+        space = env.observation_space
+        if getattr(args, "norm_obs", False) and isinstance(space, Records) and not space.num_floats:
+            raise ConfigError("--norm-obs is set: it is for numbers, and there are only images among the observations")
         check_backend(args, env)
         return env.observation_space, env.action_space
     finally:
@@ -250,12 +270,21 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
             kwargs["frameskip"] = 1  # AtariPreprocessing repeats
     if ":" in env_id and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # `module` of one's own is looked for where the command was given
+    if render_mode == "rgb_array" and _draws_nowhere(env_id):
+        raise ConfigError("MuJoCo has no screen to draw on here: set MUJOCO_GL=egl (or osmesa) before the command")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old versions; an unknown one is an error that says more
             return gym.make(env_id, disable_env_checker=True, **kwargs)
     except (Exception, SystemExit) as error:
         raise _construction_error(env_id, env_kwargs, error) from error
+
+
+def _draws_nowhere(env_id: str) -> bool:
+    """Whether this is one of Gymnasium's MuJoCo environments, on Linux without a screen and without a word on how."""
+    spec = gym.registry.get(env_id)
+    mujoco = spec is not None and str(spec.entry_point).startswith("gymnasium.envs.mujoco")
+    return mujoco and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & os.environ.keys()
 
 
 def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
@@ -270,7 +299,10 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
         looked = f"; a module of your own is looked for in {os.getcwd()}" if ":" in env_id else ""
         return ConfigError(f"--env-id {env_id} needs a package that is not here ({text}){looked}")
     if env_id.count(":") > 1 or isinstance(error, gym.error.Error):
-        close = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        if importlib.util.find_spec("ale_py") is not None:
+            importlib.import_module("ale_py")  # registers its games
+        names = {known.rpartition("/")[2]: known for known in gym.registry} | {known: known for known in gym.registry}
+        close = [names[name] for name in difflib.get_close_matches(env_id, names, n=3, cutoff=0.5)]
         hint = f"did you mean {', '.join(close)}?" if close else "see gymnasium.pprint_registry() for those there are"
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {hint}")
     if isinstance(error, TypeError) and json.loads(env_kwargs):

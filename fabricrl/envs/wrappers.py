@@ -7,13 +7,14 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Dict, flatdim, flatten
+from gymnasium.spaces import Box, Dict, flatdim, flatten
 
 from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
 from fabricrl.utils.errors import ConfigError, EnvError
@@ -71,6 +72,8 @@ class ActionRepeat(gym.Wrapper):
 class LifeLoss(gym.Wrapper):
     """Says in `info["life_lost"]` when a life was lost, for who learns from it; the game and its return go on."""
 
+    tells_lives = True
+
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         self._lives = 0
@@ -123,27 +126,31 @@ class PackImages(gym.ObservationWrapper):
     def observation(self, observation: Any) -> np.ndarray:
         record = np.empty(self.records.size, np.uint8)
         parts = {"image": observation} if self._single else observation
+        if not isinstance(parts, Mapping) or not parts.keys() >= self._vectors.keys() | self._images.keys():
+            what = sorted(map(str, parts)) if isinstance(parts, Mapping) else type(parts).__name__
+            raise EnvError(f"an observation is {what}, its space is {self.env.observation_space}")
         floats = record[: 4 * self.records.num_floats].view(np.float32)
         at = 0
         for key, part in self._vectors.items():
-            if np.shape(parts[key]) != part.shape:
-                raise EnvError(f"part {key!r} has shape {np.shape(parts[key])}, its space is {part}")
+            if np.shape(parts[key]) != part.shape or not (isinstance(part, Box) or part.contains(parts[key])):
+                raise EnvError(f"part {key!r} is {parts[key]} of shape {np.shape(parts[key])}, its space is {part}")
             size = self.records.vectors[key]
             floats[at : at + size] = np.asarray(flatten(part, parts[key]))
             at += size
         end = 4 * at
         for key, image in self.records.images.items():
-            pixels = self._process(parts[key])
-            if parts[key].shape != self._images[key].shape:
-                raise EnvError(f"image {key!r} has shape {parts[key].shape}, its space is {self._images[key]}")
+            given = parts[key]
+            if not isinstance(given, np.ndarray):
+                raise EnvError(f"image {key!r} is a {type(given).__name__}, its space is {self._images[key]}")
+            if given.shape != self._images[key].shape or given.dtype != np.uint8:
+                raise EnvError(f"image {key!r} is {given.dtype} {given.shape}, its space is {self._images[key]}")
+            pixels = self._process(given)
             end = image.start + pixels.size
             record[image.start : end] = pixels.reshape(-1)
         record[end:] = 0
         return record
 
     def _process(self, image: np.ndarray) -> np.ndarray:
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise EnvError(f"an image is {image.dtype} {image.shape}, where its space says uint8")
         if not self._grayscale and self._resize is None:
             return image
         import cv2  # here, as it takes a moment and few runs need it
@@ -181,14 +188,15 @@ class NameFailures(gym.Wrapper):
         super().__init__(env)
         self.index = index
         self._shape = env.observation_space.shape
+        self._tells_lives = env.has_wrapper_attr("tells_lives")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         try:
-            obs, info = self.env.reset(seed=seed, options=options)
+            obs, _ = self.env.reset(seed=seed, options=options)
         except BaseException as error:  # also SystemExit: an environment does not end a run quietly
             raise self._named("reset", error) from error
         self._check(obs, "reset")
-        return obs, info
+        return obs, {}
 
     def step(self, action: Any) -> tuple:
         try:
@@ -198,7 +206,9 @@ class NameFailures(gym.Wrapper):
             raise self._named("step", error) from error
         if getattr(obs, "shape", None) != self._shape:
             self._check(obs, "step")
-        return (deepcopy(obs) if terminated or truncated else obs), reward, terminated, truncated, info
+        # What an environment tells besides is for people: names such as `final_obs` mean something to buffers
+        told = {"life_lost": info["life_lost"]} if self._tells_lives else {}
+        return (deepcopy(obs) if terminated or truncated else obs), reward, terminated, truncated, told
 
     def _check(self, obs: Any, call: str) -> None:
         """Shared memory would take an observation of another shape and spread it."""

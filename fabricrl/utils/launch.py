@@ -37,7 +37,7 @@ def launch(args: Any) -> Fabric:
         ConfigError: devices that do not exist, a port in use, or a choice made twice.
     """
     _follow_launcher()
-    _keep_memory()
+    keep_memory()
     names = ("accelerator", "strategy", "devices", "num_nodes", "precision")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.cuda:
@@ -71,7 +71,7 @@ def launch(args: Any) -> Fabric:
     return fabric
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Has glibc keep what is freed, instead of asking the kernel for it page by page again.
 
     Each minibatch of images frees and takes some hundred megabytes: this is a tenth to a fourth of its time.

@@ -90,6 +90,7 @@ class PPOArgs(StandardArgs):
         super().__post_init__()
         for name in ("num_steps", "num_minibatches", "update_epochs", "frame_stack", "cnn_features"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        require(self.frame_stack <= 64, "frame_stack", self.frame_stack, "at most 64")
         require(self.noop_max >= 0, "noop_max", self.noop_max, "0 or more")
         require(self.resize is None or self.resize >= 36, "resize", self.resize, "at least 36, or None")
         require_between(self, 0, 1, "gamma", "gae_lambda")

@@ -89,8 +89,10 @@ def divide(data: dict[str, Any], count: int, room: int) -> Iterator[dict[str, Te
     rows = len(data["returns"]) // count
     for rank in range(count):
         share = {name: column[rank::count][:rows] for name, column in data.items()}
-        fill = {name: column.new_zeros(room - rows, *column.shape[1:]) for name, column in share.items()}
-        yield share if rows == room else {name: torch.cat((share[name], fill[name])) for name in share}
+        if rows < room:
+            for name, column in share.items():
+                share[name] = torch.cat((column, column.new_zeros(room - rows, *column.shape[1:])))
+        yield share
 
 
 def collect(trainers: Trainers, most: int, flat: FlatParameters, losses: MeanMetrics) -> None:

@@ -82,7 +82,13 @@ class RecurrentPPOAgent(nn.Module):
         The rows are sequences, as `layout` says; what the cores' states were before the first of each is `states`, and
         `previous` [B, ...] the part of the memory that they are told in each row.
         """
-        inputs = self.inputs(obs, previous)
+        return self.evaluate(self.features(obs), actions, previous, states, layout)
+
+    def evaluate(
+        self, features: Tensor, actions: Tensor, previous: Tensor, states: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` from features [B, ...] on."""
+        inputs = self.inputs(features, previous)
         features = values = self.actor_core(inputs, states[:, : self.state_size], layout)  # [B, H]
         if self.critic_core is not None:
             values = self.critic_core(inputs, states[:, self.state_size :], layout)
@@ -93,9 +99,12 @@ class RecurrentPPOAgent(nn.Module):
         """Observations [*, D] or [*, R] as the networks take them."""
         return obs if self.obs_normalizer is None else normalized(self.obs_normalizer, obs)
 
-    def inputs(self, obs: Tensor, previous: Tensor) -> Tensor:
-        """Prepared observations [*, ...] with the action and the reward before → what the cores take, [*, I]."""
-        features = obs if self.encoder is None else self.encoder(obs)
+    def features(self, obs: Tensor) -> Tensor:
+        """What the cores see of prepared observations."""
+        return obs if self.encoder is None else self.encoder(obs)
+
+    def inputs(self, features: Tensor, previous: Tensor) -> Tensor:
+        """Features [*, ...] with the action and the reward before → what the cores take, [*, I]."""
         return torch.cat((features, previous), -1) if self.num_prev else features
 
     def previous(self, memory: Tensor) -> Tensor:
@@ -128,7 +137,7 @@ class RecurrentPPOAgent(nn.Module):
 
     def prepared_value(self, obs: Tensor, memory: Tensor) -> Tensor:
         """V [N] at prepared observations [N, ...], with the memory of the step before."""
-        inputs, states = self.inputs(obs, self.previous(memory)), self.states(memory)
+        inputs, states = self.inputs(self.features(obs), self.previous(memory)), self.states(memory)
         if self.critic_core is None:
             return self.critic(self.actor_core.step(inputs, states)[0]).squeeze(-1)
         return self.critic(self.critic_core.step(inputs, states[:, self.state_size :])[0]).squeeze(-1)
@@ -140,7 +149,8 @@ class RecurrentPPOAgent(nn.Module):
 
     def _step(self, obs: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The actor's features [N, H], and the states of all cores after this step."""
-        inputs, states = self.inputs(self.prepare(obs), self.previous(memory)), self.states(memory)
+        inputs = self.inputs(self.features(self.prepare(obs)), self.previous(memory))
+        states = self.states(memory)
         features, after = self.actor_core.step(inputs, states[:, : self.state_size])
         if self.critic_core is None:
             return features, after

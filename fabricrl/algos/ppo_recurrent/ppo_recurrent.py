@@ -94,7 +94,9 @@ def returns_and_advantages(
     with fabric.autocast():  # as in the update, so that the first ratio is 1 in any precision
         # [N T]: the policy has not changed since it acted
         states = data["states"][layout.first]
-        logprobs, _, values = player(data["obs"][:], data["actions"], data["previous"], states, layout)
+        size = len(by_env) if player.encoder is None else 1024  # of images so many at a time: there is memory for those
+        features = torch.cat([player.features(data["obs"][at : at + size]) for at in range(0, len(by_env), size)])
+        logprobs, _, values = player.evaluate(features, data["actions"], data["previous"], states, layout)
         next_values = player.prepared_value(next_inputs, rb.memory[-1])  # [N]
     data["logprobs"], data["values"], next_values = logprobs.float(), values.float(), next_values.float()
     values = data["values"].view(rb.num_envs, -1).T.cpu()  # [T, N]

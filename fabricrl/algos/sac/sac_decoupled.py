@@ -394,6 +394,8 @@ def main() -> int:
     with failing_together(fabric):  # none leaves while another is still about to meet the rest
         for name in ("num_envs", "batch_size"):
             require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
+        rows = args.buffer_size // args.num_envs * args.num_envs
+        require(rows >= args.batch_size, "buffer_size", args.buffer_size, f"such that {rows} is at least batch-size")
     world, team = make_groups(fabric, args.timeout)
     channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:
