@@ -9,8 +9,9 @@ import json
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -24,14 +25,16 @@ from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.data.buffers import record_type
-from fabricrl.envs import backends, make_envs
+from fabricrl.data.buffers import RecurrentRolloutBuffer, RolloutBuffer, record_type
+from fabricrl.envs import backends, make_env, make_envs
+from fabricrl.envs.backends import NativeVectorEnv, choose
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.utils import env_seeds
 from tests import vector_envs
+from tests.envs import Odd, vectors
 from tests.process import FORKSERVER, Finished, call, differences, load, run_folder, run_team
 from tests.test_decoupled_run import content
-from tests.vector_envs import Slow, Step
+from tests.vector_envs import Slow, StaggeredVector, Step
 
 NUM_STEPS, NUM_ENVS, ITERATIONS = 16, 3, 5
 STAGGERED: list[object] = [
@@ -634,8 +637,8 @@ def test_atari_games_have_no_native_form(complaint: Callable) -> None:
 
 
 def test_envpool_names_the_nearest_of_its_environments(complaint: Callable, pool: Any) -> None:
-    message = complaint("--env-id", "CartPol-v1", "--vectorization", "envpool")
-    assert "--vectorization envpool: CartPol-v1" in message
+    message = complaint("--env-id", "CartPool-v1", "--vectorization", "envpool")
+    assert "--vectorization envpool: CartPool-v1" in message
     assert "CartPole-v1" in message
 
 
@@ -812,3 +815,98 @@ def test_sac_keeps_what_truly_followed_at_the_ends_of_episodes_and_goes_on_from_
                 next_obs = own["next_obs"]
             np.testing.assert_allclose(next_obs, swung(own["obs"], own["actions"]), atol=2e-3)
             assert np.abs(next_obs[ends] - rows["obs"][np.array(ends) + 1, env]).max(1).min() > 1e-2
+
+
+# --- What environments tell and return
+
+
+class Telling(Odd):
+    """Tells in its infos what means something to buffers, in every step."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        *answer, _ = super().step(action)
+        return (*answer, {"skipped": True, "life_lost": True, "final_obs": "nothing", "lives": 1})
+
+
+gym.register("Telling-v0", entry_point=Telling)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_what_an_environment_tells_does_not_reach_the_buffer(kind: str) -> None:
+    with contextlib.closing(environments(kind, "Telling-v0", 2)) as envs:
+        envs.reset(seed=[1, 2])
+        rb = RolloutBuffer(8, 2, envs.single_observation_space, 1, torch.int64)
+        rb.start(envs.reset(seed=[1, 2])[0])
+        for t in range(8):
+            rb.add(t, np.zeros((2, 1), np.int64), *envs.step(np.zeros(2, np.int64)))
+    assert not rb.skipped.any()
+    assert rb.ends.sum() == 2, "episodes of five steps"
+    assert torch.equal(rb.terminated, rb.ends)
+
+
+class Broken(StaggeredVector):
+    """Returns something of another shape than its spaces say."""
+
+    def __init__(self, num_envs: int = 1, what: str = "obs") -> None:
+        super().__init__(num_envs)
+        self.what = what
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, infos = super().reset(seed=seed, options=options)
+        return (obs[:, :1] if self.what == "first" else obs), infos
+
+    def step(self, actions: np.ndarray) -> Any:
+        obs, rewards, terminated, truncated, infos = super().step(actions)
+        if self.what == "obs":
+            obs = obs[:, :1]
+        return obs, (1.0 if self.what == "rewards" else rewards), terminated, truncated, infos
+
+
+gym.register("Broken-v0", entry_point=Broken, vector_entry_point=Broken)
+
+
+@pytest.mark.parametrize("what", ["first", "obs", "rewards"])
+def test_native_environments_that_return_another_shape_end_the_run(what: str) -> None:
+    envs = Broken(3, what)
+    single = SimpleNamespace(observation_space=envs.single_observation_space, action_space=envs.single_action_space)
+    args = PPOArgs(env_id="Broken-v0", env_kwargs=json.dumps({"what": what}), num_envs=3)
+    native = NativeVectorEnv(args, single)  # type: ignore[arg-type]
+    call = native.reset if what == "first" else partial(native.step, np.zeros(3, np.int64))
+    if what != "first":
+        native.reset(seed=[1])
+    with pytest.raises(EnvError, match=r"native environments returned .* shape"):
+        call()
+
+
+def test_an_episode_that_fails_at_envpools_limit_is_terminated(pool: Any) -> None:
+    """Its value must not be bootstrapped; EnvPool itself calls it cut."""
+    ends = {}
+    for limit in (500, 8, 6):
+        kwargs = json.dumps({"max_episode_steps": limit})
+        envs = environments("envpool", "CartPole-v1", env_kwargs=kwargs)
+        envs.reset(seed=[3])
+        for step in range(1, 20):
+            *_, terminated, truncated, _ = envs.step(np.ones(1, np.int64))
+            if terminated[0] or truncated[0]:
+                ends[limit] = step, bool(terminated[0]), bool(truncated[0])
+                break
+    assert ends == {500: (8, True, False), 8: (8, True, True), 6: (6, False, True)}
+
+
+def test_auto_goes_on_without_a_native_form_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"env_id": "tests.vector_envs:SlowSteps-v0", "num_envs": 64, "num_steps": 8}
+    with contextlib.closing(make_env(PPOArgs(**settings))) as env:
+        args = PPOArgs(**settings | {"env_id": "Broken-v0"})  # whose spaces are others than those of `env`
+        assert choose(args, env) in ("sync", "async")
+
+
+def test_memory_outlives_a_lost_life() -> None:
+    """The game goes on, in training as in evaluation, which hears of no lives."""
+    rb = RecurrentRolloutBuffer(2, 2, vectors(1), 1, torch.int64, 3)
+    rb.start(np.zeros((2, 1)))
+    no = np.zeros(2, bool)
+    lost = {"life_lost": np.array([True, False])}
+    rb.add(0, np.zeros((2, 1), np.int64), np.zeros((2, 1)), np.zeros(2), no, no, lost)
+    rb.remember(0, torch.ones(2, 3))
+    assert rb.dones[0].tolist() == [True, False]
+    assert torch.equal(rb.memory[1], torch.ones(2, 3))

@@ -47,7 +47,6 @@ SPY = '''
 import hashlib, os, pathlib
 from fabricrl.algos.ppo import ppo
 from fabricrl.utils.launch import run_script
-from tests.envs import vectors
 
 def note(fabric, *words):
     with open(f"{os.environ['SPY']}.{fabric.global_rank}", "a") as file:
@@ -64,8 +63,8 @@ def train(fabric, objective, flat, optimizer, data, *rest):
     return result
 
 class EpisodeStatistics(ppo.EpisodeStatistics):
-    def update(self, fabric, rewards, dones):
-        super().update(fabric, rewards, dones)
+    def update(self, fabric, rewards, dones, skipped):
+        super().update(fabric, rewards, dones, skipped)
         note(fabric, "episodes", int(dones.sum()), self.count)
 
 original_train, ppo.train, ppo.EpisodeStatistics = ppo.train, train, EpisodeStatistics

@@ -52,7 +52,7 @@ def test_args_json_holds_the_arguments_that_ran(finished: Finished) -> None:
     stored = json.loads((finished.folder / "args.json").read_text())
     expected = dataclasses.asdict(PPOArgs(num_envs=2, total_timesteps=2048, log_every=512, checkpoint_every=1024))
     expected |= {"capture_video": True, "video_every": 10, "seed": 3, "exp_name": "named.run-1"}
-    expected |= {"hidden_sizes": [64, 64], "log_dir": str(finished.folder.parent.parent.parent)}
+    expected |= {"hidden_sizes": [64, 64], "obs_keys": [], "log_dir": str(finished.folder.parent.parent.parent)}
     assert stored == expected
 
 
@@ -119,7 +119,9 @@ def test_no_progress_bar_without_a_terminal_and_one_with_it(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "\r" not in finished.err
-    assert len(finished.err.splitlines()) == 1  # what runs where
+    chosen, where = finished.err.splitlines()
+    assert re.fullmatch(r"vectorization: (a?sync|native)", chosen)
+    assert "1 rank on cpu" in where
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -130,4 +130,4 @@ class Slow(gym.Env):
 
 gym.register("Staggered-v0", entry_point=Staggered, vector_entry_point=StaggeredVector)
 gym.register("SlowSteps-v0", entry_point=Slow)
-gym.register("CartPol-v1", entry_point=Slow)  # which EnvPool does not have, but nearly
+gym.register("CartPool-v1", entry_point=Slow)  # which EnvPool does not have, but nearly
