@@ -175,9 +175,8 @@ class Run:
         except OSError as error:
             raise OutputError(f"cannot write into {self.folder}: {error.strerror}") from error
         ranks, threads = self.fabric.world_size, torch.get_num_threads()
-        where = (
-            f"{ranks} rank{'s' * (ranks > 1)} on {self.fabric.device.type}, {threads} thread{'s' * (threads > 1)} each"
-        )
+        who = "player" if hasattr(self.args, "max_lag") else f"{ranks} rank{'s' * (ranks > 1)}"  # beside its trainers
+        where = f"{who} on {self.fabric.device.type}, {threads} thread{'s' * (threads > 1)} each"
         since = f"; from step {self.first_step} of {self.checkpoint}" if self.first_step else ""
         print(f"{self.algo} {self.args.env_id}: {where}; writing to {self.folder}{since}", file=sys.stderr, flush=True)
         total, hidden = self.args.total_timesteps, not sys.stderr.isatty()

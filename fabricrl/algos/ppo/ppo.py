@@ -91,8 +91,8 @@ def returns_and_advantages(
 
 
 def evaluate(player: PPOAgent, inputs: Tensor | Stacks, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log π(a|s) and V(s), [T N] each; of images a thousand at a time, for which there is always memory."""
-    rows = len(actions) if player.encoder is None else 1024
+    """log π(a|s) and V(s), [T N] each; of images some at a time, which stay in the caches."""
+    rows = len(actions) if player.encoder is None else 256
     parts = [player(inputs[at : at + rows], actions[at : at + rows]) for at in range(0, len(actions), rows)]
     logprobs, _, values = (torch.cat(column) for column in zip(*parts, strict=True))
     return logprobs, values
