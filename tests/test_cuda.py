@@ -49,6 +49,16 @@ def test_as_on_the_cpu(run: Callable[..., Any]) -> None:
     torch.testing.assert_close(there.weights.cpu(), here.weights, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("flags", [[], ["--vectorization", "native"]], ids=["images", "native"])
+@pytest.mark.parametrize("script", [ppo, ppo_recurrent], ids=["ppo", "ppo_recurrent"])
+def test_stacked_images_and_skipped_steps_as_on_the_cpu(script: Any, flags: list, train: Callable[..., Any]) -> None:
+    images = ["--env-id", "tests.envs:PictureDict-v0", "--frame-stack", 3, "--cnn-features", 16, "--clip-reward"]
+    line = [*(flags or images), "--num-envs", 4, "--num-steps", 16, "--num-minibatches", 2, "--norm-obs"]
+    here, there = (train(script.main, *line, "--total-timesteps", 128, *where) for where in ([], CUDA))
+    assert "on cuda" in there.output
+    torch.testing.assert_close(there.weights.cpu(), here.weights, rtol=0, atol=1e-3)
+
+
 def test_straight_is_resumed(run: Callable[..., Any], tmp_path: Any) -> None:
     straight = run(*CUDA, "--checkpoint-every", 32)
     resumed = run("--resume", straight.checkpoint.with_name(f"step_{64:012d}.ckpt"), "--log-dir", tmp_path / "resumed")
