@@ -160,7 +160,7 @@ def floor(args: PPOArgs) -> float:
 
 def bench_pong(options: argparse.Namespace) -> bool:
     """Steps per second of PPO on Pong with EnvPool, as a share of what environment and network allow."""
-    flags = f"{PPO} --preset atari --vectorization envpool --num-threads {options.num_threads} --total-timesteps 16384"
+    flags = f"{PPO} --preset atari --vectorization envpool --num-threads {options.num_threads} --total-timesteps 32768"
     comparisons = [Comparison("steps/s", "PPO, 8 environments of EnvPool", "the floor", "a / b", ">= 0.8")]
     torch.set_num_threads(options.num_threads)
     keep_memory()  # as the script does
