@@ -31,11 +31,8 @@ from fabricrl.utils.launch import run_script
 from fabricrl.utils.utils import require, stream_seed
 
 Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
-OLDER = {
-    "mask_velocities": False,
-    "frame_stack": 1,
-    "cnn_features": 512,
-}  # arguments that older checkpoints do not have, as they were meant
+# Arguments that older checkpoints do not have, as they were meant
+OLDER = {"mask_velocities": False, "frame_stack": 1, "cnn_features": 512}
 
 
 def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -143,6 +143,12 @@ def test_a_run_that_is_shorter_than_one_iteration_is_refused() -> None:
 # --- Cases 37 to 39: environments
 
 
+def test_the_preset_of_atari_is_refused_elsewhere() -> None:
+    message = complaint("--preset", "atari", "--env-id", "CartPole-v1")
+    assert message.startswith("--env-id is CartPole-v1")
+    assert "ALE/Pong-v5" in message
+
+
 def test_an_unknown_environment_is_refused_with_close_names() -> None:
     message = complaint("--env-id", "CartPol-v1")
     assert "--env-id CartPol-v1" in message

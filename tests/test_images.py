@@ -36,6 +36,7 @@ from fabricrl.utils.records import Records, floats_of
 from tests.conftest import SINGLE, Trained
 from tests.image_envs import SPACES, CountingImages, Pictures
 from tests.process import call
+from tests.test_arguments import flags
 
 PICTURES, COUNTING = "tests.image_envs:Pictures-v0", "tests.image_envs:CountingImages-v0"
 HAS_CV2 = importlib.util.find_spec("cv2") is not None
@@ -749,17 +750,6 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "cnn_features": (9, {}),
     "norm_obs": (True, {}),
 }
-
-
-def flags(settings: dict[str, Any]) -> list[str]:
-    line: list[str] = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            line.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            line += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    return line
 
 
 def returns_in(trained: Trained) -> list[tuple[str, str]]:

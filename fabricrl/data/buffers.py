@@ -160,7 +160,7 @@ class RolloutBuffer:
         steps, envs, obs = zip(*self._final, strict=True)
         t, env, final_obs = torch.tensor(steps), torch.tensor(envs), torch.from_numpy(np.stack(obs))
         if self.frame_stack > 1:
-            before = self.frames.flatten(0, 1)[self.stacks[t, env, 1:]]  # [E, S - 1, R]
+            before = Stacks(self.frames.flatten(0, 1), self.stacks[t, env, 1:])[:]  # [E, S - 1, R]
             final_obs = torch.cat((before, final_obs[:, None]), 1)
         return t, env, final_obs
 

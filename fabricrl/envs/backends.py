@@ -38,14 +38,8 @@ DEFAULTS: dict[str, Any] = {
     "capture_video": False,
 }
 ATARI_WORDS = {"repeat_action_probability", "full_action_space", "max_num_frames_per_episode", "frameskip", "obs_type"}
-ATARI_OPTIONS = {
-    "action_repeat",
-    "noop_max",
-    "life_loss",
-    "grayscale",
-    "resize",
-    "frame_stack",
-}  # that EnvPool has for them, too
+# What EnvPool has for Atari games, too
+ATARI_OPTIONS = {"action_repeat", "noop_max", "life_loss", "grayscale", "resize", "frame_stack"}
 NATIVE_FROM = 16  # environments; with fewer a step of Gymnasium's CartPole takes as long either way
 LEAST_ROWS = 8  # of a minibatch of native environments, and most trainers that share one
 ROUND_TRIP = 1.2e-4  # seconds that a step of an environment in another process takes besides its own work

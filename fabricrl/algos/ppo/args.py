@@ -53,7 +53,7 @@ class PPOArgs(StandardArgs):
     resize: int | None = arg(None, "height and width that images are brought to; None: left as they are")
     frame_stack: int = arg(1, "observations with images are seen together with those before, so many in all")
     preset: Literal["classic", "mujoco", "atari"] = arg(
-        "classic", "defaults for a family of tasks; --help --preset mujoco shows its", "rollout and returns"
+        "classic", "defaults for a family of tasks; --help --preset mujoco shows those of mujoco", "rollout and returns"
     )
     num_steps: int = arg(128, "steps of each environment per iteration")
     gamma: float = arg(0.99, "discount γ")
@@ -103,6 +103,10 @@ class PPOArgs(StandardArgs):
             all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", self.hidden_sizes, "integers of at least 1"
         )
         require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        atari = self.env_id.startswith("ALE/") or "NoFrameskip" in self.env_id
+        require(
+            self.preset != "atari" or atari, "env_id", self.env_id, "an Atari game, such as ALE/Pong-v5, for its preset"
+        )
         steps = self.num_envs * self.num_steps
         allowed = f"at least num-envs × num-steps = {steps}, an iteration"
         require(self.total_timesteps >= steps, "total_timesteps", self.total_timesteps, allowed)

@@ -350,22 +350,27 @@ def trainer(
                     metrics = learner.metrics()
             if packet["save"]:
                 rngs = rank_generators(fabric, train_rng)
-                if args.checkpoint_buffer:
-                    with failing_together(fabric):
-                        save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, rb.state_dict())
+            if packet["save"] and args.checkpoint_buffer:
+                with failing_together(fabric):
+                    save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, rb.state_dict())
             if updates or packet["note"]:
                 signal = stop.exit_code(fabric)
                 if speaks:
-                    waited, passed = channel.lap()
-                    report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "noted": len(metrics)}
-                    if metrics:
-                        noted = [metrics.get(tag, torch.zeros(0)) for tag in METRICS]
-                        report["losses"] = torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]])
-                    weights = learner.actor.vector.data
-                    channel.send("W", messages["W"].fill(weights=weights, **report), PLAYER, iteration)
+                    answer = messages["W"].fill(weights=learner.actor.vector.data, **report(channel, signal, metrics))
+                    channel.send("W", answer, PLAYER, iteration)
             if speaks and packet["save"]:
                 channel.send("O", messages["O"].fill(**hand_over(learner), generators=rngs), PLAYER, iteration)
         iteration += 1
+
+
+def report(channel: Channel, signal: int, metrics: dict[str, Tensor]) -> dict[str, Any]:
+    """What [W] tells besides weights; losses as sums and counts, if there are any."""
+    waited, passed = channel.lap()
+    told = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "noted": len(metrics)}
+    if not metrics:
+        return told
+    noted = [metrics.get(tag, torch.zeros(0)) for tag in METRICS]
+    return told | {"losses": torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]])}
 
 
 def add(rb: ReplayBuffer, packet: Packet) -> None:
