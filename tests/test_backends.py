@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 from fabricrl.algos.ppo import ppo
@@ -28,6 +30,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data.buffers import RecurrentRolloutBuffer, RolloutBuffer, record_type
 from fabricrl.envs import backends, make_env, make_envs
 from fabricrl.envs.backends import NativeVectorEnv, choose
+from fabricrl.envs.spaces import odd_images
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.utils import env_seeds
 from tests import vector_envs
@@ -910,3 +913,27 @@ def test_memory_outlives_a_lost_life() -> None:
     rb.remember(0, torch.ones(2, 3))
     assert rb.dones[0].tolist() == [True, False]
     assert torch.equal(rb.memory[1], torch.ones(2, 3))
+
+
+def test_records_of_odd_size_are_padded_as_gymnasiums_are(pool: Any) -> None:
+    pytest.importorskip("ale_py")
+    settings = {"resize": 85, "action_repeat": 4, "noop_max": 1, "grayscale": True}
+    first, second = (environments(kind, "ALE/Pong-v5", **settings) for kind in ("sync", "envpool"))
+    ours, theirs = first.reset(seed=[1])[0], second.reset(seed=[1])[0]
+    assert ours.shape == theirs.shape == (1, 7228)
+    assert not theirs[:, 85 * 85 :].any()
+    first.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other ways to draw")
+def test_mujoco_without_a_screen_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="MUJOCO_GL=egl"):
+        make_env(PPOArgs(env_id="Hopper-v5"), "rgb_array")
+
+
+def test_images_that_are_not_uint8_are_told_of() -> None:
+    images = {"camera": Box(0, 1, (40, 40, 3), np.float32), "right": Box(0, 255, (40, 40, 3), np.uint8)}
+    (text,) = odd_images(Dict(images | {"speed": Box(0, 1, (3,)), "grid": Box(0, 1, (7, 7, 3))}))
+    assert "'camera' float32 (40, 40, 3) is taken as a vector" in text

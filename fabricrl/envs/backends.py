@@ -95,10 +95,8 @@ def check_backend(args: Any, env: gym.Env) -> None:
 def choose(args: Any, env: gym.Env) -> str:
     """What `--vectorization auto` means here: native where there is one and it pays, else the faster of sync and async,
     for which it steps `env` for a moment. An environment that fails meanwhile will fail again where it is told."""
-    plain = all(option(args, name) == default for name, default in DEFAULTS.items())
-    plain = (
-        plain and env.unwrapped.observation_space.shape == env.observation_space.shape
-    )  # nothing packed or flattened
+    wrapped = env.unwrapped.observation_space.shape != env.observation_space.shape  # packed or flattened
+    plain = not wrapped and all(option(args, name) == default for name, default in DEFAULTS.items())
     # A replay buffer, which has no `num_steps`, has no room for rows that only reset
     rollouts = hasattr(args, "num_steps") and _fills_minibatches(args)
     if rollouts and plain and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):

@@ -43,12 +43,8 @@ from fabricrl.envs.wrappers import (
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.records import Records
 
-EXTRAS = {
-    "mujoco": "mujoco",
-    "Box2D": "box2d",
-    "box2d": "box2d",
-    "ale_py": "atari",
-}  # module that is missing -> extra that brings it
+# Module that is missing -> extra that brings it
+EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d", "ale_py": "atari"}
 
 
 def make_env(
@@ -80,8 +76,7 @@ def make_env(
     if video_folder is not None:
         frames = 5000 * option(args, "action_repeat")  # most of an episode; it draws those between two steps, too
         env = RecordEpisodes(env, video_folder, video_prefix, video_every, video_episodes, frames)
-    env = _preprocessed(args, env)
-    return _as_row(args, env)
+    return _as_row(args, _preprocessed(args, env))
 
 
 def _as_row(args: Any, env: gym.Env) -> gym.Env:
