@@ -282,9 +282,8 @@ def test_two_trainers_of_sac_make_the_update_of_one_learner_with_both_their_batc
         """Fabric as a learner on one rank needs it."""
 
         device = torch.device("cpu")
+        world_size = 1
         autocast = staticmethod(contextlib.nullcontext)
-        setup_module = setup_optimizers = staticmethod(lambda module: module)
-        backward = staticmethod(lambda loss: loss.backward())
 
     learner = Learner(Alone(), agent, args)  # type: ignore[arg-type]
     both = {name: torch.cat([batch[name] for batch in batches], 1) for name in batches[0]}
@@ -642,16 +641,16 @@ def nan_gradient(rank: int) -> None:
     """The last trainer's gradient is NaN at some time, as after a bug in what somebody has changed."""
     from fabricrl.utils.model import FlatParameters
 
-    collect, calls = FlatParameters.collect_gradients, []
+    collect, calls = FlatParameters.set_gradients, []
 
-    def spoil(flat: FlatParameters) -> None:
-        collect(flat)
+    def spoil(flat: FlatParameters, grads: Any) -> None:
+        collect(flat, grads)
         calls.append(1)
         if len(calls) == 200 and rank == 2:
             assert flat.vector.grad is not None
             flat.vector.grad[0] = torch.nan
 
-    FlatParameters.collect_gradients = spoil  # type: ignore[method-assign]
+    FlatParameters.set_gradients = spoil  # type: ignore[method-assign]
 
 
 def test_a_gradient_that_is_not_finite_on_one_trainer_ends_all_ranks_without_a_checkpoint_of_it(

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import nn
 
 from fabricrl.models import models
 from fabricrl.models.models import ACTIVATIONS, MLP, EnsembleMLP, RunningNormalizer, draw_dropped
-from fabricrl.utils.model import FlatParameters, parameter_hash
+from fabricrl.utils.model import FlatParameters, VectorAdam, parameter_hash
 from tests.conftest import on_ranks
+
+MODULES = [("relu", nn.ReLU), ("tanh", nn.Tanh), ("silu", nn.SiLU), ("elu", nn.ELU)]
 
 
 def batches(seed: int, *sizes: int) -> list[torch.Tensor]:
@@ -146,22 +149,62 @@ def shaken(ensemble: EnsembleMLP) -> EnsembleMLP:
     return ensemble
 
 
+def found_by_vjp(network: Any, x: torch.Tensor, grad: torch.Tensor, *dropped: Any) -> torch.Tensor:
+    """Outputs; their gradient `grad` becomes those of parameters and inputs, as `backward` would leave them."""
+    outputs, pullback = network.vjp(x.detach(), *dropped)
+    given = grad.clone()
+    for parameter, found in zip(network.parameters(), pullback(grad), strict=True):
+        assert found.shape == parameter.shape
+        parameter.grad = found
+    again, pullback = network.vjp(x.detach(), *dropped, of_inputs=True)
+    (x.grad,) = pullback(grad)
+    assert torch.equal(grad, given)
+    assert torch.equal(again, outputs)
+    assert not outputs.requires_grad
+    return outputs
+
+
+def found_by_autograd(network: Any, x: torch.Tensor, grad: torch.Tensor, *dropped: Any) -> torch.Tensor:
+    outputs = network(x, *dropped)
+    outputs.backward(grad)
+    return outputs
+
+
+@pytest.mark.parametrize(("activation", "module"), MODULES)
+@pytest.mark.parametrize("hidden", [(), (7,), (8, 5)])
+def test_the_gradients_of_an_mlp_that_are_written_out_are_those_of_plain_layers(
+    hidden: tuple[int, ...], activation: str, module: type[nn.Module]
+) -> None:
+    network, x, grad = MLP(4, 3, hidden, activation), torch.randn(6, 4), torch.randn(6, 3)
+    layers: list[nn.Module] = []
+    for layer in (*network.hidden, network.out):
+        nn.init.normal_(layer.bias)
+        layers += [copy.deepcopy(layer), module()]
+    plain, given = nn.Sequential(*layers[:-1]), (x.clone(), grad.clone())
+    outputs, pullback = network.vjp(x)
+    expected = plain(x)
+    expected.backward(grad)
+    torch.testing.assert_close(outputs, expected)
+    for ours, theirs in zip(pullback(grad), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, given[0])
+    assert torch.equal(grad, given[1])
+
+
+@pytest.mark.parametrize("found", [found_by_vjp, found_by_autograd])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
-@pytest.mark.parametrize(
-    ("activation", "module"), [("relu", nn.ReLU), ("tanh", nn.Tanh), ("silu", nn.SiLU), ("elu", nn.ELU)]
-)
+@pytest.mark.parametrize(("activation", "module"), MODULES)
 @pytest.mark.parametrize(("count", "hidden"), [(1, (7,)), (3, (8, 5)), (2, ())])
 def test_an_ensemble_is_so_many_separate_networks_in_outputs_and_gradients(
-    count: int, hidden: tuple[int, ...], activation: str, module: type[nn.Module], norm: bool
+    count: int, hidden: tuple[int, ...], activation: str, module: type[nn.Module], norm: bool, found: Callable
 ) -> None:
     ensemble = shaken(EnsembleMLP(count, 4, hidden, activation, layer_norm=norm))
     x = torch.randn(6, 4, requires_grad=True)
     weights = torch.randn(count, 6)  # so that no two outputs pull alike
     given = x.detach().clone()
-    outputs = ensemble(x)
+    outputs = found(ensemble, x, weights)
     assert torch.equal(x, given)
     assert outputs.shape == (count, 6)
-    (weights * outputs).sum().backward()
     input_gradient = torch.zeros(6, 4)
     for member in range(count):
         plain, y = separate(ensemble, member, module, norm), x.detach().requires_grad_()
@@ -174,27 +217,9 @@ def test_an_ensemble_is_so_many_separate_networks_in_outputs_and_gradients(
     torch.testing.assert_close(x.grad, input_gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("found", [found_by_vjp, found_by_autograd])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
-def test_a_frozen_ensemble_has_the_same_outputs_and_input_gradient_but_no_other(norm: bool) -> None:
-    ensemble = shaken(EnsembleMLP(3, 4, (8, 5), "relu", 0.5, norm))
-    dropped = [torch.tensor([0, 3, 50]), torch.tensor([1, 2])]
-    found = []
-    for frozen in (False, True):
-        ensemble.zero_grad()
-        x = torch.linspace(-1, 1, 24).view(6, 4).requires_grad_()
-        outputs = ensemble(x, dropped, frozen=frozen)
-        outputs.square().sum().backward()
-        assert [parameter.grad is None for parameter in ensemble.parameters()] == [frozen] * len(
-            [*ensemble.parameters()]
-        )
-        found.append((outputs, x.grad))
-    for free, frozen in zip(*found, strict=True):
-        assert torch.equal(free, frozen)
-    assert ensemble(torch.randn(6, 4), dropped).requires_grad  # frozen for that one call
-
-
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
-def test_dropout_is_a_mask_behind_the_product_and_what_stays_is_scaled_up(norm: bool) -> None:
+def test_dropout_is_a_mask_behind_the_product_and_what_stays_is_scaled_up(norm: bool, found: Callable) -> None:
     rate, rows, count = 0.2, 5, 2
     ensemble = shaken(EnsembleMLP(count, 4, (8, 6), "relu", rate, norm))
     x, masks, dropped = torch.randn(rows, 4, requires_grad=True), [], []
@@ -202,8 +227,8 @@ def test_dropout_is_a_mask_behind_the_product_and_what_stays_is_scaled_up(norm: 
         mask = torch.rand(count, rows, width) < rate
         masks.append(mask)
         dropped.append(mask.flatten().nonzero()[:, 0])
-    outputs = ensemble(x, dropped)
-    outputs.square().sum().backward()
+    pulls = torch.randn(count, rows)
+    outputs = found(ensemble, x, pulls, dropped)
     ours = [gradients(ensemble, member) for member in range(count)]
     input_gradient = torch.zeros(rows, 4)
     for member in range(count):
@@ -216,7 +241,7 @@ def test_dropout_is_a_mask_behind_the_product_and_what_stays_is_scaled_up(norm: 
             hidden = next(layers)(hidden)
         output = next(layers)(hidden)[:, 0]
         torch.testing.assert_close(outputs[member], output)
-        output.square().sum().backward()
+        (pulls[member] * output).sum().backward()
         input_gradient += y.grad
         for gradient, parameter in zip(ours[member], network.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
@@ -328,6 +353,25 @@ def test_stepping_the_vector_equals_stepping_the_parameters_one_by_one() -> None
         theirs.step()
         for a, b in zip(network.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_adam_of_a_vector_is_torchs_to_the_bit_and_has_its_state() -> None:
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 1000)) for _ in range(2))
+    adam, plain = VectorAdam(ours, 0.01), torch.optim.Adam([theirs], lr=0.01, fused=True)
+    for i in range(7):
+        if i == 4:  # stored, restored and slowed down
+            state = copy.deepcopy(adam.state_dict())
+            adam = VectorAdam(ours, 0.5)
+            adam.load_state_dict(state)
+            adam.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 0.003
+        ours.grad = torch.randn(1000, generator=torch.Generator().manual_seed(i))
+        theirs.grad = ours.grad.clone()
+        adam.update()
+        plain.step()
+        assert torch.equal(ours, theirs)
+        for name, value in plain.state_dict()["state"][0].items():
+            assert torch.equal(adam.state_dict()["state"][0][name], value)
+    assert plain.state_dict()["state"][0]["step"] == 7
 
 
 def test_making_the_vector_changes_no_value() -> None:

@@ -297,7 +297,7 @@ def test_compile_compiles_the_update(algo: str, run: Train, base: Callable, monk
     run()
     assert compiled == {}
     after = run(compile=True)
-    assert compiled.keys() == {"CriticObjective", "ActorObjective", "next_actions", "td_targets"}
+    assert compiled.keys() == {"critic_gradients", "actor_gradients", "next_actions", "td_targets"}
     assert all(calls >= 24 for calls in compiled.values()), compiled
     assert torch.equal(after.weights, base(algo))
 

@@ -149,16 +149,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
 
 def test_a_gradient_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(algo: str, tmp_path: Path) -> None:
     """The loss is finite, its gradient is not, and a checkpoint follows at once: that of step 64 holds no NaN."""
-    collect, calls = FlatParameters.collect_gradients, []
+    collect, calls = FlatParameters.set_gradients, []
 
-    def spoil(flat: FlatParameters) -> None:
-        collect(flat)
+    def spoil(flat: FlatParameters, grads: list) -> None:
+        collect(flat, grads)
         calls.append(1)
         if len(calls) == 64:  # critics and actor take 32 updates each up to step 64
             assert flat.vector.grad is not None
             flat.vector.grad[0] = math.nan
 
-    with mock.patch.object(FlatParameters, "collect_gradients", spoil):
+    with mock.patch.object(FlatParameters, "set_gradients", spoil):
         error = fault(algo, tmp_path, "none")
     assert error.exit_code == 5
     assert_last_checkpoint_is_good(tmp_path, BEFORE[:3])

@@ -7,6 +7,7 @@ import math
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,14 +21,13 @@ from fabricrl.algos.sac import learner as learner_module
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.sac.learner import ActorObjective, Learner, compile_ahead
+from fabricrl.algos.sac.learner import Learner, compile_ahead
 from fabricrl.algos.sac.loss import critic_loss
 from fabricrl.algos.sac.utils import UpdateSchedule
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.models.distributions import TanhNormalHead
 from fabricrl.models.models import MLP, EnsembleMLP
 from fabricrl.utils.errors import ConfigError, NonFiniteError
-from fabricrl.utils.model import AsIs
 
 
 def train(learner: Learner, *rest: Any) -> dict[str, Tensor]:
@@ -297,15 +297,19 @@ def test_the_update_of_the_actor_leaves_the_critics_alone() -> None:
     assert all((parameter.grad == 7).all() for parameter in agent.critics.parameters())
 
 
-def test_what_ddp_wraps_for_the_actor_has_no_parameter_of_a_critic() -> None:
-    agent = make_agent(make_args())
-    objective = ActorObjective(agent, -2.0, False)
-    names = {name for name, _ in objective.named_parameters()}
-    assert {name.split(".")[0] for name in names} == {"actor", "log_alpha"}
-    loss, *_ = objective(AsIs({"obs": torch.randn(4, OBS), "noise": torch.randn(4, ACTIONS)}))
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in objective.parameters())
-    assert all(parameter.grad is None for parameter in agent.critics.parameters())
+@pytest.mark.parametrize("autotune", [True, False])
+def test_what_is_averaged_for_the_actor_is_no_gradient_of_a_critic_nor_found_through_one(autotune: bool) -> None:
+    args = make_args(autotune=autotune)
+    agent = make_agent(args)
+    learner = make_learner(agent, args)
+    for parameter in agent.critics.parameters():
+        parameter.register_hook(lambda grad: pytest.fail("a critic's gradient was computed"))
+    calls = []
+    with mock.patch.object(learner_module, "average", lambda fabric, tensor: calls.append(tensor)):
+        learner.update_actor(torch.randn(4, OBS), torch.randn(4, ACTIONS))
+    (averaged,) = calls
+    assert averaged is learner.actor.vector.grad
+    assert averaged.numel() == sum(p.numel() for p in agent.actor.parameters()) + autotune
 
 
 def test_the_update_of_the_critics_leaves_actor_temperature_and_targets_alone() -> None:
@@ -340,7 +344,7 @@ def test_the_temperature_moves_towards_the_target_entropy(target_entropy: float,
 def test_the_target_entropy_is_minus_the_number_of_actions_unless_it_is_given() -> None:
     for given, used in ((None, -2.0), (-0.7, -0.7), (0.0, 0.0)):
         args = make_args(target_entropy=given)
-        assert make_learner(make_agent(args), args).actor_objective.target_entropy == used
+        assert make_learner(make_agent(args), args).target_entropy == used
 
 
 def test_terminal_states_are_not_bootstrapped_and_time_limits_are_from_the_last_observation() -> None:

@@ -6,7 +6,7 @@ a plain function of tensors.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -154,45 +154,43 @@ class TanhNormalHead(nn.Module):
 
             log π(a) = Σ_i −ε_i²/2 − log σ_i − log √2π − log(1 − tanh²(u_i)).
 
-        The last term is written 2 (log 2 − u − softplus(−2u)), which is exact also where tanh has saturated.
+        The last term is written 2 (log 2 − log(e^u + e^−u)), which is exact also where tanh has saturated.
         Differentiable in `params` through both (reparametrisation); [*, A] and [*].
         """
+        actions, logprobs, *_ = self._draw(params, noise)
+        return actions, logprobs
+
+    @torch.no_grad()
+    def vjp(self, params: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """What `sample_with_logprob` returns, and the way from both gradients, g_a [*, A] and g_π [*] or a scalar, to
+        that of `params`.
+
+        With d log(e^u + e^−u)/du = tanh(u) = a:
+
+            ∂/∂μ     = g_u = g_a (1 − a²) + 2 g_π a
+            ∂/∂log σ = g_u σ ε − g_π, where log σ was not clamped
+        """
+        actions, logprobs, spread, free = self._draw(params, noise)
+
+        def pullback(grad_actions: Tensor, grad_logprobs: Tensor) -> Tensor:
+            grad_logprobs = grad_logprobs[..., None]  # [*, 1]
+            grad_u = torch.addcmul(grad_actions, actions, 2.0 * grad_logprobs - grad_actions * actions)
+            return torch.cat((grad_u, (grad_u * spread - grad_logprobs) * free), -1)
+
+        return actions, logprobs, pullback
+
+    def _draw(self, params: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Actions, their log π, σ ε, and where log σ was not clamped."""
         mean, log_std = params.to(torch.promote_types(params.dtype, torch.float32)).chunk(2, -1)
-        return _SquashedNormal.apply(mean, log_std, noise, self.log_std_min, self.log_std_max)
+        clamped = log_std.clamp(self.log_std_min, self.log_std_max)
+        spread = clamped.exp() * noise
+        u = mean + spread
+        terms = torch.logaddexp(u, -u).mul_(2.0).sub_(clamped).addcmul_(noise, noise, value=-0.5)
+        constant = self.num_actions * (0.5 * math.log(2 * math.pi) + 2.0 * math.log(2.0))
+        return torch.tanh(u), terms.sum(-1) - constant, spread, clamped == log_std
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(*shape, self.num_actions, generator=generator)
-
-
-class _SquashedNormal(torch.autograd.Function):
-    """a = tanh(u) and log π(a), as `TanhNormalHead.sample_with_logprob` says, with the gradient written out.
-
-    With g_a and g_π the gradients that arrive, and d(u + softplus(−2u))/du = tanh(u) = a:
-
-        ∂/∂μ     = g_u = g_a (1 − a²) + 2 g_π a
-        ∂/∂log σ = g_u σ ε − g_π, where log σ was not clamped
-
-    A dozen operations on B × A numbers that autograd would triple: they cost more than the products of the actor.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, mean: Tensor, log_std: Tensor, noise: Tensor, log_std_min: float, log_std_max: float
-    ) -> tuple[Tensor, Tensor]:
-        clamped = log_std.clamp(log_std_min, log_std_max)
-        spread = clamped.exp() * noise  # σ ε
-        u = mean + spread
-        actions = torch.tanh(u)
-        logprobs = (2.0 * (u + F.softplus(-2.0 * u)) - clamped - 0.5 * noise.square()).sum(-1)
-        ctx.save_for_backward(actions, spread, clamped == log_std)
-        return actions, logprobs - noise.shape[-1] * (0.5 * math.log(2 * math.pi) + 2.0 * math.log(2.0))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        actions, spread, free = ctx.saved_tensors
-        grad_actions, grad_logprobs = grads[0], grads[1][..., None]
-        grad_u = torch.addcmul(grad_actions, actions, 2.0 * grad_logprobs - grad_actions * actions)
-        return grad_u, (grad_u * spread - grad_logprobs) * free, None, None, None
 
 
 Head = CategoricalHead | BernoulliHead | NormalHead

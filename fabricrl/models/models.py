@@ -22,6 +22,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": functional.elu_,
     "silu": functional.silu,
 }
+# What a gradient becomes behind an activation, in place, from the argument of that: its result where it is in place too
+_aten = torch.ops.aten
+SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tanh": lambda grad, result: _aten.tanh_backward.grad_input(grad, result, grad_input=grad),
+    "relu": lambda grad, result: _aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad),
+    "elu": lambda grad, result: _aten.elu_backward.grad_input(grad, 1, 1, 1, True, result, grad_input=grad),
+    "silu": lambda grad, x: _aten.silu_backward.grad_input(grad, x, grad_input=grad),
+}
+# From the gradient of a network's outputs to those of its parameters, in their order, or to that of its inputs
+Pullback = Callable[[Tensor], list[Tensor]]
 
 
 class MLP(nn.Module):
@@ -35,7 +45,7 @@ class MLP(nn.Module):
         self, inputs: int, outputs: int, hidden_sizes: Sequence[int], activation: str = "tanh", gain: float = 1.0
     ) -> None:
         super().__init__()
-        self.activation, self.inputs = ACTIVATIONS[activation], inputs
+        self.activation, self.slope, self.inputs = ACTIVATIONS[activation], SLOPES[activation], inputs
         sizes = [inputs, *hidden_sizes]
         pairs = itertools.pairwise(sizes)
         self.hidden = nn.ModuleList(orthogonal_init(nn.Linear(a, b), math.sqrt(2)) for a, b in pairs)
@@ -43,11 +53,40 @@ class MLP(nn.Module):
         # Calling modules and looking their parameters up costs as much as the products do at the widths of policies
         self._layers = [(layer.weight, layer.bias) for layer in (*self.hidden, self.out)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        *hidden, (weight, bias) = self._layers
-        for hidden_weight, hidden_bias in hidden:
-            x = self.activation(functional.linear(x, hidden_weight, hidden_bias))
-        return functional.linear(x, weight, bias)
+    def forward(self, x: Tensor, tape: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Notes on the tape, if there is one, the inputs and the outputs of every layer, these as SLOPES wants them."""
+        *hidden, last = self._layers
+        for weight, bias in hidden:
+            inputs, x = x, functional.linear(x, weight, bias)
+            if tape is not None:
+                tape.append((inputs, x))
+            x = self.activation(x)
+        if tape is not None:
+            tape.append((x, x))
+        return functional.linear(x, *last)
+
+    @torch.no_grad()
+    def vjp(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        """The outputs [B, outputs] at x [B, inputs], and the way from their gradient to those of the parameters.
+
+        The vector-Jacobian product that automatic differentiation would find, without its bookkeeping, which at the
+        widths of policies costs as much as the products.
+        """
+        tape: list[tuple[Tensor, Tensor]] = []
+        outputs = self.forward(x, tape)
+
+        def pullback(grad: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                grads: list[Tensor] = []
+                for i in reversed(range(len(tape))):
+                    inputs, _ = tape[i]
+                    grads += (grad.sum(0), torch.mm(grad.t(), inputs))
+                    if i > 0:
+                        before = tape[i - 1][1]
+                        grad = self.slope(torch.mm(grad, self._layers[i][0]).to(before.dtype), before)
+                return grads[::-1]
+
+        return outputs, pullback
 
 
 class NatureCNN(nn.Module):
@@ -143,7 +182,8 @@ class EnsembleMLP(nn.Module):
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.activation, self.dropout, self.layer_norm = ACTIVATIONS[activation], dropout, layer_norm
+        self.activation, self.slope = ACTIVATIONS[activation], SLOPES[activation]
+        self.dropout, self.layer_norm = dropout, layer_norm
         sizes = [inputs, *hidden_sizes, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for a, b in itertools.pairwise(sizes):
@@ -158,48 +198,77 @@ class EnsembleMLP(nn.Module):
         self._layers = list(zip(self.weights, self.biases, strict=True))  # looking them up costs as in MLP
         self._norms = list(zip(self.scales, self.shifts, strict=True))
 
-    def forward(self, x: Tensor, dropped: Sequence[Tensor] = (), frozen: bool = False) -> Tensor:
+    def forward(self, x: Tensor, dropped: Sequence[Tensor] = (), tape: list[Any] | None = None) -> Tensor:
         """The ensemble's outputs.
 
         Args:
             dropped: for each hidden layer, which of its outputs, as C × B × H in one row, dropout sets to zero.
-            frozen: gradients flow to `x` alone; those of the parameters are not even computed.
+            tape: is given the inputs of every layer, what its norm was given and found, and what its activation was.
         """
-        layers, norms = self._layers, self._norms
-        if frozen:
-            layers = [(weight.detach(), bias.detach()) for weight, bias in layers]
-            norms = [(scale.detach(), shift.detach()) for scale, shift in norms]
-        *hidden, (weight, bias) = layers
-        x = x.expand(len(weight), *x.shape)
-        for i, (hidden_weight, hidden_bias) in enumerate(hidden):
-            x = torch.baddbmm(hidden_bias, x, hidden_weight)  # [C, B, H]
+        *hidden, last = self._layers
+        x = x.expand(len(last[0]), *x.shape)
+        for i, (weight, bias) in enumerate(hidden):
+            inputs, x = x, torch.baddbmm(bias, x, weight)  # [C, B, H]
+            norm: tuple[Tensor, ...] = ()
             eps, keep = 1e-5, 1.0 - self.dropout
             if dropped:
-                x = _Drop.apply(x, dropped[i])
+                x.view(-1).index_fill_(0, dropped[i], 0.0)
                 if self.layer_norm:  # whatever divides x by `keep` is divided out again, but for ε
                     eps *= keep**2
                 else:
-                    x = x / keep
+                    x.div_(keep)
             if self.layer_norm:
-                scale, shift = norms[i]
-                x = (functional.layer_norm(x, x.shape[-1:], eps=eps) * scale).add_(shift)
+                scale, shift = self._norms[i]
+                x = x.float()
+                norm = (x, *torch.native_layer_norm(x, x.shape[-1:], None, None, eps))
+                x = torch.addcmul(shift, norm[1], scale)
+            if tape is not None:
+                tape.append((inputs, norm, x))
             x = self.activation(x)
-        return torch.baddbmm(bias, x, weight).squeeze(-1)
+        if tape is not None:
+            tape.append((x, (), x))
+        return torch.baddbmm(last[1], x, last[0]).squeeze(-1)
+
+    @torch.no_grad()
+    def vjp(self, x: Tensor, dropped: Sequence[Tensor] = (), of_inputs: bool = False) -> tuple[Tensor, Pullback]:
+        """As MLP's: the outputs [C, B] at x [B, inputs], and the way from their gradient to those of the parameters.
+
+        Args:
+            of_inputs: to that of x instead, added up over networks, [B, inputs]; those of the parameters are not found.
+        """
+        tape: list[tuple[Tensor, tuple[Tensor, ...], Tensor]] = []
+        outputs = self.forward(x, dropped, tape)
+
+        def pullback(grad: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                grad = grad.unsqueeze(-1)  # [C, B, 1]
+                weights, biases, scales, shifts = [], [], [], []
+                for i in reversed(range(len(tape))):
+                    inputs, norm, before = tape[i]
+                    if i < len(tape) - 1:
+                        grad = self.slope(grad.to(before.dtype), before)
+                        if norm:
+                            shifts.append(grad.sum(1, True))
+                            scales.append((grad * norm[1]).sum(1, True))
+                            grad = _layer_norm_slope(grad * self._norms[i][0], *norm)
+                        if dropped:
+                            grad.view(-1).index_fill_(0, dropped[i], 0.0)
+                            grad = grad if norm else grad.div_(1.0 - self.dropout)
+                    if not of_inputs:
+                        weights.append(torch.bmm(inputs.mT, grad))
+                        biases.append(grad.sum(1, True))
+                    if i > 0 or of_inputs:
+                        back = self._layers[i][0].mT
+                        grad = torch.bmm(grad, back) if grad.shape[-1] > 1 else grad * back  # [C, B, inputs]
+                return [grad.sum(0)] if of_inputs else [*weights[::-1], *biases[::-1], *scales[::-1], *shifts[::-1]]
+
+        return outputs, pullback
 
 
-class _Drop(torch.autograd.Function):
-    """Sets elements of a layer's output to zero in place, and so its gradient there; autograd would make copies."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: Tensor) -> Tensor:
-        ctx.dropped = dropped
-        ctx.mark_dirty(x)
-        x.view(-1).index_fill_(0, dropped, 0.0)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.contiguous().view(-1).index_fill(0, ctx.dropped, 0.0).view_as(grad), None
+def _layer_norm_slope(grad: Tensor, x: Tensor, normed: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """What a gradient becomes behind a layer norm of x, from what that has found."""
+    given = (x, x.shape[-1:], mean, deviation, None, None, (True, False, False))
+    return torch.ops.aten.native_layer_norm_backward(grad, *given)[0]
 
 
 def draw_dropped(

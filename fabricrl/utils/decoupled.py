@@ -62,6 +62,7 @@ class Group:
         self.world_size = 1 if collective is None else collective.world_size
         self.global_rank = 0 if collective is None else collective.rank
         self.strategy = fabric.strategy
+        self.process_group = None if collective is None else collective.group  # None where there is nobody else
         self.autocast, self.backward, self.setup_optimizers = fabric.autocast, fabric.backward, fabric.setup_optimizers
 
     def setup_module(self, module: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Helpers that act on the parameters of any module."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +45,31 @@ class AsIs:
         return self._tensors[name]
 
 
+class VectorAdam(torch.optim.Adam):
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) of one vector.
+
+    `update` does what `step` does by one call of PyTorch's fused kernel, where there is one for the vector's device;
+    `step` takes three times as long over it on a CPU.
+    """
+
+    def __init__(self, vector: nn.Parameter, lr: float) -> None:
+        super().__init__([vector], lr=lr, fused=vector.device.type in ("cpu", "cuda"))
+        self._vector = vector
+
+    @torch.no_grad()
+    def update(self) -> None:
+        (group,), vector = self.param_groups, self._vector
+        state, grad = self.state[vector], vector.grad
+        if not state or grad is None or not group["fused"]:
+            self.step()
+            return
+        tensors = [grad], [state["exp_avg"]], [state["exp_avg_sq"]]
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": 0.0}
+        torch._fused_adam_([vector], *tensors, [], [state["step"]], **settings, amsgrad=False, maximize=False)
+
+
 class FlatParameters:
     """All parameters of a module as one vector: they become views of it, and it is what an optimizer steps.
 
@@ -64,9 +89,15 @@ class FlatParameters:
 
     def collect_gradients(self) -> None:
         """Moves the parameters' gradients into `vector.grad`; they are None afterwards, ready for the next backward."""
-        self.vector.grad = torch.cat([p.grad.reshape(-1) for p in self._parameters])  # type: ignore[union-attr]
+        self.set_gradients([parameter.grad for parameter in self._parameters])  # type: ignore[misc]
         for parameter in self._parameters:
             parameter.grad = None
+
+    def set_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Makes `vector.grad` of one gradient for each parameter, in their order."""
+        if self.vector.grad is None:
+            self.vector.grad = torch.empty_like(self.vector)
+        torch.cat([grad.reshape(-1) for grad in grads], out=self.vector.grad)
 
     def clip_gradients(self, max_norm: float) -> None:
         """Scales the collected gradients down to the norm `max_norm` if theirs is larger; without waiting for a GPU."""

@@ -43,3 +43,10 @@ def gather_rows(fabric: Fabric, rows: Tensor) -> Tensor:
     padded[: len(rows)] = rows
     blocks = all_gather(fabric, padded)  # [W, max E, C]
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+
+
+def average(fabric: Fabric, tensor: Tensor) -> None:
+    """Makes a tensor its mean over ranks, in place. For gradients: without the barrier that Fabric's has."""
+    if fabric.world_size > 1:
+        torch.distributed.all_reduce(tensor, group=getattr(fabric, "process_group", None))
+        tensor /= fabric.world_size

@@ -1,10 +1,14 @@
-"""What trains an agent of SAC or DroQ: losses as modules for DDP and `--compile`, optimizers, targets.
+"""What trains an agent of SAC or DroQ: gradients, optimizers, targets.
+
+Gradients are written out, network by network and loss by loss (`vjp`), and averaged over ranks as one vector. At the
+widths of control policies automatic differentiation, DistributedDataParallel and what Lightning wraps around both take
+as long as the products do.
 
 Shapes: D observation size, A action size, C critics, B rows of a batch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,53 +20,16 @@ from fabricrl.algos.sac.args import OffPolicyArgs
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.utils.checkpoint import restore_optimizer
 from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.model import AsIs, FlatParameters
+from fabricrl.utils.model import FlatParameters, VectorAdam
+from fabricrl.utils.ranks import average
 
 CRITIC_TAGS = ("losses/qf_loss", "losses/qf_values")
 ACTOR_TAGS = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "losses/alpha")
 CHECK_EVERY = 1000  # updates
 
 
-class CriticObjective(nn.Module):
-    """J_Q. What DDP wraps and `--compile` compiles: its forward is the critics' one gradient path."""
-
-    def __init__(self, agent: SACAgent) -> None:
-        super().__init__()
-        self.critics = agent.critics
-
-    def forward(self, batch: AsIs, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """inputs, prepared observations beside actions [B, D + A]; targets [B] → the loss; detached: mean Q."""
-        q = self.critics(batch["inputs"], dropped).float()  # [C, B]
-        loss = critic_loss(q, batch["targets"])
-        return loss, q.detach().mean()
-
-
-class ActorObjective(nn.Module):
-    """J_π + J(α), which share no gradient. As CriticObjective, for actor and temperature.
-
-    The critics are no part of this module, and frozen in its forward: their gradients are neither computed nor reduced.
-    """
-
-    def __init__(self, agent: SACAgent, target_entropy: float, mean_over_critics: bool) -> None:
-        super().__init__()
-        self.actor, self.log_alpha, self.head = agent.actor, agent.log_alpha, agent.head
-        self._critics = (agent.critics,)  # hidden in a tuple from nn.Module
-        self.target_entropy, self.mean_over_critics = target_entropy, mean_over_critics
-
-    def forward(self, batch: AsIs, dropped: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-        """obs, prepared [B, D]; noise [B, A] → the loss; detached: actor loss, temperature loss, mean log π."""
-        inputs, noise = batch["obs"], batch["noise"]
-        actions, logprobs = self.head.sample_with_logprob(self.actor(inputs), noise)  # as agent.policy
-        q = self._critics[0](torch.cat((inputs, actions), -1), dropped, frozen=True).float()  # [C, B]
-        q = q.mean(0) if self.mean_over_critics else q.amin(0)  # [B]
-        pi_loss = actor_loss(q, logprobs, self.log_alpha.detach().exp())
-        temperature_loss = alpha_loss(self.log_alpha, logprobs, self.target_entropy)
-        loss = pi_loss + temperature_loss if self.log_alpha.requires_grad else pi_loss
-        return loss, pi_loss.detach(), temperature_loss.detach(), logprobs.detach().mean()
-
-
 class Learner:
-    """The agent with what trains it: objectives, optimizers, and the parameters of each as one vector.
+    """The agent with what trains it: gradients, optimizers, and the parameters of each as one vector.
 
     Args:
         mean_over_critics: whether the actor climbs the mean of the critics (DroQ) or their minimum (SAC).
@@ -70,19 +37,16 @@ class Learner:
 
     def __init__(self, fabric: Fabric, agent: SACAgent, args: OffPolicyArgs, mean_over_critics: bool = False) -> None:
         self.fabric, self.agent, self.args = fabric, agent.to(fabric.device), args
-        target_entropy = -float(agent.head.num_actions) if args.target_entropy is None else args.target_entropy
-        critic, actor = CriticObjective(agent), ActorObjective(agent, target_entropy, mean_over_critics)
-        self.critic_objective = fabric.setup_module(torch.compile(critic) if args.compile else critic)
-        self.actor_objective = fabric.setup_module(torch.compile(actor) if args.compile else actor)
-        self._next_actions = torch.compile(next_actions) if args.compile else next_actions
-        self._td_targets = torch.compile(td_targets) if args.compile else td_targets
+        self.mean_over_critics = mean_over_critics
+        self.target_entropy = -float(agent.head.num_actions) if args.target_entropy is None else args.target_entropy
+        functions: list[Callable[..., Any]] = [next_actions, td_targets, critic_gradients, actor_gradients]
+        if args.compile:
+            functions = [torch.compile(function) for function in functions]
+        self._next_actions, self._td_targets, self._critic_gradients, self._actor_gradients = functions
         self.critics, self.target_critics = FlatParameters(agent.critics), FlatParameters(agent.target_critics)
-        self.actor = FlatParameters(actor)  # and temperature
-        fused = fabric.device.type in ("cpu", "cuda")
-        self.q_optimizer, self.actor_optimizer = (
-            fabric.setup_optimizers(torch.optim.Adam([self.critics.vector], lr=args.q_lr, fused=fused)),
-            fabric.setup_optimizers(torch.optim.Adam([self.actor.vector], lr=args.policy_lr, fused=fused)),
-        )
+        self.actor = FlatParameters(nn.ParameterList([agent.log_alpha, *agent.actor.parameters()]))
+        self.q_optimizer = VectorAdam(self.critics.vector, args.q_lr)
+        self.actor_optimizer = VectorAdam(self.actor.vector, args.policy_lr)
         self._critic_history: list[tuple[Tensor, ...]] = []  # scalars that nobody has looked at yet
         self._actor_history: list[tuple[Tensor, ...]] = []
 
@@ -100,21 +64,31 @@ class Learner:
         self, batch: dict[str, Tensor], dropped: Sequence[Tensor] = (), target_dropped: Sequence[Tensor] = ()
     ) -> None:
         """One step of the critics at a batch with next actions."""
-        known = AsIs({"inputs": batch["inputs"], "targets": self.td_targets(batch, target_dropped)})
-        loss, mean_q = self.critic_objective(known, dropped)
-        self.fabric.backward(loss)
-        self.critics.collect_gradients()
-        self.q_optimizer.step()
-        self._critic_history.append((loss.detach(), mean_q))
+        targets = self.td_targets(batch, target_dropped)
+        self.critics.set_gradients(self.critic_gradients(batch["inputs"], targets, dropped))
+        average(self.fabric, self.critics.vector.grad)
+        self.q_optimizer.update()
+
+    def critic_gradients(self, inputs: Tensor, targets: Tensor, dropped: Sequence[Tensor] = ()) -> list[Tensor]:
+        """∂J_Q/∂θ on this rank, for each of the critics' parameters; the losses go to the metrics."""
+        with self.fabric.autocast():
+            grads, *metrics = self._critic_gradients(self.agent, inputs, targets, dropped)
+        self._critic_history.append(tuple(metrics))
+        return grads
 
     def update_actor(self, obs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> None:
         """One step of actor and temperature at prepared observations [B, D], noise [B, A]."""
-        alpha = self.agent.alpha
-        loss, *metrics = self.actor_objective(AsIs({"obs": obs, "noise": noise}), dropped)
-        self.fabric.backward(loss)
-        self.actor.collect_gradients()
-        self.actor_optimizer.step()
-        self._actor_history.append((*metrics, alpha))
+        self.actor.set_gradients(self.actor_gradients(obs, noise, dropped))
+        average(self.fabric, self.actor.vector.grad)
+        self.actor_optimizer.update()
+
+    def actor_gradients(self, obs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> list[Tensor]:
+        """∂J(α)/∂log α, if that is learned, and ∂J_π/∂φ for each of the actor's parameters, as `critic_gradients`."""
+        settings = self.target_entropy, self.mean_over_critics
+        with self.fabric.autocast():
+            grads, *metrics = self._actor_gradients(self.agent, obs, noise, dropped, *settings)
+        self._actor_history.append(tuple(metrics))
+        return grads
 
     def update_targets(self) -> None:
         """θ̄ ← τ θ + (1 − τ) θ̄."""
@@ -186,8 +160,42 @@ def td_targets(agent: SACAgent, batch: dict[str, Tensor], dropped: Sequence[Tens
     return td_target(rewards, terminated, discounts, next_q, batch["next_logprobs"], agent.alpha)
 
 
+@torch.no_grad()
+def critic_gradients(
+    agent: SACAgent, inputs: Tensor, targets: Tensor, dropped: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """∂J_Q/∂θ at prepared observations beside actions [B, D + A] and targets [B]; J_Q; the mean of Q."""
+    q, critics_pullback = agent.critics.vjp(inputs, dropped)
+    q = q.float()
+    loss, grad_q = critic_loss(q, targets)
+    return critics_pullback(grad_q), loss, q.mean()
+
+
+@torch.no_grad()
+def actor_gradients(
+    agent: SACAgent,
+    obs: Tensor,
+    noise: Tensor,
+    dropped: Sequence[Tensor],
+    target_entropy: float,
+    mean_over_critics: bool,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """∂J(α)/∂log α and ∂J_π/∂φ at prepared observations [B, D] and noise [B, A]; J_π, J(α), mean log π, α."""
+    alpha = agent.alpha
+    params, actor_pullback = agent.actor.vjp(obs)
+    actions, logprobs, head_pullback = agent.head.vjp(params, noise)
+    q, critics_pullback = agent.critics.vjp(torch.cat((obs, actions), -1), dropped, of_inputs=True)
+    pi_loss, grad_q, grad_logprobs = actor_loss(q.float(), logprobs, alpha, mean_over_critics)
+    (grad_inputs,) = critics_pullback(grad_q)
+    grads = actor_pullback(head_pullback(grad_inputs[:, obs.shape[-1] :], grad_logprobs))
+    temperature_loss, grad_log_alpha = alpha_loss(agent.log_alpha, logprobs, target_entropy)
+    if agent.log_alpha.requires_grad:
+        grads = [grad_log_alpha, *grads]
+    return grads, pi_loss, temperature_loss, logprobs.mean(), alpha
+
+
 def compile_ahead(learner: Learner, updates: int = 0, dropped: Sequence[Sequence[Tensor]] = ((), (), ())) -> None:
-    """Compiles forward and backward on an empty batch now, not within the first update; changes nothing.
+    """Compiles what the update evaluates on an empty batch now, not within the first update; changes nothing.
 
     Args:
         updates: how many batches are given their next actions at once; 0: one, as [B, ...].
@@ -200,8 +208,6 @@ def compile_ahead(learner: Learner, updates: int = 0, dropped: Sequence[Sequence
     batches = {name: torch.zeros(*rows, *width, device=device) for name, width in widths.items()}
     batches = learner.next_actions(batches, batches["actions"])
     batch = {name: column[0] for name, column in batches.items()} if updates else batches
-    targets = learner.td_targets(batch, dropped[1])
-    learner.fabric.backward(learner.critic_objective(AsIs(batch | {"targets": targets}), dropped[0])[0])
-    learner.fabric.backward(learner.actor_objective(AsIs(batch | {"noise": batch["actions"]}), dropped[2])[0])
-    learner.critics.collect_gradients()
-    learner.actor.collect_gradients()
+    learner.critic_gradients(batch["inputs"], learner.td_targets(batch, dropped[1]), dropped[0])
+    learner.actor_gradients(batch["obs"], batch["actions"], dropped[2])
+    learner.metrics()

@@ -1,4 +1,4 @@
-"""Losses of soft actor-critic: tensors in, scalar out. Numbers are those of arXiv:1812.05905v2.
+"""Losses of soft actor-critic, each with its gradient. Numbers are those of arXiv:1812.05905v2.
 
 B rows, C critics. Entropies and log-probabilities are those of actions in [−1, 1], before they are stretched to the
 environment's bounds.
@@ -26,25 +26,41 @@ def td_target(
     return rewards + discounts * (1.0 - terminated) * (next_q.amin(0) - alpha * next_logprobs)
 
 
-def critic_loss(q: Tensor, targets: Tensor) -> Tensor:
+def critic_loss(q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Half the squared Bellman error (Eq. 5), summed over critics: J_Q = Σ_i mean( ½ (Q_i(s, a) − y)² ).
 
     Args:
         q: [C, B]; targets: [B].
+
+    Returns:
+        J_Q, and ∂J_Q/∂Q = (Q − y) / B, [C, B].
     """
-    return 0.5 * (q - targets).square().mean(1).sum()
+    errors, rows = q - targets, len(targets)
+    return errors.square().sum() * (0.5 / rows), errors / rows
 
 
-def actor_loss(q: Tensor, logprobs: Tensor, alpha: Tensor) -> Tensor:
-    """J_π = mean( α log π(a|s) − Q(s, a) ) with a reparametrised (Eq. 9).
+def actor_loss(
+    q: Tensor, logprobs: Tensor, alpha: Tensor, mean_over_critics: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """J_π = mean( α log π(a|s) − Q(s, a) ) with a reparametrised (Eq. 9), and Q the least of the critics (Section 6).
 
     Args:
-        q: [B], over critics reduced as the algorithm does; logprobs: [B]; alpha: scalar without gradient.
+        q: [C, B]; logprobs: [B]; alpha: scalar without gradient.
+        mean_over_critics: Q is their mean instead.
+
+    Returns:
+        J_π, ∂J_π/∂Q_i [C, B], which is −1/B for the least critic or −1/(C B) for all, and ∂J_π/∂log π = α/B, a scalar.
     """
-    return (alpha * logprobs - q).mean()
+    critics, rows = q.shape
+    if mean_over_critics:
+        value, grad_q = q.mean(0), torch.full_like(q, -1.0 / (critics * rows))
+    else:
+        value, least = q.min(0, keepdim=True)
+        grad_q = torch.zeros_like(q).scatter_(0, least, -1.0 / rows)
+    return (alpha * logprobs - value).mean(), grad_q, alpha / rows
 
 
-def alpha_loss(log_alpha: Tensor, logprobs: Tensor, target_entropy: float) -> Tensor:
+def alpha_loss(log_alpha: Tensor, logprobs: Tensor, target_entropy: float) -> tuple[Tensor, Tensor]:
     """J(α) = mean( −log α · (log π(a|s) + H̄) ): α rises while the policy's entropy is below the target H̄.
 
     Eq. 18 has α in place of log α, whose gradient by log α is this one's times α. Both are in use: this in earlier
@@ -53,5 +69,9 @@ def alpha_loss(log_alpha: Tensor, logprobs: Tensor, target_entropy: float) -> Te
 
     Args:
         log_alpha: scalar; logprobs: [B], taken as constants.
+
+    Returns:
+        J(α), and ∂J/∂log α = −mean( log π + H̄ ); scalars.
     """
-    return -(log_alpha * (logprobs.detach() + target_entropy)).mean()
+    slope = -(logprobs.mean() + target_entropy)
+    return log_alpha * slope, slope
