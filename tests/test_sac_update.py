@@ -4,8 +4,10 @@ an Adam for each; and when updates are due."""
 import copy
 import io
 import math
+import re
 from decimal import Decimal
-from types import SimpleNamespace
+from pathlib import Path
+from types import MethodType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -345,6 +347,26 @@ def test_the_target_entropy_is_minus_the_number_of_actions_unless_it_is_given() 
     for given, used in ((None, -2.0), (-0.7, -0.7), (0.0, 0.0)):
         args = make_args(target_entropy=given)
         assert make_learner(make_agent(args), args).target_entropy == used
+
+
+def test_networks_without_a_written_gradient_learn_alike_by_the_vjp_that_the_readme_shows() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(def vjp.*?)```", readme, re.DOTALL)
+    shown: dict[str, Any] = {"torch": torch}
+    exec(code, shown)
+    args = make_args()
+    agents = [make_agent(args)]
+    agents.append(copy.deepcopy(agents[0]))
+    for network in (agents[1].critics, agents[1].actor):
+        network.vjp = MethodType(shown["vjp"], network)  # type: ignore[method-assign]
+    before, losses = snapshot(agents[0]), []
+    for agent in agents:
+        losses.append(train(make_learner(agent, args), make_batches(3), 1, rng(), args))
+    for name, value in agents[0].state_dict().items():
+        torch.testing.assert_close(value, agents[1].state_dict()[name], rtol=0, atol=2e-4)
+    for name, values in losses[0].items():
+        torch.testing.assert_close(values, losses[1][name], rtol=1e-4, atol=1e-5)
+    assert [moved(agents[1], before, part) for part in PARTS] == [True] * 4
 
 
 def test_terminal_states_are_not_bootstrapped_and_time_limits_are_from_the_last_observation() -> None:

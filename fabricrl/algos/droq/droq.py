@@ -79,7 +79,7 @@ def main() -> int:
         envs = make_envs(args, fabric.global_rank, run.videos)
 
     # --- Agent and optimizers
-    player = make_agent(args, envs)  # acts and evaluates; gradients flow through the learner's objectives alone
+    player = make_agent(args, envs)  # acts and evaluates; the learner trains it
     learner = Learner(fabric, player, args, mean_over_critics=True)
 
     # --- Metrics
