@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricrl.models import models
 from fabricrl.models.models import ACTIVATIONS, MLP, EnsembleMLP, RunningNormalizer, draw_dropped
@@ -215,6 +216,26 @@ def test_an_ensemble_is_so_many_separate_networks_in_outputs_and_gradients(
         for ours, theirs in zip(gradients(ensemble, member), plain.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x.grad, input_gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
+def test_the_gradient_of_an_ensembles_inputs_is_found_without_one_of_a_weight(norm: bool) -> None:
+    ensemble, seen = shaken(EnsembleMLP(3, 4, (8, 5), layer_norm=norm)), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if "bmm" in function.name():
+                seen.add(tuple(result.shape))
+            return result
+
+    for of_inputs in (True, False):
+        _, pullback = ensemble.vjp(torch.randn(6, 4), (), of_inputs)
+        seen.clear()
+        with Watch():
+            pullback(torch.randn(3, 6))
+        weights = {tuple(weight.shape) for weight in ensemble.weights}
+        assert seen & weights == (set() if of_inputs else weights)
 
 
 @pytest.mark.parametrize("found", [found_by_vjp, found_by_autograd])
