@@ -72,9 +72,9 @@ def test_actor_loss_weighs_log_probability_with_the_temperature() -> None:
 
 
 def test_alpha_loss_by_hand() -> None:
-    # −mean(log α (log π + H̄)) with log α = 0.3, H̄ = −2: −0.3 ((−1 − 2) + (4 − 2))/2
-    loss, grad = alpha_loss(torch.tensor(0.3, dtype=torch.float64), vector(-1.0, 4.0), -2.0)
-    assert loss.item() == pytest.approx(-0.3 * (-3 + 2) / 2)
+    # −mean(log α (log π + H̄)) with log α = 0.3, log π = (−1, 4), so that H = −1.5, and H̄ = −2
+    loss, grad = alpha_loss(torch.tensor(0.3, dtype=torch.float64), -vector(-1.0, 4.0).mean(), -2.0)
+    assert loss.item() == pytest.approx(-0.3 * ((-1 - 2) + (4 - 2)) / 2)
     assert grad.item() == pytest.approx(0.5)  # −mean(log π + H̄), whatever α is
 
 
@@ -83,7 +83,7 @@ def test_alpha_loss_by_hand() -> None:
 def test_the_temperature_rises_below_the_target_entropy_and_falls_above(
     entropy: float, rises: bool, log_alpha: float
 ) -> None:
-    _, grad = alpha_loss(torch.tensor(log_alpha), torch.full((8,), -entropy), -2.0)
+    _, grad = alpha_loss(torch.tensor(log_alpha), torch.tensor(entropy), -2.0)
     assert (grad.item() < 0) == rises
     # A step is as long for small temperatures as for large ones
     assert grad.item() == pytest.approx(entropy + 2.0, rel=1e-4)
@@ -100,7 +100,7 @@ def test_the_gradients_that_are_written_out_are_those_of_the_losses(mean_over_cr
     torch.testing.assert_close(grad_q, found[0])
     torch.testing.assert_close(grad_logprobs.expand(5), found[1])
     log_alpha = torch.tensor(-0.4, dtype=torch.float64, requires_grad=True)
-    loss, grad = alpha_loss(log_alpha, logprobs.detach(), -1.5)
+    loss, grad = alpha_loss(log_alpha, vector(0.7)[0], -1.5)
     torch.testing.assert_close(grad, *torch.autograd.grad(loss, log_alpha))
 
 

@@ -123,8 +123,6 @@ class Learner:
         if not torch.stack([values.sum() for values in checked.values()]).isfinite().all():
             bad = [name for name, values in checked.items() if not values.isfinite().all()]
             raise NonFiniteError(f"not finite after the update: {', '.join(bad) or 'sums of parameters'}")
-        if "losses/entropy" in metrics:
-            metrics["losses/entropy"] = -metrics["losses/entropy"]  # log π until here
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,7 +178,7 @@ def actor_gradients(
     target_entropy: float,
     mean_over_critics: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """∂J(α)/∂log α and ∂J_π/∂φ at prepared observations [B, D] and noise [B, A]; J_π, J(α), mean log π, α."""
+    """∂J(α)/∂log α and ∂J_π/∂φ at prepared observations [B, D] and noise [B, A]; J_π, J(α), entropy, α."""
     alpha = agent.alpha
     params, actor_pullback = agent.actor.vjp(obs)
     actions, logprobs, head_pullback = agent.head.vjp(params, noise)
@@ -188,10 +186,11 @@ def actor_gradients(
     pi_loss, grad_q, grad_logprobs = actor_loss(q.float(), logprobs, alpha, mean_over_critics)
     (grad_inputs,) = critics_pullback(grad_q)
     grads = actor_pullback(head_pullback(grad_inputs[:, obs.shape[-1] :], grad_logprobs))
-    temperature_loss, grad_log_alpha = alpha_loss(agent.log_alpha, logprobs, target_entropy)
+    entropy = -logprobs.mean()
+    temperature_loss, grad_log_alpha = alpha_loss(agent.log_alpha, entropy, target_entropy)
     if agent.log_alpha.requires_grad:
         grads = [grad_log_alpha, *grads]
-    return grads, pi_loss, temperature_loss, logprobs.mean(), alpha
+    return grads, pi_loss, temperature_loss, entropy, alpha
 
 
 def compile_ahead(learner: Learner, updates: int = 0, dropped: Sequence[Sequence[Tensor]] = ((), (), ())) -> None:

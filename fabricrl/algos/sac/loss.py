@@ -60,18 +60,18 @@ def actor_loss(
     return (alpha * logprobs - value).mean(), grad_q, alpha / rows
 
 
-def alpha_loss(log_alpha: Tensor, logprobs: Tensor, target_entropy: float) -> tuple[Tensor, Tensor]:
-    """J(α) = mean( −log α · (log π(a|s) + H̄) ): α rises while the policy's entropy is below the target H̄.
+def alpha_loss(log_alpha: Tensor, entropy: Tensor, target_entropy: float) -> tuple[Tensor, Tensor]:
+    """J(α) = log α · (H − H̄), with H = −mean( log π(a|s) ): α rises while the policy's entropy is below the target H̄.
 
     Eq. 18 has α in place of log α, whose gradient by log α is this one's times α. Both are in use: this in earlier
     versions of the authors' code (github.com/rail-berkeley/softlearning) and in Stable-Baselines3, the other in its
     later versions and in CleanRL. Adam divides a factor that changes slowly out again, so that they differ little.
 
     Args:
-        log_alpha: scalar; logprobs: [B], taken as constants.
+        log_alpha, entropy: scalars; entropy is taken as a constant.
 
     Returns:
-        J(α), and ∂J/∂log α = −mean( log π + H̄ ); scalars.
+        J(α), and ∂J/∂log α = H − H̄; scalars.
     """
-    slope = -(logprobs.mean() + target_entropy)
-    return log_alpha * slope, slope
+    excess = entropy - target_entropy
+    return log_alpha * excess, excess
