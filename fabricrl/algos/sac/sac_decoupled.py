@@ -121,9 +121,10 @@ def shares(actions: np.ndarray, step: tuple, normalizer: Any, count: int) -> lis
         final_obs[env] = infos["final_obs"][env]
     columns = {"actions": actions, "next_obs": obs, "final_obs": final_obs, "rewards": rewards}
     columns |= {"terminated": terminated, "truncated": truncated}
-    parts = {name: torch.as_tensor(column).chunk(count) for name, column in columns.items()}
     statistics = {} if normalizer is None else normalizer.state_dict()
-    return [{name: part[i] for name, part in parts.items()} | statistics for i in range(count)]
+    rows = len(obs) // count
+    blocks = [slice(i * rows, (i + 1) * rows) for i in range(count)]
+    return [{name: torch.from_numpy(column[block]) for name, column in columns.items()} | statistics for block in blocks]
 
 
 def collect(trainers: Trainers, most: int, learner: Learner, losses: MeanMetrics) -> None:
