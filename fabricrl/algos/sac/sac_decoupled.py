@@ -123,8 +123,8 @@ def shares(actions: np.ndarray, step: tuple, normalizer: Any, count: int) -> lis
     columns |= {"terminated": terminated, "truncated": truncated}
     statistics = {} if normalizer is None else normalizer.state_dict()
     rows = len(obs) // count
-    blocks = [slice(i * rows, (i + 1) * rows) for i in range(count)]
-    return [{name: torch.from_numpy(column[block]) for name, column in columns.items()} | statistics for block in blocks]
+    blocks = (slice(i * rows, (i + 1) * rows) for i in range(count))
+    return [{name: torch.from_numpy(part[block]) for name, part in columns.items()} | statistics for block in blocks]
 
 
 def collect(trainers: Trainers, most: int, learner: Learner, losses: MeanMetrics) -> None:
