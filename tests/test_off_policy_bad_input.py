@@ -7,8 +7,8 @@ import pytest
 
 from fabricrl.algos.droq import droq
 from fabricrl.algos.sac import sac
-from fabricrl.data import buffers
-from fabricrl.data.buffers import GIB
+from fabricrl.data import memory
+from fabricrl.data.memory import GIB
 from fabricrl.utils.errors import ConfigError
 from tests.process import PYTHON, SAC, call, run, run_team
 from tests.test_launchers import DDP
@@ -156,16 +156,16 @@ def test_advice_that_is_followed_already_is_not_given_after_launch(algo: str, tm
 
 def test_a_buffer_that_just_fits_is_allowed_after_launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     flags = ["--buffer-size", 300, "--total-timesteps", 400, "--learning-starts", 300, "--log-dir", tmp_path]
-    monkeypatch.setattr(buffers, "available_memory", lambda: 36.0 * 300)
+    monkeypatch.setattr(memory, "available_memory", lambda: 36.0 * 300)
     with pytest.raises(AssertionError, match="not noticed"):  # environments start
         call(sac.main, *flags)
-    monkeypatch.setattr(buffers, "available_memory", lambda: 36.0 * 300 - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: 36.0 * 300 - 1)
     assert "--buffer-size" in complaint("sac", *flags)
 
 
 def scarce(rank: int) -> None:
     """Memory for one buffer of this size, not for two."""
-    buffers.available_memory = lambda: 36.0 * 100 * 1.5
+    memory.available_memory = lambda: 36.0 * 100 * 1.5
 
 
 def test_ranks_of_a_machine_share_its_memory_and_one_of_them_says_so_after_launch(tmp_path: Path) -> None:

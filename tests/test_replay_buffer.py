@@ -19,8 +19,9 @@ from torch import Tensor
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.sac import rollout
 from fabricrl.algos.sac.utils import make_agent
-from fabricrl.data import buffers
-from fabricrl.data.buffers import GIB, ReplayBuffer, available_memory, check_memory, record_type
+from fabricrl.data import memory
+from fabricrl.data.buffers import ReplayBuffer, record_type
+from fabricrl.data.memory import GIB, available_memory, check_memory
 from fabricrl.envs import make_envs
 from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
 from fabricrl.utils.metric import EpisodeStatistics, Stopwatch
@@ -411,7 +412,7 @@ def test_a_uint8_buffer_takes_a_quarter_of_the_memory() -> None:
 
 
 def test_buffers_that_memory_does_not_hold_are_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "available_memory", lambda: 1.5 * GIB)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1.5 * GIB)
     for fits in ((GIB, 1), (3 * GIB // 2, 1), (GIB // 2, 3)):
         check_memory(*fits, implicit_next=False)
     with pytest.raises(
@@ -444,8 +445,8 @@ def test_a_buffer_that_the_disk_does_not_hold_is_refused_with_the_figures(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     usage = shutil.disk_usage(tmp_path)._replace(free=GIB // 4)
-    monkeypatch.setattr(buffers.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(buffers.os, "posix_fallocate", full)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(memory.os, "posix_fallocate", full)
     rows, record = 2**15, record_type(Box(-1, 1, (1021,)), 1, implicit_next=False).itemsize
     with pytest.raises(ConfigError, match=r"--buffer-memmap.*0\.25 GiB in .*0\.25 GiB are free.*No space left"):
         ReplayBuffer(rows, 1, Box(-1, 1, (1021,)), 1, folder=tmp_path)

@@ -1,9 +1,6 @@
 """Preallocated storage for what environments return."""
 
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,12 @@ from gymnasium.spaces import Box
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.data.memory import map_file
+from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.ranks import all_max
 from fabricrl.utils.records import Records, floats_of
 from fabricrl.utils.utils import require
 
-GIB = 2**30
 TORCH_TYPES = {"f4": torch.float32, "i4": torch.int32, "u1": torch.uint8, "b1": torch.bool}
 
 
@@ -294,7 +291,7 @@ class ReplayBuffer:
         self._rows = self.capacity + 1
         self.num_bytes = self._rows * num_envs * dtype.itemsize
         shape = (self._rows, num_envs)
-        self._records = np.zeros(shape, dtype) if folder is None else _map_file(shape, dtype, folder)
+        self._records = np.zeros(shape, dtype) if folder is None else map_file(shape, dtype, folder)
         self._words = torch.from_numpy(self._records.reshape(-1).view(np.int32).reshape(self._rows * num_envs, -1))
         names = dtype.names or ()
         self._columns = {name: self._records[name] for name in names}  # [rows, N, ...] views, made once
@@ -487,53 +484,3 @@ def record_type(obs_space: Box, num_actions: int, implicit_next: bool) -> np.dty
     fields += [("terminated", "?"), ("ended", "?")]
     fields += [("final", "i4")] if implicit_next else [("next_obs", *obs)]
     return np.dtype(fields, align=True)
-
-
-def check_memory(num_bytes: int, count: int, implicit_next: bool) -> None:
-    """Raises ConfigError, with the figures, unless `count` replay buffers of so many bytes fit into this machine."""
-    free = available_memory()
-    if num_bytes * count > free:
-        need = f"{count} × {num_bytes / GIB:.2f} GiB" if count > 1 else f"{num_bytes / GIB:.2f} GiB"
-        advice = "" if implicit_next else ", --implicit-next-obs takes less"
-        raise ConfigError(
-            f"--buffer-size: the memory that is free, {free / GIB:.2f} GiB, is too little for {need}; "
-            f"--buffer-memmap keeps the buffer on disk{advice}"
-        )
-
-
-def _map_file(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray:
-    """Zeros in a file without a name, which ends with the process, however that ends; its room is taken at once.
-
-    Raises:
-        ConfigError: the disk has too little room.
-    """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, num_bytes)  # on a full disk, writing would be a crash later
-            else:
-                file.truncate(num_bytes)
-            return np.memmap(file, dtype, "r+", shape=shape)
-    except OSError as error:
-        free = shutil.disk_usage(folder).free / GIB
-        raise ConfigError(
-            f"--buffer-memmap: cannot reserve {num_bytes / GIB:.2f} GiB in {folder}, where {free:.2f} GiB are free: "
-            f"{error.strerror}"
-        ) from error
-
-
-def available_memory() -> float:
-    """Bytes that this process can still take: what the system says, and no more than its control group may."""
-    free = math.inf
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-        free = float(line.split()[1]) * 1024
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = float(os.sysconf("SC_AVPHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        cached = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
-        free = min(free, int(text) - int(used.read_text()) + int(cached.get("inactive_file", 0)))
-    return free

@@ -14,7 +14,8 @@ from lightning.fabric import Fabric
 
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import OffPolicyArgs
-from fabricrl.data.buffers import GIB, ReplayBuffer, check_memory, record_type
+from fabricrl.data.buffers import ReplayBuffer, record_type
+from fabricrl.data.memory import GIB, check_memory
 from fabricrl.envs.spaces import stretch
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
 from fabricrl.utils.errors import CheckpointError
