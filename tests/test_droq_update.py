@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
@@ -14,7 +15,8 @@ from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.agent import DroQAgent
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.droq.utils import make_agent as build
-from fabricrl.algos.sac.learner import Learner
+from fabricrl.algos.sac.learner import Learner, compile_ahead
+from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.models.models import EnsembleMLP
 from fabricrl.utils.errors import NonFiniteError
 from tests.test_sac_update import (
@@ -308,3 +310,31 @@ def test_half_precision_follows_the_full_one_with_dropout_and_layer_norm(layer_n
         torch.testing.assert_close(half[name], values, rtol=0.1, atol=0.05)
     assert not torch.equal(half["losses/qf_loss"], full["losses/qf_loss"])
     assert all(parameter.dtype == torch.float32 for parameter in agents[1].parameters())
+
+
+def test_everything_that_is_to_be_compiled_is_and_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight variants of one function are all that the compiler keeps; beyond them it leaves a function as it was."""
+    args = make_args(dropout=0.2, layer_norm=True, compile=True, replay_ratio=4.0)
+    real, compiled, evaluated = torch.compile, [], []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return lambda *given: (evaluated.append(graph), graph.forward(*given))[1]
+
+    monkeypatch.setattr(torch, "compile", lambda part, **options: real(part, **options | {"backend": backend}))
+    torch.compiler.reset()
+    rb = ReplayBuffer(BATCH, 1, Box(-9, 9, (OBS,), np.float32), ACTIONS)
+    rb.start(np.zeros((1, OBS)))
+    for _ in range(BATCH):
+        never = np.zeros(1, dtype=bool)
+        rb.add(np.zeros((1, ACTIONS)), np.ones((1, OBS)), np.ones(1), never, never, {})
+    learner = make_learner(make_agent(args), args)
+    for seed in range(2):  # as the script does
+        compile_ahead(learner, 4, learner.agent.drop(3, BATCH, rng(seed)))
+    ahead = len(compiled)
+    for _ in range(3):
+        evaluated.clear()
+        droq.train(learner, rb.sample(5, BATCH, rng()), 1, rng(), args)
+        assert len(evaluated) == 1 + 4 + 4 + 1  # next actions; targets and gradients of four updates; the actor's
+    assert len(compiled) == ahead
+    torch.compiler.reset()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -414,6 +415,22 @@ def test_gradients_are_collected_in_order_and_cleared() -> None:
     second = torch.cat([parameter.grad.reshape(-1) for parameter in network.parameters()])
     flat.collect_gradients()
     assert torch.equal(flat.vector.grad, second)
+
+
+@pytest.mark.parametrize("share", [slice(1, None), slice(None, -1)])
+def test_too_few_gradients_are_refused(share: slice) -> None:
+    network = small_network()
+    flat = FlatParameters(network)
+    for _ in range(2):
+        flat.set_gradients([torch.ones_like(parameter) for parameter in network.parameters()])
+    with pytest.raises(RuntimeError, match="size"):
+        flat.set_gradients([torch.ones_like(parameter) for parameter in network.parameters()][share])
+
+
+def test_networks_can_be_pickled() -> None:
+    for network in (MLP(3, 2, (4,), "silu"), EnsembleMLP(2, 3, (4,), "elu")):
+        twin, x = pickle.loads(pickle.dumps(network)), torch.randn(5, 3)
+        assert torch.equal(twin(x), network(x))
 
 
 def test_frozen_parameters_stay_outside_the_vector() -> None:

@@ -29,7 +29,7 @@ from fabricrl.algos.sac.utils import UpdateSchedule
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.models.distributions import TanhNormalHead
 from fabricrl.models.models import MLP, EnsembleMLP
-from fabricrl.utils.errors import ConfigError, NonFiniteError
+from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
 
 
 def train(learner: Learner, *rest: Any) -> dict[str, Tensor]:
@@ -300,12 +300,10 @@ def test_the_update_of_the_actor_leaves_the_critics_alone() -> None:
 
 
 @pytest.mark.parametrize("autotune", [True, False])
-def test_what_is_averaged_for_the_actor_is_no_gradient_of_a_critic_nor_found_through_one(autotune: bool) -> None:
+def test_what_is_averaged_for_the_actor_is_its_gradient_and_that_of_the_temperature(autotune: bool) -> None:
     args = make_args(autotune=autotune)
     agent = make_agent(args)
     learner = make_learner(agent, args)
-    for parameter in agent.critics.parameters():
-        parameter.register_hook(lambda grad: pytest.fail("a critic's gradient was computed"))
     calls = []
     with mock.patch.object(learner_module, "average", lambda fabric, tensor: calls.append(tensor)):
         learner.update_actor(torch.randn(4, OBS), torch.randn(4, ACTIONS))
@@ -481,6 +479,17 @@ def test_a_resumed_run_has_the_rates_and_the_fixed_temperature_of_its_arguments(
     assert [group["lr"] for group in restored.q_optimizer.param_groups] == [after.q_lr]
     assert [group["lr"] for group in restored.actor_optimizer.param_groups] == [after.policy_lr]
     assert other.alpha.item() == pytest.approx(alpha)
+
+
+@pytest.mark.parametrize(
+    ("then", "words"), [(True, "was learned there and is fixed"), (False, "was fixed there and is l")]
+)
+def test_a_temperature_that_was_learned_is_not_fixed_later_nor_the_other_way_round(then: bool, words: str) -> None:
+    before, after = make_args(autotune=then), make_args(autotune=not then)
+    stored = make_learner(make_agent(before), before)
+    train(stored, make_batches(1), 1, rng(), before)
+    with pytest.raises(CheckpointError, match=f"--autotune: the temperature {words}"):
+        make_learner(make_agent(after), after).load_state_dict(stored.state_dict())
 
 
 @pytest.mark.parametrize("part", ["critics", "actor"])

@@ -399,9 +399,7 @@ class ReplayBuffer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError unless the buffer was of this capacity, for as many environments, of this layout."""
         if state["layout"] != self._layout():
-            raise CheckpointError(
-                f"the replay buffer there is {state['layout']}, here {self._layout()}: keep the arguments it had"
-            )
+            raise CheckpointError(self._differs(state["layout"], self.num_envs))
         self.clear()
         self._words.view(torch.uint8).view(-1)[: len(state["records"])] = state["records"]
         self.position, self.size = state["position"], state["size"]
@@ -416,7 +414,7 @@ class ReplayBuffer:
         width, parts, offset = total // len(shards), [], 0  # environments of a shard
         for shard in shards:
             if shard["layout"] != self._layout(width) or shard["position"] != shards[0]["position"]:
-                raise CheckpointError(f"a part of the replay buffer there is {shard['layout']}: keep its arguments")
+                raise CheckpointError(self._differs(shard["layout"], width))
             part = shard["records"].numpy().view(self._records.dtype).reshape(-1, width).copy()
             if self.implicit_next:
                 part["final"] += offset * (part["final"] >= 0)
@@ -438,6 +436,17 @@ class ReplayBuffer:
 
     def _layout(self, num_envs: int | None = None) -> str:
         return f"{self.capacity} × {self.num_envs if num_envs is None else num_envs} of {self._records.dtype.descr}"
+
+    def _differs(self, stored: str, num_envs: int) -> str:
+        """What is to be done about a stored layout that is not this one's, for so many environments."""
+        (there, fields), (here, own) = (layout.split(" of ", 1) for layout in (stored, self._layout(num_envs)))
+        if fields != own:
+            return f"the replay buffer there has records of {fields}, here {own}: keep the arguments it had"
+        rows, envs = there.split(" × ")
+        if envs != str(num_envs):
+            return f"the replay buffer there is of {envs} environments, here {num_envs}: keep --num-envs"
+        size = int(rows) * self.num_envs
+        return f"the replay buffer there holds {there} transitions, here {here}: --buffer-size {size} (of a rank) fits"
 
     def _gather(self, index: Tensor) -> dict[str, Tensor]:
         """The records [I] as one read; [I, ...] each, views of one block."""

@@ -49,7 +49,9 @@ def check_bounded(space: Space) -> None:
     """
     assert isinstance(space, Box)
     if not (space.is_bounded() and (space.low < space.high).all()):
-        raise ConfigError(f"action space {space} is not supported: this algorithm needs a Box with finite bounds")
+        raise ConfigError(
+            f"action space {space} is not supported: this algorithm needs a Box with finite bounds, low below high"
+        )
 
 
 def is_flat(space: Space) -> bool:

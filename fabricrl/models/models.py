@@ -22,14 +22,26 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": functional.elu_,
     "silu": functional.silu,
 }
+
+
+def _tanh_slope(grad: Tensor, result: Tensor) -> Tensor:
+    return torch.ops.aten.tanh_backward.grad_input(grad, result, grad_input=grad)
+
+
+def _relu_slope(grad: Tensor, result: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad)
+
+
+def _elu_slope(grad: Tensor, result: Tensor) -> Tensor:
+    return torch.ops.aten.elu_backward.grad_input(grad, 1, 1, 1, True, result, grad_input=grad)
+
+
+def _silu_slope(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+
+
 # What a gradient becomes behind an activation, in place, from the argument of that: its result where it is in place too
-_aten = torch.ops.aten
-SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "tanh": lambda grad, result: _aten.tanh_backward.grad_input(grad, result, grad_input=grad),
-    "relu": lambda grad, result: _aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad),
-    "elu": lambda grad, result: _aten.elu_backward.grad_input(grad, 1, 1, 1, True, result, grad_input=grad),
-    "silu": lambda grad, x: _aten.silu_backward.grad_input(grad, x, grad_input=grad),
-}
+SLOPES = {"tanh": _tanh_slope, "relu": _relu_slope, "elu": _elu_slope, "silu": _silu_slope}
 # From the gradient of a network's outputs to those of its parameters, in their order, or to that of its inputs
 Pullback = Callable[[Tensor], list[Tensor]]
 
@@ -54,7 +66,7 @@ class MLP(nn.Module):
         self._layers = [(layer.weight, layer.bias) for layer in (*self.hidden, self.out)]
 
     def forward(self, x: Tensor, tape: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Notes on the tape, if there is one, the inputs and the outputs of every layer, these as SLOPES wants them."""
+        """Notes on the tape, if there is one, the inputs of every layer, and behind hidden ones what SLOPES takes."""
         *hidden, last = self._layers
         for weight, bias in hidden:
             inputs, x = x, functional.linear(x, weight, bias)
@@ -70,7 +82,7 @@ class MLP(nn.Module):
         """The outputs [B, outputs] at x [B, inputs], and the way from their gradient to those of the parameters.
 
         The vector-Jacobian product that automatic differentiation would find, without its bookkeeping, which at the
-        widths of policies costs as much as the products.
+        widths of policies costs as much as the products. Go that way before the parameters change.
         """
         tape: list[tuple[Tensor, Tensor]] = []
         outputs = self.forward(x, tape)
@@ -219,7 +231,7 @@ class EnsembleMLP(nn.Module):
                     x.div_(keep)
             if self.layer_norm:
                 scale, shift = self._norms[i]
-                x = x.float()
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
                 norm = (x, *torch.native_layer_norm(x, x.shape[-1:], None, None, eps))
                 x = torch.addcmul(shift, norm[1], scale)
             if tape is not None:

@@ -176,6 +176,8 @@ def reading(path: str | Path | None) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
+        if str(error).startswith(f"{path}"):  # somebody has read within
+            raise
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error

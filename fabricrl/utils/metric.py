@@ -1,6 +1,5 @@
 """What a run counts and times: episodes, losses, and where the seconds go."""
 
-import math
 from collections import defaultdict, deque
 from time import perf_counter
 from typing import Any
@@ -76,7 +75,7 @@ class EpisodeStatistics:
     @property
     def mean_return(self) -> float:
         """Mean return of the last 100 episodes of all ranks; NaN before the first has ended."""
-        return math.fsum(self.returns) / len(self.returns) if self.returns else float("nan")
+        return sum(self.returns) / len(self.returns) if self.returns else float("nan")
 
     def state_dict(self) -> dict[str, Any]:
         return {"returns": list(self.returns), "count": self.count}

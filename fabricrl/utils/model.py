@@ -74,8 +74,8 @@ class FlatParameters:
     """All parameters of a module as one vector: they become views of it, and it is what an optimizer steps.
 
     An optimizer, a norm, an average or a message costs one operation instead of one for each parameter, which at the
-    widths of control policies is most of its time. Gradients still arrive in each parameter, averaged over ranks if
-    the module is wrapped by DDP; `collect_gradients` puts them together.
+    widths of control policies is most of its time. Gradients that autograd has left in each parameter, averaged over
+    ranks if the module is wrapped by DDP, are put together by `collect_gradients`; others by `set_gradients`.
 
     Make it once the module is on its device, and load state into the module in place (`load_state_dict` does).
     """
@@ -94,10 +94,12 @@ class FlatParameters:
             parameter.grad = None
 
     def set_gradients(self, grads: Sequence[Tensor]) -> None:
-        """Makes `vector.grad` of one gradient for each parameter, in their order."""
-        if self.vector.grad is None:
-            self.vector.grad = torch.empty_like(self.vector)
-        torch.cat([grad.reshape(-1) for grad in grads], out=self.vector.grad)
+        """Makes `vector.grad` of one gradient for each parameter, in their order.
+
+        Raises:
+            RuntimeError: there are more or fewer numbers than in the vector.
+        """
+        self.vector.grad = torch.cat([grad.reshape(-1) for grad in grads]).to(self.vector.dtype)
 
     def clip_gradients(self, max_norm: float) -> None:
         """Scales the collected gradients down to the norm `max_norm` if theirs is larger; without waiting for a GPU."""

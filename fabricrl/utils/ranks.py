@@ -1,4 +1,4 @@
-"""Small collectives over all ranks, on host values; with one rank they return what they are given."""
+"""Small collectives over all ranks; with one rank nothing happens."""
 
 import torch
 from lightning.fabric import Fabric
@@ -46,7 +46,10 @@ def gather_rows(fabric: Fabric, rows: Tensor) -> Tensor:
 
 
 def average(fabric: Fabric, tensor: Tensor) -> None:
-    """Makes a tensor its mean over ranks, in place. For gradients: without the barrier that Fabric's has."""
+    """Makes a tensor its mean over all ranks, or over those of a `Group`, in place, on its own device.
+
+    For gradients: without the barrier that Fabric's `all_reduce` has.
+    """
     if fabric.world_size > 1:
         torch.distributed.all_reduce(tensor, group=getattr(fabric, "process_group", None))
         tensor /= fabric.world_size

@@ -19,7 +19,7 @@ from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import OffPolicyArgs
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.utils.checkpoint import restore_optimizer
-from fabricrl.utils.errors import NonFiniteError
+from fabricrl.utils.errors import CheckpointError, NonFiniteError
 from fabricrl.utils.model import FlatParameters, VectorAdam
 from fabricrl.utils.ranks import average
 
@@ -52,13 +52,11 @@ class Learner:
 
     def next_actions(self, batch: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
         """The prepared batch [*, B, ...] with an action at each next observation; noise [*, B, A]."""
-        with self.fabric.autocast():
-            return self._next_actions(self.agent, batch, noise)
+        return self._evaluate(self._next_actions, batch, noise)
 
     def td_targets(self, batch: dict[str, Tensor], dropped: Sequence[Tensor] = ()) -> Tensor:
         """What the critics shall say at a batch with next actions, [B]."""
-        with self.fabric.autocast():
-            return self._td_targets(self.agent, batch, dropped)
+        return self._evaluate(self._td_targets, batch, dropped)
 
     def update_critics(
         self, batch: dict[str, Tensor], dropped: Sequence[Tensor] = (), target_dropped: Sequence[Tensor] = ()
@@ -71,8 +69,7 @@ class Learner:
 
     def critic_gradients(self, inputs: Tensor, targets: Tensor, dropped: Sequence[Tensor] = ()) -> list[Tensor]:
         """∂J_Q/∂θ on this rank, for each of the critics' parameters; the losses go to the metrics."""
-        with self.fabric.autocast():
-            grads, *metrics = self._critic_gradients(self.agent, inputs, targets, dropped)
+        grads, *metrics = self._evaluate(self._critic_gradients, inputs, targets, dropped)
         self._critic_history.append(tuple(metrics))
         return grads
 
@@ -85,10 +82,14 @@ class Learner:
     def actor_gradients(self, obs: Tensor, noise: Tensor, dropped: Sequence[Tensor] = ()) -> list[Tensor]:
         """∂J(α)/∂log α, if that is learned, and ∂J_π/∂φ for each of the actor's parameters, as `critic_gradients`."""
         settings = self.target_entropy, self.mean_over_critics
-        with self.fabric.autocast():
-            grads, *metrics = self._actor_gradients(self.agent, obs, noise, dropped, *settings)
+        grads, *metrics = self._evaluate(self._actor_gradients, obs, noise, dropped, *settings)
         self._actor_history.append(tuple(metrics))
         return grads
+
+    def _evaluate(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """A function of the agent, without autograd, in the precision that was asked for."""
+        with torch.no_grad(), self.fabric.autocast():
+            return function(self.agent, *inputs)
 
     def update_targets(self) -> None:
         """θ̄ ← τ θ + (1 − τ) θ̄."""
@@ -97,6 +98,8 @@ class Learner:
     def prepare(self, batches: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sampled batches [K, B, ...] on the device, observations as the networks take them, and beside the actions."""
         batches = {name: column.to(self.fabric.device) for name, column in batches.items()}
+        if self.args.compile:  # as `compile_ahead` has shown them
+            batches = {name: column.contiguous() for name, column in batches.items()}
         for name in ("obs", "next_obs"):
             batches[name] = self.agent.prepare(batches[name])
         batches["inputs"] = torch.cat((batches["obs"], batches["actions"]), -1)  # [K, B, D + A]
@@ -134,6 +137,10 @@ class Learner:
         Raises:
             CheckpointError: an optimizer's state has other shapes than its parameters.
         """
+        stored = state["actor_optimizer"]["state"].get(0, {}).get("exp_avg", self.actor.vector)
+        if stored.numel() - self.actor.vector.numel() == (-1 if self.args.autotune else 1):
+            there, here = ("fixed", "learned") if self.args.autotune else ("learned", "fixed")
+            raise CheckpointError(f"--autotune: the temperature was {there} there and is {here} here")
         rates = self.args.q_lr, self.args.policy_lr
         names = "q_optimizer", "actor_optimizer"
         for name, optimizer, rate in zip(names, (self.q_optimizer, self.actor_optimizer), rates, strict=True):
@@ -143,14 +150,12 @@ class Learner:
             self.agent.log_alpha.data.fill_(math.log(self.args.alpha))
 
 
-@torch.no_grad()
 def next_actions(agent: SACAgent, batch: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
     """Adds a' ~ π(·|s') beside s', and log π(a'|s')."""
     actions, logprobs = agent.policy(batch["next_obs"], noise)
     return batch | {"next_inputs": torch.cat((batch["next_obs"], actions), -1), "next_logprobs": logprobs}
 
 
-@torch.no_grad()
 def td_targets(agent: SACAgent, batch: dict[str, Tensor], dropped: Sequence[Tensor]) -> Tensor:
     """What the critics shall say at a batch with next actions, [B]."""
     next_q = agent.target_critics(batch["next_inputs"], dropped).float()  # [C, B]
@@ -158,7 +163,6 @@ def td_targets(agent: SACAgent, batch: dict[str, Tensor], dropped: Sequence[Tens
     return td_target(rewards, terminated, discounts, next_q, batch["next_logprobs"], agent.alpha)
 
 
-@torch.no_grad()
 def critic_gradients(
     agent: SACAgent, inputs: Tensor, targets: Tensor, dropped: Sequence[Tensor]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -169,7 +173,6 @@ def critic_gradients(
     return critics_pullback(grad_q), loss, q.mean()
 
 
-@torch.no_grad()
 def actor_gradients(
     agent: SACAgent,
     obs: Tensor,
@@ -205,7 +208,7 @@ def compile_ahead(learner: Learner, updates: int = 0, dropped: Sequence[Sequence
     inputs, num_actions = agent.actor.inputs, agent.head.num_actions
     widths |= {"obs": (inputs,), "next_obs": (inputs,), "inputs": (inputs + num_actions,), "actions": (num_actions,)}
     batches = {name: torch.zeros(*rows, *width, device=device) for name, width in widths.items()}
-    batches = learner.next_actions(batches, batches["actions"])
+    batches = learner.next_actions(batches, torch.zeros_like(batches["actions"]))  # not the same tensor twice
     batch = {name: column[0] for name, column in batches.items()} if updates else batches
     learner.critic_gradients(batch["inputs"], learner.td_targets(batch, dropped[1]), dropped[0])
     learner.actor_gradients(batch["obs"], batch["actions"], dropped[2])
