@@ -329,7 +329,7 @@ def test_only_rows_in_use_are_stored() -> None:
     ("change", "words"),
     [
         ({"capacity": 15}, "holds 6 × 2 transitions, here 7 × 2: --buffer-size 12 "),
-        ({"num_envs": 1, "capacity": 6}, "is of 2 environments, here 1: keep --num-envs"),
+        ({"num_envs": 1, "capacity": 6}, "holds 6 × 2 transitions, here 6 × 1: keep --num-envs"),
         ({"space": Box(-1, 1, (4,), np.float32)}, "keep the arguments"),
         ({"space": Box(0, 255, (3,), np.uint8)}, "keep the arguments"),
         ({"implicit_next": True}, "keep the arguments"),

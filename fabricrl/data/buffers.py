@@ -442,11 +442,9 @@ class ReplayBuffer:
         (there, fields), (here, own) = (layout.split(" of ", 1) for layout in (stored, self._layout(num_envs)))
         if fields != own:
             return f"the replay buffer there has records of {fields}, here {own}: keep the arguments it had"
-        rows, envs = there.split(" × ")
-        if envs != str(num_envs):
-            return f"the replay buffer there is of {envs} environments, here {num_envs}: keep --num-envs"
-        size = int(rows) * self.num_envs
-        return f"the replay buffer there holds {there} transitions, here {here}: --buffer-size {size} (of a rank) fits"
+        rows, envs = (int(number) for number in there.split(" × "))
+        advice = f"--buffer-size {rows * self.num_envs} (of a rank) fits" if envs == num_envs else "keep --num-envs"
+        return f"the replay buffer there holds {there} transitions, here {here}: {advice}"
 
     def _gather(self, index: Tensor) -> dict[str, Tensor]:
         """The records [I] as one read; [I, ...] each, views of one block."""
