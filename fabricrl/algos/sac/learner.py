@@ -150,6 +150,10 @@ class Learner:
             self.agent.log_alpha.data.fill_(math.log(self.args.alpha))
 
 
+# What `Learner._evaluate` evaluates. Not decorated by no_grad: the compiler would take them all for that one function,
+# of which it keeps eight variants.
+
+
 def next_actions(agent: SACAgent, batch: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
     """Adds a' ~ π(·|s') beside s', and log π(a'|s')."""
     actions, logprobs = agent.policy(batch["next_obs"], noise)
