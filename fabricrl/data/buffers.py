@@ -356,7 +356,8 @@ class ReplayBuffer:
             0 or 1, whether they ended there; discounts γ^m.
         """
         index = torch.randint(self.size * self.num_envs, (num_batches * batch_size,), generator=rng)
-        index += self.num_envs * (index >= self.position * self.num_envs)  # all rows but the one that is yet to be
+        if self.size == self.capacity:  # all rows but the one that is yet to be
+            index += self.num_envs * (index >= self.position * self.num_envs)
         fields = last_fields = self._gather(index)
         rewards, discounts = fields["rewards"], torch.full((len(index),), self.gamma)
         if self.n_step > 1:

@@ -88,7 +88,7 @@ class Learner:
 
     def _evaluate(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """A function of the agent, without autograd, in the precision that was asked for."""
-        with torch.no_grad(), self.fabric.autocast():
+        with torch.inference_mode(), self.fabric.autocast():
             return function(self.agent, *inputs)
 
     def update_targets(self) -> None:
