@@ -25,6 +25,7 @@ from tests.test_sac_update import (
     OBS,
     PARTS,
     PlainSAC,
+    assert_half_precision_follows,
     make_batches,
     moved,
     plain_actor,
@@ -294,22 +295,7 @@ def test_the_agent_is_made_of_the_arguments() -> None:
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_half_precision_follows_the_full_one_with_dropout_and_layer_norm(layer_norm: bool) -> None:
     args = make_args(policy_lr=1e-3, q_lr=1e-3, layer_norm=layer_norm, dropout=0.2)
-    agents = [make_agent(args)]
-    agents.append(copy.deepcopy(agents[0]))
-    full, half = (
-        train(
-            Learner(Fabric(accelerator="cpu", devices=1, precision=precision), agent, args, mean_over_critics=True),
-            make_batches(5),
-            1,
-            rng(),
-            args,
-        )
-        for precision, agent in zip(("32-true", "bf16-mixed"), agents, strict=True)
-    )
-    for name, values in full.items():
-        torch.testing.assert_close(half[name], values, rtol=0.1, atol=0.05)
-    assert not torch.equal(half["losses/qf_loss"], full["losses/qf_loss"])
-    assert all(parameter.dtype == torch.float32 for parameter in agents[1].parameters())
+    assert_half_precision_follows(train, make_agent(args), args, make_batches(5), mean_over_critics=True)
 
 
 def test_everything_that_is_to_be_compiled_is_and_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
