@@ -14,7 +14,7 @@ from fabricrl.algos.ppo.utils import make_agent
 from fabricrl.algos.sac import utils as sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.envs import make_env, make_envs
-from fabricrl.envs.spaces import check_bounded, env_actions, stretch
+from fabricrl.envs.spaces import check_bounded, env_actions, rescale_actions
 from fabricrl.utils.errors import ConfigError
 from tests.conftest import Trained
 from tests.envs import ODD_SPACES
@@ -122,7 +122,7 @@ def test_squashed_actions_are_stretched_to_the_bounds_by_hand() -> None:
     box = Box(np.array([-1.0, 0.0, -3.0], np.float32), np.array([1.0, 10.0, 1.0], np.float32))
     actions = np.array([[-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.5], [1.0, 1.0, 1.0]], np.float32)
     expected = [[-1.0, 0.0, -3.0], [0.0, 5.0, -1.0], [0.5, 2.5, 0.0], [1.0, 10.0, 1.0]]
-    assert stretch(box, actions).tolist() == expected
+    assert rescale_actions(box, actions).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -134,8 +134,8 @@ def test_the_ends_of_the_policy_are_exactly_the_bounds_and_nothing_lies_beyond(d
         low = (rng.normal(size=4) * 10 ** rng.uniform(-3, 3)).astype(dtype)
         high = low + (rng.exponential(size=4) * 10 ** rng.uniform(-2, 3)).astype(dtype)
         space = Box(low, high, dtype=dtype)
-        assert np.array_equal(stretch(space, ends), [space.low, space.high])
-        inside = stretch(space, drawn)
+        assert np.array_equal(rescale_actions(space, ends), [space.low, space.high])
+        inside = rescale_actions(space, drawn)
         assert ((inside >= space.low) & (inside <= space.high)).all()
         expected = low + (drawn.astype(float) + 1) / 2 * (high.astype(float) - low)
         assert (abs(inside - expected) <= 4 * np.finfo(dtype).eps * np.maximum(abs(low), abs(high))).all()
@@ -144,7 +144,7 @@ def test_the_ends_of_the_policy_are_exactly_the_bounds_and_nothing_lies_beyond(d
 def test_bounds_as_far_apart_as_numbers_go_are_reached_too() -> None:
     space = Box(np.float32(-3e38), np.float32(3e38), (2,))
     with np.errstate(all="raise"):
-        assert stretch(space, np.array([[-1.0, 0.0], [0.0, 1.0]], np.float32)).tolist() == [
+        assert rescale_actions(space, np.array([[-1.0, 0.0], [0.0, 1.0]], np.float32)).tolist() == [
             [space.low[0], 0.0],
             [0.0, space.high[1]],
         ]
@@ -156,7 +156,7 @@ def test_stretched_actions_have_the_shape_and_type_of_the_space(shape: tuple[int
     space = Box(-2.0, 4.0, shape, dtype)
     size = int(np.prod(shape))
     flat = np.linspace(-1, 1, 5 * size, dtype=np.float32).reshape(5, size)
-    actions = stretch(space, flat)
+    actions = rescale_actions(space, flat)
     assert actions.shape == (5, *shape)
     assert actions.dtype == dtype
     assert all(space.contains(np.asarray(action)) for action in actions)
@@ -192,7 +192,7 @@ def test_the_policy_of_an_evaluation_answers_in_the_space(kind: str, tmp_path: P
     drawn = [sac.make_policy(agent, envs, False, seed)(obs, none, none) for seed in (1, 1, 2)]
     assert all(space.contains(action) for action in (*greedy(obs, none, none), *drawn[0]))
     inputs = torch.as_tensor(obs, dtype=torch.float32)
-    assert np.array_equal(greedy(obs, none, none), stretch(space, agent.greedy(inputs).detach().numpy()))
+    assert np.array_equal(greedy(obs, none, none), rescale_actions(space, agent.greedy(inputs).detach().numpy()))
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
     assert not np.array_equal(drawn[0], greedy(obs, none, none))

@@ -1,0 +1,16 @@
+"""Rollouts, replay, and the batches that are drawn from them."""
+
+from fabricrl.data.batches import minibatches, shuffled, with_moments
+from fabricrl.data.buffers import RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, Stacks
+from fabricrl.utils.batch import Batch
+
+__all__ = [
+    "Batch",
+    "RecurrentRolloutBuffer",
+    "ReplayBuffer",
+    "RolloutBuffer",
+    "Stacks",
+    "minibatches",
+    "shuffled",
+    "with_moments",
+]

@@ -1,19 +1,20 @@
 """Preallocated storage for what environments return."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium.spaces import Box
-from lightning.fabric import Fabric
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fabricrl.data.memory import map_file
-from fabricrl.utils.errors import CheckpointError
-from fabricrl.utils.ranks import all_max
+from fabricrl.utils.batch import Batch
+from fabricrl.utils.errors import CheckpointError, NonFiniteError
 from fabricrl.utils.records import Records, floats_of
 from fabricrl.utils.utils import require
 
@@ -40,6 +41,7 @@ class RolloutBuffer:
     Args:
         obs_space: a single environment's, one row R; records stay bytes, everything else becomes float32.
         frame_stack: S.
+        skips: whether the environments may have steps that only reset.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class RolloutBuffer:
         num_actions: int,
         action_dtype: torch.dtype,
         frame_stack: int = 1,
+        skips: bool = False,
     ) -> None:
-        self.num_envs, self.frame_stack = num_envs, frame_stack
+        self.num_envs, self.frame_stack, self.skips = num_envs, frame_stack, skips
         self.num_floats = obs_space.num_floats if isinstance(obs_space, Records) else None
         dtype = torch.float32 if self.num_floats is None else torch.uint8
         self.frames = torch.zeros(frame_stack + num_steps, num_envs, *obs_space.shape, dtype=dtype)
@@ -118,6 +121,7 @@ class RolloutBuffer:
                 final_obs = np.array(infos["final_obs"][env], dtype=self._obs.dtype)
                 self._final.append((t, int(env), final_obs))
         if "skipped" in infos:
+            self.skips = True
             self._skipped[t] = infos["skipped"]
             ended = ended | self._skipped[t]  # so that nothing leads from such a row to the next
         if self.frame_stack > 1:
@@ -129,12 +133,9 @@ class RolloutBuffer:
         """[T, N], bool: where what is learned from one step does not reach the next."""
         return self.terminated | self.truncated | self.skipped
 
-    def count(self, fabric: Fabric) -> int:
-        """How many of the T N steps can be learned from: all but those skipped, and as many on each rank.
-
-        All ranks must call it together.
-        """
-        return -all_max(fabric, int(self._skipped.sum()) - self.skipped.numel())
+    def counts(self, device: torch.device) -> Tensor | None:
+        """1 where a step can be learned from, 0 where it only reset, [T N]; None: there are no such steps."""
+        return (~self.skipped).flatten().to(device, torch.float32) if self.skips else None
 
     def inputs(self, prepare: Callable[[Tensor], Tensor], device: torch.device) -> "tuple[Tensor | Stacks, Tensor]":
         """What the policy saw, on the device and prepared for it: [T N, ...], and what it sees next, [N, ...]."""
@@ -149,17 +150,31 @@ class RolloutBuffer:
         """The numbers in observations [..., R], without images: [..., D]."""
         return rows if self.num_floats is None else floats_of(rows, self.num_floats)
 
-    def time_limits(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Truncated and not terminated episodes: t [E], env [E] and what would have been seen then, [E, ...]; None:
-        none."""
-        if not self._final:
-            return None
+    @property
+    def has_truncated(self) -> bool:
+        """Whether an episode was truncated and not terminated."""
+        return bool(self._final)
+
+    def truncated_episodes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Episodes that were truncated and not terminated: t [E], env [E], final observations [E, ...]."""
         steps, envs, obs = zip(*self._final, strict=True)
         t, env, final_obs = torch.tensor(steps), torch.tensor(envs), torch.from_numpy(np.stack(obs))
         if self.frame_stack > 1:
             before = Stacks(self.frames.flatten(0, 1), self.stacks[t, env, 1:])[:]  # [E, S - 1, R]
             final_obs = torch.cat((before, final_obs[:, None]), 1)
         return t, env, final_obs
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Raises NonFiniteError if the steps inside have brought NaN or infinity.
+
+        Also where an environment has choked on the action that they led to.
+        """
+        try:
+            yield
+        finally:
+            if problem := self.first_bad():
+                raise NonFiniteError(problem)
 
     def first_bad(self) -> str | None:
         """Where NaN or infinity came from the environment first, in words; None if nowhere."""
@@ -200,6 +215,11 @@ class Stacks:
         return Stacks(self.frames, self.places[index])
 
 
+pytree.register_pytree_node(
+    Stacks, lambda stacks: ([stacks.frames, stacks.places], None), lambda parts, _: Stacks(*parts)
+)
+
+
 class RecurrentRolloutBuffer(RolloutBuffer):
     """A rollout of policies that remember: beside each observation stands the memory that was there *before* it.
 
@@ -216,9 +236,10 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         action_dtype: torch.dtype,
         memory_size: int,
         frame_stack: int = 1,
+        skips: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, frame_stack)
+        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, frame_stack, skips)
         self.memory = torch.zeros(num_steps + 1, num_envs, memory_size, device=device)
         self.memory_rows = self.memory.unbind()
         self._final_memory: list[Tensor] = []
@@ -238,7 +259,7 @@ class RecurrentRolloutBuffer(RolloutBuffer):
             row[torch.from_numpy(ended).to(memory.device)] = 0.0
 
     def final_memory(self) -> Tensor:
-        """What was remembered at the final observations of `time_limits`, [E, M]."""
+        """What was remembered at the final observations of `truncated_episodes`, [E, M]."""
         return torch.stack(self._final_memory)
 
 
@@ -348,14 +369,14 @@ class ReplayBuffer:
             else:
                 columns["next_obs"][row, env] = final_obs
 
-    def sample(self, num_batches: int, batch_size: int, rng: torch.Generator) -> dict[str, Tensor]:
-        """Draws batches in one call; [K, B, ...] each.
+    def sample(self, num_batches: int, batch_size: int, rng: torch.Generator) -> Batch:
+        """Draws batches in one call; [K, B, ...] each. Of an empty buffer they are zeros.
 
         Returns:
             obs, actions; rewards Σ_k γ^k r_k over the m ≤ n steps that follow; next_obs after those; terminated, as
             0 or 1, whether they ended there; discounts γ^m.
         """
-        index = torch.randint(self.size * self.num_envs, (num_batches * batch_size,), generator=rng)
+        index = torch.randint(max(self.size, 1) * self.num_envs, (num_batches * batch_size,), generator=rng)
         if self.size == self.capacity:  # all rows but the one that is yet to be
             index += self.num_envs * (index >= self.position * self.num_envs)
         fields = last_fields = self._gather(index)
@@ -373,11 +394,18 @@ class ReplayBuffer:
             next_obs = last_fields["next_obs"]
         batch = {"obs": fields["obs"], "actions": fields["actions"], "rewards": rewards, "next_obs": next_obs}
         batch |= {"terminated": terminated.float(), "discounts": discounts}
-        return {name: column.view(num_batches, batch_size, *column.shape[1:]) for name, column in batch.items()}
+        return Batch(
+            **{name: column.view(num_batches, batch_size, *column.shape[1:]) for name, column in batch.items()}
+        )
 
     def newest_obs(self) -> Tensor:
         """What the next step starts from, [N, *obs_shape]; a view."""
         return torch.from_numpy(self._columns["obs"][self.position])
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteError if the newest step has brought NaN or infinity."""
+        if problem := self.first_bad():
+            raise NonFiniteError(problem)
 
     def first_bad(self) -> str | None:
         """Where the newest step brought NaN or infinity, in words; None if nowhere."""

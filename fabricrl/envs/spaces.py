@@ -3,7 +3,7 @@
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, flatdim
 
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, NonFiniteError
 
 SMALLEST_IMAGE = 36  # sides that three layers of NatureCNN leave something of
 LARGEST_GRID = 16  # sides from which on an array with channels is an image
@@ -105,12 +105,19 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     if isinstance(space, MultiBinary):
         return actions.reshape(-1, *space.shape).astype(space.dtype)
     if isinstance(space, Box):
+        _check_finite(actions)
         return np.clip(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype, copy=False)
     raise TypeError(f"no actions for {space}")
 
 
-def stretch(space: Box, actions: np.ndarray) -> np.ndarray:
+def _check_finite(actions: np.ndarray) -> None:
+    if not np.isfinite(actions).all():
+        raise NonFiniteError("the policy's actions are not finite")
+
+
+def rescale_actions(space: Box, actions: np.ndarray) -> np.ndarray:
     """What `envs.step` takes, from actions [N, A] in [−1, 1]: low where they are −1, high where they are 1."""
+    _check_finite(actions)
     share = (actions.astype(np.float64).reshape(-1, *space.shape) + 1) / 2
     return np.clip((1 - share) * space.low + share * space.high, space.low, space.high).astype(space.dtype)
 

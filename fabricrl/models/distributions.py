@@ -6,7 +6,6 @@ a plain function of tensors.
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -157,37 +156,12 @@ class TanhNormalHead(nn.Module):
         The last term is written 2 (log 2 − log(e^u + e^−u)), which is exact also where tanh has saturated.
         Differentiable in `params` through both (reparametrisation); [*, A] and [*].
         """
-        actions, logprobs, *_ = self._draw(params, noise)
-        return actions, logprobs
-
-    @torch.no_grad()
-    def vjp(self, params: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
-        """What `sample_with_logprob` returns, and the way from both gradients, g_a [*, A] and g_π [*] or a scalar, to
-        that of `params`.
-
-        With d log(e^u + e^−u)/du = tanh(u) = a:
-
-            ∂/∂μ     = g_u = g_a (1 − a²) + 2 g_π a
-            ∂/∂log σ = g_u σ ε − g_π, where log σ was not clamped
-        """
-        actions, logprobs, spread, free = self._draw(params, noise)
-
-        def pullback(grad_actions: Tensor, grad_logprobs: Tensor) -> Tensor:
-            grad_logprobs = grad_logprobs[..., None]  # [*, 1]
-            grad_u = torch.addcmul(grad_actions, actions, 2.0 * grad_logprobs - grad_actions * actions)
-            return torch.cat((grad_u, (grad_u * spread - grad_logprobs) * free), -1)
-
-        return actions, logprobs, pullback
-
-    def _draw(self, params: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Actions, their log π, σ ε, and where log σ was not clamped."""
         mean, log_std = params.to(torch.promote_types(params.dtype, torch.float32)).chunk(2, -1)
-        clamped = log_std.clamp(self.log_std_min, self.log_std_max)
-        spread = clamped.exp() * noise
-        u = mean + spread
-        terms = torch.logaddexp(u, -u).mul_(2.0).sub_(clamped).addcmul_(noise, noise, value=-0.5)
+        log_std = log_std.clamp(self.log_std_min, self.log_std_max)
+        u = mean + log_std.exp() * noise
+        terms = 2.0 * torch.logaddexp(u, -u) - log_std - 0.5 * noise.square()
         constant = self.num_actions * (0.5 * math.log(2 * math.pi) + 2.0 * math.log(2.0))
-        return torch.tanh(u), terms.sum(-1) - constant, spread, clamped == log_std
+        return torch.tanh(u), terms.sum(-1) - constant
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(*shape, self.num_actions, generator=generator)

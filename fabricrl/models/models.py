@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from gymnasium.spaces import Box
@@ -15,6 +14,7 @@ from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.model import orthogonal_init
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.records import Records, floats_of
+from fabricrl.utils.utils import discounted_returns
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh_,  # in place where the gradient needs the result alone: a layer's output is nobody else's
@@ -22,28 +22,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": functional.elu_,
     "silu": functional.silu,
 }
-
-
-def _tanh_slope(grad: Tensor, result: Tensor) -> Tensor:
-    return torch.ops.aten.tanh_backward.grad_input(grad, result, grad_input=grad)
-
-
-def _relu_slope(grad: Tensor, result: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad)
-
-
-def _elu_slope(grad: Tensor, result: Tensor) -> Tensor:
-    return torch.ops.aten.elu_backward.grad_input(grad, 1, 1, 1, True, result, grad_input=grad)
-
-
-def _silu_slope(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
-
-
-# What a gradient becomes behind an activation, in place, from the argument of that: its result where it is in place too
-SLOPES = {"tanh": _tanh_slope, "relu": _relu_slope, "elu": _elu_slope, "silu": _silu_slope}
-# From the gradient of a network's outputs to those of its parameters, in their order, or to that of its inputs
-Pullback = Callable[[Tensor], list[Tensor]]
 
 
 class MLP(nn.Module):
@@ -57,48 +35,16 @@ class MLP(nn.Module):
         self, inputs: int, outputs: int, hidden_sizes: Sequence[int], activation: str = "tanh", gain: float = 1.0
     ) -> None:
         super().__init__()
-        self.activation, self.slope, self.inputs = ACTIVATIONS[activation], SLOPES[activation], inputs
+        self.activation, self.inputs = ACTIVATIONS[activation], inputs
         sizes = [inputs, *hidden_sizes]
         pairs = itertools.pairwise(sizes)
         self.hidden = nn.ModuleList(orthogonal_init(nn.Linear(a, b), math.sqrt(2)) for a, b in pairs)
         self.out = orthogonal_init(nn.Linear(sizes[-1], outputs), gain)
-        # Calling modules and looking their parameters up costs as much as the products do at the widths of policies
-        self._layers = [(layer.weight, layer.bias) for layer in (*self.hidden, self.out)]
 
-    def forward(self, x: Tensor, tape: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Notes on the tape, if there is one, the inputs of every layer, and behind hidden ones what SLOPES takes."""
-        *hidden, last = self._layers
-        for weight, bias in hidden:
-            inputs, x = x, functional.linear(x, weight, bias)
-            if tape is not None:
-                tape.append((inputs, x))
-            x = self.activation(x)
-        if tape is not None:
-            tape.append((x, x))
-        return functional.linear(x, *last)
-
-    @torch.no_grad()
-    def vjp(self, x: Tensor) -> tuple[Tensor, Pullback]:
-        """The outputs [B, outputs] at x [B, inputs], and the way from their gradient to those of the parameters.
-
-        The vector-Jacobian product that automatic differentiation would find, without its bookkeeping, which at the
-        widths of policies takes a fifth of an update. Go that way before the parameters change.
-        """
-        tape: list[tuple[Tensor, Tensor]] = []
-        outputs = self.forward(x, tape)
-
-        def pullback(grad: Tensor) -> list[Tensor]:
-            with torch.no_grad():
-                grads: list[Tensor] = []
-                for i in reversed(range(len(tape))):
-                    inputs, _ = tape[i]
-                    grads += (grad.sum(0), torch.mm(grad.t(), inputs))
-                    if i > 0:
-                        before = tape[i - 1][1]
-                        grad = self.slope(torch.mm(grad, self._layers[i][0]).to(before.dtype), before)
-                return grads[::-1]
-
-        return outputs, pullback
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.hidden:
+            x = self.activation(layer(x))
+        return self.out(x)
 
 
 class NatureCNN(nn.Module):
@@ -180,7 +126,7 @@ class EnsembleMLP(nn.Module):
         hidden layer: Linear → (Dropout) → (LayerNorm) → activation (Hiraoka et al. 2022, arXiv:2110.02034v2, Fig. 1)
 
     Args:
-        dropout: share of a hidden layer's outputs that are set to zero, wherever `forward` is given which.
+        dropout: share of a hidden layer's outputs that are set to zero, wherever `forward` is given masks.
         layer_norm: whether hidden layers are normalised, with a scale and a shift that are learned.
     """
 
@@ -194,11 +140,10 @@ class EnsembleMLP(nn.Module):
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.activation, self.slope = ACTIVATIONS[activation], SLOPES[activation]
-        self.dropout, self.layer_norm = dropout, layer_norm
-        sizes = [inputs, *hidden_sizes, 1]
+        self.activation, self.count, self.inputs = ACTIVATIONS[activation], count, inputs
+        self.hidden_sizes, self.dropout, self.layer_norm = tuple(hidden_sizes), dropout, layer_norm
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for a, b in itertools.pairwise(sizes):
+        for a, b in itertools.pairwise([inputs, *hidden_sizes, 1]):
             gain = 1.0 if b == 1 else math.sqrt(2)
             layers = [orthogonal_init(nn.Linear(a, b), gain) for _ in range(count)]
             self.weights.append(torch.stack([layer.weight.detach().T for layer in layers]))  # [C, a, b]
@@ -206,101 +151,48 @@ class EnsembleMLP(nn.Module):
         norms = hidden_sizes if layer_norm else ()
         self.scales = nn.ParameterList(torch.ones(count, 1, width) for width in norms)
         self.shifts = nn.ParameterList(torch.zeros(count, 1, width) for width in norms)
-        self.hidden_weights = list(self.weights)[:-1]
-        self._layers = list(zip(self.weights, self.biases, strict=True))  # looking them up costs as in MLP
-        self._norms = list(zip(self.scales, self.shifts, strict=True))
 
-    def forward(self, x: Tensor, dropped: Sequence[Tensor] = (), tape: list[Any] | None = None) -> Tensor:
-        """The ensemble's outputs.
+    def forward(self, *inputs: Tensor, dropped: Sequence[Tensor] = ()) -> Tensor:
+        """The ensemble's outputs [C, B] at inputs that are concatenated, such as observations and actions.
 
         Args:
-            dropped: for each hidden layer, which of its outputs, as C × B × H in one row, dropout sets to zero.
-            tape: is given the inputs of every layer, what its norm was given and found, and what its activation was.
+            dropped: for each hidden layer, which outputs dropout sets to zero, bool [C, B, H]; none: no dropout.
         """
-        *hidden, last = self._layers
-        x = x.expand(len(last[0]), *x.shape)
-        for i, (weight, bias) in enumerate(hidden):
-            inputs, x = x, torch.baddbmm(bias, x, weight)  # [C, B, H]
-            norm: tuple[Tensor, ...] = ()
-            eps, keep = 1e-5, 1.0 - self.dropout
-            if dropped:
-                x.view(-1).index_fill_(0, dropped[i], 0.0)
-                if self.layer_norm:  # whatever divides x by `keep` is divided out again, but for ε
-                    eps *= keep**2
-                else:
-                    x.div_(keep)
-            if self.layer_norm:
-                scale, shift = self._norms[i]
-                x = x.to(torch.promote_types(x.dtype, torch.float32))
-                norm = (x, *torch.native_layer_norm(x, x.shape[-1:], None, None, eps))
-                x = torch.addcmul(shift, norm[1], scale)
-            if tape is not None:
-                tape.append((inputs, norm, x))
-            x = self.activation(x)
-        if tape is not None:
-            tape.append((x, (), x))
-        return torch.baddbmm(last[1], x, last[0]).squeeze(-1)
+        x = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
+        x = x.expand(self.count, *x.shape)
+        for layer in range(len(self.hidden_sizes)):
+            x = torch.baddbmm(self.biases[layer], x, self.weights[layer])  # [C, B, H]
+            x = self.activation(self._regularised(x, layer, dropped))
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).squeeze(-1)
 
-    @torch.no_grad()
-    def vjp(self, x: Tensor, dropped: Sequence[Tensor] = (), of_inputs: bool = False) -> tuple[Tensor, Pullback]:
-        """As MLP's: the outputs [C, B] at x [B, inputs], and the way from their gradient to those of the parameters.
-
-        Args:
-            of_inputs: to that of x instead, added up over networks, [B, inputs]; those of the parameters are not found.
-        """
-        tape: list[tuple[Tensor, tuple[Tensor, ...], Tensor]] = []
-        outputs = self.forward(x, dropped, tape)
-
-        def pullback(grad: Tensor) -> list[Tensor]:
-            with torch.no_grad():
-                grad = grad.unsqueeze(-1)  # [C, B, 1]
-                weights, biases, scales, shifts = [], [], [], []
-                for i in reversed(range(len(tape))):
-                    inputs, norm, before = tape[i]
-                    if i < len(tape) - 1:
-                        grad = self.slope(grad.to(before.dtype), before)
-                        if norm:
-                            shifts.append(grad.sum(1, True))
-                            scales.append((grad * norm[1]).sum(1, True))
-                            grad = _layer_norm_slope(grad * self._norms[i][0], *norm)
-                        if dropped:
-                            grad.view(-1).index_fill_(0, dropped[i], 0.0)
-                            grad = grad if norm else grad.div_(1.0 - self.dropout)
-                    if not of_inputs:
-                        weights.append(torch.bmm(inputs.mT, grad))
-                        biases.append(grad.sum(1, True))
-                    if i > 0 or of_inputs:
-                        back = self._layers[i][0].mT
-                        grad = torch.bmm(grad, back) if grad.shape[-1] > 1 else grad * back  # [C, B, inputs]
-                return [grad.sum(0)] if of_inputs else [*weights[::-1], *biases[::-1], *scales[::-1], *shifts[::-1]]
-
-        return outputs, pullback
+    def _regularised(self, x: Tensor, layer: int, dropped: Sequence[Tensor]) -> Tensor:
+        """Dropout and layer norm, as far as they are wanted."""
+        keep = 1.0 - self.dropout if dropped else 1.0
+        if dropped:
+            x = x.masked_fill(dropped[layer], 0.0)
+        if not self.layer_norm:
+            return x / keep if dropped else x
+        # What divides x by `keep` is divided out again, but for ε
+        x = functional.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=1e-5 * keep**2)
+        return torch.addcmul(self.shifts[layer], x, self.scales[layer])
 
 
-def _layer_norm_slope(grad: Tensor, x: Tensor, normed: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """What a gradient becomes behind a layer norm of x, from what that has found."""
-    given = (x, x.shape[-1:], mean, deviation, None, None, (True, False, False))
-    return torch.ops.aten.native_layer_norm_backward(grad, *given)[0]
+def draw_dropped(rate: float, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A mask of this shape on the generator's device, each element true with probability `rate` above 0.
 
-
-def draw_dropped(
-    rate: float, layers: int, units: int, generator: torch.Generator, device: torch.device | str = "cpu"
-) -> list[Tensor]:
-    """Which of the `units` outputs of each of `layers` layers dropout sets to zero, each with probability `rate`.
-
-    Draws the gaps from one to the next, which are geometric: exact, and the cost is that of the share dropped, where a
-    draw for each output takes longer than the layer's product does.
+    On the CPU it draws the gaps from one to the next, which are geometric: exact, and the cost is that of the share
+    dropped, where a draw for each element takes longer than the layer's product does.
     """
-    total = layers * units
+    if generator.device.type != "cpu":
+        return torch.rand(*shape, generator=generator, device=generator.device) < rate
+    total = math.prod(shape)
     draws = math.ceil(total * rate + 6 * math.sqrt(total * rate) + 16)
     positions = torch.zeros(1, dtype=torch.float64)
     while positions[-1] <= total:  # nearly always once
         gaps = torch.empty(draws, dtype=torch.float64).geometric_(rate, generator=generator)
         positions = torch.cat((positions, positions[-1] + gaps.cumsum(0)))
-    positions = positions[1:].long() - 1
-    ends = torch.searchsorted(positions, torch.arange(1, layers + 1) * units)  # [layers]
-    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return list((positions[: ends[-1]] % units).to(device).split(counts))
+    mask = torch.zeros(int(positions[-1]), dtype=torch.bool)
+    return mask.index_fill_(0, positions[1:].long() - 1, True)[:total].view(*shape)
 
 
 class RunningNormalizer(nn.Module):
@@ -330,10 +222,6 @@ class RunningNormalizer(nn.Module):
         """(x − mean) / σ, clipped to ±clip; [*, size]."""
         return ((x - self.center) / self.deviation).clamp(-self.clip, self.clip)
 
-    def scale(self, x: Tensor) -> Tensor:
-        """x / σ, clipped to ±clip: for rewards, whose sign must stay."""
-        return (x / self.deviation).clamp(-self.clip, self.clip)
-
     @torch.no_grad()
     def update(self, x: Tensor, fabric: Fabric | None = None) -> None:
         """Adds a batch [*, size]. Given a Fabric, adds those of all ranks, which must call it together."""
@@ -360,6 +248,29 @@ class RunningNormalizer(nn.Module):
     def _refresh(self) -> None:
         self.center.copy_(self.mean)
         self.deviation.copy_((self.var + 1e-8).sqrt())
+
+
+class RewardNormalizer(RunningNormalizer):
+    """Divides rewards by the running deviation of the discounted return, so that critics learn numbers of order one.
+
+    The discounted return so far of each environment is not saved: a run that is resumed begins new episodes.
+    """
+
+    def __init__(self, clip: float = 10.0) -> None:
+        super().__init__(1, clip)
+        self.discounted: Tensor | None = None  # [N]
+
+    @torch.no_grad()
+    def scale(self, rewards: Tensor, dones: Tensor, skipped: Tensor, gamma: float, fabric: Fabric) -> Tensor:
+        """Rewards [T, N] of a rollout on the CPU, scaled and clipped to ±clip, once its statistics are in.
+
+        `skipped`: steps that belong to no episode. All ranks must call it together.
+        """
+        if self.discounted is None:
+            self.discounted = torch.zeros(rewards.shape[1])
+        returns, self.discounted = discounted_returns(rewards, dones, self.discounted, gamma)
+        self.update(returns[~skipped][:, None].to(self.mean.device), fabric)
+        return (rewards / self.deviation.cpu()).clamp(-self.clip, self.clip)
 
 
 def make_normalizer(space: Box) -> RunningNormalizer:

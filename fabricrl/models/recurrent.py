@@ -69,12 +69,7 @@ class RecurrentCore(nn.Module):
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         self.parts = 2 if kind == "lstm" else 1
         self.state_size = self.parts * num_layers * hidden_size
-        self._layers = [
-            [getattr(self.rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-            for layer in range(num_layers)
-        ]
 
-    @torch.compiler.disable
     def forward(self, x: Tensor, states: Tensor, layout: Layout) -> Tensor:
         """A minibatch [B, I] whose sequences begin in `states` [S, state_size] → [B, H].
 
@@ -93,7 +88,9 @@ class RecurrentCore(nn.Module):
         x = self._encode(x)
         h, *c = state.view(len(state), self.parts, self.num_layers, self.hidden_size).unbind(1)
         after: list[list[Tensor]] = [[] for _ in range(self.parts)]
-        for layer, weights in enumerate(self._layers):
+        for layer in range(self.num_layers):
+            names = (f"{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            weights = [getattr(self.rnn, name) for name in names]
             if c:
                 x, cell = torch.lstm_cell(x, (h[:, layer], c[0][:, layer]), *weights)
                 after[1].append(cell)
@@ -109,15 +106,14 @@ class RecurrentCore(nn.Module):
 class Sequences:
     """A rollout cut into sequences: behind the end of each episode, and after every `length` steps.
 
-    Rows are counted environment by environment: step t of environment n is row n T + t.
+    Rows are counted environment by environment: step t of environment n is row n T + t. Steps that belong to no episode
+    are sequences of their own.
 
     Args:
         dones: [T, N], whether an episode ended with that step.
-        skipped: [T, N], steps that belong to no episode, each between two of them; no minibatch has them.
-        count: rows that minibatches are made of, at most; None: all that are not skipped.
     """
 
-    def __init__(self, dones: Tensor, length: int, skipped: Tensor | None = None, count: int | None = None) -> None:
+    def __init__(self, dones: Tensor, length: int) -> None:
         begins = np.ones((dones.shape[1], dones.shape[0]), dtype=bool)  # [N, T]
         begins[:, 1:] = dones.numpy().T[:, :-1]
         rows = np.arange(begins.size)
@@ -125,11 +121,6 @@ class Sequences:
         self._begins = since % length == 0
         self.first = np.flatnonzero(self._begins)
         self.lengths = np.diff(self.first, append=begins.size)
-        real = np.ones(begins.size, dtype=bool) if skipped is None else ~skipped.numpy().T.reshape(-1)
-        kept = real[self.first]
-        self.first, self.lengths = self.first[kept], self.lengths[kept]
-        self.rows = torch.from_numpy(np.flatnonzero(real))
-        self.num_rows = min(len(self.rows), begins.size if count is None else count)
 
     def in_order(self) -> Layout:
         """All rows as one minibatch."""
@@ -146,8 +137,7 @@ class Sequences:
         order = torch.randperm(len(self.first), generator=rng).numpy()
         first, lengths = self.first[order], self.lengths[order]
         places = np.cumsum(lengths) - lengths  # where each sequence begins in the new order
-        rows = np.repeat(first - places, lengths) + np.arange(len(self.rows))
-        rows = rows[: self.num_rows // count * count]  # all, unless steps were skipped
+        rows = np.repeat(first - places, lengths) + np.arange(len(self._begins))
         begins = np.isin(np.arange(len(rows)), places).reshape(count, -1)  # [M, B]
         begins[:, 0] = True
         return torch.from_numpy(rows.reshape(count, -1)), [_lay_out(minibatch) for minibatch in begins]

@@ -17,7 +17,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.collectives import TorchCollective
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
 from fabricrl.utils.launch import is_communication_error, one_line, own_rank, report
@@ -46,7 +45,7 @@ class Group:
     """Some of the ranks, as what is written for all of them sees Fabric: the trainers as a world of their own, or one
     rank alone.
 
-    `setup_module` averages gradients over the group by DistributedDataParallel; `all_reduce` sums over it. All
+    `setup` leaves gradients to `average_gradients`, which averages them over the group; `all_reduce` sums over it. All
     else is Fabric's: precision, backward, optimizers.
 
     Args:
@@ -63,14 +62,14 @@ class Group:
         self.global_rank = 0 if collective is None else collective.rank
         self.strategy = fabric.strategy
         self.process_group = None if collective is None else collective.group  # None where there is nobody else
-        self.autocast, self.backward, self.setup_optimizers = fabric.autocast, fabric.backward, fabric.setup_optimizers
+        self.autocast, self.backward = fabric.autocast, fabric.backward
 
-    def setup_module(self, module: nn.Module) -> nn.Module:
-        module = module.to(self.device)
-        if self._collective is not None and self.world_size > 1:
-            devices = None if self.device.type == "cpu" else [self.device]
-            module = DistributedDataParallel(module, devices, process_group=self._collective.group)
-        return _InPrecision(self._fabric, module)
+    def setup(self, module: nn.Module, *optimizers: Any) -> Any:
+        wrapped = _InPrecision(self._fabric, module.to(self.device))
+        return (wrapped, *optimizers) if optimizers else wrapped
+
+    def no_backward_sync(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def all_reduce(self, tensor: Tensor, reduce_op: str = "sum") -> Tensor:
         return tensor if self._collective is None else self._collective.all_reduce(tensor, reduce_op)
@@ -303,7 +302,7 @@ def player_device(args: Any, fabric: Fabric) -> torch.device:
     """
     there = args.player_device != "cuda" or torch.cuda.is_available()
     require(there, "player_device", args.player_device, "cpu: there is no GPU here")
-    return fabric.device if args.player_device is None else torch.device(args.player_device)
+    return fabric.device if args.player_device == "auto" else torch.device(args.player_device)
 
 
 def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step: int) -> Tensor:

@@ -121,9 +121,14 @@ class StopSignal:
         if not self.received:
             self.received, self._when = number, time.monotonic()
 
+    @property
+    def code(self) -> int:
+        """130 or 143 if this rank was asked to stop, else 0."""
+        return 128 + self.received if self.received else 0
+
     def exit_code(self, fabric: Fabric) -> int:
-        """130 or 143 if any rank was asked to stop, else 0; the same on all ranks, which call it together."""
-        return all_max(fabric, 128 + self.received if self.received else 0)
+        """The largest `code` of all ranks, which call it together."""
+        return all_max(fabric, self.code)
 
 
 @contextmanager

@@ -117,6 +117,11 @@ class Stopwatch:
         self._seconds = dict.fromkeys(names, 0.0)
         self._last = perf_counter()
 
+    def restart(self) -> None:
+        """Forgets what has passed."""
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._last = perf_counter()
+
     def lap(self, name: str) -> None:
         now = perf_counter()
         self._seconds[name] += now - self._last

@@ -1,8 +1,15 @@
 """Small collectives over all ranks; with one rank nothing happens."""
 
+from typing import Any
+
 import torch
+import torch.distributed._functional_collectives as functional_collectives
 from lightning.fabric import Fabric
 from torch import Tensor
+
+FEW = 4  # ranks
+# The name that it has from PyTorch 2.13 on, and the one before
+_gather = getattr(functional_collectives, "all_gather_single", None) or functional_collectives.all_gather_tensor
 
 
 def all_gather(fabric: Fabric, tensor: Tensor) -> Tensor:
@@ -45,11 +52,11 @@ def gather_rows(fabric: Fabric, rows: Tensor) -> Tensor:
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
 
-def average(fabric: Fabric, tensor: Tensor) -> None:
-    """Makes a tensor its mean over all ranks, or over those of a `Group`, in place, on its own device.
-
-    For gradients: without the barrier that Fabric's `all_reduce` has.
-    """
-    if fabric.world_size > 1:
-        torch.distributed.all_reduce(tensor, group=getattr(fabric, "process_group", None))
-        tensor /= fabric.world_size
+def mean_over_ranks(fabric: Fabric, vector: Tensor) -> Tensor:
+    """The mean of a vector over all ranks, or over those of a `Group`, by one collective that can be compiled."""
+    group: Any = getattr(fabric, "process_group", None) or torch.distributed.group.WORLD
+    if fabric.world_size <= FEW and vector.device.type == "cpu":  # one message each way; a sum takes two rounds of them
+        rows = _gather(vector, 0, group)
+        return functional_collectives.wait_tensor(rows).view(fabric.world_size, -1).mean(0)
+    total = functional_collectives.all_reduce(vector, "sum", group)
+    return functional_collectives.wait_tensor(total) / fabric.world_size

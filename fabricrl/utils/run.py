@@ -24,10 +24,10 @@ from fabricrl.utils.launch import failing_together
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.ranks import all_gather
-from fabricrl.utils.utils import keep_what_is_here
+from fabricrl.utils.utils import freeze_gc
 
 
-class Run:
+class RunFolder:
     """`logs/<algo>/<env_id>/<exp_name>_<seed>_<time>/`, or the folder of the run that is resumed.
 
     Attributes:
@@ -62,7 +62,7 @@ class Run:
             if self.fabric.global_rank == 0:
                 self._open_logs()
         atexit.register(self.close)
-        keep_what_is_here()
+        freeze_gc()
         self._started = self._stopped = time.perf_counter()
 
     @property

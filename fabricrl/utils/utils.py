@@ -4,11 +4,9 @@ import gc
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.utils.errors import ConfigError
-from fabricrl.utils.ranks import all_mean, all_sum
 
 ACT_STREAM, TRAIN_STREAM = 0, 1
 
@@ -26,7 +24,7 @@ def gae(
     its remaining value, γ V(final observation), has to be in `r_t` already.
 
     Args:
-        rewards, values, dones: [T, N], on the CPU; dones is 1 where an episode ended with that step.
+        rewards, values, dones: [T, N]; dones is 1 where an episode ended with that step.
         next_values: [N], the value of the observation after the last step.
 
     Returns:
@@ -34,44 +32,46 @@ def gae(
     """
     not_dones = 1.0 - dones.float()
     bootstrap = torch.cat((values[1:], next_values[None]))  # [T, N]
-    deltas = (rewards + gamma * not_dones * bootstrap - values).numpy()
-    decay = (gamma * gae_lambda * not_dones).numpy()
-    advantages = np.empty_like(deltas)
-    advantage = np.zeros_like(deltas[0])
-    for t in range(len(deltas) - 1, -1, -1):  # NumPy: a step costs a third of what it costs in torch at this size
-        advantage = deltas[t] + decay[t] * advantage
-        advantages[t] = advantage
-    result = torch.from_numpy(advantages)
-    return result, result + values
+    deltas = rewards + gamma * not_dones * bootstrap - values
+    advantages = discounted_sums(deltas, gamma * gae_lambda * not_dones)
+    return advantages, advantages + values
 
 
-def discounted_sums(rewards: Tensor, dones: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Running discounted reward G_t = r_t + γ G_{t−1}, restarted after every episode.
+def discounted_sums(deltas: Tensor, decay: Tensor) -> Tensor:
+    """A_t = δ_t + c_t A_{t+1} for δ and c [T, N], from A_T = 0; [T, N]."""
+    if deltas.device.type == "cpu":
+        steps, factors = deltas.numpy(), decay.numpy()
+        sums, running = np.empty_like(steps), np.zeros_like(steps[0])
+        for t in range(len(steps) - 1, -1, -1):  # NumPy: a step costs a third of what it costs in torch at this size
+            running = steps[t] + factors[t] * running
+            sums[t] = running
+        return torch.from_numpy(sums)
+    # Doubling: after k rounds, sums reach over 2^k steps. log T rounds in place of T kernels one after the other
+    reaching, left, reach = deltas.clone(), decay.clone(), 1
+    while reach < len(deltas):
+        reaching[:-reach] += left[:-reach] * reaching[reach:].clone()
+        left[:-reach] *= left[reach:].clone()
+        left[-reach:] = 0.0
+        reach *= 2
+    return reaching
+
+
+def discounted_returns(rewards: Tensor, dones: Tensor, before: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Running discounted return G_t = r_t + γ G_{t−1}, from zero after every episode.
 
     Args:
         rewards, dones: [T, N].
-        carry: [N], γ-discounted sum up to the step before the first (0 after an episode's end).
+        before: [N], γ G of the step before the first; 0 after an episode's end.
 
     Returns:
-        the sums [T, N] and the carry [N] for the next rollout.
+        the returns [T, N], and `before` [N] of the next rollout.
     """
     steps, cut = rewards.numpy(), 1.0 - dones.float().numpy()
-    running, sums = carry.numpy(), np.empty_like(steps)
+    running, returns = before.numpy(), np.empty_like(steps)
     for t in range(len(steps)):
-        sums[t] = running = steps[t] + gamma * running
+        returns[t] = running = steps[t] + gamma * running
         running = running * cut[t]
-    return torch.from_numpy(sums), torch.from_numpy(running)
-
-
-def normalize_rows(fabric: Fabric, rows: Tensor) -> Tensor:
-    """Each row [M, B] minus its mean, over its standard deviation, with the moments of that row on all ranks.
-
-    The moments are global so that W ranks with B elements each do what one rank with W B elements does.
-    """
-    count = rows.shape[1] * fabric.world_size
-    mean = all_mean(fabric, rows.mean(1, keepdim=True))
-    square = all_sum(fabric, (rows - mean).square().sum(1, keepdim=True))
-    return (rows - mean) / ((square / (count - 1)).sqrt() + 1e-8)
+    return torch.from_numpy(returns), torch.from_numpy(running)
 
 
 def anneal(initial: float, progress: float, enabled: bool) -> float:
@@ -79,8 +79,13 @@ def anneal(initial: float, progress: float, enabled: bool) -> float:
     return initial * (1.0 - progress) if enabled else initial
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var[returns − values] / Var[returns]: 1 is a perfect critic, 0 predicts the mean. NaN if they are equal."""
+def explained_variance(values: Tensor, returns: Tensor, counts: Tensor | None = None) -> Tensor:
+    """1 − Var[returns − values] / Var[returns]: 1 is a perfect critic, 0 predicts the mean. NaN if they are equal.
+
+    Of the rows that count, where some do not.
+    """
+    if counts is not None:
+        values, returns = values[counts > 0], returns[counts > 0]
     variance = returns.var(correction=0)
     return torch.where(variance == 0, torch.nan, 1 - (returns - values).var(correction=0) / variance)
 
@@ -107,8 +112,8 @@ def env_seeds(seed: int, rank: int, num_envs: int, global_step: int = 0) -> list
     return [first + i for i in range(num_envs)]
 
 
-def keep_what_is_here() -> None:
-    """Spares Python's garbage collector what stays for good; to search it again and again costs 3 % of SAC's update."""
+def freeze_gc() -> None:
+    """Freezes long-lived objects: to search them again and again costs 3 % of SAC's update."""
     gc.collect()
     gc.freeze()
 

@@ -1,12 +1,15 @@
 """DroQ's agent: SAC's actor and temperature, with critics of its own."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fabricrl.algos.sac.agent import SACAgent
+from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent
+from fabricrl.algos.sac.agent import make_agent as make_sac_agent
 from fabricrl.models.models import draw_dropped
+
+__all__ = ["ACTION_SPACES", "DroQAgent", "make_agent"]
 
 
 class DroQAgent(SACAgent):
@@ -16,10 +19,21 @@ class DroQAgent(SACAgent):
     comes from outside, as noise does: see `drop`.
     """
 
-    def drop(self, passes: int, rows: int, generator: torch.Generator) -> list[Sequence[Tensor]]:
-        """For each of so many forward passes of the critics over batches of so many rows, what it drops."""
-        rate, device = self.critics.dropout, self.log_alpha.device
-        units = [layer.shape[0] * layer.shape[2] * rows for layer in self.critics.hidden_weights]
-        if rate == 0 or not units:
-            return [()] * passes
-        return list(zip(*(draw_dropped(rate, passes, count, generator, device) for count in units), strict=True))
+    def drop(self, passes: int, rows: int, generator: torch.Generator) -> list[list[Tensor]]:
+        """What each of so many forward passes of the critics over batches of so many rows drops: a mask [C, B, H] for
+        each hidden layer."""
+        critics, device = self.critics, self.log_alpha.device
+        if critics.dropout == 0:
+            return [[] for _ in range(passes)]
+        shapes = [(critics.count, rows, width) for width in critics.hidden_sizes]
+        sizes = [count * rows * width for count, rows, width in shapes] * passes
+        masks = draw_dropped(critics.dropout, (sum(sizes),), generator).to(device).split(sizes)
+        drawn = iter(masks)
+        return [[next(drawn).view(shape) for shape in shapes] for _ in range(passes)]
+
+
+def make_agent(args: Any, envs: Any) -> DroQAgent:
+    """The agent that `args` describe, for these environments."""
+    agent = make_sac_agent(args, envs, DroQAgent, dropout=args.dropout, layer_norm=args.layer_norm)
+    assert isinstance(agent, DroQAgent)
+    return agent

@@ -5,163 +5,146 @@
     lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/droq/droq.py --env-id HalfCheetah-v4
 
 Everything but the update is SAC's. Shapes: N environments of a rank, W ranks, D observation size, A action size,
-C critics, S environment steps that updates are due for, K critic updates, B rows of a batch.
+C critics, H units of a hidden layer, S environment steps that updates are due for, K critic updates, B rows of a batch.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fabricrl.algos.args import parse
+from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.droq.utils import ACTION_SPACES, make_agent
-from fabricrl.algos.sac.learner import Learner, compile_ahead
-from fabricrl.algos.sac.sac import rollout
-from fabricrl.algos.sac.utils import UpdateSchedule, check_room, make_buffer, restore_buffer
-from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.spaces import describe
-from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
-from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
-from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
-from fabricrl.utils.run import Run, rank_generators, restore_generators
-from fabricrl.utils.utils import env_seeds, generators, require
+from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
+from fabricrl.algos.run import Run, parse, run_script
+from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
+from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, rollout, setup
+from fabricrl.data import Batch
+from fabricrl.utils.model import frozen, polyak_update
+from fabricrl.utils.optimizer import average_gradients
 
 
-def train(learner: Learner, batches: dict[str, Tensor], steps: int, rng: torch.Generator, args: DroQArgs) -> None:
+def update_critics(
+    run: Run, learner: Learner, batch: Batch, noise: Tensor, dropped: list[Tensor], target_dropped: list[Tensor]
+) -> Tensor:
+    """One optimizer step of the critics, and one of their targets (Algorithm 2, lines 5–9), on a batch [B, ...].
+
+    Args:
+        noise: [B, A].
+        dropped, target_dropped: what dropout sets to zero, as `DroQAgent.drop` draws it.
+
+    Returns CRITIC_METRICS, [2].
+    """
+    agent, actor, critics, _, optimizer = learner
+    with torch.no_grad(), run.fabric.autocast():
+        next_actions, next_logprobs = agent.head.sample_with_logprob(actor(batch.next_obs), noise)  # a' ~ π(·|s')
+        next_q = agent.target_critics(batch.next_obs, next_actions, dropped=target_dropped)  # [C, B]
+        targets = td_target(batch.rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
+    q = critics(batch.obs, batch.actions, dropped=dropped)  # [C, B]
+    loss = critic_loss(q, targets)
+
+    optimizer.zero_grad()
+    run.fabric.backward(loss)
+    metrics = average_gradients(run.fabric, optimizer, torch.stack((loss, q.mean())))  # over ranks, in one message
+    optimizer.step()
+    polyak_update(agent.target_critics, agent.critics, run.args.tau)
+    return metrics
+
+
+def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor, dropped: list[Tensor]) -> Tensor:
+    """One optimizer step of actor and temperature (line 10), up the mean of the critics: ACTOR_METRICS, [4]."""
+    agent, actor, critics, optimizer, _ = learner
+    actions, logprobs = agent.head.sample_with_logprob(actor(obs), noise)  # [B, A], [B]
+    with frozen(agent.critics):
+        q = critics(obs, actions, dropped=dropped).mean(0)  # [B]
+    alpha, entropy = agent.alpha, -logprobs.mean()
+    pi_loss = actor_loss(q, logprobs, alpha)
+    temperature_loss = alpha_loss(agent.log_alpha, entropy, agent.target_entropy)
+
+    optimizer.zero_grad()
+    run.fabric.backward(pi_loss + temperature_loss)
+    metrics = average_gradients(run.fabric, optimizer, torch.stack((pi_loss, temperature_loss, entropy, alpha)))
+    optimizer.step()
+    return metrics
+
+
+def train(
+    run: Run,
+    learner: Learner,
+    step_critics: Callable[..., Tensor],
+    step_actor: Callable[..., Tensor],
+    batches: Batch,
+    steps: int,
+) -> None:
     """The update of Algorithm 2: for each environment step its share of critic updates (lines 4–9), then one update of
-    actor and temperature (line 10) on a batch of its own. `learner.metrics` tells the losses.
+    actor and temperature (line 10) on a batch of its own.
 
     Args:
         batches: [K + S, B, ...], as sampled; the last S are the actor's.
         steps: S.
     """
-    batches = learner.prepare(batches)
-    agent, updates = learner.agent, len(batches["rewards"]) - steps  # K
-    noise = agent.head.noise(batches["rewards"].shape, rng).to(learner.fabric.device)  # [K + S, B, A]
-    dropped = iter(agent.drop(2 * updates + steps, args.batch_size, rng))
+    agent, device = learner.agent, run.fabric.device
+    batches = agent.prepared(batches.to(device))
+    count, size = len(batches) - steps, run.args.batch_size  # K, B
+    noise = agent.head.noise((len(batches), size), run.train_rng).to(device)  # [K + S, B, A]
     for step in range(steps):
-        share = slice(updates * step // steps, updates * (step + 1) // steps)
-        # The actor stands still meanwhile, so that one forward gives the next actions of all these batches
-        minibatches = learner.next_actions({name: column[share] for name, column in batches.items()}, noise[share])
-        for minibatch in zip(*minibatches.values(), strict=True):
-            batch = dict(zip(minibatches, minibatch, strict=True))
-            learner.update_critics(batch, next(dropped), next(dropped))
-            learner.update_targets()
-        row = updates + step
-        learner.update_actor(batches["obs"][row], noise[row], next(dropped))
+        for i in range(count * step // steps, count * (step + 1) // steps):
+            dropped, target_dropped = agent.drop(2, size, run.train_rng)
+            run.note(CRITIC_METRICS, step_critics(batches[i], noise[i], dropped, target_dropped))
+        (dropped,), row = agent.drop(1, size, run.train_rng), count + step
+        run.note(ACTOR_METRICS, step_actor(batches.obs[row], noise[row], dropped))
 
 
 def main() -> int:
     args = parse(DroQArgs, "droq")
-    video_mode = "rgb_array" if args.capture_video else None
-    obs_space, action_space = check_env(args, ACTION_SPACES, video_mode, bounded=True)
-    spaces = describe(obs_space, action_space)
-    state, resumed = load_checkpoint(args.resume, "droq") if args.resume else ({}, None)
-    global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
+    with Run(args, "droq", ACTION_SPACES, bounded=True) as run:
+        schedule = make_schedule(run)
 
-    # --- Fabric, seed, run folder
-    stop = StopSignal()
-    fabric = launch(args)
-    batch_size = args.num_envs * fabric.world_size  # steps an iteration takes
-    require(batch_size <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {batch_size}")
-    if state:
-        check_batch(state, args, fabric.world_size)
-        check_spaces(state["spaces"], spaces)
-    with failing_together(fabric):
-        schedule = UpdateSchedule(args, fabric)
-        check_room(args, obs_space, action_space, fabric)
-    run = Run(fabric, args, "droq", resumed, global_step)
-    act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
+        # --- Environments
+        envs = run.make_envs()
 
-    # --- Environments
-    with failing_together(fabric):
-        rb = make_buffer(args, obs_space, action_space, fabric, run.folder)
-        envs = make_envs(args, fabric.global_rank, run.videos)
+        # --- Agent and optimizers
+        agent = make_agent(args, envs)
+        learner = setup(run, agent)
+        step_critics = run.compiled(partial(update_critics, run, learner))
+        step_actor = run.compiled(partial(update_actor, run, learner))
 
-    # --- Agent and optimizers
-    player = make_agent(args, envs)  # acts and evaluates; the learner trains it
-    learner = Learner(fabric, player, args, mean_over_critics=True)
+        # --- Buffer
+        rb = make_buffer(run)
 
-    # --- Metrics
-    episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+        # --- Counters
+        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+        restore_replay(run, rb, schedule)
+        if run.records:
+            with run.rehearsal():
+                train(run, learner, step_critics, step_actor, rb.sample(2, args.batch_size, run.train_rng), 1)
+        rb.start(run.reset())
 
-    # --- Counters
-    if state:
-        with failing_together(fabric), reading(resumed):
-            restore(player, state["agent"])
-            learner.load_state_dict(state["learner"])
-            episodes.load_state_dict(state["episodes"])
-            refill = not restore_buffer(rb, state, resumed, args, fabric)
-            schedule.load_state_dict(state["schedule"], global_step, refill)
-            restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-            run.best_return = state["best_return"]
-    if args.compile:
-        updates = max(int(args.replay_ratio), 1)
-        for seed in range(2):  # how much is dropped varies, which the second call shows to the compiler
-            dropped = player.drop(3, args.batch_size, torch.Generator().manual_seed(seed))
-            compile_ahead(learner, updates, dropped)
+        for step in run.iterations(args.num_envs):
+            # 1. Rollout
+            rollout(run, run.player(agent), envs, rb, schedule.explores(step))
+            if agent.obs_normalizer is not None:
+                agent.obs_normalizer.update(rb.newest_obs().to(run.fabric.device), run.fabric)
 
-    run.start()
-    clock = Stopwatch("env", "act", "train", "comm", "log")
-    with failing_together(fabric):
-        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
-        rb.start(obs)
-        if problem := rb.first_bad():
-            raise NonFiniteError(problem)
-    check_ranks(fabric, player, rb.newest_obs())
+            # 2. Sample
+            steps = min(max(run.global_step - schedule.starts, 0), run.global_step - step)  # that updates are due for
+            _, count = schedule.take(run.global_step)
+            if steps:
+                batches = rb.sample(count + steps, args.batch_size, run.train_rng)
 
-    while global_step + batch_size <= args.total_timesteps:
-        # 1. Rollout
-        with failing_together(fabric):
-            rollout(player, envs, rb, episodes, act_rng, schedule.explores(global_step), clock)
-        clock.lap("comm")
-        global_step += batch_size
-        if player.obs_normalizer is not None:
-            player.obs_normalizer.update(rb.newest_obs().to(fabric.device), fabric)
+                # 3. Update
+                train(run, learner, step_critics, step_actor, batches, steps)
+            run.clock.lap("train")
 
-        # 2. Sample
-        steps = min(max(global_step - schedule.starts, 0), batch_size)  # that updates are due for
-        _, updates = schedule.take(global_step)
-        batches = rb.sample(updates + steps, args.batch_size, train_rng) if steps else {}
+            # 4. Log
+            run.record_step()
+            if run.log_is_due:
+                run.log({"charts/learning_rate": args.policy_lr})
 
-        # 3. Update
-        if steps:
-            train(learner, batches, steps, train_rng, args)
-        clock.lap("train")
-
-        # 4. Log
-        exit_code = stop.exit_code(fabric)
-        last = exit_code > 0 or global_step + batch_size > args.total_timesteps
-        saves = run.wants_checkpoint(global_step, last)
-        clock.lap("comm")
-        if run.wants_log(global_step, last) or saves or learner.wants_check:
-            episodes.flush(fabric)
-            with failing_together(fabric):
-                losses.update(learner.metrics())
-        run.advance(global_step, episodes.mean_return)
-        if run.wants_log(global_step, last):
-            charts = {"charts/learning_rate": args.policy_lr, "charts/SPS": run.sps(global_step)}
-            run.log(charts | episodes.compute() | losses.compute() | clock.shares(), global_step)
-
-        # 5. Checkpoint
-        if saves:
-            state = {
-                "spaces": spaces,
-                "agent": player.state_dict(),
-                "learner": learner.state_dict(),
-                "schedule": schedule.state_dict(),
-                "episodes": episodes.state_dict(),
-                "generators": rank_generators(fabric, act_rng, train_rng),
-            }
-            run.save(global_step, episodes.mean_return, state, rb.state_dict() if args.checkpoint_buffer else None)
-        clock.lap("log")
-        if exit_code:
-            break
-
-    # --- Close
-    envs.close()
-    run.finish(global_step, episodes)
-    return exit_code
+            # 5. Checkpoint
+            run.checkpoint(rb, schedule=schedule)
+    return run.exit_code
 
 
 if __name__ == "__main__":

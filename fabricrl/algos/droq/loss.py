@@ -4,7 +4,7 @@
     line 8   critic_loss   mean( ½ (Q_i(s, a) − y)² ) for each critic, by critics with dropout
     line 10  actor_loss    mean( α log π(a|s) − Σ_i Q_i(s, a) / C ): the mean of the critics, not their minimum
 
-`Learner`, in sac/learner.py, is where they are used. The temperature is not in the algorithm, which takes it as given;
+The temperature is not in the algorithm, which takes it as given;
 its experiments learn it as SAC does.
 """
 

@@ -1,13 +1,17 @@
 """Actor, critic, encoder and normalisers of PPO: a plain module that knows neither Fabric nor environments."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from gymnasium.spaces import Box, Space
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete, Space
 from torch import Tensor, nn
 
 from fabricrl.models.distributions import make_head
-from fabricrl.models.models import MLP, RunningNormalizer, make_encoder, make_normalizer, normalized
+from fabricrl.models.models import MLP, RewardNormalizer, make_encoder, make_normalizer, normalized
+from fabricrl.utils.batch import Batch
+
+ACTION_SPACES = (Discrete, MultiDiscrete, MultiBinary, Box)
 
 
 class PPOAgent(nn.Module):
@@ -47,16 +51,17 @@ class PPOAgent(nn.Module):
         self.frame_stack = frame_stack
         self.obs_shape = (frame_stack, *obs_space.shape) if frame_stack > 1 else obs_space.shape
         self.obs_dtype = torch.float32 if self.encoder is None else torch.uint8
+        self.rows_at_once = None if self.encoder is None else 256  # of a rollout; None: all
         num_features = obs_space.shape[0] if self.encoder is None else self.encoder.num_features
         self.actor = MLP(num_features, self.head.size, hidden_sizes, activation, gain=0.01)
         self.critic = MLP(num_features, 1, hidden_sizes, activation, gain=1.0)
         self.obs_normalizer = make_normalizer(obs_space) if norm_obs else None
-        self.reward_normalizer = RunningNormalizer(1) if norm_reward else None
+        self.reward_normalizer = RewardNormalizer() if norm_reward else None
 
-    def forward(self, inputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Prepared observations [B, ...] and actions [B, A] → log π(a|s), entropy, value; each [B]."""
-        features = self.features(inputs)
-        logprobs, entropy = self.head.evaluate(self.actor(features), actions)
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Prepared observations `obs` [B, ...] and `actions` [B, A] → log π(a|s), entropy, value; each [B]."""
+        features = self.features(batch.obs)
+        logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions)
         return logprobs, entropy, self.critic(features).squeeze(-1)
 
     def prepare(self, obs: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ class PPOAgent(nn.Module):
 
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Draws actions [N, A] at raw observations [N, ...], from noise of `head.noise`. Only what acting needs."""
-        return self.head.sample(self.actor.forward(self.features(self.prepare(obs))), noise)
+        return self.head.sample(self.actor(self.features(self.prepare(obs))), noise)
 
     def greedy(self, obs: Tensor) -> Tensor:
         """The most likely actions [N, A] at raw observations [N, ...]."""
@@ -83,7 +88,17 @@ class PPOAgent(nn.Module):
         """V(s) [N] at prepared observations [N, ...]."""
         return self.critic(self.features(inputs)).squeeze(-1)
 
-    @torch.no_grad()
-    def scale_rewards(self, rewards: Tensor) -> Tensor:
-        """Rewards as the critic learns them: divided by the running deviation of the discounted return."""
-        return rewards if self.reward_normalizer is None else self.reward_normalizer.scale(rewards)
+
+def make_agent(args: Any, envs: Any) -> PPOAgent:
+    """The agent that `args` describe, for these environments."""
+    return PPOAgent(
+        envs.single_observation_space,
+        envs.single_action_space,
+        args.hidden_sizes,
+        args.activation,
+        args.log_std_init,
+        args.norm_obs,
+        args.norm_reward,
+        args.frame_stack,
+        args.cnn_features,
+    )

@@ -1,23 +1,41 @@
-"""The losses of PPO (Schulman et al. 2017, arXiv:1707.06347v2): tensors in, scalars out."""
+"""The losses of PPO (Schulman et al. 2017, arXiv:1707.06347v2): tensors in, scalars out.
+
+Where some rows of a minibatch do not count, `weights` [B] of all rows stand in for the 1/B of the mean.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The mean of [B], or the sum weighted by `weights` [B]."""
+    return values.mean() if weights is None else (values * weights).sum()
+
+
+def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: Any, weights: Tensor | None = None) -> Tensor:
     """Clipped surrogate objective, negated (Eq. 7), with r = π_new(a|s) / π_old(a|s) = e^logratio.
 
         L = −mean( min( r A, clip(r, 1 − ε, 1 + ε) A ) )
 
     Args:
         logratio, advantages: [B].
-        clip_coef: ε, a number or, for compiled code, a scalar tensor.
+        clip_coef: ε, a number or a scalar tensor.
     """
     ratio = logratio.exp()
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -mean(torch.min(ratio * advantages, clipped * advantages), weights)
 
 
-def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_coef: float, clip_vloss: bool) -> Tensor:
+def value_loss(
+    new_values: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    clip_coef: Any,
+    clip_vloss: bool,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Half the mean squared error (Eq. 9), of the worse of the new value and its clipped change.
 
         L = ½ mean( max( (V − R)², (V_old + clip(V − V_old, −ε, ε) − R)² ) )
@@ -28,22 +46,29 @@ def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_coef: f
     if clip_vloss:
         clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
         errors = torch.max(errors, (clipped - returns).square())
-    return 0.5 * errors.mean()
+    return 0.5 * mean(errors, weights)
 
 
-def entropy_loss(entropy: Tensor) -> Tensor:
+def entropy_loss(entropy: Tensor, weights: Tensor | None = None) -> Tensor:
     """−mean(H): minimising it keeps the policy random (the bonus S of Eq. 9). [B]."""
-    return -entropy.mean()
+    return -mean(entropy, weights)
 
 
 @torch.no_grad()
-def approx_kl(logratio: Tensor) -> Tensor:
+def approx_kl(logratio: Tensor, weights: Tensor | None = None) -> Tensor:
     """KL(π_old ‖ π_new) ≈ mean(r − 1 − log r) over samples of π_old: unbiased and never negative (k3 of Schulman 2020,
     joschu.net/blog/kl-approx.html)."""
-    return (logratio.exp() - 1 - logratio).mean()
+    return mean(logratio.exp() - 1 - logratio, weights)
 
 
 @torch.no_grad()
-def clip_fraction(logratio: Tensor, clip_coef: float) -> Tensor:
+def clip_fraction(logratio: Tensor, clip_coef: Any, weights: Tensor | None = None) -> Tensor:
     """Share of samples whose ratio lies outside 1 ± ε."""
-    return ((logratio.exp() - 1).abs() > clip_coef).float().mean()
+    return mean(((logratio.exp() - 1).abs() > clip_coef).to(logratio.dtype), weights)
+
+
+@torch.no_grad()
+def policy_metrics(logratio: Tensor, clip_coef: Any, weights: Tensor | None = None) -> Tensor:
+    """How far the policy has moved: the mean of −log r, its `approx_kl`, and its `clip_fraction`; [3]."""
+    kl, clipfrac = approx_kl(logratio, weights), clip_fraction(logratio, clip_coef, weights)
+    return torch.stack((-mean(logratio, weights), kl, clipfrac))

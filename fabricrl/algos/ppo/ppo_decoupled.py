@@ -20,18 +20,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from gymnasium.spaces import Space
-from torch import Tensor, nn
+from torch import Tensor
 
-from fabricrl.algos.args import parse
-from fabricrl.algos.ppo.agent import PPOAgent
+from fabricrl.algos.ppo.agent import ACTION_SPACES, PPOAgent, make_agent
 from fabricrl.algos.ppo.args import PRESETS, PPODecoupledArgs
-from fabricrl.algos.ppo.ppo import Objective, compile_ahead, returns_and_advantages, rollout, train
-from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent
-from fabricrl.data.buffers import RolloutBuffer
-from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.spaces import describe
-from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore, restore_optimizer
+from fabricrl.algos.ppo.ppo import METRICS, returns_and_advantages, rollout, train, train_epoch, update
+from fabricrl.algos.run import Run, parse, run_script
+from fabricrl.data import Batch, RolloutBuffer
 from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
@@ -44,6 +39,7 @@ from fabricrl.utils.decoupled import (
     Channel,
     Group,
     Messages,
+    Packet,
     Trainers,
     await_player,
     before_the_player,
@@ -54,251 +50,188 @@ from fabricrl.utils.decoupled import (
     telling,
     with_player,
 )
-from fabricrl.utils.launch import StopSignal, failing_together, launch, run_script
-from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
-from fabricrl.utils.model import FlatParameters
-from fabricrl.utils.run import Run, rank_generators, restore_generators
-from fabricrl.utils.utils import anneal, env_seeds, explained_variance, generators, keep_what_is_here, require
+from fabricrl.utils.metric import MeanMetrics, Stopwatch
+from fabricrl.utils.optimizer import Adam
+from fabricrl.utils.run import rank_generators
+from fabricrl.utils.utils import anneal, explained_variance, freeze_gc, require
 
-DATA = ("obs", "actions", "logprobs", "values", "advantages", "returns")  # of a share, [B, ...]
-METRICS = tuple(
-    f"losses/{name}" for name in ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-)
+ROWS = ("advantages", "returns", "values", "logprobs", "counts")  # of a share, [B]
 
 
-def make_messages(agent: PPOAgent, flat: FlatParameters, count: int, args: PPODecoupledArgs) -> Messages:
+def make_messages(agent: PPOAgent, optimizer: Adam, count: int, args: PPODecoupledArgs) -> Messages:
     """The packets that `count` trainers and their player exchange."""
-    share = args.num_steps * args.num_envs // count  # B
+    share, flat = args.num_steps * args.num_envs // count, optimizer.flat  # B
     vector, states = (flat.vector.shape, torch.float32), (count, 2, *torch.get_rng_state().shape)
-    data: dict[str, Any] = HEADER | {"save": INTEGER, "rows": INTEGER}
+    data: dict[str, Any] = HEADER | {"save": INTEGER, "skips": INTEGER}
     data |= dict.fromkeys(("learning_rate", "clip_coef", "ent_coef"), REAL)
-    data |= dict.fromkeys(("advantages", "returns", "values", "logprobs"), ((share,), torch.float32))
+    data |= dict.fromkeys(ROWS, ((share,), torch.float32))
     data["obs"] = (share, *agent.obs_shape), agent.obs_dtype
     data["actions"] = (share, agent.head.num_actions), agent.head.dtype
     answer = REPORT | {"losses": ((2, len(METRICS)), torch.float64), "weights": vector}
-    optimizer = {"step": ((), torch.float32), "exp_avg": vector, "exp_avg_sq": vector}
-    optimizer["generators"] = states, torch.uint8
-    return Messages({"D": data, "W": answer, "O": optimizer}, count, args.max_lag)
+    moments = {"exp_avg": vector, "exp_avg_sq": vector, "steps": (flat.steps.shape, torch.float32)}
+    return Messages({"D": data, "W": answer, "O": moments | {"generators": (states, torch.uint8)}}, count, args.max_lag)
 
 
-def divide(data: dict[str, Any], count: int, room: int) -> Iterator[dict[str, Tensor]]:
-    """Every `count`-th row of the rollout for each trainer; as many for all, filled up to `room` if steps were skipped.
+def divide(data: Batch, count: int) -> Iterator[dict[str, Tensor]]:
+    """Every `count`-th row of the rollout for each trainer.
 
     What frames an observation is made of is put together here: it travels as it is seen.
     """
-    rows = len(data["returns"]) // count
+    counts = torch.ones_like(data.advantages) if data.counts is None else data.counts
     for rank in range(count):
-        share = {name: column[rank::count][:rows] for name, column in data.items()}
-        if rows < room:
-            for name, column in share.items():
-                share[name] = torch.cat((column, column.new_zeros(room - rows, *column.shape[1:])))
-        yield share
+        yield {name: column[rank::count] for name, column in data.with_columns(counts=counts).columns.items()}
 
 
-def collect(trainers: Trainers, most: int, flat: FlatParameters, losses: MeanMetrics) -> None:
+def collect(trainers: Trainers, most: int, optimizer: Adam, losses: MeanMetrics) -> None:
     """Takes losses, and the weights to act with, until the player is `most` iterations ahead."""
     for answer in trainers.collect(most):
         for tag, total, count in zip(METRICS, *answer["losses"].clone(), strict=True):
             losses.add(tag, total, int(count))
-        flat.vector.data.copy_(answer["weights"])
+        optimizer.flat.vector.copy_(answer["weights"])
 
 
-def player(args: PPODecoupledArgs, spaces: dict[str, str], fabric: Group, trainers: Trainers, stop: StopSignal) -> int:
+def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
     """ppo.py's main(), whose line `train(...)` is messages."""
-    state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
-    global_step, exit_code = state.get("global_step", 0), 0  # environment steps
+    with run:
+        # --- Environments
+        envs = run.make_envs()
 
-    # --- Fabric, seed, run folder
-    batch_size = args.num_steps * args.num_envs * fabric.world_size  # steps an iteration takes
-    require(batch_size <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {batch_size}")
-    if state:
-        check_batch(state, args, fabric.world_size)
-        check_spaces(state["spaces"], spaces)
-    run = Run(fabric, args, "ppo", resumed, global_step)
-    act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
+        # --- Agent, and the optimizer's state for checkpoints
+        agent = make_agent(args, envs)
+        model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
 
-    # --- Environments
-    with failing_together(fabric):
-        envs = make_envs(args, fabric.global_rank, run.videos)
-
-    # --- Agent, and the optimizer's state for checkpoints
-    player = make_agent(args, envs)
-    player.to(fabric.device)
-    flat = FlatParameters(player)
-    adam = torch.optim.Adam([flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda"))
-    optimizer = fabric.setup_optimizers(adam)
-
-    # --- Metrics and buffer
-    episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
-    obs_space, head = envs.single_observation_space, player.head
-    rb = RolloutBuffer(args.num_steps, args.num_envs, obs_space, head.num_actions, head.dtype, args.frame_stack)
-    carry = torch.zeros(args.num_envs)  # discounted reward so far, [N]
-
-    # --- Counters
-    if state:
-        with reading(resumed):
-            restore(player, state["agent"])
-            restore_optimizer(optimizer, state["optimizer"])
-            episodes.load_state_dict(state["episodes"])
-            restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-            run.best_return = state["best_return"]
-
-    run.start()
-    clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
-    with failing_together(fabric):
-        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
-    rb.start(obs)
-    trainers.begin(make_messages(player, flat, trainers.count, args), player)  # -> [H]
-    lag = 0  # most that a rollout's policy was behind since the last entry
-
-    while global_step + batch_size <= args.total_timesteps:
-        # 1. Rollout
-        lag = max(lag, len(trainers.ahead))
-        with failing_together(fabric):
-            rollout(player, envs, rb, act_rng, clock)
-        clock.lap("comm")
-        global_step += batch_size
-
-        # 2. Returns and advantages
-        data, carry = returns_and_advantages(player, rb, carry, args, fabric)
-
-        # 3. Update
-        progress = (global_step - batch_size) / args.total_timesteps
-        learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
-        clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
-        ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        exit_code = stop.exit_code(fabric)
-        exit_code = max(exit_code, trainers.signal)
-        last = exit_code > 0 or global_step + batch_size > args.total_timesteps
-        saves = run.wants_checkpoint(global_step, last)
-        clock.lap("train")
-        collect(trainers, max(args.max_lag, 1) - 1, flat, losses)  # <- [W]
-        clock.lap("wait_player")
-        coefs = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
-        shares = divide(data, trainers.count, batch_size // trainers.count)
-        trainers.send(shares, save=saves, rows=len(data["returns"]) // trainers.count, **coefs)  # -> [D]
-        clock.lap("comm")
-        collect(trainers, 0 if last or saves else args.max_lag, flat, losses)  # <- [W]
-        clock.lap("wait_player")
-        if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
-            player.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(fabric.device), fabric)
-        clock.lap("train")
-
-        # 4. Log
-        episodes.update(fabric, rb.rewards, rb.ends, rb.skipped)
-        run.advance(global_step, episodes.mean_return)
-        if run.wants_log(global_step, last):
-            charts = {"charts/learning_rate": learning_rate, "charts/SPS": run.sps(global_step)}
-            charts["losses/explained_variance"] = explained_variance(data["values"], data["returns"]).item()
-            charts |= {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}
-            run.log(charts | episodes.compute() | losses.compute() | clock.shares(), global_step)
-            lag = 0
-
-        # 5. Checkpoint
-        if saves:
-            stored = trainers.receive("O")  # <- [O]
-            moments = {name: stored.tensors[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: moments}})
-            state = {
-                "spaces": spaces,
-                "agent": player.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "episodes": episodes.state_dict(),
-                "generators": with_player(stored["generators"], act_rng, args.seed, global_step),
-            }
-            run.save(global_step, episodes.mean_return, state)
-        clock.lap("log")
-        if exit_code:
-            break
-        rb.start()
-
-    # --- Close
-    trainers.dismiss(STOP, exit_code)  # -> [D]
-    envs.close()
-    run.finish(global_step, episodes)
-    return exit_code
-
-
-def trainer(
-    args: PPODecoupledArgs, spaces: tuple[Space, Space], fabric: Group, channel: Channel, stop: StopSignal
-) -> int:
-    """The line `train(...)` of ppo.py's main(), for as long as the player wants it."""
-    with before_the_player(channel):
-        state, resumed = load_checkpoint(args.resume, "ppo") if args.resume else ({}, None)
-        act_rng, train_rng = generators(args.seed, fabric.global_rank, state.get("global_step", 0))
-
-        # --- Agent and optimizer
-        agent = make_agent(args, SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1]))
-        objective: nn.Module = Objective(agent, args)
-        objective = fabric.setup_module(torch.compile(objective) if args.compile else objective)
-        flat = FlatParameters(agent)
-        adam = torch.optim.Adam(
-            [flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda")
-        )
-        optimizer = fabric.setup_optimizers(adam)
-        messages = make_messages(agent, flat, fabric.world_size, args)
+        # --- Buffer
+        shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
+        rb = RolloutBuffer(*shape, args.frame_stack, run.skips)
 
         # --- Counters
-        if state:
-            with reading(resumed):
-                restore(agent, state["agent"])
-                restore_optimizer(optimizer, state["optimizer"])
-                restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-        if args.compile:
-            minibatch_size = args.num_steps * args.num_envs // fabric.world_size // args.num_minibatches
-            compile_ahead(fabric, objective, flat, agent, minibatch_size, args)
+        run.restore(agent=agent, optimizer=optimizer)
+        run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
+        rb.start(run.reset())
+        trainers.begin(make_messages(agent, optimizer, trainers.count, args), agent)  # -> [H]
+        lag = 0  # most that a rollout's policy was behind since the last entry
 
-    iteration, speaks = 0, fabric.global_rank == 0  # the first trainer speaks for all
-    keep_what_is_here()
+        for step in run.iterations(args.num_steps * args.num_envs):
+            # 1. Rollout
+            lag = max(lag, len(trainers.ahead))
+            rollout(run, run.player(agent), envs, rb)
+
+            # 2. Returns and advantages
+            data = returns_and_advantages(run, model, agent, rb)
+
+            # 3. Update
+            progress = step / args.total_timesteps
+            learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
+            clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
+            ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
+            run.exit_code = max(run.exit_code, trainers.signal)
+            saves = run.checkpoint_is_due
+            run.clock.lap("train")
+            collect(trainers, max(args.max_lag, 1) - 1, optimizer, run.losses)  # <- [W]
+            run.clock.lap("wait_player")
+            coefs = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
+            trainers.send(divide(data, trainers.count), save=saves, skips=rb.skips, **coefs)  # -> [D]
+            run.clock.lap("comm")
+            collect(trainers, 0 if run.is_last or saves else args.max_lag, optimizer, run.losses)  # <- [W]
+            run.clock.lap("wait_player")
+            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
+                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+            run.clock.lap("train")
+
+            # 4. Log
+            run.record_rollout(rb, heeds_signals=False)  # the trainers know already whether this is the end
+            if run.log_is_due:
+                explained = explained_variance(data.values, data.returns, data.counts).item()
+                charts = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}
+                run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained} | charts)
+                lag = 0
+
+            # 5. Checkpoint
+            if saves:
+                stored = trainers.receive("O")  # <- [O]
+                optimizer.flat.load(**{name: stored.tensors[name] for name in ("exp_avg", "exp_avg_sq", "steps")})
+                states = with_player(stored["generators"], run.act_rng, args.seed, run.global_step)
+                run.checkpoint(generators=states)
+            run.clock.lap("log")
+            rb.start()
+
+        # --- Close
+        trainers.dismiss(STOP, run.exit_code)  # -> [D]
+    return run.exit_code
+
+
+def trainer(args: PPODecoupledArgs, run: Run, channel: Channel) -> int:
+    """The line `train(...)` of ppo.py's main(), for as long as the player wants it."""
+    with before_the_player(channel):
+        # --- Agent and optimizer
+        spaces = {"single_observation_space": run.obs_space, "single_action_space": run.action_space}
+        agent = make_agent(args, SimpleNamespace(**spaces))
+        model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
+        epoch = run.captured(partial(train_epoch, run.compiled(partial(update, run, model, optimizer)), args.norm_adv))
+        messages = make_messages(agent, optimizer, run.fabric.world_size, args)
+
+        # --- Counters
+        run.restore(agent=agent, optimizer=optimizer)
+        run.restore_generators()
+        if run.records:
+            with run.rehearsal():
+                train(run, epoch, share_of(messages["D"], run), *run.numbers(0.0, 0.0))
+
+    iteration, speaks = 0, run.fabric.global_rank == 0  # the first trainer speaks for all
+    freeze_gc()
     await_player(channel, agent)
     while True:
         packet = receive_data(channel, messages, iteration)
         if packet["command"] == STOP:
             channel.flush()
             return packet["code"]
-        data = {name: packet[name][: packet["rows"]].to(fabric.device) for name in DATA}
 
         with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER, iteration):
             # 3. Update
-            optimizer.param_groups[0]["lr"] = packet["learning_rate"]
-            with failing_together(fabric):
-                coefs = packet["clip_coef"], packet["ent_coef"]
-                metrics = train(fabric, objective, flat, optimizer, data, train_rng, args, *coefs)
-            signal = stop.exit_code(fabric)
+            optimizer.param_groups[0]["lr"].fill_(packet["learning_rate"])
+            coefs = run.numbers(packet["clip_coef"], packet["ent_coef"])
+            with run.together():
+                run.note(METRICS, train(run, epoch, share_of(packet, run), *coefs))
+                metrics = run.look()
+            sums = torch.tensor([[metrics[tag].sum() for tag in METRICS], [metrics[tag].numel() for tag in METRICS]])
             if packet["save"]:
-                rngs = rank_generators(fabric, train_rng)
+                rngs = rank_generators(run.fabric, run.train_rng)
             if speaks:
                 waited, passed = channel.lap()
-                sums = torch.tensor(
-                    [[metrics[tag].sum() for tag in METRICS], [metrics[tag].numel() for tag in METRICS]]
-                )
-                report = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "losses": sums}
-                channel.send("W", messages["W"].fill(weights=flat.vector.data, **report), PLAYER, iteration)
+                report = {"code": 0, "signal": run.exit_code, "waited": waited, "passed": passed, "losses": sums}
+                channel.send("W", messages["W"].fill(weights=optimizer.flat.vector, **report), PLAYER, iteration)
                 if packet["save"]:
-                    stored = optimizer.state[flat.vector]
-                    channel.send("O", messages["O"].fill(**stored, generators=rngs), PLAYER, iteration)
+                    flat = optimizer.flat
+                    moments = {"exp_avg": flat.exp_avg, "exp_avg_sq": flat.exp_avg_sq, "steps": flat.steps}
+                    channel.send("O", messages["O"].fill(**moments, generators=rngs), PLAYER, iteration)
         iteration += 1
+
+
+def share_of(packet: Packet, run: Run) -> Batch:
+    """A trainer's share of the rollout, on its device."""
+    names = ("obs", "actions", "logprobs", "values", "advantages", "returns")
+    columns = {name: packet[name].to(run.fabric.device) for name in names}
+    return Batch(**columns, counts=packet["counts"].to(run.fabric.device) if packet["skips"] else None)
 
 
 def main() -> int:
     args = parse(PPODecoupledArgs, "ppo", PRESETS)
-    video_mode = "rgb_array" if args.capture_video else None
-    spaces = check_env(args, ACTION_SPACES, video_mode, images=True)
-    stop = StopSignal()
-    fabric = launch(args)
+    run = Run(args, "ppo", ACTION_SPACES, images=True)
+    fabric = run.fabric
     count = max(fabric.world_size - FIRST_TRAINER, 1)
     minibatch = args.num_steps * args.num_envs // args.num_minibatches
     allowed = f"such that each of {count} trainers has an equal share of every minibatch of {minibatch}"
-    with failing_together(fabric):  # none leaves while another is still about to meet the rest
+    with run.together():  # none leaves while another is still about to meet the rest
         require(minibatch % count == 0, "num_envs", args.num_envs, allowed)
     world, team = make_groups(fabric, args.timeout)
     channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:
-        return trainer(args, spaces, Group(fabric, team), channel, stop)
+        run.join(Group(fabric, team))
+        return trainer(args, run, channel)
     trainers = Trainers(channel)
     with telling(partial(trainers.dismiss, ABORT)):
-        return player(args, describe(*spaces), Group(fabric, device=player_device(args, fabric)), trainers, stop)
+        run.join(Group(fabric, device=player_device(args, fabric)))
+        return player(args, run, trainers)
 
 
 if __name__ == "__main__":

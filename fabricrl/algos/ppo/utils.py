@@ -1,33 +1,17 @@
-"""What PPO's scripts and evaluation share."""
+"""What evaluation needs of PPO."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from fabricrl.algos.ppo.agent import PPOAgent
+from fabricrl.algos.ppo.agent import ACTION_SPACES, PPOAgent, make_agent
 from fabricrl.envs.spaces import env_actions
 
-ACTION_SPACES = (Discrete, MultiDiscrete, MultiBinary, Box)
-
-
-def make_agent(args: Any, envs: VectorEnv) -> PPOAgent:
-    """The agent that `args` describe, for these environments."""
-    return PPOAgent(
-        envs.single_observation_space,
-        envs.single_action_space,
-        args.hidden_sizes,
-        args.activation,
-        args.log_std_init,
-        args.norm_obs,
-        args.norm_reward,
-        args.frame_stack,
-        args.cnn_features,
-    )
+__all__ = ["ACTION_SPACES", "make_agent", "make_policy"]  # what evaluate.py looks for
 
 
 class FrameStack:

@@ -1,14 +1,19 @@
 """Actor and critic of PPO with memory: a plain module that knows neither Fabric nor environments."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from gymnasium.spaces import Box, Space
 from torch import Tensor, nn
 
+from fabricrl.algos.ppo.agent import ACTION_SPACES
 from fabricrl.models.distributions import make_head
-from fabricrl.models.models import MLP, RunningNormalizer, make_encoder, make_normalizer, normalized
-from fabricrl.models.recurrent import Layout, RecurrentCore
+from fabricrl.models.models import MLP, RewardNormalizer, make_encoder, make_normalizer, normalized
+from fabricrl.models.recurrent import RecurrentCore
+from fabricrl.utils.batch import Batch
+
+__all__ = ["ACTION_SPACES", "RecurrentPPOAgent", "make_agent"]
 
 
 class RecurrentPPOAgent(nn.Module):
@@ -63,6 +68,7 @@ class RecurrentPPOAgent(nn.Module):
         self.frame_stack = frame_stack
         self.obs_shape = (frame_stack, *obs_space.shape) if frame_stack > 1 else obs_space.shape
         self.obs_dtype = torch.float32 if self.encoder is None else torch.uint8
+        self.rows_at_once = None if self.encoder is None else 1024  # of a rollout; None: all
         num_features = obs_space.shape[0] if self.encoder is None else self.encoder.num_features
         core = (rnn_type, num_features + self.num_prev, rnn_hidden_size, rnn_layers, encoder_sizes, activation)
         self.actor_core = RecurrentCore(*core)
@@ -70,29 +76,25 @@ class RecurrentPPOAgent(nn.Module):
         self.actor = MLP(rnn_hidden_size, self.head.size, hidden_sizes, activation, gain=0.01)
         self.critic = MLP(rnn_hidden_size, 1, hidden_sizes, activation, gain=1.0)
         self.obs_normalizer = make_normalizer(obs_space) if norm_obs else None
-        self.reward_normalizer = RunningNormalizer(1) if norm_reward else None
+        self.reward_normalizer = RewardNormalizer() if norm_reward else None
         self.state_size = self.actor_core.state_size
         self.memory_size = self.num_prev + self.state_size * (1 if shared_core else 2)  # M
 
-    def forward(
-        self, obs: Tensor, actions: Tensor, previous: Tensor, states: Tensor, layout: Layout
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Prepared observations [B, ...], actions [B, A] → log π(a|s), entropy, value; each [B].
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Prepared observations `obs` [B, ...], `actions` [B, A] → log π(a|s), entropy, value; each [B].
 
         The rows are sequences, as `layout` says; what the cores' states were before the first of each is `states`, and
         `previous` [B, ...] the part of the memory that they are told in each row.
         """
-        return self.evaluate(self.features(obs), actions, previous, states, layout)
+        return self.evaluate(self.features(batch.obs), batch)
 
-    def evaluate(
-        self, features: Tensor, actions: Tensor, previous: Tensor, states: Tensor, layout: Layout
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """`forward` from features [B, ...] on."""
-        inputs = self.inputs(features, previous)
-        features = values = self.actor_core(inputs, states[:, : self.state_size], layout)  # [B, H]
+        inputs, states = self.inputs(features, batch.previous), batch.states
+        features = values = self.actor_core(inputs, states[:, : self.state_size], batch.layout)  # [B, H]
         if self.critic_core is not None:
-            values = self.critic_core(inputs, states[:, self.state_size :], layout)
-        logprobs, entropy = self.head.evaluate(self.actor(features), actions)
+            values = self.critic_core(inputs, states[:, self.state_size :], batch.layout)
+        logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions)
         return logprobs, entropy, self.critic(values).squeeze(-1)
 
     def prepare(self, obs: Tensor) -> Tensor:
@@ -142,11 +144,6 @@ class RecurrentPPOAgent(nn.Module):
             return self.critic(self.actor_core.step(inputs, states)[0]).squeeze(-1)
         return self.critic(self.critic_core.step(inputs, states[:, self.state_size :])[0]).squeeze(-1)
 
-    @torch.no_grad()
-    def scale_rewards(self, rewards: Tensor) -> Tensor:
-        """Rewards as the critic learns them: divided by the running deviation of the discounted return."""
-        return rewards if self.reward_normalizer is None else self.reward_normalizer.scale(rewards)
-
     def _step(self, obs: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The actor's features [N, H], and the states of all cores after this step."""
         inputs = self.inputs(self.features(self.prepare(obs)), self.previous(memory))
@@ -155,3 +152,25 @@ class RecurrentPPOAgent(nn.Module):
         if self.critic_core is None:
             return features, after
         return features, torch.cat((after, self.critic_core.step(inputs, states[:, self.state_size :])[1]), -1)
+
+
+def make_agent(args: Any, envs: Any) -> RecurrentPPOAgent:
+    """The agent that `args` describe, for these environments."""
+    return RecurrentPPOAgent(
+        envs.single_observation_space,
+        envs.single_action_space,
+        args.rnn_type,
+        args.rnn_hidden_size,
+        args.rnn_layers,
+        args.shared_core,
+        args.encoder_sizes,
+        args.hidden_sizes,
+        args.activation,
+        args.prev_action,
+        args.prev_reward,
+        args.log_std_init,
+        args.norm_obs,
+        args.norm_reward,
+        args.frame_stack,
+        args.cnn_features,
+    )

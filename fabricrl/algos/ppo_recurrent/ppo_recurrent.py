@@ -8,282 +8,156 @@ Rollouts are cut into sequences at the ends of episodes, and each sequence is tr
 
 Shapes: T steps, N environments of a rank, W ranks, D observation size, I inputs of the core, A action size,
 M minibatches of B = T N / M rows in S sequences.
+
+The update is PPO's.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from gymnasium.vector import VectorEnv
-from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
-from fabricrl.algos.args import parse
 from fabricrl.algos.ppo.args import PRESETS
-from fabricrl.algos.ppo.loss import approx_kl
-from fabricrl.algos.ppo.ppo import Objective, checked, compiled_coefs
-from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
+from fabricrl.algos.ppo.ppo import METRICS, shaped_rewards, update
+from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
-from fabricrl.algos.ppo_recurrent.utils import ACTION_SPACES, make_agent
-from fabricrl.data.buffers import RecurrentRolloutBuffer, Stacks
-from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.spaces import describe, env_actions
-from fabricrl.models.recurrent import Sequences
-from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore, restore_optimizer
-from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
-from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
-from fabricrl.utils.model import AsIs, FlatParameters
-from fabricrl.utils.ranks import all_mean
-from fabricrl.utils.run import Run, rank_generators, restore_generators
-from fabricrl.utils.utils import (
-    anneal,
-    discounted_sums,
-    env_seeds,
-    explained_variance,
-    gae,
-    generators,
-    normalize_rows,
-    require,
-)
+from fabricrl.algos.run import Run, parse, run_script
+from fabricrl.data import Batch, RecurrentRolloutBuffer, Stacks, minibatches, with_moments
+from fabricrl.envs import env_actions
+from fabricrl.models.recurrent import Layout, Sequences
+from fabricrl.utils.optimizer import Adam
+from fabricrl.utils.utils import anneal, explained_variance, gae
 
 
 @torch.inference_mode()
-def rollout(
-    player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentRolloutBuffer, rng: torch.Generator, clock: Stopwatch
-) -> None:
+def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentRolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    num_steps, device = len(rb.actions), next(player.parameters()).device
-    noise = player.head.noise(rb.actions.shape[:2], rng).to(device).unbind()  # T × [N, ...]
-    try:
-        for t in range(num_steps):
-            drawn, states = player.act(rb.seen(t).to(device), rb.memory_rows[t], noise[t])
+    device = run.player_device
+    noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
+    with run.together(), rb.checked():
+        for t in range(len(noise)):
+            obs = rb.seen(t).to(device)  # [N, R]
+            drawn, states = player.act(obs, rb.memory_rows[t], noise[t])
             actions = drawn.cpu().numpy()  # [N, A]
-            clock.lap("act")
-            step = envs.step(env_actions(envs.single_action_space, actions))
-            clock.lap("env")
-            rb.add(t, actions, *step)
+            run.clock.lap("act")
+            next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
+            run.clock.lap("env")
+            rb.add(t, actions, next_obs, rewards, terminated, truncated, infos)
             rb.remember(t, player.remember(drawn, rb.rewards[t].to(device), states))
-    finally:
-        if problem := rb.first_bad():  # also if an environment choked on the action that NaN led to
-            raise NonFiniteError(problem)
+    run.clock.lap("comm")
 
 
 @torch.no_grad()
 def returns_and_advantages(
-    player: RecurrentPPOAgent, rb: RecurrentRolloutBuffer, carry: Tensor, args: RecurrentPPOArgs, fabric: Fabric
-) -> tuple[dict[str, Any], Sequences, Tensor]:
-    """The rollout as training data, each [N T, ...] on the device; its sequences; the discounted reward so far, [N]."""
-    rewards, dones = rb.rewards.sign() if args.clip_reward else rb.rewards.clone(), rb.dones  # [T, N]
-    if player.reward_normalizer is not None:
-        sums, carry = discounted_sums(rewards, dones, carry, args.gamma)
-        player.reward_normalizer.update(sums[~rb.skipped][:, None].to(fabric.device), fabric)
-        rewards = player.scale_rewards(rewards.to(fabric.device)).cpu()
-    limits = rb.time_limits()
-    if limits is not None and args.bootstrap_truncated:
-        t, env, final_obs = limits
-        final_values = player.value(final_obs.to(fabric.device), rb.final_memory())  # truncated, not terminated
-        rewards[t, env] += args.gamma * final_values.cpu()
-    sequences = Sequences(dones, args.sequence_length, rb.skipped, rb.count(fabric))
-    inputs, next_inputs = rb.inputs(player.prepare, fabric.device)  # [T N, ...], [N, ...]
-    by_env = torch.arange(dones.numel(), device=fabric.device).view(dones.shape).T.flatten()  # [N T]
-    columns = {"actions": rb.actions.to(fabric.device), "previous": player.previous(rb.memory[:-1])}
-    columns["states"] = player.states(rb.memory[:-1])
-    data: dict[str, Any] = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}  # [N T, ...]
-    data["obs"] = inputs.rows(by_env) if isinstance(inputs, Stacks) else inputs[by_env]
-    layout = sequences.in_order().to(fabric.device)
-    with fabric.autocast():  # as in the update, so that the first ratio is 1 in any precision
-        # [N T]: the policy has not changed since it acted
-        states = data["states"][layout.first]
-        size = len(by_env) if player.encoder is None else 1024  # of images so many at a time: there is memory for those
-        features = torch.cat([player.features(data["obs"][at : at + size]) for at in range(0, len(by_env), size)])
-        logprobs, _, values = player.evaluate(features, data["actions"], data["previous"], states, layout)
-        next_values = player.prepared_value(next_inputs, rb.memory[-1])  # [N]
-    data["logprobs"], data["values"], next_values = logprobs.float(), values.float(), next_values.float()
-    values = data["values"].view(rb.num_envs, -1).T.cpu()  # [T, N]
-    advantages, returns = gae(rewards, values, dones, next_values.cpu(), args.gamma, args.gae_lambda)
-    data |= {"advantages": advantages.T.flatten().to(fabric.device), "returns": returns.T.flatten().to(fabric.device)}
-    return data, sequences, carry
+    run: Run, agent: RecurrentPPOAgent, rb: RecurrentRolloutBuffer, sequences: Sequences
+) -> Batch:
+    """The rollout as training data on the device, environment by environment, [N T, ...] each."""
+    args, device = run.args, run.fabric.device
+    obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
+    memory, actions, counts = rb.memory.to(device), rb.actions.to(device), rb.counts(device)
+    by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
+    columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
+    columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
+    obs = obs.rows(by_env) if isinstance(obs, Stacks) else obs[by_env]
+    data = Batch(obs=obs, counts=None if counts is None else counts[by_env], **columns)
+    with run.fabric.autocast():
+        logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted
+        next_values = agent.prepared_value(next_obs, memory[-1]).float()  # [N]
+
+    rewards = shaped_rewards(run, agent, rb).to(device)  # [T, N]
+    if args.bootstrap_truncated and rb.has_truncated:
+        t, env, final_obs = (part.to(device) for part in rb.truncated_episodes())
+        rewards[t, env] += args.gamma * agent.value(final_obs, rb.final_memory().to(device))  # and not terminated
+    old_values, dones = values.view(rb.num_envs, -1).T, rb.dones.to(device)  # [T, N]
+    advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
+    estimates = {"advantages": advantages.T.flatten(), "returns": returns.T.flatten()}
+    return data.with_columns(logprobs=logprobs, values=values, **estimates)
 
 
-class RecurrentObjective(Objective):
-    """PPO's objective, its minibatch laid out as sequences."""
-
-    def evaluate(self, batch: AsIs | dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """log π(a|s), entropy and value now; each [B]."""
-        return self.agent(batch["obs"], batch["actions"], batch["previous"], batch["states"], batch["layout"])
+def evaluated(agent: RecurrentPPOAgent, data: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
+    """log π(a|s) and V(s) of a rollout, [N T] each; images are looked at some at a time, as there is memory for."""
+    rows = agent.rows_at_once or len(data.actions)
+    features = torch.cat([agent.features(data.obs[i : i + rows]) for i in range(0, len(data.actions), rows)])
+    logprobs, _, values = agent.evaluate(features, data.with_columns(layout=layout, states=data.states[layout.first]))
+    return logprobs.float(), values.float()
 
 
 def train(
-    fabric: Fabric,
-    objective: nn.Module,
-    flat: FlatParameters,
-    optimizer: torch.optim.Optimizer,
-    data: dict[str, Any],
-    sequences: Sequences,
-    rng: torch.Generator,
-    args: RecurrentPPOArgs,
-    clip_coef: float,
-    ent_coef: float,
-) -> dict[str, Tensor]:
-    """The update: epochs of minibatch steps. Returns the losses of all minibatches, still on the device.
+    run: Run, step: Callable[..., Tensor], data: Batch, sequences: Sequences, clip_coef: Tensor, ent_coef: Tensor
+) -> Tensor:
+    """The update: epochs of minibatch steps, which end early once the policy has moved by `target_kl`.
 
-    Raises:
-        NonFiniteError: as `checked` does.
+    Returns METRICS of all minibatches, [K, 6].
     """
-    history: list[tuple[Tensor, Tensor]] = []
-    coefs = compiled_coefs(fabric, clip_coef, ent_coef) if args.compile else (clip_coef, ent_coef)
-    for _ in range(args.update_epochs):
-        order, layouts = sequences.minibatches(args.num_minibatches, rng)
-        order = order.to(fabric.device)  # [M, B]
-        shuffled = {name: column[order] for name, column in data.items() if name not in ("obs", "states")}
-        if args.norm_adv:
-            shuffled["advantages"] = normalize_rows(fabric, shuffled["advantages"])
-        for rows, layout, minibatch in zip(order, layouts, zip(*shuffled.values(), strict=True), strict=True):
-            layout = layout.to(fabric.device)
-            batch = dict(zip(shuffled, minibatch, strict=True)) | {"layout": layout, "obs": data["obs"][rows]}
-            batch["states"] = data["states"][rows[layout.first]]  # [S, ...]
-            loss, losses, logratio = objective(AsIs(batch), *coefs)
-            fabric.backward(loss)
-            flat.collect_gradients()
-            if args.max_grad_norm > 0:
-                flat.clip_gradients(args.max_grad_norm)
-            optimizer.step()
-            history.append((losses, logratio))
-        if args.target_kl is not None and all_mean(fabric, approx_kl(history[-1][1])) > args.target_kl:
-            break  # all ranks or none: the mean over ranks decides
-    return checked(history, flat, clip_coef)
-
-
-def compile_ahead(
-    fabric: Fabric,
-    player: RecurrentPPOAgent,
-    objective: nn.Module,
-    flat: FlatParameters,
-    rb: RecurrentRolloutBuffer,
-    args: RecurrentPPOArgs,
-) -> None:
-    """Compiles forward and backward on empty minibatches now, not within the first update; changes nothing."""
-    size = args.num_steps * args.num_envs // args.num_minibatches
-    batch: dict[str, Any] = {name: torch.zeros(size) for name in ("advantages", "returns", "values", "logprobs")}
-    batch |= {"obs": torch.zeros(size, *player.obs_shape, dtype=player.obs_dtype)}
-    batch |= {"actions": rb.actions.flatten(0, 1)[:size], "previous": torch.zeros(size, player.num_prev)}
-    for length in (2, 3):  # how many sequences there are varies, which the second call shows to the compiler
-        _, (layout, *_) = Sequences(rb.dones, length).minibatches(args.num_minibatches, torch.Generator())
-        batch |= {"layout": layout, "states": torch.zeros(len(layout.first), player.memory_size - player.num_prev)}
-        batch = {name: column.to(fabric.device) for name, column in batch.items()}
-        fabric.backward(objective(AsIs(batch), *compiled_coefs(fabric, args.clip_coef, args.ent_coef))[0])
-        flat.collect_gradients()
+    args, device = run.args, run.fabric.device
+    drawn = [sequences.minibatches(args.num_minibatches, run.train_rng) for _ in range(args.update_epochs)]
+    epochs = with_moments(run.fabric, data, torch.stack([rows for rows, _ in drawn]))
+    history: list[Tensor] = []
+    for epoch, (_, layouts) in zip(epochs, drawn, strict=True):
+        for rows, layout, batch in zip(epoch.rows, layouts, minibatches(data, epoch, args.norm_adv), strict=True):
+            layout = layout.to(device)
+            states = data.states[rows[layout.first]]  # [S, ...]
+            history.append(step(batch.with_columns(layout=layout, states=states), clip_coef, ent_coef))
+        if args.target_kl is not None and history[-1][METRICS.index("losses/approx_kl")] > args.target_kl:
+            break  # on all ranks or on none, since metrics are averaged
+    return torch.stack(history)
 
 
 def main() -> int:
     args = parse(RecurrentPPOArgs, "ppo_recurrent", PRESETS)
-    video_mode = "rgb_array" if args.capture_video else None
-    spaces = describe(*check_env(args, ACTION_SPACES, video_mode, images=True))
-    state, resumed = load_checkpoint(args.resume, "ppo_recurrent") if args.resume else ({}, None)
-    global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
+    with Run(args, "ppo_recurrent", ACTION_SPACES, images=True) as run:
+        # --- Environments
+        envs = run.make_envs()
 
-    # --- Fabric, seed, run folder
-    stop = StopSignal()
-    fabric = launch(args)
-    batch_size = args.num_steps * args.num_envs * fabric.world_size  # steps an iteration takes
-    require(batch_size <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {batch_size}")
-    if state:
-        check_batch(state, args, fabric.world_size)
-        check_spaces(state["spaces"], spaces)
-    run = Run(fabric, args, "ppo_recurrent", resumed, global_step)
-    act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
+        # --- Agent and optimizer
+        agent = make_agent(args, envs)
+        model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
+        update_step = run.compiled(partial(update, run, model, optimizer))
 
-    # --- Environments
-    with failing_together(fabric):
-        envs = make_envs(args, fabric.global_rank, run.videos)
+        # --- Buffer
+        shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
+        rb = RecurrentRolloutBuffer(*shape, agent.memory_size, args.frame_stack, run.skips, run.player_device)
 
-    # --- Agent and optimizer
-    player = make_agent(args, envs)  # acts and evaluates; gradients flow through `objective` alone
-    objective: nn.Module = RecurrentObjective(player, args)
-    objective = fabric.setup_module(torch.compile(objective) if args.compile else objective)
-    flat = FlatParameters(player)
-    adam = torch.optim.Adam([flat.vector], lr=args.learning_rate, eps=1e-5, fused=fabric.device.type in ("cpu", "cuda"))
-    optimizer = fabric.setup_optimizers(adam)
+        # --- Counters
+        run.restore(agent=agent, optimizer=optimizer)
+        if run.records:
+            with run.rehearsal():
+                sequences = Sequences(rb.dones, args.sequence_length)
+                data = returns_and_advantages(run, agent, rb, sequences)
+                train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
+        rb.start(run.reset())
 
-    # --- Metrics and buffer
-    episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
-    obs_space, head = envs.single_observation_space, player.head
-    sizes = (args.num_steps, args.num_envs, obs_space, head.num_actions, head.dtype, player.memory_size)
-    rb = RecurrentRolloutBuffer(*sizes, args.frame_stack, fabric.device)
-    carry = torch.zeros(args.num_envs)  # discounted reward so far, [N]
+        for step in run.iterations(args.num_steps * args.num_envs):
+            # 1. Rollout
+            rollout(run, run.player(agent), envs, rb)
 
-    # --- Counters
-    if state:
-        with reading(resumed):
-            restore(player, state["agent"])
-            restore_optimizer(optimizer, state["optimizer"])
-            episodes.load_state_dict(state["episodes"])
-            restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-            run.best_return = state["best_return"]
-    if args.compile:
-        compile_ahead(fabric, player, objective, flat, rb, args)
+            # 2. Returns and advantages
+            sequences = Sequences(rb.dones, args.sequence_length)
+            data = returns_and_advantages(run, agent, rb, sequences)
 
-    run.start()
-    clock = Stopwatch("env", "act", "train", "comm", "log")
-    with failing_together(fabric):
-        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
-    rb.start(obs)
-    check_ranks(fabric, player, rb.obs[0])
+            # 3. Update
+            progress = step / args.total_timesteps
+            learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
+            clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
+            ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)
+            run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
+            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
+                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+            run.clock.lap("train")
 
-    while global_step + batch_size <= args.total_timesteps:
-        # 1. Rollout
-        with failing_together(fabric):
-            rollout(player, envs, rb, act_rng, clock)
-        clock.lap("comm")
-        global_step += batch_size
+            # 4. Log
+            run.record_rollout(rb)
+            if run.log_is_due:
+                explained = explained_variance(data.values, data.returns, data.counts).item()
+                run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
-        # 2. Returns and advantages
-        data, sequences, carry = returns_and_advantages(player, rb, carry, args, fabric)
-
-        # 3. Update
-        progress = (global_step - batch_size) / args.total_timesteps
-        learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
-        clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
-        ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        with failing_together(fabric):
-            coefs = clip_coef, ent_coef
-            losses.update(train(fabric, objective, flat, optimizer, data, sequences, train_rng, args, *coefs))
-        if player.obs_normalizer is not None:  # after the update: actions and losses of a rollout see one normaliser
-            player.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(fabric.device), fabric)
-        clock.lap("train")
-
-        # 4. Log
-        episodes.update(fabric, rb.rewards, rb.ends, rb.skipped)
-        exit_code = stop.exit_code(fabric)
-        last = exit_code > 0 or global_step + batch_size > args.total_timesteps
-        clock.lap("comm")
-        run.advance(global_step, episodes.mean_return)
-        if run.wants_log(global_step, last):
-            charts = {"charts/learning_rate": learning_rate, "charts/SPS": run.sps(global_step)}
-            real = sequences.rows.to(fabric.device)
-            charts["losses/explained_variance"] = explained_variance(data["values"][real], data["returns"][real]).item()
-            run.log(charts | episodes.compute() | losses.compute() | clock.shares(), global_step)
-
-        # 5. Checkpoint
-        if run.wants_checkpoint(global_step, last):
-            state = {
-                "spaces": spaces,
-                "agent": player.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "episodes": episodes.state_dict(),
-                "generators": rank_generators(fabric, act_rng, train_rng),
-            }
-            run.save(global_step, episodes.mean_return, state)
-        clock.lap("log")
-        if exit_code:
-            break
-        rb.start()
-
-    # --- Close
-    envs.close()
-    run.finish(global_step, episodes)
-    return exit_code
+            # 5. Checkpoint
+            run.checkpoint()
+            rb.start()
+    return run.exit_code
 
 
 if __name__ == "__main__":

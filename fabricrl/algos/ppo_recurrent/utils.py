@@ -1,4 +1,4 @@
-"""What the script of recurrent PPO and evaluation share."""
+"""What evaluation needs of recurrent PPO."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,33 +7,11 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from fabricrl.algos.ppo.utils import ACTION_SPACES, FrameStack
-from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
+from fabricrl.algos.ppo.utils import FrameStack
+from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
 from fabricrl.envs.spaces import env_actions
 
 __all__ = ["ACTION_SPACES", "make_agent", "make_policy"]
-
-
-def make_agent(args: Any, envs: VectorEnv) -> RecurrentPPOAgent:
-    """The agent that `args` describe, for these environments."""
-    return RecurrentPPOAgent(
-        envs.single_observation_space,
-        envs.single_action_space,
-        args.rnn_type,
-        args.rnn_hidden_size,
-        args.rnn_layers,
-        args.shared_core,
-        args.encoder_sizes,
-        args.hidden_sizes,
-        args.activation,
-        args.prev_action,
-        args.prev_reward,
-        args.log_std_init,
-        args.norm_obs,
-        args.norm_reward,
-        args.frame_stack,
-        args.cnn_features,
-    )
 
 
 def make_policy(agent: RecurrentPPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., Any]:

@@ -7,184 +7,182 @@
 Shapes: N environments of a rank, W ranks, D observation size, A action size, C critics, K updates, B rows of a batch.
 """
 
-import numpy as np
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from gymnasium.vector import VectorEnv
-from torch import Tensor
+from torch import Tensor, nn
 
-from fabricrl.algos.args import parse
-from fabricrl.algos.sac.agent import SACAgent
+from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
+from fabricrl.algos.run import Run, parse, run_script
+from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent, make_agent
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.sac.learner import Learner, compile_ahead
-from fabricrl.algos.sac.utils import ACTION_SPACES, UpdateSchedule, check_room, make_agent, make_buffer, restore_buffer
-from fabricrl.data.buffers import ReplayBuffer
-from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.spaces import describe, stretch
-from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
-from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.launch import StopSignal, check_ranks, failing_together, launch, run_script
-from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
-from fabricrl.utils.run import Run, rank_generators, restore_generators
-from fabricrl.utils.utils import env_seeds, generators, require
+from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
+from fabricrl.data import Batch, ReplayBuffer
+from fabricrl.envs import rescale_actions
+from fabricrl.utils.model import frozen, polyak_update
+from fabricrl.utils.optimizer import Adam, average_gradients
+
+CRITIC_METRICS = ("losses/qf_loss", "losses/qf_values")
+ACTOR_METRICS = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "losses/alpha")
 
 
 @torch.inference_mode()
-def rollout(
-    player: SACAgent,
-    envs: VectorEnv,
-    rb: ReplayBuffer,
-    episodes: EpisodeStatistics,
-    rng: torch.Generator,
-    random: bool,
-    clock: Stopwatch,
+def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: ReplayBuffer, explores: bool) -> None:
+    """Takes one step in every environment, by uniform actions if `explores`, into the replay buffer."""
+    with run.together():
+        if explores:
+            actions = 2 * torch.rand(rb.num_envs, player.head.num_actions, generator=run.act_rng) - 1  # [N, A]
+        else:
+            noise = player.head.noise((rb.num_envs,), run.act_rng)
+            obs = rb.newest_obs()  # [N, D]
+            actions = player.act(obs.to(run.player_device), noise.to(run.player_device)).cpu()  # [N, A]
+        run.clock.lap("act")
+        env_actions = rescale_actions(run.action_space, actions.numpy())
+        next_obs, rewards, terminated, truncated, infos = envs.step(env_actions)
+        run.clock.lap("env")
+        rb.add(actions.numpy(), next_obs, rewards, terminated, truncated, infos)
+        rb.check_finite()
+        run.episodes.add(rewards, terminated | truncated)
+    run.clock.lap("comm")
+
+
+class Learner(NamedTuple):
+    """What learns: the networks as Fabric has wrapped them, and their optimizers."""
+
+    agent: SACAgent
+    actor: nn.Module
+    critics: nn.Module
+    actor_optimizer: Adam
+    q_optimizer: Adam
+
+
+def setup(run: Run, agent: SACAgent) -> Learner:
+    """Makes the optimizers, the temperature's with the actor's, and wraps the networks."""
+    agent.to(run.fabric.device)
+    actor_parameters = [agent.log_alpha, *agent.actor.parameters()]
+    actor, actor_optimizer = run.setup(agent.actor, Adam(actor_parameters, run.args.policy_lr))
+    critics, q_optimizer = run.setup(agent.critics, Adam(agent.critics.parameters(), run.args.q_lr))
+    return Learner(agent, actor, critics, actor_optimizer, q_optimizer)
+
+
+def update_critics(run: Run, learner: Learner, batch: Batch, noise: Tensor, moves_targets: bool) -> Tensor:
+    """One optimizer step of the critics on a batch [B, ...], noise [B, A], and of their targets if `moves_targets`.
+
+    Returns CRITIC_METRICS, [2].
+    """
+    agent, actor, critics, _, optimizer = learner
+    with torch.no_grad(), run.fabric.autocast():
+        next_actions, next_logprobs = agent.head.sample_with_logprob(actor(batch.next_obs), noise)  # a' ~ π(·|s')
+        next_q = agent.target_critics(batch.next_obs, next_actions)  # [C, B]
+        targets = td_target(batch.rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
+    q = critics(batch.obs, batch.actions)  # [C, B]
+    loss = critic_loss(q, targets)
+
+    optimizer.zero_grad()
+    run.fabric.backward(loss)
+    metrics = average_gradients(run.fabric, optimizer, torch.stack((loss, q.mean())))  # over ranks, in one message
+    optimizer.step()
+    if moves_targets:
+        polyak_update(agent.target_critics, agent.critics, run.args.tau)
+    return metrics
+
+
+def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor) -> Tensor:
+    """One optimizer step of actor and temperature on observations [B, D], noise [B, A]. Returns ACTOR_METRICS, [4]."""
+    agent, actor, critics, optimizer, _ = learner
+    actions, logprobs = agent.head.sample_with_logprob(actor(obs), noise)  # [B, A], [B]
+    with frozen(agent.critics):
+        q = critics(obs, actions).amin(0)  # [B]
+    alpha, entropy = agent.alpha, -logprobs.mean()
+    pi_loss = actor_loss(q, logprobs, alpha)
+    temperature_loss = alpha_loss(agent.log_alpha, entropy, agent.target_entropy)
+
+    optimizer.zero_grad()
+    run.fabric.backward(pi_loss + temperature_loss)
+    metrics = average_gradients(run.fabric, optimizer, torch.stack((pi_loss, temperature_loss, entropy, alpha)))
+    optimizer.step()
+    return metrics
+
+
+def train(
+    run: Run,
+    learner: Learner,
+    step_critics: Callable[..., Tensor],
+    step_actor: Callable[..., Tensor],
+    batches: Batch,
+    first: int,
 ) -> None:
-    """One step in every environment, by uniform actions if `random`, into the replay buffer."""
-    num_envs, device = rb.num_envs, player.log_alpha.device
-    if random:
-        actions = (2 * torch.rand(num_envs, player.head.num_actions, generator=rng) - 1).numpy()  # [N, A]
-    else:
-        noise = player.head.noise((num_envs,), rng).to(device)
-        actions = player.act(rb.newest_obs().to(device), noise).cpu().numpy()  # [N, A]
-    if not np.isfinite(actions).all():
-        raise NonFiniteError("the policy's actions are not finite")
-    clock.lap("act")
-    step = envs.step(stretch(envs.single_action_space, actions))
-    clock.lap("env")
-    rb.add(actions, *step)
-    if problem := rb.first_bad():
-        raise NonFiniteError(problem)
-    episodes.add(rewards=step[1], dones=step[2] | step[3])
-
-
-def train(learner: Learner, batches: dict[str, Tensor], first: int, rng: torch.Generator, args: SACArgs) -> None:
-    """The update: K critic steps on a batch each, the actor's among them. `learner.metrics` tells the losses.
+    """K critic updates on a batch each, and the actor's among them: delayed, and then as often as it was put off.
 
     Args:
         batches: [K, B, ...], as sampled.
         first: number of the first of these updates in the run, from 1.
     """
-    batches, delay = learner.prepare(batches), args.policy_frequency
-    updates, batch_size = batches["rewards"].shape  # K, B
-    actor_updates = delay * ((first - 1 + updates) // delay - (first - 1) // delay)
-    noise = learner.agent.head.noise((updates + actor_updates, batch_size), rng)  # [K + ..., B, A]
-    noise = iter(noise.to(learner.fabric.device))
-    for update, minibatch in enumerate(zip(*batches.values(), strict=True), first):
-        batch = dict(zip(batches, minibatch, strict=True))
-        learner.update_critics(learner.next_actions(batch, next(noise)))
-        if update % delay == 0:  # delayed, and then as often as it was put off
-            for _ in range(delay):
-                learner.update_actor(batch["obs"], next(noise))
-        if update % args.target_network_frequency == 0:
-            learner.update_targets()
+    args, delay = run.args, run.args.policy_frequency
+    agent = learner.agent
+    batches = agent.prepared(batches.to(run.fabric.device))
+    count, batch_size = batches.rewards.shape  # K, B
+    actor_updates = delay * ((first - 1 + count) // delay - (first - 1) // delay)
+    noise = iter(agent.head.noise((count + actor_updates, batch_size), run.train_rng).to(run.fabric.device))
+    for number, batch in enumerate(batches, first):
+        moves_targets = number % args.target_network_frequency == 0
+        run.note(CRITIC_METRICS, step_critics(batch, next(noise), moves_targets))
+        for _ in range(delay if number % delay == 0 else 0):
+            run.note(ACTOR_METRICS, step_actor(batch.obs, next(noise)))
 
 
 def main() -> int:
     args = parse(SACArgs, "sac")
-    video_mode = "rgb_array" if args.capture_video else None
-    obs_space, action_space = check_env(args, ACTION_SPACES, video_mode, bounded=True)
-    spaces = describe(obs_space, action_space)
-    state, resumed = load_checkpoint(args.resume, "sac") if args.resume else ({}, None)
-    global_step, exit_code = state.get("global_step", 0), 0  # environment steps over all ranks
+    with Run(args, "sac", ACTION_SPACES, bounded=True) as run:
+        schedule = make_schedule(run)
 
-    # --- Fabric, seed, run folder
-    stop = StopSignal()
-    fabric = launch(args)
-    batch_size = args.num_envs * fabric.world_size  # steps an iteration takes
-    require(batch_size <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {batch_size}")
-    if state:
-        check_batch(state, args, fabric.world_size)
-        check_spaces(state["spaces"], spaces)
-    with failing_together(fabric):
-        schedule = UpdateSchedule(args, fabric)
-        check_room(args, obs_space, action_space, fabric)
-    run = Run(fabric, args, "sac", resumed, global_step)
-    act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
+        # --- Environments
+        envs = run.make_envs()
 
-    # --- Environments
-    with failing_together(fabric):
-        rb = make_buffer(args, obs_space, action_space, fabric, run.folder)
-        envs = make_envs(args, fabric.global_rank, run.videos)
+        # --- Agent and optimizers
+        agent = make_agent(args, envs)
+        learner = setup(run, agent)
+        step_critics = run.compiled(partial(update_critics, run, learner))
+        step_actor = run.compiled(partial(update_actor, run, learner))
 
-    # --- Agent and optimizers
-    player = make_agent(args, envs)  # acts and evaluates; the learner trains it
-    learner = Learner(fabric, player, args)
+        # --- Buffer
+        rb = make_buffer(run)
 
-    # --- Metrics
-    episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+        # --- Counters
+        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+        restore_replay(run, rb, schedule)
+        if run.records:
+            with run.rehearsal():
+                batches = rb.sample(args.policy_frequency, args.batch_size, run.train_rng)
+                train(run, learner, step_critics, step_actor, batches, 1)
+        rb.start(run.reset())
 
-    # --- Counters
-    if state:
-        with failing_together(fabric), reading(resumed):
-            restore(player, state["agent"])
-            learner.load_state_dict(state["learner"])
-            episodes.load_state_dict(state["episodes"])
-            refill = not restore_buffer(rb, state, resumed, args, fabric)
-            schedule.load_state_dict(state["schedule"], global_step, refill)
-            restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-            run.best_return = state["best_return"]
-    if args.compile:
-        compile_ahead(learner)
+        for step in run.iterations(args.num_envs):
+            # 1. Rollout
+            rollout(run, run.player(agent), envs, rb, schedule.explores(step))
+            if agent.obs_normalizer is not None:
+                agent.obs_normalizer.update(rb.newest_obs().to(run.fabric.device), run.fabric)
 
-    run.start()
-    clock = Stopwatch("env", "act", "train", "comm", "log")
-    with failing_together(fabric):
-        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
-        rb.start(obs)
-        if problem := rb.first_bad():
-            raise NonFiniteError(problem)
-    check_ranks(fabric, player, rb.newest_obs())
+            # 2. Sample
+            first, count = schedule.take(run.global_step)
+            if count:
+                batches = rb.sample(count, args.batch_size, run.train_rng)
 
-    while global_step + batch_size <= args.total_timesteps:
-        # 1. Rollout
-        with failing_together(fabric):
-            rollout(player, envs, rb, episodes, act_rng, schedule.explores(global_step), clock)
-        clock.lap("comm")
-        global_step += batch_size
-        if player.obs_normalizer is not None:
-            player.obs_normalizer.update(rb.newest_obs().to(fabric.device), fabric)
+                # 3. Update
+                train(run, learner, step_critics, step_actor, batches, first)
+            run.clock.lap("train")
 
-        # 2. Sample
-        first, updates = schedule.take(global_step)
-        batches = rb.sample(updates, args.batch_size, train_rng) if updates else {}
+            # 4. Log
+            run.record_step()
+            if run.log_is_due:
+                run.log({"charts/learning_rate": args.policy_lr})
 
-        # 3. Update
-        if updates:
-            train(learner, batches, first, train_rng, args)
-        clock.lap("train")
-
-        # 4. Log
-        exit_code = stop.exit_code(fabric)
-        last = exit_code > 0 or global_step + batch_size > args.total_timesteps
-        saves = run.wants_checkpoint(global_step, last)
-        clock.lap("comm")
-        if run.wants_log(global_step, last) or saves or learner.wants_check:
-            episodes.flush(fabric)
-            with failing_together(fabric):
-                losses.update(learner.metrics())
-        run.advance(global_step, episodes.mean_return)
-        if run.wants_log(global_step, last):
-            charts = {"charts/learning_rate": args.policy_lr, "charts/SPS": run.sps(global_step)}
-            run.log(charts | episodes.compute() | losses.compute() | clock.shares(), global_step)
-
-        # 5. Checkpoint
-        if saves:
-            state = {
-                "spaces": spaces,
-                "agent": player.state_dict(),
-                "learner": learner.state_dict(),
-                "schedule": schedule.state_dict(),
-                "episodes": episodes.state_dict(),
-                "generators": rank_generators(fabric, act_rng, train_rng),
-            }
-            run.save(global_step, episodes.mean_return, state, rb.state_dict() if args.checkpoint_buffer else None)
-        clock.lap("log")
-        if exit_code:
-            break
-
-    # --- Close
-    envs.close()
-    run.finish(global_step, episodes)
-    return exit_code
+            # 5. Checkpoint
+            run.checkpoint(rb, schedule=schedule)
+    return run.exit_code
 
 
 if __name__ == "__main__":

@@ -30,18 +30,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Space
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from fabricrl.algos.args import parse
+from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_buffer
+from fabricrl.algos.run import Run, parse, run_script
+from fabricrl.algos.sac.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.sac.args import SACDecoupledArgs
-from fabricrl.algos.sac.learner import ACTOR_TAGS, CRITIC_TAGS, Learner, compile_ahead
-from fabricrl.algos.sac.sac import rollout, train
-from fabricrl.algos.sac.utils import ACTION_SPACES, UpdateSchedule, check_room, make_agent, make_buffer, restore_buffer
-from fabricrl.data.buffers import TORCH_TYPES, ReplayBuffer, record_type
-from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.spaces import describe
-from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore, save_shard
+from fabricrl.algos.sac.sac import (
+    ACTOR_METRICS,
+    CRITIC_METRICS,
+    Learner,
+    rollout,
+    setup,
+    train,
+    update_actor,
+    update_critics,
+)
+from fabricrl.data import ReplayBuffer
+from fabricrl.data.buffers import TORCH_TYPES, record_type
+from fabricrl.utils.checkpoint import reading, save_shard
 from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
@@ -65,37 +73,32 @@ from fabricrl.utils.decoupled import (
     telling,
     with_player,
 )
-from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.launch import StopSignal, failing_together, launch, run_script
-from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
-from fabricrl.utils.run import Run, rank_generators, restore_generators
-from fabricrl.utils.utils import env_seeds, generators, keep_what_is_here, require
+from fabricrl.utils.metric import MeanMetrics, Stopwatch
+from fabricrl.utils.run import rank_generators
+from fabricrl.utils.utils import freeze_gc, require
 
-METRICS = (*CRITIC_TAGS, *ACTOR_TAGS)
+METRICS = (*CRITIC_METRICS, *ACTOR_METRICS)
 OPTIMIZERS = ("q_optimizer", "actor_optimizer")
-ADAM = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "steps")
 PATH_MAX = 4096  # bytes of a path in [S]
 
 
-def make_messages(learner: Learner, obs_space: Space, count: int, args: SACDecoupledArgs) -> Messages:
+def make_messages(learner: Learner, run: Run, count: int, args: SACDecoupledArgs) -> Messages:
     """The packets that `count` trainers and their player exchange."""
-    envs, (obs_size, num_actions) = args.num_envs // count, (learner.agent.actor.inputs, learner.agent.head.num_actions)
-    obs = (envs, *obs_space.shape), TORCH_TYPES[record_type(obs_space, num_actions, False)["obs"].base.str[1:]]
+    agent, envs, num_actions = learner.agent, args.num_envs // count, learner.agent.head.num_actions
+    record = record_type(run.obs_space, num_actions, False)["obs"].base.str[1:]
+    obs = (envs, *run.obs_space.shape), TORCH_TYPES[record]
     data: dict[str, Any] = HEADER | dict.fromkeys(("save", "note", "first", "updates", "step"), INTEGER)
     data |= {"actions": ((envs, num_actions), torch.float32), "next_obs": obs, "final_obs": obs}
     data |= {"rewards": ((envs,), torch.float32)} | dict.fromkeys(("terminated", "truncated"), ((envs,), torch.bool))
-    if args.norm_obs:
-        data |= dict.fromkeys(("mean", "var"), ((obs_size,), torch.float64)) | {"count": ((), torch.float64)}
-    vectors = {name: (getattr(learner, name).vector.shape, torch.float32) for name in ("critics", "target_critics")}
-    optimizer: dict[str, Any] = dict(vectors)
-    for name, vector in zip(OPTIMIZERS, (learner.critics.vector, learner.actor.vector), strict=True):
-        shapes = ((), vector.shape, vector.shape)
-        optimizer |= {f"{name}.{part}": (shape, torch.float32) for part, shape in zip(ADAM, shapes, strict=True)}
-    optimizer["generators"] = (count, 2, *torch.get_rng_state().shape), torch.uint8
-    answer = REPORT | {"noted": INTEGER, "losses": ((2, len(METRICS)), torch.float64)}
-    answer |= {"weights": (learner.actor.vector.shape, torch.float32)}
-    fields = {"D": data, "W": answer, "O": optimizer}
-    fields |= {"S": {"path": ((PATH_MAX,), torch.uint8), "obs": obs}, "B": {"code": INTEGER, "refill": INTEGER}}
+    if agent.obs_normalizer is not None:
+        data |= {name: (buffer.shape, buffer.dtype) for name, buffer in agent.obs_normalizer.state_dict().items()}
+    weights = {"weights": (learner.actor_optimizer.flat.vector.shape, torch.float32)}
+    answer = REPORT | {"noted": INTEGER, "losses": ((2, len(METRICS)), torch.float64)} | weights
+    stored = {name: (value.shape, value.dtype) for name, value in hand_over(learner).items()}
+    stored["generators"] = (count, 2, *torch.get_rng_state().shape), torch.uint8
+    start = {"path": ((PATH_MAX,), torch.uint8), "obs": obs}
+    fields = {"D": data, "W": answer, "O": stored, "S": start, "B": {"code": INTEGER, "refill": INTEGER}}
     return Messages(fields, count, args.max_lag)
 
 
@@ -134,125 +137,77 @@ def collect(trainers: Trainers, most: int, learner: Learner, losses: MeanMetrics
             for tag, total, count in zip(METRICS, *answer["losses"].clone(), strict=True):
                 if count:
                     losses.add(tag, total, int(count))
-        learner.actor.vector.data.copy_(answer["weights"])
+        learner.actor_optimizer.flat.vector.copy_(answer["weights"])
 
 
-def player(
-    args: SACDecoupledArgs, obs_space: Space, action_space: Space, fabric: Group, trainers: Trainers, stop: StopSignal
-) -> int:
+def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
     """sac.py's main(), whose line `train(...)` is messages."""
-    spaces = describe(obs_space, action_space)
-    state, resumed = load_checkpoint(args.resume, "sac") if args.resume else ({}, None)
-    global_step, exit_code = state.get("global_step", 0), 0  # environment steps
+    with run:
+        schedule = make_schedule(run)
 
-    # --- Fabric, seed, run folder
-    batch_size = args.num_envs * fabric.world_size  # steps an iteration takes
-    require(batch_size <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {batch_size}")
-    if state:
-        check_batch(state, args, fabric.world_size)
-        check_spaces(state["spaces"], spaces)
-    with failing_together(fabric):
-        schedule = UpdateSchedule(args, fabric)
-        check_room(args, obs_space, action_space, fabric)
-    run = Run(fabric, args, "sac", resumed, global_step)
-    act_rng, train_rng = generators(args.seed, fabric.global_rank, global_step)
+        # --- Environments
+        envs = run.make_envs()
 
-    # --- Environments
-    with failing_together(fabric):
-        rb = NewestStep(args.num_envs, args.num_envs, obs_space, int(np.prod(action_space.shape)))
-        envs = make_envs(args, fabric.global_rank, run.videos)
+        # --- Agent, and the optimizers' state for checkpoints
+        agent = make_agent(args, envs)
+        learner = setup(run, agent)
 
-    # --- Agent, and the optimizers' state for checkpoints
-    player = make_agent(args, envs)
-    learner = Learner(fabric, player, args)
+        # --- Buffer
+        rb = NewestStep(args.num_envs, args.num_envs, run.obs_space, agent.head.num_actions)
 
-    # --- Metrics
-    episodes, losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+        # --- Counters
+        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+        run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
+        stored = run.state.get("schedule")
+        rb.start(obs := run.reset())
+        trainers.begin(make_messages(learner, run, trainers.count, args), agent)  # -> [H]
+        refill = start(trainers, run.folder, obs)  # -> [S], <- [B]
+        if stored is not None:
+            schedule.load_state_dict(stored, run.global_step, refill)
+        lag = 0  # most that a policy was behind since the last entry
 
-    # --- Counters
-    if state:
-        with failing_together(fabric), reading(resumed):
-            restore(player, state["agent"])
-            learner.load_state_dict(state["learner"])
-            episodes.load_state_dict(state["episodes"])
-            restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-            run.best_return = state["best_return"]
+        for step in run.iterations(args.num_envs):
+            # 1. Rollout
+            lag = max(lag, len(trainers.ahead))
+            rollout(run, run.player(agent), envs, rb, schedule.explores(step))
+            if agent.obs_normalizer is not None:
+                agent.obs_normalizer.update(rb.newest_obs().to(run.fabric.device), run.fabric)
 
-    run.start()
-    clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
-    with failing_together(fabric):
-        obs, _ = envs.reset(seed=env_seeds(args.seed, fabric.global_rank, args.num_envs, global_step))  # [N, D]
-        rb.start(obs)
-        if problem := rb.first_bad():
-            raise NonFiniteError(problem)
-    trainers.begin(make_messages(learner, obs_space, trainers.count, args), player)  # -> [H]
-    refill = start(trainers, run.folder, obs)  # -> [S], <- [B]
-    if state:
-        schedule.load_state_dict(state["schedule"], global_step, refill)
-    lag = 0  # most that a policy was behind since the last entry
+            # 2. Sample
+            first, count = schedule.take(run.global_step)
 
-    while global_step + batch_size <= args.total_timesteps:
-        # 1. Rollout
-        lag = max(lag, len(trainers.ahead))
-        with failing_together(fabric):
-            rollout(player, envs, rb, episodes, act_rng, schedule.explores(global_step), clock)
-        clock.lap("comm")
-        global_step += batch_size
-        if player.obs_normalizer is not None:
-            player.obs_normalizer.update(rb.newest_obs().to(fabric.device), fabric)
+            # 3. Update
+            run.exit_code = max(run.exit_code, trainers.signal)
+            saves, notes = run.checkpoint_is_due, run.log_is_due or run.checkpoint_is_due
+            run.clock.lap("train")
+            collect(trainers, max(args.max_lag, 1) - 1, learner, run.losses)  # <- [W]
+            run.clock.lap("wait_player")
+            command = {"first": first, "updates": count, "step": run.global_step, "save": saves, "note": notes}
+            parts = shares(*rb.newest, agent.obs_normalizer, trainers.count)
+            trainers.send(parts, answers=count > 0 or notes, **command)  # -> [D]
+            run.clock.lap("comm")
+            collect(trainers, 0 if run.is_last or saves else args.max_lag, learner, run.losses)  # <- [W]
+            run.clock.lap("wait_player")
 
-        # 2. Sample
-        first, updates = schedule.take(global_step)
+            # 4. Log
+            run.record_step()
+            if run.log_is_due:
+                charts = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}
+                run.log({"charts/learning_rate": args.policy_lr} | charts)
+                lag = 0
 
-        # 3. Update
-        clock.lap("train")
-        exit_code = stop.exit_code(fabric)
-        exit_code = max(exit_code, trainers.signal)
-        last = exit_code > 0 or global_step + batch_size > args.total_timesteps
-        saves = run.wants_checkpoint(global_step, last)
-        notes = run.wants_log(global_step, last) or saves
-        collect(trainers, max(args.max_lag, 1) - 1, learner, losses)  # <- [W]
-        clock.lap("wait_player")
-        command = {"first": first, "updates": updates, "step": global_step, "save": saves, "note": notes}
-        parts = shares(*rb.newest, player.obs_normalizer, trainers.count)
-        trainers.send(parts, answers=updates > 0 or notes, **command)  # -> [D]
-        clock.lap("comm")
-        collect(trainers, 0 if last or saves else args.max_lag, learner, losses)  # <- [W]
-        clock.lap("wait_player")
+            # 5. Checkpoint
+            if saves:
+                received = trainers.receive("O")  # <- [O]
+                take_over(learner, received)
+                states = with_player(received["generators"], run.act_rng, args.seed, run.global_step)
+                shards = trainers.count if args.checkpoint_buffer else 0
+                run.checkpoint(generators=states, shards=shards, schedule=schedule)
+            run.clock.lap("log")
 
-        # 4. Log
-        if notes:
-            episodes.flush(fabric)
-        run.advance(global_step, episodes.mean_return)
-        if run.wants_log(global_step, last):
-            charts = {"charts/learning_rate": args.policy_lr, "charts/SPS": run.sps(global_step)}
-            charts |= {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}
-            run.log(charts | episodes.compute() | losses.compute() | clock.shares(), global_step)
-            lag = 0
-
-        # 5. Checkpoint
-        if saves:
-            stored = trainers.receive("O")  # <- [O]
-            take_over(learner, stored)
-            state = {
-                "spaces": spaces,
-                "agent": player.state_dict(),
-                "learner": learner.state_dict(),
-                "schedule": schedule.state_dict(),
-                "episodes": episodes.state_dict(),
-                "generators": with_player(stored["generators"], act_rng, args.seed, global_step),
-                "shards": trainers.count if args.checkpoint_buffer else 0,
-            }
-            run.save(global_step, episodes.mean_return, state)
-        clock.lap("log")
-        if exit_code:
-            break
-
-    # --- Close
-    trainers.dismiss(STOP, exit_code)  # -> [D]
-    envs.close()
-    run.finish(global_step, episodes)
-    return exit_code
+        # --- Close
+        trainers.dismiss(STOP, run.exit_code)  # -> [D]
+    return run.exit_code
 
 
 def start(trainers: Trainers, folder: Path, obs: np.ndarray) -> bool:
@@ -274,56 +229,65 @@ def start(trainers: Trainers, folder: Path, obs: np.ndarray) -> bool:
     return bool(answer["refill"])
 
 
-def take_over(learner: Learner, stored: Packet) -> None:
-    """[O] into the player's copies of critics, targets and optimizers."""
-    for name in ("critics", "target_critics"):
-        getattr(learner, name).vector.data.copy_(stored[name])
+def hand_over(learner: Learner) -> dict[str, Tensor]:
+    """What a checkpoint holds that the player lacks, for [O]: critics, targets, and the optimizers' moments."""
+    stored = {"critics": learner.q_optimizer.flat.vector}
+    stored["target_critics"] = parameters_to_vector(learner.agent.target_critics.parameters()).detach()
     for name in OPTIMIZERS:
-        optimizer = getattr(learner, name)
-        adam = {part: stored.tensors[f"{name}.{part}"].clone() for part in ADAM}
-        if adam["step"] > 0:
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
+        flat = getattr(learner, name).flat
+        stored |= {f"{name}.{part}": getattr(flat, part) for part in MOMENTS}
+    return stored
 
 
-def trainer(
-    args: SACDecoupledArgs, obs_space: Space, action_space: Space, fabric: Group, channel: Channel, stop: StopSignal
-) -> int:
+@torch.no_grad()
+def take_over(learner: Learner, stored: Packet) -> None:
+    """What the first trainer has handed over, into the player's."""
+    learner.q_optimizer.flat.vector.copy_(stored["critics"])
+    targets = stored["target_critics"].clone().to(learner.agent.log_alpha.device)
+    vector_to_parameters(targets, learner.agent.target_critics.parameters())
+    for name in OPTIMIZERS:
+        getattr(learner, name).flat.load(**{part: stored.tensors[f"{name}.{part}"] for part in MOMENTS})
+
+
+def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
     """The lines of sac.py's main() that sample and update, for as long as the player wants them."""
-    state, resumed = load_checkpoint(args.resume, "sac") if args.resume else ({}, None)
-    act_rng, train_rng = generators(args.seed, fabric.global_rank, state.get("global_step", 0))
+    fabric = run.fabric
     count, speaks = fabric.world_size, fabric.global_rank == 0  # the first trainer speaks for all
     envs = args.num_envs // count
     rows = args.buffer_size // args.num_envs  # of each environment, as many as with any other number of trainers
-    share = replace(args, num_envs=envs, buffer_size=rows * envs, batch_size=args.batch_size // count)
+    run.args = replace(args, num_envs=envs, buffer_size=rows * envs, batch_size=args.batch_size // count)
 
     # --- Agent and optimizers
-    agent = make_agent(share, SimpleNamespace(single_observation_space=obs_space, single_action_space=action_space))
-    learner = Learner(fabric, agent, share)
-    messages = make_messages(learner, obs_space, count, args)
+    spaces = {"single_observation_space": run.obs_space, "single_action_space": run.action_space}
+    agent = make_agent(args, SimpleNamespace(**spaces))
+    learner = setup(run, agent)
+    step_critics = run.compiled(partial(update_critics, run, learner))
+    step_actor = run.compiled(partial(update_actor, run, learner))
+    messages = make_messages(learner, run, count, args)
     iteration = 0
 
     # --- Buffer and counters
-    if state:
-        with before_the_player(channel), reading(resumed):
-            restore(agent, state["agent"])
-            learner.load_state_dict(state["learner"])
-            restore_generators(state["generators"], fabric.global_rank, act_rng, train_rng)
-    keep_what_is_here()
+    with before_the_player(channel):
+        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+        run.restore_generators()
+    freeze_gc()
     await_player(channel, agent)
     begun = channel.receive("S", messages["S"], PLAYER, iteration)
     folder = Path(bytes(begun["path"].tolist()).rstrip(b"\0").decode())
     refill = False
     with telling(partial(give_up, channel, messages, "B", speaks, iteration), FIRST_TRAINER):
-        with failing_together(fabric):
-            rb = make_buffer(share, obs_space, action_space, fabric, folder)
-        if state:
-            with failing_together(fabric), reading(resumed):
-                refill = not restore_buffer(rb, state, resumed, share, fabric)
+        rb = make_buffer(run, folder)
+        if run.state:
+            with run.together(), reading(run.path):
+                refill = not restore_buffer(rb, run.state, run.path, run.args, fabric)
     rb.start(begun["obs"].numpy())
+    if run.records:
+        with run.rehearsal():
+            batches = rb.sample(args.policy_frequency, run.args.batch_size, run.train_rng)
+            train(run, learner, step_critics, step_actor, batches, 1)
+            run.look()
     if speaks:
         channel.send("B", messages["B"].fill(code=0, refill=refill), PLAYER, iteration)
-    if args.compile:
-        compile_ahead(learner)
 
     while True:
         packet = receive_data(channel, messages, iteration)
@@ -332,33 +296,33 @@ def trainer(
             return packet["code"]
         add(rb, packet)
         if agent.obs_normalizer is not None:
-            statistics = {name: packet.tensors[name] for name in ("mean", "var", "count")}
+            statistics = {name: packet.tensors[name] for name in agent.obs_normalizer.state_dict()}
             agent.obs_normalizer.load_state_dict(statistics)
 
         with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER, iteration):
             # 2. Sample
             updates = packet["updates"]
-            batches = rb.sample(updates, share.batch_size, train_rng) if updates else {}
-
-            # 3. Update
             if updates:
-                train(learner, batches, packet["first"], train_rng, share)
+                batches = rb.sample(updates, run.args.batch_size, run.train_rng)
+
+                # 3. Update
+                train(run, learner, step_critics, step_actor, batches, packet["first"])
 
             # 4. Log, 5. Checkpoint
             metrics: dict[str, Tensor] = {}
-            if packet["note"] or learner.wants_check:
-                with failing_together(fabric):
-                    metrics = learner.metrics()
-            if packet["save"]:
-                rngs = rank_generators(fabric, train_rng)
-            if packet["save"] and args.checkpoint_buffer:
-                with failing_together(fabric):
-                    save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, rb.state_dict())
             if updates or packet["note"]:
-                signal = stop.exit_code(fabric)
-                if speaks:
-                    answer = messages["W"].fill(weights=learner.actor.vector.data, **report(channel, signal, metrics))
-                    channel.send("W", answer, PLAYER, iteration)
+                with run.together():
+                    if packet["note"] or run.has_noted_much:
+                        metrics = run.look()
+            if packet["save"]:
+                rngs = rank_generators(fabric, run.train_rng)
+            if packet["save"] and args.checkpoint_buffer:
+                with run.together():
+                    save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, rb.state_dict())
+            if speaks and (updates or packet["note"]):
+                told = report(channel, run.exit_code, metrics)
+                answer = messages["W"].fill(weights=learner.actor_optimizer.flat.vector, **told)
+                channel.send("W", answer, PLAYER, iteration)
             if speaks and packet["save"]:
                 channel.send("O", messages["O"].fill(**hand_over(learner), generators=rngs), PLAYER, iteration)
         iteration += 1
@@ -381,23 +345,12 @@ def add(rb: ReplayBuffer, packet: Packet) -> None:
     rb.add(*step, {"final_obs": final_obs})
 
 
-def hand_over(learner: Learner) -> dict[str, Tensor]:
-    """Critics, targets and optimizers for [O]; Adam's step is 0 before its first."""
-    stored = {name: getattr(learner, name).vector.data for name in ("critics", "target_critics")}
-    for name, vector in zip(OPTIMIZERS, (learner.critics.vector, learner.actor.vector), strict=True):
-        adam = getattr(learner, name).state.get(vector) or {part: torch.zeros(()) for part in ADAM}
-        stored |= {f"{name}.{part}": adam[part] for part in ADAM}
-    return stored
-
-
 def main() -> int:
     args = parse(SACDecoupledArgs, "sac")
-    video_mode = "rgb_array" if args.capture_video else None
-    obs_space, action_space = check_env(args, ACTION_SPACES, video_mode, bounded=True)
-    stop = StopSignal()
-    fabric = launch(args)
+    run = Run(args, "sac", ACTION_SPACES, bounded=True)
+    fabric = run.fabric
     count = max(fabric.world_size - FIRST_TRAINER, 1)
-    with failing_together(fabric):  # none leaves while another is still about to meet the rest
+    with run.together():  # none leaves while another is still about to meet the rest
         for name in ("num_envs", "batch_size"):
             require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
         rows = args.buffer_size // args.num_envs * args.num_envs
@@ -405,11 +358,12 @@ def main() -> int:
     world, team = make_groups(fabric, args.timeout)
     channel = Channel(world, (count if fabric.global_rank == PLAYER else 1) * (args.max_lag + 1))
     if fabric.global_rank > PLAYER:
-        return trainer(args, obs_space, action_space, Group(fabric, team), channel, stop)
+        run.join(Group(fabric, team))
+        return trainer(args, run, channel)
     trainers = Trainers(channel)
     with telling(partial(trainers.dismiss, ABORT)):
-        home = Group(fabric, device=player_device(args, fabric))
-        return player(args, obs_space, action_space, home, trainers, stop)
+        run.join(Group(fabric, device=player_device(args, fabric)))
+        return player(args, run, trainers)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,15 @@
-"""What SAC's scripts and evaluation share."""
+"""What evaluation needs of SAC."""
 
-import sys
 from collections.abc import Callable
-from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box
 from gymnasium.vector import VectorEnv
-from lightning.fabric import Fabric
 
-from fabricrl.algos.sac.agent import SACAgent
-from fabricrl.algos.sac.args import OffPolicyArgs
-from fabricrl.data.buffers import ReplayBuffer, record_type
-from fabricrl.data.memory import GIB, check_memory
-from fabricrl.envs.spaces import stretch
-from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
-from fabricrl.utils.errors import CheckpointError
-from fabricrl.utils.launch import ranks_here
-from fabricrl.utils.ranks import all_max
-from fabricrl.utils.utils import require
+from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent, make_agent
+from fabricrl.envs.spaces import rescale_actions
 
-ACTION_SPACES = (Box,)
-
-
-def make_agent(args: Any, envs: VectorEnv, kind: type[SACAgent] = SACAgent, **more: Any) -> SACAgent:
-    """The agent that `args` describe, for these environments; `more` is what its `kind` needs besides."""
-    (obs_size,) = envs.single_observation_space.shape
-    num_actions = int(np.prod(envs.single_action_space.shape))
-    return kind(
-        obs_size,
-        num_actions,
-        args.hidden_sizes,
-        args.activation,
-        args.num_critics,
-        args.alpha,
-        args.autotune,
-        args.norm_obs,
-        **more,
-    )
+__all__ = ["ACTION_SPACES", "make_agent", "make_policy"]  # what evaluate.py looks for
 
 
 def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., np.ndarray]:
@@ -51,129 +20,6 @@ def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Ca
     def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         inputs = torch.as_tensor(obs, dtype=torch.float32)
         actions = agent.greedy(inputs) if greedy else agent.act(inputs, agent.head.noise((len(obs),), generator))
-        return stretch(envs.single_action_space, actions.numpy())
+        return rescale_actions(envs.single_action_space, actions.numpy())
 
     return policy
-
-
-def check_room(args: Any, obs_space: Box, action_space: Box, fabric: Fabric) -> None:
-    """Raises ConfigError, with the figures, if the buffers of this machine's ranks do not fit into its memory."""
-    record = record_type(obs_space, int(np.prod(action_space.shape)), args.implicit_next_obs)
-    if not args.buffer_memmap:
-        check_memory(args.buffer_size * record.itemsize, ranks_here(fabric), args.implicit_next_obs)
-
-
-def make_buffer(args: Any, obs_space: Box, action_space: Box, fabric: Fabric, folder: Path) -> ReplayBuffer:
-    """The replay buffer of this rank; rank 0 prints what it takes.
-
-    Raises:
-        ConfigError: there is no room for it.
-    """
-    rb = ReplayBuffer(
-        args.buffer_size,
-        args.num_envs,
-        obs_space,
-        int(np.prod(action_space.shape)),
-        args.gamma,
-        args.n_step,
-        args.implicit_next_obs,
-        folder if args.buffer_memmap else None,
-    )
-    if fabric.global_rank == 0:
-        where = f"in a nameless file in {folder}" if args.buffer_memmap else "in memory"
-        size = f"{rb.capacity * rb.num_envs} transitions, {rb.num_bytes / GIB:.3f} GiB"
-        print(f"replay buffer: {size} per rank, {where}", file=sys.stderr, flush=True)
-    return rb
-
-
-def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: Any, fabric: Fabric) -> bool:
-    """Fills the buffer with this rank's part of a checkpoint; whether it did. Rank 0 says so if not.
-
-    Raises:
-        CheckpointError: the part is missing or does not fit, and neither `checkpoint_buffer` was off in the run that
-            saved it nor `allow_empty_buffer` is on.
-    """
-    problem: CheckpointError | None = None
-    stored = state["args"]["checkpoint_buffer"]
-    if stored:
-        try:
-            with reading(path):  # also what is no buffer at all: every rank has to come to the next line
-                load_buffer(rb, state, path, fabric)
-        except CheckpointError as error:
-            problem = error
-        if not all_max(fabric, int(problem is not None)):
-            return True
-        if not args.allow_empty_buffer:
-            if problem is None:
-                return False  # the rank that it concerns says why, and ends all
-            raise CheckpointError(f"{problem}; --allow-empty-buffer goes on without, after filling a new one")
-        if problem is not None:
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
-    if fabric.global_rank == 0:
-        steps = max(args.learning_starts, args.batch_size * fabric.world_size)
-        left = args.total_timesteps - state["global_step"]
-        after = "before the next update" if steps < left else f"and only {left} are left, so nothing is learned"
-        print(f"the replay buffer starts empty: {steps} steps fill it {after}", file=sys.stderr, flush=True)
-    rb.clear()
-    return False
-
-
-def load_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, fabric: Fabric) -> None:
-    """This rank's environments out of a checkpoint, which as many ranks may have stored, or others.
-
-    Raises:
-        CheckpointError: a part is missing, or of another layout.
-    """
-    shards, world_size = shard_ranks(state), fabric.world_size
-    if len(shards) in (0, world_size):
-        rb.load_state_dict(load_shard(state, path, fabric.global_rank))
-    else:
-        parts = [load_shard(state, path, rank) for rank in shards]
-        rb.load_shards(parts, fabric.global_rank * rb.num_envs, world_size * rb.num_envs)
-
-
-class UpdateSchedule:
-    """Which critic updates are due: exactly `replay_ratio` times the steps since learning started, resumed or not.
-
-    Attributes:
-        starts: environment steps, over all ranks, after which updates are due.
-        done: critic updates taken, or handed out by `take`, so far.
-    """
-
-    def __init__(self, args: OffPolicyArgs, fabric: Fabric) -> None:
-        """Raises ConfigError if learning would never start."""
-        self.args, self.ratio = args, Fraction(str(args.replay_ratio))  # exact, which a float is not
-        self.least = max(args.learning_starts, args.batch_size * fabric.world_size)
-        if self.least > args.learning_starts and fabric.global_rank == 0:
-            print(f"warning: learning starts after {self.least} steps, a batch of each rank", file=sys.stderr)
-        self.starts, self.before, self.done = self.least, 0, 0
-        allowed = f"above {self.least}, when learning starts"
-        require(args.total_timesteps > self.least, "total_timesteps", args.total_timesteps, allowed)
-        steps = args.total_timesteps - self.least
-        allowed = f"such that the {steps} steps after learning starts have an update"
-        require(int(self.ratio * steps) > 0, "replay_ratio", args.replay_ratio, allowed)
-
-    def explores(self, step: int) -> bool:
-        """Whether actions are drawn uniformly: before a policy has learned anything."""
-        return self.done == 0 and step < self.starts
-
-    def take(self, step: int) -> tuple[int, int]:
-        """Number of the first update that is due after `step` environment steps, from 1, and how many are."""
-        first = self.done + 1
-        self.done = max(self.done, self.before + int(self.ratio * max(step - self.starts, 0)))
-        return first, self.done + 1 - first
-
-    def state_dict(self) -> dict[str, Any]:
-        counters = {"starts": self.starts, "before": self.before, "done": self.done}
-        return counters | {"least": self.least, "ratio": self.args.replay_ratio}
-
-    def load_state_dict(self, state: dict[str, Any], step: int, refill: bool) -> None:
-        """Goes on after `step` steps; from anew, without catching up, if the buffer is to be filled first or the ratio
-        is another one. Before the first update, another `learning_starts` counts."""
-        self.starts, self.before, self.done = state["starts"], state["before"], state["done"]
-        if not self.done and self.least != state["least"]:
-            self.starts = max(step, self.starts + self.least - state["least"])
-        if refill:
-            self.starts, self.before = step + self.least, self.done
-        elif state["ratio"] != self.args.replay_ratio:
-            self.starts, self.before = max(step, self.starts), self.done

@@ -1,0 +1,360 @@
+"""What a run needs around its algorithm: `Run`, which every script drives.
+
+with Run(args, "ppo", ACTION_SPACES) as run:
+    envs = run.make_envs()
+    agent, optimizer = run.setup(player, Adam(player.parameters(), args.learning_rate))
+    run.restore(agent=player, optimizer=optimizer)
+    obs = run.reset()
+    for step in run.iterations(args.num_steps * args.num_envs):
+        ...  # the algorithm
+        if run.log_is_due:
+            run.log({"charts/learning_rate": learning_rate})
+        run.checkpoint()
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Space
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor, nn
+
+from fabricrl.algos.args import parse
+from fabricrl.data import ReplayBuffer, RolloutBuffer
+from fabricrl.envs import check_env, make_envs
+from fabricrl.envs.spaces import describe
+from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
+from fabricrl.utils.errors import NonFiniteError, RunError
+from fabricrl.utils.launch import StopSignal, check_ranks, launch, run_script
+from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
+from fabricrl.utils.optimizer import Adam
+from fabricrl.utils.ranks import all_gather
+from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
+from fabricrl.utils.update import Runner
+from fabricrl.utils.utils import env_seeds, generators, require
+
+LOOK_EVERY = 1000  # updates
+
+__all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
+
+
+class Run:
+    """One run of a script: ranks, environments, seeds, the run's folder, faults, signals, logs and checkpoints.
+
+    It never calls the script. What it does together with other ranks, all ranks have to ask for.
+
+    Args:
+        algo: the algorithm, which checkpoints have to be of.
+        action_spaces: those that it can act in.
+        bounded: whether actions must be a Box with finite bounds; images: whether observations may have images.
+
+    Attributes:
+        args: the arguments; fabric: Lightning's, or the `Group` of a decoupled script.
+        obs_space, action_space: of a single environment.
+        state, path: the checkpoint that the run goes on from, or {} and None.
+        global_step: environment steps of all ranks, at the end of the current iteration.
+        act_rng, train_rng: draw action noise and what training draws, different on every rank.
+        updates: compiles and captures what trains.
+        episodes, losses, clock: what is logged.
+        exit_code: 0, or that of the signal that ends the run.
+
+    Raises:
+        RunError: here and later, on all ranks at once.
+    """
+
+    def __init__(
+        self, args: Any, algo: str, action_spaces: tuple[type[Space], ...], bounded: bool = False, images: bool = False
+    ) -> None:
+        self.args, self.algo = args, algo
+        video_mode = "rgb_array" if args.capture_video else None
+        self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
+        self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
+        self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
+        self.global_step = self.first_step = self.state.get("global_step", 0)
+        self.exit_code, self._iteration_steps = 0, 0
+        self._signals = StopSignal()
+        self.fabric: Any = launch(args)
+        self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+        self.clock = Stopwatch("env", "act", "train", "comm", "log")
+        self._noted: dict[tuple[str, ...], list[Tensor]] = {}
+        self._parts: dict[str, Any] = {}
+        self._modules: list[nn.Module] = []
+        self._optimizers: list[Adam] = []
+        self._contexts = ExitStack()
+        self._envs: VectorEnv | None = None
+        self._player: nn.Module | None = None
+        self._folder: RunFolder | None = None
+
+    def __enter__(self) -> "Run":
+        """Checks what depends on the ranks that there are, and seeds this one's generators."""
+        args, fabric = self.args, self.fabric
+        steps = args.num_envs * getattr(args, "num_steps", 1) * fabric.world_size
+        require(steps <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {steps}")
+        if self.state:
+            check_batch(self.state, args, fabric.world_size)
+            check_spaces(self.state["spaces"], describe(self.obs_space, self.action_space))
+        self.join(fabric)
+        return self
+
+    def join(self, fabric: Any) -> None:
+        """Makes these ranks the run's world: Fabric's, or the `Group` of a decoupled script's player or trainers.
+
+        Seeds this rank's generators.
+        """
+        self.fabric, args = fabric, self.args
+        self.act_rng, self.train_rng = generators(args.seed, fabric.global_rank, self.first_step)
+        graphs = fabric.device.type == "cuda" and args.cuda_graphs
+        self.updates = Runner(args.compile, graphs, self._modules, self._optimizers, [self.train_rng])
+        self.player_device = torch.device("cpu") if args.player_device == "cpu" else fabric.device
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Closes the environments and prints the result, unless something has gone wrong."""
+        self._contexts.close()
+        if kind is None and self._envs is not None:
+            self._envs.close()
+        if kind is None and self._folder is not None:
+            self._folder.finish(self.global_step, self.episodes)
+
+    # --- before the loop
+
+    def make_envs(self) -> VectorEnv:
+        """This rank's environments; makes the run's folder, too."""
+        self._folder = RunFolder(self.fabric, self.args, self.algo, self.path, self.first_step)
+        with self.together():
+            self._envs = make_envs(self.args, self.fabric.global_rank, self._folder.videos)
+        return self._envs
+
+    @property
+    def skips(self) -> bool:
+        """Whether the environments have steps that only reset them, and belong to no episode."""
+        assert self._envs is not None
+        return self._envs.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes; the same on every rank."""
+        assert self._folder is not None, "make_envs() comes first"
+        return self._folder.folder
+
+    def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
+        """What `fabric.setup` returns: the module and its optimizers, ready to train on this rank's device.
+
+        Over ranks it leaves gradients alone: `average_gradients` averages them.
+        """
+        wrapped = self.fabric.setup(module, *optimizers)
+        self._contexts.enter_context(self.fabric.no_backward_sync(wrapped[0] if optimizers else wrapped))
+        self._modules.append(module)
+        self._optimizers += optimizers
+        return wrapped
+
+    def restore(self, **parts: Any) -> None:
+        """Names what checkpoints hold, modules and optimizers, and takes their state from the one that is resumed."""
+        self._parts |= parts
+        self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
+        if not self.state:
+            return
+        with self.together(), reading(self.path):
+            for name, part in parts.items():
+                if isinstance(part, nn.Module):
+                    restore(part, self.state[name])
+                else:
+                    part.load_state_dict(self.state[name])
+
+    def restore_generators(self) -> None:
+        """Goes on drawing where the checkpoint that is resumed has stopped, if there is one."""
+        if self.state:
+            with reading(self.path):
+                rank = self.fabric.global_rank
+                restore_generators(self.state["generators"], rank, self.act_rng, self.train_rng)
+
+    def reset(self) -> np.ndarray:
+        """Starts logs and clocks, and the environments: their first observations [N, ...]."""
+        assert self._envs is not None
+        assert self._folder is not None
+        args, rank = self.args, self.fabric.global_rank
+        if self.state:
+            with self.together(), reading(self.path):
+                self.episodes.load_state_dict(self.state["episodes"])
+                self.restore_generators()
+                self._folder.best_return = self.state["best_return"]
+        self._folder.start()
+        with self.together():
+            obs, _ = self._envs.reset(seed=env_seeds(args.seed, rank, args.num_envs, self.first_step))
+            if obs.dtype.kind == "f" and not np.isfinite(obs).all():
+                raise NonFiniteError("first observation is not finite")
+        check_ranks(self.fabric, self._parts["agent"], torch.as_tensor(obs))
+        self.state = {}  # a replay buffer in it may be large
+        self.clock.restart()
+        return obs
+
+    # --- running updates
+
+    @property
+    def records(self) -> bool:
+        """Whether updates are compiled or captured, which is done before the clock starts."""
+        return self.updates.records
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """An update as one program with `--compile`, else as it is."""
+        return self.updates.compiled(function)
+
+    def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What trains as one CUDA graph on a GPU, else as it is."""
+        return self.updates.captured(function)
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """Undoes what an update inside changes: it is there to be compiled and captured."""
+        return self.updates.rehearsal()
+
+    def numbers(self, *values: float) -> tuple[Any, ...]:
+        """Coefficients that vary: scalar tensors where updates are recorded, which would keep a number as it is."""
+        if not self.records:
+            return values
+        return tuple(torch.full((), value, device=self.fabric.device) for value in values)
+
+    def player(self, agent: nn.Module) -> Any:
+        """What acts in the coming rollout: the agent, or its copy where acting is faster, with the newest weights."""
+        if self.player_device == self.fabric.device:
+            return agent
+        if self._player is None:
+            self._player = copy.deepcopy(agent).to(self.player_device)
+        self._player.load_state_dict(agent.state_dict())
+        return self._player
+
+    # --- in the loop
+
+    def iterations(self, steps: int) -> Iterator[int]:
+        """Iterations of so many steps on each rank, up to `total_timesteps` or a signal: the steps before each."""
+        self._iteration_steps = steps * self.fabric.world_size
+        while not self.exit_code and self.global_step + self._iteration_steps <= self.args.total_timesteps:
+            self.global_step += self._iteration_steps
+            yield self.global_step - self._iteration_steps
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no iteration follows."""
+        return self.exit_code > 0 or self.global_step + self._iteration_steps > self.args.total_timesteps
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A RunError inside, on any rank, ends all ranks with its exit code; signals are agreed on at the same time."""
+        fault: RunError | None = None
+        try:
+            yield
+        except RunError as error:
+            fault = error
+        own = fault.exit_code if fault else 0
+        codes, signals = all_gather(self.fabric, torch.tensor([own, self._signals.code])).T.tolist()  # [W] each
+        self.exit_code = max(self.exit_code, *signals)
+        if any(codes) and fault is None:
+            fault = RunError()  # the rank that failed says why
+            fault.exit_code = max(codes)
+        if fault is not None:
+            fault.told_by = next(rank for rank, code in enumerate(codes) if code)
+            raise fault
+
+    def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
+        """Keeps the metrics of one update [tags], or of several [K, tags], until it is time to look at them."""
+        self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
+
+    def record_rollout(self, rb: RolloutBuffer, heeds_signals: bool = True) -> None:
+        """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.
+
+        Raises:
+            NonFiniteError: a metric or a parameter is not finite.
+        """
+        self.losses.update(self.look())
+        self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped)
+        if heeds_signals:  # which may have come since the rollout
+            with self.together():
+                pass
+        self.clock.lap("comm")
+        self._advance()
+
+    def record_step(self) -> None:
+        """Ends an iteration of one step: does what `record_rollout` does now and then, as it costs what an update does.
+
+        Raises:
+            NonFiniteError: a metric or a parameter is not finite.
+        """
+        if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
+            self.episodes.flush(self.fabric)
+            self.losses.update(self.look())
+        self._advance()
+
+    @property
+    def has_noted_much(self) -> bool:
+        """Whether so many updates have been noted that it is time to look."""
+        return sum(map(len, self._noted.values())) >= LOOK_EVERY
+
+    def look(self) -> dict[str, Tensor]:
+        """What was noted since the last call, [K] under each tag; this waits for a GPU.
+
+        Raises:
+            NonFiniteError: a metric or a parameter is not finite, as it is once a gradient was not.
+        """
+        parameters = {f"parameters {i}": optimizer.flat.vector for i, optimizer in enumerate(self._optimizers)}
+        metrics: dict[str, Tensor] = {}
+        for tags, noted in self._noted.items():
+            metrics |= dict(zip(tags, torch.cat(noted).unbind(1), strict=True))  # [K] each
+        self._noted.clear()
+        checked = metrics | parameters
+        finite = torch.stack([values.isfinite().all() for values in checked.values()]).tolist()
+        if not all(finite):
+            bad = [name for name, good in zip(checked, finite, strict=True) if not good]
+            raise NonFiniteError(f"not finite after the update: {', '.join(bad)}")
+        return metrics
+
+    def _advance(self) -> None:
+        assert self._folder is not None
+        self._folder.advance(self.global_step, self.episodes.mean_return)
+
+    @property
+    def log_is_due(self) -> bool:
+        """Whether this iteration is logged; the last one always is."""
+        assert self._folder is not None
+        return self._folder.wants_log(self.global_step, self.is_last)
+
+    def log(self, charts: dict[str, float]) -> None:
+        """Logs charts, and beside them episodes, losses, speed and where the time went since the last entry."""
+        assert self._folder is not None
+        speed = {"charts/SPS": self._folder.sps(self.global_step)}
+        numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
+        self._folder.log(charts | speed | numbers, self.global_step)
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether this iteration ends in a checkpoint; the last one does."""
+        assert self._folder is not None
+        return self._folder.wants_checkpoint(self.global_step, self.is_last)
+
+    def checkpoint(
+        self, rb: ReplayBuffer | None = None, generators: Tensor | None = None, shards: int = 0, **parts: Any
+    ) -> None:
+        """Saves what `restore` has named, if it is time to.
+
+        Args:
+            rb: this rank's replay buffer, which is saved unless the arguments say otherwise.
+            generators: the states of all ranks' generators; None: of those that this run has.
+            shards: replay buffers that a decoupled script's trainers have saved.
+            parts: what else there is with a `state_dict`.
+        """
+        if self.checkpoint_is_due:
+            state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
+            values = {"shards": shards} if shards else {}
+            if generators is None:
+                generators = rank_generators(self.fabric, self.act_rng, self.train_rng)
+            state |= {"generators": generators} | values
+            self.save(state, rb.state_dict() if rb is not None and self.args.checkpoint_buffer else None)
+        self.clock.lap("log")
+
+    def save(self, state: dict[str, Any], shard: dict[str, Any] | None = None) -> None:
+        """Writes a checkpoint now, of this state and what every run has."""
+        assert self._folder is not None
+        own = {"spaces": describe(self.obs_space, self.action_space), "episodes": self.episodes.state_dict()}
+        self._folder.save(self.global_step, self.episodes.mean_return, own | state, shard)

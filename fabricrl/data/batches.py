@@ -1,0 +1,69 @@
+"""The minibatches of an epoch: which rows, and with which advantages."""
+
+from collections.abc import Iterator
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from fabricrl.utils.batch import Batch
+from fabricrl.utils.ranks import all_gather
+
+
+def shuffled(fabric: Fabric, data: Batch, epochs: int, count: int, rng: torch.Generator) -> Batch:
+    """Draws the minibatches of all epochs: each row once an epoch, in random order.
+
+    Rows that do not count (`data.counts` is 0 there; None: all do) are dealt out evenly, so that minibatches have a
+    fixed shape.
+
+    Returns:
+        `with_moments` of the rows drawn.
+    """
+    if data.counts is None:
+        orders = [torch.randperm(len(data.advantages), generator=rng) for _ in range(epochs)]
+        return with_moments(fabric, data, torch.stack(orders).view(epochs, count, -1))
+    counts = data.counts.cpu()
+    real, others = (counts > 0).nonzero()[:, 0], (counts == 0).nonzero()[:, 0]
+    orders = [torch.cat((real[torch.randperm(len(real), generator=rng)], others)) for _ in range(epochs)]
+    return with_moments(fabric, data, torch.stack(orders).view(epochs, -1, count).mT)  # a row to each minibatch in turn
+
+
+@torch.no_grad()
+def with_moments(fabric: Fabric, data: Batch, rows: Tensor) -> Batch:
+    """The rows [E, M, B] of minibatches with the moments of their advantages over all ranks, in one collective.
+
+    Over all, so that W ranks with B rows each do what one rank with W B rows does.
+
+    Returns:
+        rows; mean and deviation; and total, how many rows of a minibatch count on the average rank; [E, M, 1].
+    """
+    rows = rows.to(data.advantages.device)
+    values = data.advantages[rows]  # [E, M, B]
+    counted = torch.ones_like(values) if data.counts is None else data.counts[rows]
+    totals = counted.sum(-1)  # [E, M]
+    means = (values * counted).sum(-1) / totals.clamp(min=1.0)
+    squares = ((values - means[..., None]).square() * counted).sum(-1)
+    totals, means, squares = all_gather(fabric, torch.stack((totals, means, squares))).unbind(1)  # [W, E, M] each
+    total = totals.sum(0)
+    mean = (totals * means).sum(0) / total
+    square = (squares + totals * (means - mean).square()).sum(0)  # Chan et al. 1979
+    moments = {"mean": mean, "deviation": (square / (total - 1)).sqrt(), "total": total / fabric.world_size}
+    return Batch(rows=rows, **{name: moment[..., None] for name, moment in moments.items()})
+
+
+def minibatches(data: Batch, epoch: Batch, norm_adv: bool) -> Iterator[Batch]:
+    """The minibatches [B, ...] of an epoch, with the weight of each row in a mean; None: all weigh the same.
+
+    Args:
+        epoch: of `with_moments`: rows [M, B] and moments [M, 1].
+        norm_adv: whether advantages are normalised.
+    """
+    later = ("obs", "states", "counts")
+    columns = {name: column[epoch.rows] for name, column in data.columns.items() if name not in later}
+    if norm_adv:
+        columns["advantages"] = (columns["advantages"] - epoch.mean) / (epoch.deviation + 1e-8)
+    if data.counts is not None:
+        columns["weights"] = data.counts[epoch.rows] / epoch.total
+    for rows, batch in zip(epoch.rows, Batch(**columns), strict=True):
+        # One minibatch at a time: images stay in the caches
+        yield batch.with_columns(obs=data.obs[rows], weights=batch.columns.get("weights"))

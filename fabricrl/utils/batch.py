@@ -1,0 +1,53 @@
+"""Batches: columns of tensors by name."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+class Batch:
+    """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`.
+
+    To Fabric it is a thing of its own: in half precision it would round every tensor that it finds among the inputs of
+    a module, old log-probabilities and targets, too.
+    """
+
+    def __init__(self, **columns: Any) -> None:
+        self.__dict__.update(columns)
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: what is there is found before this is asked
+        raise AttributeError(f"a batch of {', '.join(self.__dict__)} has no {name}")
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Name → column."""
+        return self.__dict__
+
+    def with_columns(self, **columns: Any) -> "Batch":
+        """The batch with some columns added or replaced."""
+        return Batch(**(self.columns | columns))
+
+    def __getitem__(self, rows: Any) -> "Batch":
+        """Some of the rows, of every column."""
+        return Batch(**{name: column[rows] for name, column in self.columns.items()})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __iter__(self) -> Iterator["Batch"]:
+        """Row by row: the batches [B, ...] of columns [K, B, ...]."""
+        for parts in zip(*self.columns.values(), strict=True):
+            yield Batch(**dict(zip(self.columns, parts, strict=True)))
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return Batch(**{name: column.to(device) for name, column in self.columns.items()})
+
+
+pytree.register_pytree_node(
+    Batch,
+    lambda batch: (list(batch.columns.values()), list(batch.columns)),
+    lambda values, names: Batch(**dict(zip(names, values, strict=True))),
+)

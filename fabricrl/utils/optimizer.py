@@ -1,0 +1,192 @@
+"""Adam over one vector: at the widths of control policies an optimizer step costs calls, not arithmetic."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from fabricrl.utils.errors import CheckpointError
+from fabricrl.utils.ranks import mean_over_ranks
+
+_spells_out = False
+
+
+@contextlib.contextmanager
+def spelled_out() -> Iterator[None]:
+    """Has `Adam.step` use elementary operations, which a compiler fuses, in place of PyTorch's fused kernel."""
+    global _spells_out
+    before, _spells_out = _spells_out, True
+    try:
+        yield
+    finally:
+        _spells_out = before
+
+
+class FlatState:
+    """Parameters, their gradient and their moments as vectors [P]; the parameters become views of `vector`."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.sizes = [parameter.numel() for parameter in parameters]
+        self.exp_avg = self.exp_avg_sq = torch.zeros(sum(self.sizes))
+        self.steps = torch.zeros(len(parameters))  # that each parameter has taken
+        self.equal_steps = True
+        self.grad: Tensor | None = None
+        self.join()
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Makes the parameters views of one vector, where they are now: modules move to devices and change types."""
+        self.vector = torch.cat([parameter.reshape(-1) for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, self.vector.split(self.sizes), strict=True):
+            parameter.data = part.view_as(parameter)
+        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.exp_avg, self.exp_avg_sq = (
+            moment.to(self.vector, copy=True) for moment in (self.exp_avg, self.exp_avg_sq)
+        )
+        self.steps = self.steps.to(self.vector.device, copy=True)
+
+    @property
+    def is_joined(self) -> bool:
+        return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
+
+    @torch.no_grad()
+    def load(self, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor) -> None:
+        """Takes moments [P], and steps, of all parameters or of each."""
+        self.exp_avg.copy_(exp_avg)
+        self.exp_avg_sq.copy_(exp_avg_sq)
+        self.steps.copy_(steps)
+        self.equal_steps = bool((self.steps == self.steps[0]).all())
+
+    def gather(self) -> Tensor:
+        """The gradients that autograd has left, as one vector; zero where there is none."""
+        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
+        return torch.cat([grad.reshape(-1) for grad in grads]).to(self.vector.dtype)
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1), which steps all parameters as one vector.
+
+        m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,  θ ← θ − lr · m / (1 − β₁ᵗ) / ( √(v / (1 − β₂ᵗ)) + ε )
+
+    To whoever changes a network it is `torch.optim.Adam`: it takes the gradients that autograd leaves in
+    `parameter.grad`, and a parameter without one keeps its value and its moments. The learning rate,
+    `param_groups[0]["lr"]`, is a tensor to be changed in place: a compiled step would not notice another number.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        super().__init__(trained, {"lr": torch.tensor(lr), "betas": betas, "eps": eps})
+        self.flat = FlatState(trained)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients."""
+        for parameter in self.flat.parameters:
+            parameter.grad = None
+        self.flat.grad = None
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient [P], to be changed in place between backward and step."""
+        if self.flat.grad is None:
+            self.flat.grad = self.flat.gather()
+        return self.flat.grad
+
+    @torch.no_grad()
+    def clip_gradient(self, max_norm: float) -> None:
+        """Scales the gradient down to the norm `max_norm` if its own is larger; 0: leaves it alone."""
+        if max_norm > 0:
+            norm = torch.linalg.vector_norm(self.gradient)
+            self.gradient.mul_((max_norm / (norm + 1e-6)).clamp_(max=1.0))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient."""
+        flat, group = self.flat, self.param_groups[0]
+        if not flat.is_joined:
+            flat.join()
+            group["lr"] = group["lr"].to(flat.vector.device)
+        used = [parameter.grad is not None for parameter in flat.parameters]
+        flat.equal_steps = flat.equal_steps and all(used)
+        columns = flat.vector, self.gradient, flat.exp_avg, flat.exp_avg_sq
+        if flat.equal_steps:
+            flat.steps += 1
+            self._move([[column] for column in columns], [flat.steps[0]])
+        else:
+            split = [column.split(flat.sizes) for column in columns] + [flat.steps.unbind()]
+            *parts, steps = ([part for part, u in zip(column, used, strict=True) if u] for column in split)
+            torch._foreach_add_(steps, 1.0)
+            self._move(parts, steps)
+        flat.grad = None
+
+    step.hooked = True  # type: ignore[attr-defined]  # or PyTorch wraps it for its profiler, which costs as much
+
+    def _move(self, parts: list[list[Tensor]], steps: list[Tensor]) -> None:
+        """The equations above, for parts (θ, g, m, v) that have counted their step."""
+        group = self.param_groups[0]
+        lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
+        if not _spells_out and self.flat.vector.device.type in ("cpu", "cuda"):
+            settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": 0.0}
+            torch._fused_adam_(*parts, [], steps, **settings, amsgrad=False, maximize=False)
+            return
+        for vector, grad, exp_avg, exp_avg_sq, step in zip(*parts, steps, strict=True):
+            exp_avg.lerp_(grad, 1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            denominator = (exp_avg_sq.sqrt() / (1 - beta2**step).sqrt()).add_(eps)
+            vector.sub_(exp_avg / denominator * (lr / (1 - beta1**step)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments as vectors, and the steps: one number, or one for each parameter where they differ."""
+        flat = self.flat
+        steps = flat.steps[0] if flat.equal_steps else flat.steps
+        state = {"step": steps, "exp_avg": flat.exp_avg, "exp_avg_sq": flat.exp_avg_sq}
+        group = {name: value for name, value in self.param_groups[0].items() if name != "params"}
+        group["lr"] = group["lr"].item()
+        return {"state": {0: state} if flat.steps.any() else {}, "param_groups": [group | {"params": [0]}]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores moments and steps, in place; the learning rate is what the arguments say.
+
+        Raises:
+            CheckpointError: they are those of other parameters.
+        """
+        flat, zeros = self.flat, torch.zeros_like(self.flat.vector)
+        stored = state_dict["state"].get(0, {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())})
+        for name in ("exp_avg", "exp_avg_sq"):
+            ours, theirs = tuple(flat.vector.shape), tuple(stored[name].shape)
+            if ours != theirs:
+                raise CheckpointError(f"the optimizer's {name} is {theirs} there and {ours} here")
+        flat.load(stored["exp_avg"], stored["exp_avg_sq"], stored["step"])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that a step changes."""
+        flat = self.flat
+        return [flat.vector, flat.exp_avg, flat.exp_avg_sq, flat.steps]
+
+
+def average_gradients(fabric: Fabric, optimizer: Adam, metrics: Tensor) -> Tensor:
+    """Averages the gradient over ranks, in place, and `metrics` [K] with it, in one collective; the same bits on all.
+
+    Takes the place of DistributedDataParallel's hooks, buckets and further collectives, which cost small networks more
+    than their backward pass does.
+
+    Returns:
+        the metrics averaged, detached.
+    """
+    metrics = metrics.detach()
+    if fabric.world_size == 1:
+        return metrics
+    gradient = optimizer.gradient
+    parts = mean_over_ranks(fabric, torch.cat((gradient, metrics.to(gradient.dtype))))
+    gradient.copy_(parts[: len(gradient)])
+    return parts[len(gradient) :].to(metrics.dtype)
