@@ -136,7 +136,7 @@ class Adam(torch.optim.Optimizer):
         lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
         if not _spells_out and self.flat.vector.device.type in ("cpu", "cuda"):
             settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": 0.0}
-            torch._fused_adam_(*parts, [], steps, **settings, amsgrad=False, maximize=False)
+            torch._fused_adam_(*parts, [], steps, **settings, amsgrad=False, maximize=False)  # type: ignore[call-overload]
             return
         for vector, grad, exp_avg, exp_avg_sq, step in zip(*parts, steps, strict=True):
             exp_avg.lerp_(grad, 1 - beta1)
