@@ -13,6 +13,8 @@ with Run(args, "ppo", ACTION_SPACES) as run:
 """
 
 import copy
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -35,7 +37,7 @@ from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
-from fabricrl.utils.update import Runner
+from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # updates
@@ -71,6 +73,8 @@ class Run:
         self, args: Any, algo: str, action_spaces: tuple[type[Space], ...], bounded: bool = False, images: bool = False
     ) -> None:
         self.args, self.algo = args, algo
+        if args.compile:
+            check_compiler()
         video_mode = "rgb_array" if args.capture_video else None
         self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
@@ -156,6 +160,8 @@ class Run:
         """Names what checkpoints hold, modules and optimizers, and takes their state from the one that is resumed."""
         self._parts |= parts
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
+        if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and hasattr(self.args, "num_steps"):
+            self.player_device = self._faster_device(parts["agent"])  # weights move once a rollout
         if not self.state:
             return
         with self.together(), reading(self.path):
@@ -225,6 +231,29 @@ class Run:
             self._player = copy.deepcopy(agent).to(self.player_device)
         self._player.load_state_dict(agent.state_dict())
         return self._player
+
+    def _faster_device(self, agent: Any) -> torch.device:
+        """The device on which the agent acts faster, the CPU or the one that trains; says so."""
+        assert self._envs is not None
+        copies, seconds = {device: copy.deepcopy(agent).to(device) for device in ("cpu", self.fabric.device)}, {}
+        num_envs, rng = self.args.num_envs, torch.Generator().manual_seed(0)
+        shape = (num_envs, *getattr(agent, "obs_shape", self._envs.single_observation_space.shape))
+        inputs = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", torch.float32))]
+        inputs += [torch.zeros(num_envs, agent.memory_size)] if hasattr(agent, "memory_size") else []
+        inputs.append(agent.head.noise((num_envs,), rng))
+        with torch.inference_mode():
+            for device, player in copies.items():
+                for acts in (20, 100):  # the first ones choose kernels
+                    started = time.perf_counter()
+                    for _ in range(acts):
+                        result = player.act(*(tensor.to(device) for tensor in inputs))
+                        (result[0] if isinstance(result, tuple) else result).cpu()
+                    seconds[device] = (time.perf_counter() - started) / acts
+        best = min(seconds, key=seconds.__getitem__)
+        if self.fabric.global_rank == 0:
+            times = ", ".join(f"{device} {1e6 * taken:.0f} µs" for device, taken in seconds.items())
+            print(f"player device: {best} ({times} an action)", file=sys.stderr, flush=True)
+        return torch.device(best)
 
     # --- in the loop
 

@@ -152,11 +152,12 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
         agent = make_agent(args, envs)
         learner = setup(run, agent)
 
+        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+
         # --- Buffer
         rb = NewestStep(args.num_envs, args.num_envs, run.obs_space, agent.head.num_actions)
 
-        # --- Counters
-        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+        # --- Start
         run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
         stored = run.state.get("schedule")
         rb.start(obs := run.reset())
