@@ -16,7 +16,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +213,12 @@ class Run:
         """What trains as one CUDA graph on a GPU, else as it is."""
         return self.updates.captured(function)
 
-    def rehearsal(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
         """Undoes what an update inside changes: it is there to be compiled and captured."""
-        return self.updates.rehearsal()
+        with self.updates.rehearsal():
+            yield
+        self._noted.clear()
 
     def numbers(self, *values: float) -> tuple[Any, ...]:
         """Coefficients that vary: scalar tensors where updates are recorded, which would keep a number as it is."""

@@ -81,7 +81,8 @@ class RecurrentCore(nn.Module):
         One call of the kernel takes all sequences through time. Padding follows the last step of a sequence, so that
         nothing real ever sees it, and nothing of it is returned.
         """
-        x, weights = self._encode(x), list(self.rnn.parameters())
+        x = self._encode(x)
+        weights: list[Tensor] = [*self.rnn.parameters()]
         if not is_recording():
             return _through_time(x, states, *layout[1:], weights, self.parts, self.num_layers)
         return _opaque_forward(x, states, *layout[1:], weights, self.parts, self.num_layers)[0]

@@ -262,8 +262,8 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
     spaces = {"single_observation_space": run.obs_space, "single_action_space": run.action_space}
     agent = make_agent(args, SimpleNamespace(**spaces))
     learner = setup(run, agent)
-    step_critics = run.compiled(partial(update_critics, run, learner))
-    step_actor = run.compiled(partial(update_actor, run, learner))
+    step_critics = run.captured(run.compiled(partial(update_critics, run, learner)))
+    step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
     messages = make_messages(learner, run, count, args)
     iteration = 0
 
