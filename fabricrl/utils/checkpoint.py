@@ -4,11 +4,13 @@ A checkpoint is what `torch.save` writes, a zip archive, with the SHA-256 of the
 reads it as any other file, and one changed or missing byte is noticed here before anything is unpickled.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,9 @@ FORMAT = 1
 BEST = "best.ckpt"
 _NO_COMMENT = b"\0\0"  # how an archive without a comment ends: the length of the comment, as two bytes
 _SEAL = len(_NO_COMMENT) + 64  # what the comment and its length take
+# How a file system says that it has no such call; network mounts often lack locks, or fsync of a folder
+LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_told: set[str] = set()  # the calls that this process has warned of
 
 
 class _HashingWriter:
@@ -227,19 +232,19 @@ def _verify_shards(state: Mapping[str, Any], path: Path) -> None:
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     """The sealed archive of `state`, complete under its name or absent. Raises OSError; no partial file stays."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:  # whoever the umask lets read it may
             writer = _HashingWriter(file)
             torch.save({"format": FORMAT, **state}, cast(BinaryIO, writer))
             file.seek(-len(_NO_COMMENT), os.SEEK_END)
             file.write((64).to_bytes(2, "little") + writer.digest.hexdigest().encode())
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+            _sync(file.fileno(), path)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that has become read-only keeps it
+            temporary.unlink(missing_ok=True)
         raise OSError(_cause(error)) from error
 
 
@@ -302,15 +307,43 @@ def _link(path: Path, link: Path) -> None:
         os.link(path, temporary)
     except OSError:
         shutil.copyfile(path, temporary)
+        with temporary.open("rb+") as file:
+            _sync(file.fileno(), path)
     os.replace(temporary, link)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(descriptor: int, path: Path) -> None:
+    """Forces a file to disk, where the file system can."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        go_without("fsync", path, "a crash of this machine may take the newest checkpoint")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces the entries of a folder to disk, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in LACKING | {errno.EACCES}:  # a folder that may be written but not read cannot be opened
+            raise
+        go_without("fsync of a folder", folder, "a crash of this machine may take the newest checkpoint")
+
+
+def go_without(call: str, path: Path, loss: str) -> None:
+    """Warns, once in a run for each call, that a file system lacks it, and of what is lost by that."""
+    first = not (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
+    )
+    if call not in _told and first:
+        print(f"warning: the file system of {path} has no {call}: {loss}", file=sys.stderr, flush=True)
+    _told.add(call)
 
 
 def _cause(error: BaseException) -> str:
