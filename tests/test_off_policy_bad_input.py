@@ -64,9 +64,21 @@ VALUES = [
     ("--q-lr", "0", "above 0"),
     ("--target-entropy", "nan", "a number"),
     ("--activation", "sine", "relu"),
+    # numbers that are too large
+    ("--n-step", "1001", "at most 1000"),
+    ("--num-critics", "1001", "at most 1000"),
+    ("--replay-ratio", "1001", "at most 1000"),
+    ("--alpha", "1e31", "at most 1e+30"),
+    ("--target-entropy", "1e31", "1e+30"),
+    ("--buffer-size", "1e20", "an integer below 2^63"),
+    ("--accelerator", "tpu", "cpu"),
 ]
 OWN_VALUES = {
-    "sac": [("--policy-frequency", "0", "at least 1"), ("--target-network-frequency", "0", "at least 1")],
+    "sac": [
+        ("--policy-frequency", "0", "at least 1"),
+        ("--policy-frequency", "1001", "at most 1000"),
+        ("--target-network-frequency", "0", "at least 1"),
+    ],
     "droq": [("--dropout", "1", "between 0 and 0.99"), ("--dropout", "-0.1", "between 0")],
 }
 ALL_VALUES = [(algo, *values) for algo in SCRIPTS for values in VALUES + OWN_VALUES[algo]]
