@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.spaces import Dict, Space
+from gymnasium.spaces import Space
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fabricrl.envs.backends import DEFAULTS, EnvPoolVectorEnv, NativeVectorEnv, check_backend, choose, option
@@ -27,10 +27,12 @@ from fabricrl.envs.spaces import (
     check_observation_space,
     image_keys,
     is_flat,
+    left_out_texts,
     odd_images,
 )
 from fabricrl.envs.wrappers import (
     ActionRepeat,
+    KeepPromises,
     LifeLoss,
     MaskVelocities,
     NameFailures,
@@ -40,7 +42,7 @@ from fabricrl.envs.wrappers import (
     require_opencv,
     shield_worker,
 )
-from fabricrl.utils.errors import ConfigError, EnvError
+from fabricrl.utils.errors import ConfigError, EnvError, RunError
 from fabricrl.utils.records import Records
 
 # Module that is missing -> extra that brings it
@@ -87,13 +89,7 @@ def _as_row(args: Any, env: gym.Env) -> gym.Env:
 
 def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
     """What comes before observations become one row."""
-    keys, repeat, noop_max = option(args, "obs_keys"), option(args, "action_repeat"), option(args, "noop_max")
-    if keys:
-        known = {str(key): key for key in env.observation_space} if isinstance(env.observation_space, Dict) else {}
-        if not set(keys) <= set(known):
-            allowed = f"one or more of {', '.join(known)}" if known else "for Dict observations, which these are not"
-            raise ConfigError(f"--obs-keys is {' '.join(keys)}: it must be {allowed}")
-        env = gym.wrappers.FilterObservation(env, [known[key] for key in keys])
+    repeat, noop_max = option(args, "action_repeat"), option(args, "noop_max")
     if option(args, "mask_velocities"):
         env = MaskVelocities(env)
     if is_atari(env) and (repeat > 1 or noop_max > 0):
@@ -188,8 +184,8 @@ class ReportFailures(gym.vector.VectorWrapper):
         elif not self.env.closed:
             self.env.close()
 
-    def _failure(self, call: str, error: Exception) -> EnvError:
-        if isinstance(error, EnvError):
+    def _failure(self, call: str, error: Exception) -> RunError:
+        if isinstance(error, RunError):
             return error
         for index, process in enumerate(getattr(self.env, "processes", [])):
             process.join(0.1)
@@ -229,8 +225,9 @@ def check_env(
         env = _preprocessed(args, env)
         check_observation_space(env.observation_space, images)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            for text in odd_images(env.observation_space):
-                print(f"warning: {text}", file=sys.stderr, flush=True)
+            texts = [f"warning: {text}" for text in odd_images(env.observation_space)]
+            for text in texts + left_out_texts(env.get_wrapper_attr("left_out"), env.observation_space):
+                print(text, file=sys.stderr, flush=True)
         check_action_space(env.action_space, action_spaces)
         if bounded:
             check_bounded(env.action_space)
@@ -270,9 +267,10 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old versions; an unknown one is an error that says more
-            return gym.make(env_id, disable_env_checker=True, **kwargs)
+            env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except (Exception, SystemExit) as error:
         raise _construction_error(env_id, env_kwargs, error) from error
+    return KeepPromises(env, option(args, "obs_keys"), getattr(args, "check_spaces", False))
 
 
 def _draws_nowhere(env_id: str) -> bool:
