@@ -172,6 +172,8 @@ NESTED = Dict(
 )
 LATE: dict[str, tuple[Space, Any, str]] = MISFITS | {  # what fits, or is noticed in another way
     "beyond": (PAIR, np.array([0.0, 9.5], np.float32), "9.5, which is out of range"),
+    "beyond in a list": (PAIR, [0.0, 9.5], "9.5, which is out of range"),
+    "beyond in a part": (Dict({"a": PAIR}), {"a": np.array([0.0, 9.5])}, "9.5, which is out of range"),
     "nan": (PAIR, np.array([0.0, np.nan], np.float32), "not finite"),
     "inf": (PAIR, np.array([0.0, np.inf], np.float32), "not finite"),
     "whole": (NESTED, {"arm": {"angle": [0.25, -0.5], "grip": (1, [0, 1])}, "hint": "go", "gear": 6}, ""),
@@ -338,15 +340,16 @@ def test_every_script_ends_with_code_4(algo: str, tmp_path: Path, capfd: pytest.
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_real_numbers_beyond_their_bounds_are_told_at_resets_and_in_every_step_if_that_is_wanted() -> None:
-    with environments(late="beyond") as envs, pytest.raises(EnvError, match=r"reset an observation with 9\.5"):
+@pytest.mark.parametrize("late", ["beyond", "beyond in a list", "beyond in a part"])
+def test_real_numbers_beyond_their_bounds_are_told_at_resets_and_in_every_step_if_that_is_wanted(late: str) -> None:
+    with environments(late=late) as envs, pytest.raises(EnvError, match=r"reset .*observation with 9\.5"):
         envs.reset(seed=[1])
-    with environments(late="beyond", at=1) as envs:
+    with environments(late=late, at=1) as envs:
         envs.reset(seed=[1])
         assert envs.step(zeros(envs))[0].tolist() == [[0.0, 9.5]]
-    with environments(late="beyond", at=1, flags={"check_spaces": True}) as envs:
+    with environments(late=late, at=1, flags={"check_spaces": True}) as envs:
         envs.reset(seed=[1])
-        with pytest.raises(EnvError, match=r"step an observation with 9\.5"):
+        with pytest.raises(EnvError, match=r"step .*observation with 9\.5"):
             envs.step(zeros(envs))
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
 
 from fabricrl.envs.spaces import is_text, text_of
@@ -26,7 +25,7 @@ def as_array(value: Any) -> np.ndarray:
     Raises:
         EnvError: rows of different lengths.
     """
-    if isinstance(value, torch.Tensor):
+    if hasattr(value, "detach"):  # a tensor: processes of environments need not import torch to know one
         value = value.detach().cpu()
     try:
         return np.asarray(value)
