@@ -303,6 +303,8 @@ class EnvPoolVectorEnv(VectorEnv):
             self._steps[ended] = 0
             first, info = self._pool.reset(np.flatnonzero(ended).astype(np.int32))
             obs[info["env_id"]] = self._obs(first)
+            if self._life_loss:
+                self._lives[info["env_id"]] = info["lives"]
         return obs, rewards, terminated, truncated, infos
 
     def close_extras(self, **kwargs: Any) -> None:
