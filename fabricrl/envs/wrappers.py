@@ -18,7 +18,7 @@ from gymnasium.wrappers import OrderEnforcing, TimeLimit
 from numpy import ndarray
 
 from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
-from fabricrl.envs.values import INTERFACE, Observation, flag, number
+from fabricrl.envs.values import INTERFACE, NUMBERS, Observation, as_array, flag, number
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
 from fabricrl.utils.launch import die_with_parent
 from fabricrl.utils.records import Records
@@ -299,7 +299,8 @@ def _is_misunderstood(error: BaseException) -> bool:
 class RecordEpisodes(gym.wrappers.RecordVideo):
     """Records every `every`-th of `episodes` episodes, up to `max_frames` each, as `<folder>/<prefix>-episode-N.mp4`.
 
-    The frames of one episode are all that is ever held in memory. Needs render_mode "rgb_array".
+    The frames of one episode are all that is ever held in memory. Needs render_mode "rgb_array". An environment that
+    cannot be drawn, or a video that cannot be written, costs the videos and a warning, not the run.
     """
 
     def __init__(
@@ -318,14 +319,68 @@ class RecordEpisodes(gym.wrappers.RecordVideo):
                 video_folder=str(folder),
                 episode_trigger=lambda episode: episode % every == 0 and episode < episodes,
                 name_prefix=prefix,
+                fps=env.metadata.get("render_fps") or 30,
                 disable_logger=True,
             )
         self._max_frames = max_frames
+        self._given_up = False
 
     def step(self, action: Any) -> tuple:
         if self.recording and len(self.recorded_frames) > self._max_frames:
             self.stop_recording()
         return super().step(action)
+
+    def start_recording(self, video_name: str) -> None:
+        if not self._given_up:
+            super().start_recording(video_name)
+
+    def stop_recording(self) -> None:
+        try:
+            super().stop_recording()
+        except Exception as error:
+            self._give_up("a video cannot be written", error)
+
+    def _capture_frame(self) -> None:
+        frames: list[Any] = self.recorded_frames
+        try:
+            frames.append(as_frame(self.env.render(), frames[0].shape[:2] if frames else None))
+        except Exception as error:
+            if frames:
+                self.stop_recording()
+            self._give_up("the environment cannot be drawn", error)
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self.recorded_frames, self.recording = [], False
+        if not self._given_up:
+            self._given_up = True
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"warning: {what} ({text}): no more videos", file=sys.stderr, flush=True)
+
+
+def as_frame(picture: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture as videos take it: uint8 [H, W, 3], with even sides.
+
+    Grey ones, with channels first, real numbers up to 1 or 255 and lists of pictures, of which the last counts, are
+    taken as well; what has another size than `size` is cut off or continued at its lower and right edge.
+
+    Raises:
+        EnvError, ValueError: it is no picture.
+    """
+    frame = as_array(picture)
+    frame = frame[-1] if frame.ndim == 4 and len(frame) else frame
+    frame = frame[..., None] if frame.ndim == 2 else frame
+    if frame.ndim == 3 and frame.shape[-1] not in (1, 3, 4) and frame.shape[0] in (1, 3, 4):
+        frame = np.moveaxis(frame, 0, -1)
+    if frame.ndim != 3 or frame.shape[-1] not in (1, 3, 4) or not frame.size or frame.dtype.kind not in NUMBERS:
+        raise ValueError(f"render returned a {type(picture).__name__} of shape {frame.shape}, which is no picture")
+    frame = frame[..., [0, 0, 0] if frame.shape[-1] == 1 else [0, 1, 2]]
+    if frame.dtype != np.uint8:
+        share = frame.dtype.kind in "bf" and np.nanmax(frame) <= 1  # of full light
+        frame = np.clip(np.nan_to_num(frame.astype(np.float64) * (255 if share else 1)), 0, 255).astype(np.uint8)
+    height, width = size or (frame.shape[0] + frame.shape[0] % 2, frame.shape[1] + frame.shape[1] % 2)
+    frame = frame[:height, :width]
+    missing = height - frame.shape[0], width - frame.shape[1]
+    return np.pad(frame, ((0, missing[0]), (0, missing[1]), (0, 0)), "edge") if any(missing) else frame
 
 
 def shield_worker() -> None:
