@@ -78,7 +78,8 @@ class Answering(gym.Env):
 
     Args:
         form: of observations, see FORMS; reward, end: see REWARDS, ENDS.
-        space: a name in SPACES; late: in LATE; at: of an episode.
+        space: a name in ODD_SPACES; late: in LATE; at: of an episode.
+        cut: episodes are truncated, not terminated.
     """
 
     def __init__(
@@ -89,9 +90,10 @@ class Answering(gym.Env):
         space: str = "box",
         late: str = "",
         at: int = 0,
+        cut: bool = False,
         discrete: bool = False,
     ) -> None:
-        self.form, self.reward, self.end, self.late, self.at = form, reward, end, late, at
+        self.form, self.reward, self.end, self.late, self.at, self.cut = form, reward, end, late, at, cut
         self.observation_space = LATE[late][0] if late else ODD_SPACES[space]
         self.action_space = Discrete(2) if discrete else Box(-1.0, 1.0, (1,), np.float32)
         self._steps = 0
@@ -105,7 +107,8 @@ class Answering(gym.Env):
 
     def step(self, action: Any) -> Any:
         self._steps += 1
-        return self._obs(), REWARDS[self.reward], ENDS[self.end](self._steps >= 5), False, {}
+        end = ENDS[self.end](self._steps >= 5)
+        return self._obs(), REWARDS[self.reward], *((False, end) if self.cut else (end, False)), {}
 
     def _obs(self) -> Any:
         if self.late and self._steps >= self.at:
@@ -328,16 +331,20 @@ def test_so_it_is_from_a_process_of_its_own(kind: str) -> None:
 
 
 @pytest.mark.parametrize("algo", SCRIPTS)
-def test_every_script_ends_with_code_4(algo: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    script, flags = SCRIPTS[algo]
+def test_every_script_ends_with_code_4_and_one_line(
+    algo: str, script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a trial, by which the kind of vector environment is chosen, meets it first."""
+    module, flags = SCRIPTS[algo]
     kwargs = json.dumps({"late": "fractions", "at": 3})
+    line = ["--env-id", "tests.test_values:Answering-v0", "--env-kwargs", kwargs, *flags, "--log-dir", tmp_path]
     with pytest.raises(EnvError, match=r"0\.3, which is no integer") as caught:
-        call(
-            script.main, "--env-id", "tests.test_values:Answering-v0", "--env-kwargs", kwargs, *flags,
-            "--log-dir", tmp_path,
-        )  # fmt: skip
+        script(module.main, *line)
     assert caught.value.exit_code == 4
-    assert "Traceback" not in "".join(capfd.readouterr())
+    err = capsys.readouterr().err
+    assert "vectorization: sync" in err
+    assert "Traceback" not in err
+    assert "warning" not in err
 
 
 @pytest.mark.parametrize("late", ["beyond", "beyond in a list", "beyond in a part"])
@@ -399,13 +406,15 @@ def test_a_reward_that_is_not_one_number_is_told_with_its_shape_or_type(reward: 
 
 @pytest.mark.parametrize("end", [name for name in ENDS if name != "two"])
 def test_ends_of_episodes_are_told_in_any_form(end: str) -> None:
-    assert equal(played("sync", end=end), played("sync"))
+    for cut in (False, True):
+        assert equal(played("sync", end=end, cut=cut), played("sync", cut=cut))
 
 
-def test_two_ends_at_once_are_none() -> None:
-    with environments(end="two") as envs:
+@pytest.mark.parametrize(("cut", "name"), [(False, "terminated"), (True, "truncated")])
+def test_two_ends_at_once_are_none(cut: bool, name: str) -> None:
+    with environments(end="two", cut=cut) as envs:
         envs.reset(seed=[1])
-        with pytest.raises(EnvError, match=r"`terminated` of type ndarray and shape \(2,\)"):
+        with pytest.raises(EnvError, match=rf"`{name}` of type ndarray and shape \(2,\)"):
             envs.step(zeros(envs))
 
 

@@ -11,7 +11,7 @@ from fabricrl.envs.spaces import is_text, text_of
 from fabricrl.utils.errors import ConfigError, EnvError
 
 NUMBERS = "biuf"  # kinds of NumPy types
-INTEGERS = (int, np.integer)
+INTEGERS, REALS, TRUTHS = (int, np.integer), (float, int, np.floating), (bool, np.bool_)
 # How an environment of Gymnasium's answers, for those that were written for older ones
 INTERFACE = (
     "Gymnasium asks for reset(seed=None, options=None) → (observation, info) and step(action) → (observation, reward, "
@@ -39,7 +39,7 @@ def number(value: Any, what: str) -> float:
     Raises:
         EnvError: it is none, or there are several.
     """
-    if isinstance(value, float | int):
+    if isinstance(value, REALS):
         return float(value)
     array = as_array(value)
     if array.dtype.kind not in NUMBERS:
@@ -55,7 +55,7 @@ def flag(value: Any, what: str) -> bool:
     Raises:
         EnvError: there are several values, or it is text.
     """
-    if isinstance(value, bool | np.bool_):
+    if isinstance(value, TRUTHS):
         return bool(value)
     array = as_array(value)
     if array.size != 1 or array.dtype.kind not in NUMBERS + "O":
