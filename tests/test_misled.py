@@ -100,7 +100,7 @@ class Drawn(Plain):
         self.calls += 1
         picture = np.zeros((self.rows, 18, 3), np.uint8)
         picture[:, :9] = 200
-        if self.kind == "raises" or (self.kind == "raises later" and self.calls > 3):
+        if self.kind == "raises" or (self.kind == "raises once" and self.calls == 4):
             raise RuntimeError("the screen\nis dark")
         if self.kind == "changing":
             return picture[: self.rows - 4 * (self.calls % 2)]
@@ -342,7 +342,7 @@ def test_it_is_shown_in_a_window_too(monkeypatch: pytest.MonkeyPatch) -> None:
         check_env(args_for("Plain-v0"), ACTION_SPACES, "human")
 
 
-@pytest.mark.parametrize(("kind", "count"), [("raises", 0), ("raises later", 1), ("none", 0), ("text", 0)])
+@pytest.mark.parametrize(("kind", "count"), [("raises", 0), ("raises once", 1), ("none", 0), ("text", 0)])
 def test_an_environment_that_cannot_be_drawn_costs_its_videos_and_one_warning(
     kind: str, count: int, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ MISFITS: dict[str, tuple[Space, Any, str]] = {  # space, what is returned, and w
     "short": (PAIR, np.zeros(1, np.float32), "shape (1,)"),
     "number": (PAIR, 1.0, "shape ()"),
     "ragged": (PAIR, [[1.0], [1.0, 2.0]], "is no array"),
+    "half": (PAIR, torch.zeros(2, dtype=torch.bfloat16), "is no array"),
     "text": (PAIR, "ab", "of type str"),
     "texts": (PAIR, ["1.0", "2.0"], "of type list"),
     "none": (PAIR, None, "of type NoneType"),

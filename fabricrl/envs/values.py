@@ -23,13 +23,13 @@ def as_array(value: Any) -> np.ndarray:
     """Lists, tuples, numbers and tensors as NumPy has them; what is no array at all becomes one of objects.
 
     Raises:
-        EnvError: rows of different lengths.
+        EnvError: rows of different lengths, or a tensor of a type that NumPy has not.
     """
     if hasattr(value, "detach"):  # a tensor: processes of environments need not import torch to know one
         value = value.detach().cpu()
     try:
         return np.asarray(value)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise EnvError(f"a {type(value).__name__} that is no array ({error})") from error
 
 
