@@ -297,7 +297,7 @@ def test_an_action_space_that_is_not_supported_is_refused_with_those_that_are(kw
     assert "Box" in message
 
 
-@pytest.mark.parametrize(("kwargs", "space"), [('{"obs": "tuple"}', "Tuple"), ('{"obs": "dict_nested"}', "inner")])
+@pytest.mark.parametrize(("kwargs", "space"), [('{"obs": "sequence"}', "Sequence"), ('{"obs": "text"}', "Text")])
 def test_an_observation_space_that_is_not_supported_is_refused_with_those_that_are(kwargs: str, space: str) -> None:
     message = complaint("--env-id", "tests.envs:Odd-v0", "--env-kwargs", kwargs)
     assert "observation space" in message

@@ -128,7 +128,7 @@ def test_a_box_of_actions_that_cannot_be_stretched_to_is_refused(algo: str, kind
     assert all(word in message for word in words)
 
 
-@pytest.mark.parametrize(("kind", "space"), [("tuple", "Tuple"), ("dict_nested", "inner")])
+@pytest.mark.parametrize(("kind", "space"), [("sequence", "Sequence"), ("text", "Text")])
 def test_observations_that_are_not_supported_are_refused_with_those_that_are(algo: str, kind: str, space: str) -> None:
     message = complaint(algo, "--env-id", "tests.envs:Odd-v0", "--env-kwargs", f'{{"action": "box", "obs": "{kind}"}}')
     assert "observation space" in message

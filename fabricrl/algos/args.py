@@ -57,6 +57,10 @@ class StandardArgs:
         "sync: one process steps all; async: a process each; native: Gymnasium's vector form, where there is one; "
         "envpool: C++ threads, by the extra of that name; auto: native or the faster of sync and async",
     )
+    check_spaces: bool = arg(
+        False,
+        "check the bounds of all numbers of observations in every step; without: those of integers, and at resets",
+    )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
