@@ -52,7 +52,8 @@ def _store(
         ConfigError: the address is not known here, or the port is in use.
         LostPeerError: the first node has not come.
     """
-    check_address(address, "--main-address")
+    if world_size > 1:  # nodes
+        check_address(address, "--main-address")
     if is_master:
         return open_store(address, port, "--main-port")
     try:
