@@ -465,6 +465,7 @@ class FabricStub:
 
     told: dict[str, Any] | None = None
     global_rank = 0
+    strategy = None  # of a single process
 
     def __init__(self, **options: Any) -> None:
         type(self).told = options
