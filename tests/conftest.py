@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from gymnasium.spaces import Space
+from lightning.fabric import Fabric
+
+from fabricrl.algos.run import Run
+from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +82,26 @@ def on_ranks(world_size: int, function: Callable[[Any], Any]) -> list[Any]:
 
 # One rank in full precision: no collectives
 SINGLE = SimpleNamespace(world_size=1, global_rank=0, device=torch.device("cpu"), autocast=contextlib.nullcontext)
+
+
+class BareRun(Run):
+    """A run as functions of scripts take it, without environments, folder and signals.
+
+    Args:
+        fabric: Fabric, or what stands for it; None: one rank on the CPU, in the precision of the arguments.
+    """
+
+    def __init__(self, args: Any, fabric: Any = None, action_space: Space | None = None) -> None:
+        self.args, self.action_space = args, action_space  # type: ignore[assignment]
+        self.state, self.path = {}, None
+        self.global_step = self.first_step = self.exit_code = self._iteration_steps = 0
+        self._signals = SimpleNamespace(code=0)  # type: ignore[assignment]
+        self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+        self.clock = Stopwatch("env", "act", "train", "comm", "log")
+        self._noted, self._parts, self._modules, self._optimizers = {}, {}, [], []
+        self._contexts = contextlib.ExitStack()
+        self._envs = self._player = self._folder = None
+        self.join(fabric or Fabric(accelerator="cpu", devices=1, precision=args.precision))
 
 
 @pytest.fixture

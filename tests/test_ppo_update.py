@@ -1,26 +1,24 @@
 """One whole update of PPO against a plain one, written here from the paper with torch.distributions and torch.optim."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete, Space
-from lightning.fabric import Fabric
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Normal
 
-from fabricrl.algos.ppo.agent import PPOAgent
+from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo.agent import PPOAgent, make_agent
 from fabricrl.algos.ppo.args import PPOArgs
-from fabricrl.algos.ppo.ppo import Objective, returns_and_advantages, rollout, train
-from fabricrl.algos.ppo.utils import make_agent
-from fabricrl.data.buffers import RolloutBuffer
+from fabricrl.algos.ppo.ppo import METRICS, returns_and_advantages, rollout, train_epoch
+from fabricrl.data import Batch, RolloutBuffer
 from fabricrl.envs import make_envs
-from fabricrl.utils.metric import Stopwatch
-from fabricrl.utils.model import FlatParameters
-from tests.conftest import SINGLE
+from fabricrl.utils.optimizer import Adam
+from tests.conftest import BareRun
 from tests.envs import vectors
 
 STEPS, ENVS = 16, 2
@@ -32,39 +30,44 @@ ENVIRONMENTS = {
 }
 
 
-def played(kind: str, tmp_path: Path, **changes: Any) -> tuple[PPOArgs, PPOAgent, RolloutBuffer]:
-    """An agent and a rollout of it."""
+def played(kind: str, tmp_path: Path, **changes: Any) -> tuple[BareRun, PPOAgent, RolloutBuffer]:
+    """A run, its agent and a rollout of it."""
     env_id, env_kwargs = ENVIRONMENTS[kind]
-    settings: dict[str, Any] = {"num_steps": STEPS, "num_envs": ENVS, "hidden_sizes": (8, 8), "learning_rate": 0.02}
+    settings: dict[str, Any] = {"num_steps": STEPS, "num_envs": ENVS, "hidden_sizes": (8, 8), "learning_rate": 1 / 64}
     args = PPOArgs(env_id=env_id, env_kwargs=env_kwargs, **(settings | {"num_minibatches": 4} | changes))
     envs = make_envs(args, 0, tmp_path)
     torch.manual_seed(args.seed)
     agent = make_agent(args, envs)
     rb = RolloutBuffer(STEPS, ENVS, envs.single_observation_space, agent.head.num_actions, agent.head.dtype)
     rb.start(envs.reset(seed=1)[0])
-    rollout(agent, envs, rb, torch.Generator().manual_seed(2), Stopwatch("act", "env"))
+    run = BareRun(args, action_space=envs.single_action_space)
+    rollout(run, agent, envs, rb)
     envs.close()
-    return args, agent, rb
+    return run, agent, rb
+
+
+def train(run: BareRun, agent: PPOAgent, data: Batch, seed: int = 3) -> dict[str, Tensor]:
+    """The script's update, and what it has noted of each minibatch, [K] by name."""
+    args = run.args
+    model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
+    step = run.compiled(partial(ppo.update, run, model, optimizer))
+    run.train_rng.manual_seed(seed)
+    coefs = run.numbers(args.clip_coef, args.ent_coef)
+    metrics = ppo.train(run, run.captured(partial(train_epoch, step, args.norm_adv)), data, *coefs)
+    return dict(zip(METRICS, metrics.unbind(1), strict=True))
 
 
 class Updated:
     """What `train` made of a rollout, in float64 so that differences are those of formulas."""
 
-    def __init__(self, args: PPOArgs, agent: PPOAgent, rb: RolloutBuffer, ent_coef: float | None = None) -> None:
-        fabric = Fabric(accelerator="cpu", devices=1)
-        data, _ = returns_and_advantages(agent, rb, torch.zeros(ENVS), args, fabric)
+    def __init__(self, run: BareRun, agent: PPOAgent, rb: RolloutBuffer) -> None:
+        data = returns_and_advantages(run, agent, agent, rb)
         agent.double()
-        self.data = {name: v.double() if v.is_floating_point() else v for name, v in data.items()}
+        columns = {n: c.double() if c is not None and c.is_floating_point() else c for n, c in data.columns.items()}
         with torch.no_grad():  # again in float64, so that the first ratios are exactly 1
-            self.data["logprobs"], _, self.data["values"] = agent(self.data["obs"], self.data["actions"])
-        self.before = [parameter.detach().clone() for parameter in agent.parameters()]
-        objective = fabric.setup_module(Objective(agent, args))
-        flat = FlatParameters(agent)
-        adam = torch.optim.Adam([flat.vector], lr=args.learning_rate, eps=1e-5, fused=True)
-        optimizer = fabric.setup_optimizers(adam)
-        rng = torch.Generator().manual_seed(3)
-        coefficient = args.ent_coef if ent_coef is None else ent_coef
-        self.metrics = train(fabric, objective, flat, optimizer, self.data, rng, args, args.clip_coef, coefficient)
+            columns["logprobs"], _, columns["values"] = agent(Batch(**columns))
+        self.data, self.before = Batch(**columns), [parameter.detach().clone() for parameter in agent.parameters()]
+        self.metrics = train(run, agent, self.data)
 
 
 def log_probability_and_entropy(agent: PPOAgent, params: Tensor, actions: Tensor, space: Space) -> tuple:
@@ -80,7 +83,7 @@ def log_probability_and_entropy(agent: PPOAgent, params: Tensor, actions: Tensor
     return logprob, sum(part.entropy() for part in parts)
 
 
-def plain_update(agent: PPOAgent, space: Space, data: dict[str, Tensor], args: PPOArgs) -> list[dict[str, float]]:
+def plain_update(agent: PPOAgent, space: Space, data: Batch, args: PPOArgs) -> list[dict[str, float]]:
     """PPO's inner loop as a textbook has it: one parameter group of many tensors, one minibatch after the other."""
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     rng, size, history = torch.Generator().manual_seed(3), STEPS * ENVS // args.num_minibatches, []
@@ -88,7 +91,7 @@ def plain_update(agent: PPOAgent, space: Space, data: dict[str, Tensor], args: P
         order = torch.randperm(STEPS * ENVS, generator=rng)
         for start in range(0, STEPS * ENVS, size):
             rows = order[start : start + size]
-            batch = {name: column[rows] for name, column in data.items()}
+            batch = {name: column[rows] for name, column in data.columns.items() if column is not None}
             advantages = batch["advantages"]
             if args.norm_adv:
                 advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -138,8 +141,8 @@ SPACES = {
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "defaults",
 )
 def test_an_update_equals_the_plain_one(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    args, agent, rb = played(kind, tmp_path, **changes)
-    updated = Updated(args, agent, rb)
+    run, agent, rb = played(kind, tmp_path, **changes)
+    args, updated = run.args, Updated(run, agent, rb)
     plain = PPOAgent(vectors(rb.obs.shape[-1]), SPACES[kind], args.hidden_sizes, args.activation).double()
     with torch.no_grad():
         for parameter, before in zip(plain.parameters(), updated.before, strict=True):
@@ -151,26 +154,21 @@ def test_an_update_equals_the_plain_one(kind: str, changes: dict[str, Any], tmp_
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=name)
         moved = max(moved, (theirs - before).abs().max().item())
     assert moved > 0.01
-    for name in ("policy_loss", "value_loss", "entropy"):  # of every minibatch, in order
-        theirs = torch.tensor([numbers[name] for numbers in history], dtype=torch.float64)
-        torch.testing.assert_close(updated.metrics[f"losses/{name}"], theirs, msg=name)
-    for name in ("approx_kl", "clipfrac", "old_approx_kl"):
-        theirs = np.mean([numbers[name] for numbers in history])
-        assert updated.metrics[f"losses/{name}"].mean().item() == pytest.approx(theirs, abs=1e-6), name
+    for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "old_approx_kl"):
+        theirs = torch.tensor([numbers[name] for numbers in history], dtype=torch.float64)  # of each, in order
+        torch.testing.assert_close(updated.metrics[f"losses/{name}"], theirs, rtol=1e-6, atol=1e-9, msg=name)
     if args.target_kl is not None:
         assert 1 < len(history) < args.update_epochs  # it did stop, and not at once
 
 
 def test_returns_and_advantages_equal_the_plain_ones(tmp_path: Path) -> None:
-    args, agent, rb = played("Discrete", tmp_path)
-    data, _ = returns_and_advantages(agent, rb, torch.zeros(ENVS), args, SINGLE)
+    run, agent, rb = played("Discrete", tmp_path)
+    args, data = run.args, returns_and_advantages(run, agent, agent, rb)
     with torch.no_grad():
         values = agent.critic(rb.obs).squeeze(-1).double()  # [T + 1, N]
         logits = agent.actor(rb.obs[:-1])
-    limits = rb.time_limits()
-    assert limits is not None
     final_values = {}
-    for t, env, final in zip(*limits, strict=True):
+    for t, env, final in zip(*rb.truncated_episodes(), strict=True):
         final_values[int(t), int(env)] = agent.critic(final).item()
     advantages = torch.zeros(STEPS, ENVS, dtype=torch.float64)
     for env in range(ENVS):
@@ -185,32 +183,31 @@ def test_returns_and_advantages_equal_the_plain_ones(tmp_path: Path) -> None:
                 if rb.dones[now, env]:
                     break
     assert len(final_values) == ENVS * (STEPS // 5)
-    torch.testing.assert_close(data["advantages"].view(STEPS, ENVS).double(), advantages, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        data["returns"].view(STEPS, ENVS).double(), advantages + values[:-1], rtol=1e-5, atol=1e-5
-    )
-    torch.testing.assert_close(data["values"].view(STEPS, ENVS), values[:-1].float())
+    torch.testing.assert_close(data.advantages.view(STEPS, ENVS).double(), advantages, rtol=1e-5, atol=1e-5)
+    returns = data.returns.view(STEPS, ENVS).double()
+    torch.testing.assert_close(returns, advantages + values[:-1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(data.values.view(STEPS, ENVS), values[:-1].float())
     logprobs = Categorical(logits=logits).log_prob(rb.actions[..., 0])
-    torch.testing.assert_close(data["logprobs"].view(STEPS, ENVS), logprobs)
-    assert torch.equal(data["obs"].view(STEPS, ENVS, -1), rb.obs[:-1])  # rows of different columns belong together
-    assert torch.equal(data["actions"].view(STEPS, ENVS, -1), rb.actions)
+    torch.testing.assert_close(data.logprobs.view(STEPS, ENVS), logprobs)
+    assert torch.equal(data.obs.view(STEPS, ENVS, -1), rb.obs[:-1])  # rows of different columns belong together
+    assert torch.equal(data.actions.view(STEPS, ENVS, -1), rb.actions)
+    assert data.counts is None
 
 
 def test_log_probabilities_and_values_are_those_of_the_normaliser_that_acted(tmp_path: Path) -> None:
-    args, agent, rb = played("Discrete", tmp_path, norm_obs=True)
+    run, agent, rb = played("Discrete", tmp_path, norm_obs=True)
     agent.obs_normalizer.update(5 + 3 * torch.randn(100, 3))
-    data, _ = returns_and_advantages(agent, rb, torch.zeros(ENVS), args, SINGLE)
+    data = returns_and_advantages(run, agent, agent, rb)
     normalised = (rb.obs - agent.obs_normalizer.mean) / (agent.obs_normalizer.var + 1e-8).sqrt()
-    torch.testing.assert_close(data["obs"].view(STEPS, ENVS, -1), normalised[:-1].float())
-    torch.testing.assert_close(data["values"].view(STEPS, ENVS), agent.value(rb.obs[:-1]))
+    torch.testing.assert_close(data.obs.view(STEPS, ENVS, -1), normalised[:-1].float())
+    torch.testing.assert_close(data.values.view(STEPS, ENVS), agent.value(rb.obs[:-1]))
     logits = agent.actor(normalised[:-1].float())
     logprobs = Categorical(logits=logits).log_prob(rb.actions[..., 0])
-    torch.testing.assert_close(data["logprobs"].view(STEPS, ENVS), logprobs)
+    torch.testing.assert_close(data.logprobs.view(STEPS, ENVS), logprobs)
 
 
 def test_the_first_minibatch_sees_ratio_one_and_an_almost_uniform_policy(tmp_path: Path) -> None:
-    args, agent, rb = played("Discrete", tmp_path, update_epochs=1)
-    metrics = Updated(args, agent, rb).metrics
+    metrics = Updated(*played("Discrete", tmp_path, update_epochs=1)).metrics
     assert abs(metrics["losses/old_approx_kl"][0]) < 1e-12  # [K]: mean log ratio of the first minibatch
     assert abs(metrics["losses/old_approx_kl"][1]).max() > 1e-4  # by the second, the policy has moved
     # The last layer of the policy starts with gain 0.01: all three actions are about equally likely
@@ -221,8 +218,8 @@ def test_the_first_minibatch_sees_ratio_one_and_an_almost_uniform_policy(tmp_pat
 
 def test_target_kl_stops_the_epochs_once_it_is_passed(tmp_path: Path) -> None:
     def minibatches(target_kl: float | None) -> int:
-        args, agent, rb = played("Discrete", tmp_path, target_kl=target_kl, update_epochs=6)
-        return len(Updated(args, agent, rb).metrics["losses/policy_loss"])
+        updated = Updated(*played("Discrete", tmp_path, target_kl=target_kl, update_epochs=6))
+        return len(updated.metrics["losses/policy_loss"])
 
     assert minibatches(None) == 24
     assert minibatches(1e9) == 24
@@ -230,28 +227,55 @@ def test_target_kl_stops_the_epochs_once_it_is_passed(tmp_path: Path) -> None:
 
 
 def test_the_update_visits_every_row_once_an_epoch(tmp_path: Path) -> None:
-    args, agent, rb = played("Discrete", tmp_path, update_epochs=1, norm_adv=False, learning_rate=1e-12)
-    updated = Updated(args, agent, rb)
+    updated = Updated(*played("Discrete", tmp_path, update_epochs=1, norm_adv=False, learning_rate=1e-12))
     # The policy stands still, so the mean over all minibatches is the one over all rows, each counted once: −mean(A)
-    mean = -updated.data["advantages"].mean()
+    mean = -updated.data.advantages.mean()
     torch.testing.assert_close(updated.metrics["losses/policy_loss"].mean(), mean, rtol=1e-8, atol=1e-8)
 
 
+def gradient(run: BareRun, agent: PPOAgent, batch: Batch, ent_coef: float) -> Tensor:
+    """The one that an update on this batch steps by."""
+    ppo.update(run, *run.setup(agent, Adam(agent.parameters(), 0.0)), batch, 0.2, ent_coef)
+    return torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+
+
 def test_entropy_and_value_coefficients_weigh_their_part_of_the_loss(tmp_path: Path) -> None:
-    args, agent, rb = played("Discrete", tmp_path)
-    data, _ = returns_and_advantages(agent, rb, torch.zeros(ENVS), args, SINGLE)
-    objective = Objective(agent, PPOArgs(vf_coef=0.7))
-    loss, (pg_loss, v_loss, ent_loss), _ = objective(data, 0.2, 0.3)
-    torch.testing.assert_close(loss, pg_loss + 0.3 * ent_loss + 0.7 * v_loss)
-    assert ent_loss < 0
+    """Gradients are linear in the coefficients, which tells their parts apart."""
+    parts = {}
+    for vf_coef, ent_coef, ent_weight in ((0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.5, 1.0), (0.7, 0.5, 0.3)):
+        run, agent, rb = played("Discrete", tmp_path, vf_coef=vf_coef, ent_coef=ent_coef)
+        batch = returns_and_advantages(run, agent, agent, rb).with_columns(weights=None)
+        parts[vf_coef, ent_weight] = gradient(run, agent, batch, ent_weight)
+    policy = parts[0.0, 0.0]
+    value, entropy = parts[1.0, 0.0] - policy, parts[0.0, 1.0] - policy
+    torch.testing.assert_close(parts[0.7, 0.3], policy + 0.7 * value + 0.3 * entropy)
+    actor = sum(parameter.numel() for parameter in agent.actor.parameters())
+    assert [bool(part[:actor].any()) for part in (policy, value, entropy)] == [True, False, True]
+    assert [bool(part[actor:].any()) for part in (policy, value, entropy)] == [False, True, False]
+
+
+def test_rows_that_do_not_count_move_nothing(tmp_path: Path) -> None:
+    """Whatever stands in them, and as if the others were all: the weights of these add up to one."""
+    run, agent, rb = played("Box", tmp_path)
+    data = returns_and_advantages(run, agent, agent, rb)
+    batch = Batch(**{name: column for name, column in data.columns.items() if name != "counts"})
+    counted = torch.arange(len(batch)) % 3 > 0
+    others = gradient(run, agent, batch[counted].with_columns(weights=None), 0.3)
+    assert others.any()
+    for filler in (0.0, 100.0):
+        for column in batch.columns.values():
+            column[~counted] = filler
+        filled = batch.with_columns(weights=counted.float() / counted.sum())
+        torch.testing.assert_close(gradient(run, agent, filled, 0.3), others)
 
 
 def test_the_first_ratio_is_one_in_half_precision_too(tmp_path: Path) -> None:
     """Fabric rounds what it finds among the inputs of a module, and old log-probabilities are not to be."""
-    args, agent, rb = played("Box", tmp_path, update_epochs=1, num_minibatches=1)
-    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    data, _ = returns_and_advantages(agent, rb, torch.zeros(ENVS), args, fabric)
-    objective, flat = fabric.setup_module(Objective(agent, args)), FlatParameters(agent)
-    optimizer = fabric.setup_optimizers(torch.optim.Adam([flat.vector]))
-    metrics = train(fabric, objective, flat, optimizer, data, torch.Generator(), args, args.clip_coef, args.ent_coef)
-    assert metrics["losses/approx_kl"].abs() < 1e-9
+    run, agent, rb = played("Box", tmp_path, update_epochs=1, num_minibatches=1, precision="bf16-mixed")
+    model, optimizer = run.setup(agent, Adam(agent.parameters(), run.args.learning_rate))
+    data = returns_and_advantages(run, model, agent, rb)
+    assert {data.logprobs.dtype, data.values.dtype, data.returns.dtype} == {torch.float32}
+    epoch = partial(train_epoch, partial(ppo.update, run, model, optimizer), run.args.norm_adv)
+    (metrics,) = ppo.train(run, epoch, data, run.args.clip_coef, run.args.ent_coef)
+    assert metrics[METRICS.index("losses/approx_kl")].abs() < 1e-9
+    assert metrics.dtype == torch.float32

@@ -10,7 +10,7 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete, Space
 from torch import Tensor, nn
 
 from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
-from fabricrl.data.buffers import RecurrentRolloutBuffer
+from fabricrl.data import Batch, RecurrentRolloutBuffer
 from fabricrl.models.distributions import make_head
 from fabricrl.models.recurrent import Layout, RecurrentCore, Sequences
 from tests.envs import vectors
@@ -190,7 +190,6 @@ def test_sequences_of_a_small_rollout_by_hand() -> None:
         (1, [[row] for row in range(12)]),
     ):
         sequences = Sequences(dones, length)
-        assert sequences.num_rows == 12
         assert [list(range(a, a + n)) for a, n in zip(sequences.first, sequences.lengths, strict=True)] == expected
         assert laid_out(list(range(12)), sequences.in_order()) == expected
 
@@ -261,7 +260,7 @@ def test_the_buffer_forgets_where_an_episode_ends_and_keeps_what_was_remembered_
     assert not rb.memory[2].any()
     assert torch.equal(rb.memory[3, 1:], memories[2][1:])
     assert not rb.memory[3, 0].any()
-    t, env, obs = rb.time_limits()  # type: ignore[misc]
+    t, env, obs = rb.truncated_episodes()
     assert (t.tolist(), env.tolist()) == ([1, 1, 2], [1, 3, 0])
     assert torch.equal(rb.final_memory(), torch.stack((memories[1][1], memories[1][3], memories[2][0])))
     assert obs[:, 0].tolist() == [11.0, 13.0, 20.0]
@@ -372,7 +371,8 @@ def test_minibatches_of_the_agent_equal_a_loop_over_steps_in_outputs_and_all_gra
         x, own, begins = inputs[minibatch], states[minibatch], {0}
         begins |= {i for i, row in enumerate(minibatch.tolist()) if row in starts}
         obs, previous = x.split([2, x.shape[1] - 2], -1)
-        packed = agent(obs, actions[minibatch], previous, own[layout.first], layout)
+        columns = {"obs": obs, "previous": previous, "actions": actions[minibatch], "states": own[layout.first]}
+        packed = agent(Batch(layout=layout, **columns))
         features = values = walk(agent.actor_core, x, own[:, :size], begins)
         if not shared:
             values = walk(agent.critic_core, x, own[:, size:], begins)

@@ -9,23 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Space
+from gymnasium.spaces import Discrete, Space
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
+from fabricrl.algos.ppo.ppo import METRICS, update
+from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent, make_agent
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
-from fabricrl.algos.ppo_recurrent.ppo_recurrent import RecurrentObjective, returns_and_advantages, rollout, train
-from fabricrl.algos.ppo_recurrent.utils import make_agent
-from fabricrl.data.buffers import RecurrentRolloutBuffer
+from fabricrl.algos.ppo_recurrent.ppo_recurrent import returns_and_advantages, rollout, train
+from fabricrl.data import Batch, RecurrentRolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.models.recurrent import Sequences
 from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.metric import Stopwatch
-from fabricrl.utils.model import FlatParameters
-from tests.conftest import SINGLE
+from fabricrl.utils.optimizer import Adam
+from tests.conftest import BareRun
 from tests.envs import Counting, vectors
 from tests.process import FORKSERVER, LIMIT, free_port, load
 from tests.test_ppo_update import ENVIRONMENTS, SPACES, log_probability_and_entropy
@@ -71,16 +70,15 @@ class Played:
             self.agent.obs_normalizer.update(5 * torch.rand(100, 3, generator=torch.Generator().manual_seed(1)))
         self.rb = RecurrentRolloutBuffer(STEPS, len(ENDS), vectors(3), 1, torch.int64, self.agent.memory_size)
         self.rb.start(self.envs.reset(seed=0)[0])
-        self.rng = torch.Generator().manual_seed(2)
+        self.run = BareRun(self.args, action_space=self.envs.single_action_space)
         self.memory = torch.zeros(len(ENDS), self.agent.memory_size)
 
     @torch.no_grad()
     def play(self) -> None:
         """One rollout more; the memory that is expected goes on where the last one left it."""
         rb = self.rb
-        rollout(self.agent, self.envs, rb, self.rng, Stopwatch("act", "env"))
-        limits = rb.time_limits()
-        finals = {(int(t), int(env)): obs for t, env, obs in zip(*limits, strict=True)}  # type: ignore[misc]
+        rollout(self.run, self.agent, self.envs, rb)
+        finals = {(int(t), int(env)): obs for t, env, obs in zip(*rb.truncated_episodes(), strict=True)}
         logprobs, values = [], []
         self.final_values, self.forgetful = {}, {}
         for t in range(STEPS):
@@ -116,12 +114,12 @@ class Played:
             after = torch.cat((after, critic_after), -1)
         return agent.actor(features), agent.critic(of_critic)[:, 0], after
 
-    def data(self, carry: Tensor | None = None, **changes: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """What the script makes of the rollout, each [T, N, ...], and the reward carried on."""
-        args = RecurrentPPOArgs(**(vars(self.args) | changes))
-        carry = torch.zeros(len(ENDS)) if carry is None else carry
-        data, _, carry = returns_and_advantages(self.agent, self.rb, carry, args, SINGLE)
-        return {name: column.unflatten(0, (len(ENDS), STEPS)).transpose(0, 1) for name, column in data.items()}, carry
+    def data(self, **changes: Any) -> dict[str, Tensor]:
+        """What the script makes of the rollout, each [T, N, ...]."""
+        self.run.args = RecurrentPPOArgs(**(vars(self.args) | changes))
+        data = returns_and_advantages(self.run, self.agent, self.rb, Sequences(self.rb.dones, 128))
+        columns = {name: column for name, column in data.columns.items() if column is not None}
+        return {name: column.unflatten(0, (len(ENDS), STEPS)).transpose(0, 1) for name, column in columns.items()}
 
     def advantages(self, rewards: Tensor, bootstrap: bool = True) -> Tensor:
         """Eq. 16 as a sum: A_t = Σ_k (γλ)^k δ_{t+k}, up to the episode's or the rollout's end."""
@@ -169,7 +167,6 @@ def test_memory_is_carried_over_borders_of_rollouts_and_zero_at_the_first_observ
 
 
 def test_values_log_probabilities_and_advantages_are_those_of_a_loop_over_steps(played: Played) -> None:
-    carry = torch.zeros(len(ENDS))
     sums, running = [], np.zeros(len(ENDS))
     for _ in range(2):
         played.play()
@@ -180,7 +177,7 @@ def test_values_log_probabilities_and_advantages_are_those_of_a_loop_over_steps(
             running = running * ~rb.dones[t].numpy()
         if played.args.norm_reward:
             rewards = (rewards / np.std(sums)).clamp(-10, 10)
-        data, carry = played.data(carry)
+        data = played.data()
         torch.testing.assert_close(data["logprobs"], played.logprobs, rtol=0, atol=1e-5)
         torch.testing.assert_close(data["values"], played.values, rtol=1e-5, atol=1e-5)
         advantages = played.advantages(rewards)
@@ -190,7 +187,7 @@ def test_values_log_probabilities_and_advantages_are_those_of_a_loop_over_steps(
         assert torch.equal(data["states"], rb.memory[:-1, :, played.agent.num_prev :])
         rb.start()
     if played.args.norm_reward:
-        np.testing.assert_allclose(carry, running, rtol=1e-5)
+        np.testing.assert_allclose(played.agent.reward_normalizer.discounted, running, rtol=1e-5)
 
 
 def test_time_limits_are_bootstrapped_with_the_memory_after_the_last_step_and_terminations_are_not(
@@ -201,7 +198,7 @@ def test_time_limits_are_bootstrapped_with_the_memory_after_the_last_step_and_te
     played.play()
     rb, gamma = played.rb, played.args.gamma
     ends = [(t, env) for t, env in rb.dones.nonzero().tolist()]
-    (with_values, _), (without, _) = (played.data(gae_lambda=0.0, bootstrap_truncated=flag) for flag in (True, False))
+    with_values, without = (played.data(gae_lambda=0.0, bootstrap_truncated=flag) for flag in (True, False))
     added = (with_values["advantages"] - without["advantages"]) / gamma
     assert set(played.final_values) == {(t, env) for t, env in ends if not rb.terminated[t, env]}
     for t, env in ends:
@@ -216,7 +213,7 @@ def test_time_limits_are_bootstrapped_with_the_memory_after_the_last_step_and_te
 def test_the_value_after_the_last_step_remembers_the_rollout(played: Played) -> None:
     played.agent.reward_normalizer = None
     played.play()
-    data, _ = played.data(gae_lambda=0.0)
+    data = played.data(gae_lambda=0.0)
     rb, endless = played.rb, list(ENDS).index("endless")
     deltas = data["advantages"][-1] - rb.rewards[-1] + played.values[-1]
     torch.testing.assert_close(deltas[endless] / played.args.gamma, played.next_values[endless], rtol=1e-4, atol=1e-4)
@@ -227,7 +224,7 @@ def test_the_value_after_the_last_step_remembers_the_rollout(played: Played) -> 
 
 def test_inputs_are_in_the_order_of_sequences_and_normalised_once(played: Played) -> None:
     played.play()
-    data, _ = played.data()
+    data = played.data()
     agent, rb = played.agent, played.rb
     obs = rb.obs[:-1]
     if agent.obs_normalizer is not None:
@@ -245,7 +242,7 @@ def test_a_rollout_with_a_bad_number_ends_in_an_error_that_names_it(tmp_path: Pa
     rb = RecurrentRolloutBuffer(STEPS, 8, vectors(2), 1, torch.float32, agent.memory_size)
     rb.start(envs.reset(seed=0)[0])
     with pytest.raises(NonFiniteError, match="reward of environment 1 is not finite after step 4"):
-        rollout(agent, envs, rb, torch.Generator(), Stopwatch("act", "env"))
+        rollout(BareRun(args, action_space=envs.single_action_space), agent, envs, rb)
     envs.close()
 
 
@@ -254,12 +251,12 @@ def test_a_rollout_with_a_bad_number_ends_in_an_error_that_names_it(tmp_path: Pa
 T, N = 16, 2
 
 
-def learning(kind: str, tmp_path: Path, **changes: Any) -> tuple[RecurrentPPOArgs, RecurrentPPOAgent, Any]:
-    """An agent and a rollout of it, with an end or two in each environment."""
+def learning(kind: str, tmp_path: Path, **changes: Any) -> tuple[BareRun, RecurrentPPOAgent, Any]:
+    """A run, its agent and a rollout of it, with an end or two in each environment."""
     env_id = ENVIRONMENTS[kind][0]
     env_kwargs = '{"length": 5, "truncate": true}' if kind == "Discrete" else '{"length": 5}'
     settings: dict[str, Any] = {"num_steps": T, "num_envs": N, "rnn_hidden_size": 6, "hidden_sizes": (8,)}
-    settings |= {"learning_rate": 0.02, "num_minibatches": 4, "env_id": env_id, "env_kwargs": env_kwargs}
+    settings |= {"learning_rate": 1 / 64, "num_minibatches": 4, "env_id": env_id, "env_kwargs": env_kwargs}
     args = RecurrentPPOArgs(**(settings | changes))
     envs = make_envs(args, 0, tmp_path)
     torch.manual_seed(args.seed)
@@ -267,55 +264,51 @@ def learning(kind: str, tmp_path: Path, **changes: Any) -> tuple[RecurrentPPOArg
     head, space = agent.head, envs.single_observation_space
     rb = RecurrentRolloutBuffer(T, N, space, head.num_actions, head.dtype, agent.memory_size)
     rb.start(envs.reset(seed=1)[0])
-    rng = torch.Generator().manual_seed(2)
+    run = BareRun(args, action_space=envs.single_action_space)
     for _ in range(2):  # the second rollout starts within an episode, from a memory
-        rollout(agent, envs, rb, rng, Stopwatch("act", "env"))
+        rollout(run, agent, envs, rb)
         rb.start()
-    rollout(agent, envs, rb, rng, Stopwatch("act", "env"))
+    rollout(run, agent, envs, rb)
     envs.close()
-    return args, agent, rb
+    return run, agent, rb
 
 
-class Spy(RecurrentObjective):
+class Spy(nn.Module):
     """Keeps the log ratios of every minibatch, and whether it was laid out with padding."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, agent: RecurrentPPOAgent) -> None:
+        super().__init__()
+        self.agent, self.padded = agent, False
         self.logratios: list[Tensor] = []
-        self.padded = False
 
-    def forward(self, batch: dict[str, Any], *coefs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, losses, logratio = super().forward(batch, *coefs)
-        self.logratios.append(logratio)
-        self.padded |= batch["layout"].length * len(batch["layout"].first) > len(logratio)
-        return loss, losses, logratio
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = self.agent(batch)
+        self.logratios.append((outputs[0] - batch.logprobs).detach())
+        self.padded |= batch.layout.length * len(batch.layout.first) > len(batch.logprobs)
+        return outputs
 
 
 class Updated:
     """What `train` made of a rollout; in float64, unless told otherwise, so that differences are those of formulas."""
 
-    def __init__(
-        self, args: RecurrentPPOArgs, agent: RecurrentPPOAgent, rb: Any, exact: bool = True, **options: Any
-    ) -> None:
-        fabric = Fabric(accelerator="cpu", devices=1, **options)
-        self.data, sequences, _ = returns_and_advantages(agent, rb, torch.zeros(N), args, fabric)
-        self.sequences = sequences
+    def __init__(self, run: BareRun, agent: RecurrentPPOAgent, rb: Any, exact: bool = True) -> None:
+        args, sequences = run.args, Sequences(rb.dones, run.args.sequence_length)
+        self.data = returns_and_advantages(run, agent, rb, sequences)
         if exact:
             agent.double()
-            self.data = {name: v.double() if v.is_floating_point() else v for name, v in self.data.items()}
+            columns = self.data.columns.items()
+            self.data = Batch(**{n: c.double() if c is not None and c.is_floating_point() else c for n, c in columns})
             layout = sequences.in_order()
             with torch.no_grad():
-                states = self.data["states"][layout.first]
-                outputs = agent(self.data["obs"], self.data["actions"], self.data["previous"], states, layout)
-            self.data["logprobs"], _, self.data["values"] = outputs
-        self.before = copy.deepcopy(agent)
-        self.spy = Spy(agent, args)
-        objective = fabric.setup_module(self.spy)
-        flat = FlatParameters(agent)
-        adam = torch.optim.Adam([flat.vector], lr=args.learning_rate, eps=1e-5, fused=True)
-        optimizer, rng = fabric.setup_optimizers(adam), torch.Generator().manual_seed(3)
-        coefs = args.clip_coef, args.ent_coef
-        self.metrics = train(fabric, objective, flat, optimizer, self.data, sequences, rng, args, *coefs)
+                states = self.data.states[layout.first]
+                logprobs, _, values = agent(self.data.with_columns(states=states, layout=layout))
+            self.data = self.data.with_columns(logprobs=logprobs, values=values)
+        self.before, self.spy = copy.deepcopy(agent), Spy(agent)
+        model, optimizer = run.setup(self.spy, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
+        step = run.compiled(partial(update, run, model, optimizer))
+        run.train_rng.manual_seed(3)
+        metrics = train(run, step, self.data, sequences, *run.numbers(args.clip_coef, args.ent_coef))
+        self.metrics = dict(zip(METRICS, metrics.unbind(1), strict=True))
 
 
 def evaluated(agent: RecurrentPPOAgent, space: Space, batch: dict[str, Tensor], begins: set[int]) -> tuple:
@@ -330,16 +323,16 @@ def evaluated(agent: RecurrentPPOAgent, space: Space, batch: dict[str, Tensor], 
 
 
 def plain_update(
-    agent: RecurrentPPOAgent, space: Space, data: dict[str, Tensor], dones: Tensor, args: RecurrentPPOArgs
+    agent: RecurrentPPOAgent, space: Space, data: Batch, dones: Tensor, args: RecurrentPPOArgs
 ) -> list[dict[str, float]]:
     """PPO's inner loop as a textbook has it; no row but those of the minibatch exists."""
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     rng, history = torch.Generator().manual_seed(3), []
     starts = {sequence[0] for sequence in cut(dones, args.sequence_length)}
-    for _ in range(args.update_epochs):
-        order, _ = Sequences(dones, args.sequence_length).minibatches(args.num_minibatches, rng)
+    sequences = Sequences(dones, args.sequence_length)
+    for order, _ in [sequences.minibatches(args.num_minibatches, rng) for _ in range(args.update_epochs)]:
         for rows in order:
-            batch = {name: column[rows] for name, column in data.items()}
+            batch = {name: column[rows] for name, column in data.columns.items() if column is not None}
             begins = {0, *(i for i, row in enumerate(rows.tolist()) if row in starts)}
             advantages = batch["advantages"]
             if args.norm_adv:
@@ -383,8 +376,8 @@ def plain_update(
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "defaults",
 )
 def test_an_update_equals_the_plain_one(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    args, agent, rb = learning(kind, tmp_path, **changes)
-    updated = Updated(args, agent, rb)
+    run, agent, rb = learning(kind, tmp_path, **changes)
+    args, updated = run.args, Updated(run, agent, rb)
     assert updated.spy.padded or args.num_minibatches == 1, "no minibatch was padded"
     plain = copy.deepcopy(updated.before)
     history = plain_update(plain, SPACES[kind], updated.data, rb.dones, args)
@@ -394,12 +387,9 @@ def test_an_update_equals_the_plain_one(kind: str, changes: dict[str, Any], tmp_
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10, msg=name)
         moved = max(moved, (theirs - before).abs().max().item())
     assert moved > 0.01
-    for name in ("policy_loss", "value_loss", "entropy"):  # of every minibatch, in order
-        theirs = torch.tensor([numbers[name] for numbers in history], dtype=torch.float64)
-        torch.testing.assert_close(updated.metrics[f"losses/{name}"], theirs, msg=name)
-    for name in ("approx_kl", "clipfrac", "old_approx_kl"):
-        theirs = np.mean([numbers[name] for numbers in history])
-        assert updated.metrics[f"losses/{name}"].mean().item() == pytest.approx(theirs, abs=1e-6), name
+    for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "old_approx_kl"):
+        theirs = torch.tensor([numbers[name] for numbers in history], dtype=torch.float64)  # of each, in order
+        torch.testing.assert_close(updated.metrics[f"losses/{name}"], theirs, rtol=1e-6, atol=1e-9, msg=name)
     if args.target_kl is not None:
         assert 1 < len(history) < args.update_epochs  # it did stop, and not at once
 
@@ -409,34 +399,35 @@ def test_an_update_equals_the_plain_one(kind: str, changes: dict[str, Any], tmp_
 @pytest.mark.parametrize("rnn_type", ["lstm", "gru"])
 def test_the_first_minibatch_sees_ratio_one(rnn_type: str, kind: str, sequence_length: int, tmp_path: Path) -> None:
     """In the precision that it runs in, though it is packed in another way than the rollout was, and cut elsewhere."""
-    args, agent, rb = learning(
+    run, agent, rb = learning(
         kind, tmp_path, rnn_type=rnn_type, sequence_length=sequence_length, prev_action=True, prev_reward=True
     )
-    logratios = Updated(args, agent, rb, exact=False).spy.logratios
+    logratios = Updated(run, agent, rb, exact=False).spy.logratios
     assert logratios[0].abs().max() < 1e-5
     assert logratios[1].abs().max() > 1e-4  # by the second, the policy has moved
 
 
 @pytest.mark.parametrize("rnn_type", ["lstm", "gru"])
 def test_the_first_minibatch_sees_ratio_one_in_half_precision_too(rnn_type: str, tmp_path: Path) -> None:
-    args, agent, rb = learning("Box", tmp_path, rnn_type=rnn_type, num_minibatches=1, update_epochs=1)
-    updated = Updated(args, agent, rb, exact=False, precision="bf16-mixed")
+    changes: dict[str, Any] = {"rnn_type": rnn_type, "num_minibatches": 1, "update_epochs": 1}
+    run, agent, rb = learning("Box", tmp_path, precision="bf16-mixed", **changes)
+    updated = Updated(run, agent, rb, exact=False)
     assert updated.spy.logratios[0].abs().max() < 1e-5
     assert (updated.before.actor.out.weight != agent.actor.out.weight).any()
-    assert updated.data["logprobs"].dtype == updated.data["values"].dtype == torch.float32
+    assert updated.data.logprobs.dtype == updated.data.values.dtype == torch.float32
 
 
 def test_sequences_begin_in_the_memory_that_was_stored_for_their_first_row(tmp_path: Path) -> None:
     """Another state stored for a row changes what follows it in its sequence, if it is the first, and nothing else."""
-    args, agent, rb = learning("Discrete", tmp_path, sequence_length=4)
-    layout = Sequences(rb.dones, args.sequence_length).in_order()
-    starts = {sequence[0]: sequence for sequence in cut(rb.dones, args.sequence_length)}
+    run, agent, rb = learning("Discrete", tmp_path, sequence_length=4)
+    sequences = Sequences(rb.dones, 4)
+    starts = {sequence[0]: sequence for sequence in cut(rb.dones, 4)}
 
     def values() -> Tensor:
-        return returns_and_advantages(agent, rb, torch.zeros(N), args, SINGLE)[0]["values"]
+        return returns_and_advantages(run, agent, rb, sequences).values
 
     before = values()
-    assert sorted(starts) == layout.first.tolist()
+    assert sorted(starts) == sequences.in_order().first.tolist()
     for row in range(T * N):
         stored = rb.memory[row % T, row // T].clone()
         rb.memory[row % T, row // T] += 1.0
@@ -448,7 +439,7 @@ def test_sequences_begin_in_the_memory_that_was_stored_for_their_first_row(tmp_p
 # --- Ranks
 
 
-def share_of(rank: int, world_size: int, envs: int = 4, steps: int = 12) -> tuple[dict[str, Tensor], Sequences]:
+def share_of(rank: int, world_size: int, envs: int = 4, steps: int = 12) -> tuple[Batch, Sequences]:
     """A rank's environments of a rollout, in which those of the second half live in another world."""
     rng = torch.Generator().manual_seed(5)
     second = (torch.arange(envs * steps) >= envs * steps // 2).float()
@@ -465,14 +456,21 @@ def share_of(rank: int, world_size: int, envs: int = 4, steps: int = 12) -> tupl
     own = slice(rank * envs // world_size, (rank + 1) * envs // world_size)
     rows = slice(own.start * steps, own.stop * steps)
     sequences = Sequences(random_dones(steps, envs, 0.2, 7)[:, own], 5)
-    return {name: column[rows] for name, column in data.items()}, sequences
+    return Batch(counts=None, **{name: column[rows] for name, column in data.items()}), sequences
 
 
-def update(rank: int, world_size: int, port: int, shared: bool, path: str) -> None:
+class GradientDescent(Adam):
+    """At rate 1 it moves the parameters by the gradient itself."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            self.flat.vector.sub_(self.gradient)
+        self.flat.grad = None
+
+
+def train_share(rank: int, world_size: int, port: int, shared: bool, path: str) -> None:
     """One update on this rank's share, by gradient descent and by Adam; writes the parameters that come out of it."""
     import os
-
-    from gymnasium.spaces import Discrete
 
     if world_size > 1:  # Fabric takes the place in the group that the environment names, and starts nothing itself
         os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -480,18 +478,15 @@ def update(rank: int, world_size: int, port: int, shared: bool, path: str) -> No
     fabric.launch()
     torch.set_num_threads(1)
     args = RecurrentPPOArgs(num_envs=8, num_steps=8, num_minibatches=1, update_epochs=1, max_grad_norm=0.05)
-    for name in ("sgd", "adam"):
+    for kind in (GradientDescent, Adam):
         torch.manual_seed(0)
+        run = BareRun(args, fabric)
         agent = RecurrentPPOAgent(vectors(3), Discrete(4), rnn_hidden_size=12 if shared else 6, shared_core=shared)
-        objective = fabric.setup_module(RecurrentObjective(agent, args))
-        flat = FlatParameters(agent)
-        # At rate 1 gradient descent moves the parameters by the gradient itself
-        kind = torch.optim.SGD([flat.vector], lr=1.0) if name == "sgd" else torch.optim.Adam([flat.vector], lr=1e-3)
-        start = flat.vector.detach().clone()
-        data, sequences = share_of(rank, world_size)
-        rng = torch.Generator().manual_seed(rank)
-        train(fabric, objective, flat, fabric.setup_optimizers(kind), data, sequences, rng, args, 0.2, 0.01)
-        torch.save({"start": start, "end": flat.vector.detach()}, f"{path}.{name}.{world_size}.{rank}")
+        model, optimizer = run.setup(agent, kind(agent.parameters(), 1e-3))
+        start = optimizer.flat.vector.clone()
+        run.train_rng.manual_seed(rank)
+        train(run, partial(update, run, model, optimizer), *share_of(rank, world_size), 0.2, 0.01)
+        torch.save({"start": start, "end": optimizer.flat.vector}, f"{path}.{kind.__name__}.{world_size}.{rank}")
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
@@ -500,16 +495,16 @@ def test_two_ranks_with_half_the_environments_each_make_the_update_of_one_rank_w
 ) -> None:
     """Gradients are averaged and advantages normalised over all ranks, before the norm is clipped."""
     path, port = str(tmp_path / "parameters"), free_port()
-    ranks = [FORKSERVER.Process(target=update, args=(rank, 2, port, shared, path)) for rank in (0, 1)]
+    ranks = [FORKSERVER.Process(target=train_share, args=(rank, 2, port, shared, path)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
-    update(0, 1, 0, shared, path)
+    train_share(0, 1, 0, shared, path)
     for rank in ranks:
         rank.join(LIMIT)
         rank.kill()
         assert rank.exitcode == 0
-    for name, error in (("sgd", 1e-6), ("adam", 1e-5)):
-        one, first, second = (load(f"{path}.{name}.{place}") for place in ("1.0", "2.0", "2.1"))
+    for kind, error in ((GradientDescent, 1e-6), (Adam, 1e-5)):
+        one, first, second = (load(f"{path}.{kind.__name__}.{place}") for place in ("1.0", "2.0", "2.1"))
         assert torch.equal(one["start"], first["start"])
         assert torch.equal(first["end"], second["end"])
         torch.testing.assert_close(first["end"], one["end"], rtol=0, atol=error)

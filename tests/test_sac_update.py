@@ -4,40 +4,30 @@ an Adam for each; and when updates are due."""
 import copy
 import io
 import math
-import re
-from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
-from pathlib import Path
-from types import MethodType, SimpleNamespace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from fabricrl.algos.sac import learner as learner_module
+from fabricrl.algos.off_policy.utils import UpdateSchedule, make_schedule
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.sac.learner import Learner, compile_ahead
 from fabricrl.algos.sac.loss import critic_loss
-from fabricrl.algos.sac.utils import UpdateSchedule
-from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.data import Batch, ReplayBuffer
 from fabricrl.models.distributions import TanhNormalHead
 from fabricrl.models.models import MLP, EnsembleMLP
+from fabricrl.utils import optimizer as optimizer_module
 from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
-
-
-def train(learner: Learner, *rest: Any) -> dict[str, Tensor]:
-    """The script's update, and what it has noted."""
-    sac.train(learner, *rest)
-    return learner.metrics()
-
+from tests.conftest import BareRun
 
 OBS, ACTIONS, BATCH = 3, 2, 16
 
@@ -56,24 +46,49 @@ def use_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_args(**changes: Any) -> SACArgs:
     settings: dict[str, Any] = {"hidden_sizes": (8, 8), "batch_size": BATCH, "activation": "tanh"}
-    return SACArgs(**(settings | {"policy_lr": 0.02, "q_lr": 0.03, "tau": 0.1, "alpha": 0.3} | changes))
+    return SACArgs(**(settings | {"policy_lr": 1 / 64, "q_lr": 1 / 32, "tau": 0.1, "alpha": 0.3} | changes))
 
 
 def make_agent(args: SACArgs) -> SACAgent:
-    agent = SACAgent(
-        OBS, ACTIONS, args.hidden_sizes, args.activation, args.num_critics, args.alpha, args.autotune, args.norm_obs
-    )
+    sizes = OBS, ACTIONS, args.hidden_sizes, args.activation, args.num_critics
+    agent = SACAgent(*sizes, args.alpha, args.autotune, args.target_entropy, args.norm_obs)
     with torch.no_grad():
         for parameter in [*agent.critics.parameters(), *agent.target_critics.parameters()]:
             parameter += 0.1 * torch.randn(parameter.shape)  # targets that are not the critics
     return agent
 
 
-def make_learner(agent: SACAgent, args: SACArgs, **more: Any) -> Learner:
-    return Learner(Fabric(accelerator="cpu", devices=1), agent, args, **more)
+class Training:
+    """The script's update of an agent, as `main` puts it together."""
+
+    script: Any = sac
+
+    def __init__(self, agent: SACAgent, args: SACArgs) -> None:
+        self.run, self.agent = BareRun(args), agent
+        self.learner = sac.setup(self.run, agent)
+        self.step_critics = self.run.compiled(partial(self.script.update_critics, self.run, self.learner))
+        self.step_actor = self.run.compiled(partial(self.script.update_actor, self.run, self.learner))
+
+    def train(self, batches: Batch, number: int, seed: int = 3) -> dict[str, Tensor]:
+        """What an iteration makes of its batches, and what it has noted; `number` as the script's `train` takes it."""
+        self.run.train_rng.manual_seed(seed)
+        self.script.train(self.run, self.learner, self.step_critics, self.step_actor, batches, number)
+        return self.run.look()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        _, _, _, actor_optimizer, q_optimizer = self.learner
+        return {"agent": self.agent, "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
 
 
-def make_batches(updates: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def make_batches(updates: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> Batch:
     """What `ReplayBuffer.sample` returns of three-step returns, some cut short, and some episodes that ended."""
     generator = rng(seed)
     shape = (updates, BATCH)
@@ -85,7 +100,7 @@ def make_batches(updates: int, seed: int = 7, dtype: torch.dtype = torch.float32
         "terminated": (torch.rand(shape, generator=generator) < 0.3).float(),
         "discounts": 0.9 ** torch.randint(1, 4, shape, generator=generator),
     }
-    return {name: column.to(dtype) for name, column in batches.items()}
+    return Batch(**{name: column.to(dtype) for name, column in batches.items()})
 
 
 def plain_actor(actor: MLP, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -131,13 +146,13 @@ class PlainSAC:
     def q(critics: nn.ModuleList, obs: Tensor, actions: Tensor) -> list[Tensor]:
         return [critic(torch.cat((obs, actions), -1))[:, 0] for critic in critics]
 
-    def update_critics(self, batch: dict[str, Tensor], noise: Tensor) -> None:
+    def update_critics(self, batch: Batch, noise: Tensor) -> None:
         with torch.no_grad():
-            actions, logprobs = self.policy(batch["next_obs"], noise)
-            least = torch.stack(self.q(self.targets, batch["next_obs"], actions)).min(0).values
+            actions, logprobs = self.policy(batch.next_obs, noise)
+            least = torch.stack(self.q(self.targets, batch.next_obs, actions)).min(0).values
             value = least - self.log_alpha.exp() * logprobs
-            y = torch.where(batch["terminated"] == 1, batch["rewards"], batch["rewards"] + batch["discounts"] * value)
-        q = self.q(self.critics, batch["obs"], batch["actions"])
+            y = torch.where(batch.terminated == 1, batch.rewards, batch.rewards + batch.discounts * value)
+        q = self.q(self.critics, batch.obs, batch.actions)
         loss = sum(0.5 * nn.functional.mse_loss(values, y) for values in q)
         self.q_adam.zero_grad()
         loss.backward()
@@ -168,16 +183,16 @@ class PlainSAC:
             for target, source in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
                 target.copy_(self.args.tau * source + (1 - self.args.tau) * target)
 
-    def train(self, batches: dict[str, Tensor], first: int, generator: torch.Generator) -> None:
-        numbers, frequency = range(first, first + len(batches["rewards"])), self.args.policy_frequency
+    def train(self, batches: Batch, first: int, generator: torch.Generator) -> None:
+        numbers, frequency = range(first, first + len(batches)), self.args.policy_frequency
         draws = len(numbers) + frequency * sum(number % frequency == 0 for number in numbers)
         noise = iter(torch.randn(draws, BATCH, ACTIONS, generator=generator).double())  # in the order of its use
         for k, number in enumerate(numbers):
-            batch = {name: column[k].double() for name, column in batches.items()}
+            batch = Batch(**{name: column[k].double() for name, column in batches.columns.items()})
             self.update_critics(batch, next(noise))
             if number % frequency == 0:
                 for _ in range(frequency):
-                    self.update_actor(batch["obs"], next(noise))
+                    self.update_actor(batch.obs, next(noise))
             if number % self.args.target_network_frequency == 0:
                 self.update_targets()
         assert next(noise, None) is None
@@ -227,12 +242,12 @@ def test_updates_equal_the_plain_ones(changes: dict[str, Any], monkeypatch: pyte
     agent = make_agent(args).double()
     before = snapshot(agent)
     plain = PlainSAC(agent, args, -ACTIONS if args.target_entropy is None else args.target_entropy)
-    learner, ours, theirs, first = make_learner(agent, args), rng(), rng(), 1
+    training, first = Training(agent, args), 1
     for updates in (1, 4, 2, 5):  # one call or several: the count goes on
         batches = make_batches(updates, first, torch.float64)
         plain.history.clear()
-        metrics = train(learner, batches, first, ours, args)
-        plain.train(batches, first, theirs)
+        metrics = training.train(batches, first, seed=first)
+        plain.train(batches, first, rng(first))
         first += updates
         plain.check(agent)
         assert {name.removeprefix("losses/") for name in metrics} == {name for name, _ in plain.history}
@@ -246,11 +261,11 @@ def test_updates_equal_the_plain_ones(changes: dict[str, Any], monkeypatch: pyte
 def test_the_actor_waits_for_its_turn_and_then_makes_up_for_it() -> None:
     args = make_args(policy_frequency=3)
     agent = make_agent(args)
-    learner, before = make_learner(agent, args), snapshot(agent)
-    metrics = train(learner, make_batches(2), 1, rng(), args)
+    training, before = Training(agent, args), snapshot(agent)
+    metrics = training.train(make_batches(2), 1)
     assert "losses/actor_loss" not in metrics
     assert not moved(agent, before, "actor")
-    metrics = train(learner, make_batches(10), 3, rng(), args)  # updates 3 to 12
+    metrics = training.train(make_batches(10), 3)  # updates 3 to 12
     assert len(metrics["losses/actor_loss"]) == 12
     assert len(metrics["losses/qf_loss"]) == 10
 
@@ -262,17 +277,15 @@ def test_networks_see_normalised_observations(monkeypatch: pytest.MonkeyPatch) -
     agent.obs_normalizer.update(5 + 3 * torch.randn(100, OBS))
     batches = make_batches(3, dtype=torch.float64)
     mean, deviation = agent.obs_normalizer.mean, (agent.obs_normalizer.var + 1e-8).sqrt()
-    normalised = dict(batches)
-    for name in ("obs", "next_obs"):
-        normalised[name] = (batches[name] - mean) / deviation
+    seen = [(obs - mean) / deviation for obs in (batches.obs, batches.next_obs)]
     plain = PlainSAC(agent, args, -ACTIONS)
-    plain.train(normalised, 1, rng())
-    train(make_learner(agent, args), batches, 1, rng(), args)
+    plain.train(batches.with_columns(obs=seen[0], next_obs=seen[1]), 1, rng())
+    Training(agent, args).train(batches, 1)
     plain.check(agent)
     raw, noise = 4 + torch.randn(6, OBS).double(), torch.randn(6, ACTIONS).double()
-    inputs = (raw - mean) / deviation
-    torch.testing.assert_close(agent.act(raw, noise), agent.policy(inputs, noise)[0])
-    torch.testing.assert_close(agent.greedy(raw), agent.policy(inputs, torch.zeros(6, ACTIONS))[0])
+    params = agent.actor((raw - mean) / deviation)
+    torch.testing.assert_close(agent.act(raw, noise), agent.head.sample(params, noise))
+    torch.testing.assert_close(agent.greedy(raw), agent.head.mode(params))
 
 
 def test_bytes_reach_the_networks_as_numbers() -> None:
@@ -285,90 +298,93 @@ def test_bytes_reach_the_networks_as_numbers() -> None:
 def test_the_update_of_the_actor_leaves_the_critics_alone() -> None:
     args = make_args()
     agent = make_agent(args)
-    learner, batches = make_learner(agent, args), make_batches(1)
-    train(learner, batches, 1, rng(), args)  # moments of Adam are not zero any more
-    before, optimizer = snapshot(agent), copy.deepcopy(learner.q_optimizer.state_dict())
-    assert all(parameter.grad is None for parameter in agent.critics.parameters())
-    learner.update_actor(batches["obs"][0], torch.randn(BATCH, ACTIONS))
-    assert all(parameter.grad is None for parameter in agent.critics.parameters())
-    assert [moved(agent, before, part) for part in PARTS] == [True, True, False, False]
-    for key, value in learner.q_optimizer.state_dict()["state"][0].items():
-        assert torch.equal(value, optimizer["state"][0][key])
-    for parameter in agent.critics.parameters():  # nothing is added to what is there either
+    training, batches = Training(agent, args), make_batches(1)
+    training.train(batches, 1)  # moments of Adam are not zero any more
+    q_optimizer = training.learner.q_optimizer
+    before, optimizer = snapshot(agent), copy.deepcopy(q_optimizer.state_dict())
+    for parameter in agent.critics.parameters():  # nothing is added to what is there
         parameter.grad = torch.full_like(parameter, 7.0)
-    learner.update_actor(batches["obs"][0], torch.randn(BATCH, ACTIONS))
+    training.step_actor(batches.obs[0], torch.randn(BATCH, ACTIONS))
     assert all((parameter.grad == 7).all() for parameter in agent.critics.parameters())
+    assert all(parameter.requires_grad for parameter in agent.critics.parameters())  # they learn on
+    assert [moved(agent, before, part) for part in PARTS] == [True, True, False, False]
+    for key, value in q_optimizer.state_dict()["state"][0].items():
+        assert torch.equal(value, optimizer["state"][0][key])
 
 
 @pytest.mark.parametrize("autotune", [True, False])
-def test_what_is_averaged_for_the_actor_is_its_gradient_and_that_of_the_temperature(autotune: bool) -> None:
+def test_what_is_averaged_for_the_actor_is_its_gradient_and_that_of_the_temperature(
+    autotune: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one message, with the metrics."""
     args = make_args(autotune=autotune)
     agent = make_agent(args)
-    learner = make_learner(agent, args)
-    calls = []
-    with mock.patch.object(learner_module, "average", lambda fabric, tensor: calls.append(tensor)):
-        learner.update_actor(torch.randn(4, OBS), torch.randn(4, ACTIONS))
-    (averaged,) = calls
-    assert averaged is learner.actor.vector.grad
-    assert averaged.numel() == sum(p.numel() for p in agent.actor.parameters()) + autotune
+    training, sent = Training(agent, args), []
+
+    def averaged(fabric: Any, vector: Tensor) -> Tensor:
+        sent.append(vector)
+        return 0.5 * vector
+
+    monkeypatch.setattr(optimizer_module, "mean_over_ranks", averaged)
+    training.run.fabric = SimpleNamespace(world_size=2, backward=lambda loss: loss.backward())
+    alpha = agent.alpha.item()
+    metrics = training.step_actor(torch.randn(4, OBS), torch.randn(4, ACTIONS))
+    (vector,) = sent
+    assert len(vector) == sum(p.numel() for p in agent.actor.parameters()) + autotune + len(sac.ACTOR_METRICS)
+    found = [*([agent.log_alpha] * autotune), *agent.actor.parameters()]
+    gradient = torch.cat([parameter.grad.flatten() for parameter in found])
+    torch.testing.assert_close(vector[: len(gradient)], gradient)
+    assert metrics[sac.ACTOR_METRICS.index("losses/alpha")].item() == pytest.approx(0.5 * alpha)
+    moments = training.learner.actor_optimizer.state_dict()["state"][0]["exp_avg"]  # (1 − β₁) of what came back
+    torch.testing.assert_close(moments, 0.1 * 0.5 * gradient)
 
 
-def test_the_update_of_the_critics_leaves_actor_temperature_and_targets_alone() -> None:
+def test_the_update_of_the_critics_leaves_actor_and_temperature_alone_and_moves_targets_if_it_is_to() -> None:
     args = make_args()
     agent = make_agent(args)
-    learner, before = make_learner(agent, args), snapshot(agent)
-    batches = learner.prepare(make_batches(1))
-    batch = learner.next_actions({name: column[0] for name, column in batches.items()}, torch.randn(BATCH, ACTIONS))
-    learner.update_critics(batch)
+    training, before = Training(agent, args), snapshot(agent)
+    (batch,) = make_batches(1)
+    training.step_critics(batch, torch.randn(BATCH, ACTIONS), False)
     assert [moved(agent, before, part) for part in PARTS] == [False, False, True, False]
+    assert all(parameter.grad is None for parameter in agent.actor.parameters())
+    training.step_critics(batch, torch.randn(BATCH, ACTIONS), True)
     after = snapshot(agent)
-    learner.update_targets()
-    for name, value in agent.target_critics.named_parameters():  # θ̄ ← 0.1 θ + 0.9 θ̄
+    for name, value in agent.target_critics.named_parameters():  # θ̄ ← 0.1 θ + 0.9 θ̄, with the newest θ
         expected = 0.1 * after[f"critics.{name}"] + 0.9 * before[f"target_critics.{name}"]
         torch.testing.assert_close(value.detach(), expected)
-    assert [moved(agent, after, part) for part in PARTS] == [False, False, False, True]
+    assert [moved(agent, before, part) for part in PARTS] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(("target_entropy", "sign"), [(5.0, 1), (-20.0, -1)])
 def test_the_temperature_moves_towards_the_target_entropy(target_entropy: float, sign: int) -> None:
     args = make_args(target_entropy=target_entropy)
     agent = make_agent(args)
-    learner, last = make_learner(agent, args), agent.log_alpha.item()
+    training, last = Training(agent, args), agent.log_alpha.item()
     for _ in range(5):
-        learner.update_actor(torch.randn(BATCH, OBS), torch.randn(BATCH, ACTIONS))
+        metrics = training.step_actor(torch.randn(BATCH, OBS), torch.randn(BATCH, ACTIONS))
         assert sign * (agent.log_alpha.item() - last) > 0
-        used = learner.metrics()["losses/alpha"]
+        used = metrics[sac.ACTOR_METRICS.index("losses/alpha")]
         assert used.item() == pytest.approx(math.exp(last))
         last = agent.log_alpha.item()
 
 
 def test_the_target_entropy_is_minus_the_number_of_actions_unless_it_is_given() -> None:
     for given, used in ((None, -2.0), (-0.7, -0.7), (0.0, 0.0)):
-        args = make_args(target_entropy=given)
-        assert make_learner(make_agent(args), args).target_entropy == used
+        assert make_agent(make_args(target_entropy=given)).target_entropy == used
 
 
-def test_networks_without_a_written_gradient_learn_alike_by_the_vjp_that_the_readme_shows() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(def vjp.*?)```", readme, re.DOTALL)
-    shown: dict[str, Any] = {"torch": torch}
-    exec(code, shown)
-    args = make_args()
-    agents = [make_agent(args)]
-    agents.append(copy.deepcopy(agents[0]))
-    for network in (agents[1].critics, agents[1].actor):
-        network.vjp = MethodType(shown["vjp"], network)  # type: ignore[method-assign]
-    before, losses = snapshot(agents[0]), []
-    for agent in agents:
-        losses.append(train(make_learner(agent, args), make_batches(3), 1, rng(), args))
-    for name, value in agents[0].state_dict().items():
-        torch.testing.assert_close(value, agents[1].state_dict()[name], rtol=0, atol=2e-4)
-    for name, values in losses[0].items():
-        torch.testing.assert_close(values, losses[1][name], rtol=1e-4, atol=1e-5)
-    assert [moved(agents[1], before, part) for part in PARTS] == [True] * 4
+def targets_of(training: Training, batch: Batch, noise: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What the critics are asked to learn, [B]."""
+    seen: list[Tensor] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sac, "critic_loss", lambda q, targets: seen.append(targets) or critic_loss(q, targets))
+        sac.update_critics(training.run, training.learner, batch, noise, False)
+    return seen[0]
 
 
-def test_terminal_states_are_not_bootstrapped_and_time_limits_are_from_the_last_observation() -> None:
+def test_terminal_states_are_not_bootstrapped_and_time_limits_are_from_the_last_observation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     args = make_args()
     agent, gamma = make_agent(args), 0.9
     rb = ReplayBuffer(8, 2, Box(-9, 9, (OBS,), np.float32), ACTIONS, gamma)
@@ -377,16 +393,14 @@ def test_terminal_states_are_not_bootstrapped_and_time_limits_are_from_the_last_
     infos = {"final_obs": np.array([*final, None], dtype=object)[:2]}
     rewards, terminated = np.array([1.0, 2.0]), np.array([True, False])  # environment 1 runs into a time limit
     rb.add(np.zeros((2, ACTIONS)), reset, rewards, terminated, ~terminated, infos)
-    learner = make_learner(agent, args)
-    batches = learner.prepare(rb.sample(1, 64, rng()))
-    noise = torch.randn(64, ACTIONS, generator=rng(5))
-    batch = learner.next_actions({name: column[0] for name, column in batches.items()}, noise)
-    targets = learner.td_targets(batch)
     plain = PlainSAC(agent, args, -2.0)
+    (batch,) = agent.prepared(rb.sample(1, 64, rng()))
+    noise = torch.randn(64, ACTIONS, generator=rng(5))
+    targets = targets_of(Training(agent, args), batch, noise, monkeypatch)
     obs = torch.tensor(final[:1]).expand(64, -1)
     actions, logprobs = plain.policy(obs, noise.double())
     values = torch.stack(plain.q(plain.targets, obs, actions)).min(0).values - args.alpha * logprobs
-    ended = batch["rewards"] == 1.0
+    ended = batch.rewards == 1.0
     assert 0 < ended.sum() < 64
     assert (targets[ended] == 1.0).all()
     torch.testing.assert_close(targets[~ended].double(), (2 + gamma * values)[~ended], rtol=1e-5, atol=1e-5)
@@ -395,39 +409,24 @@ def test_terminal_states_are_not_bootstrapped_and_time_limits_are_from_the_last_
 @pytest.mark.parametrize("column", ["rewards", "obs", "next_obs", "actions"])
 def test_a_number_that_is_not_finite_ends_the_update_in_an_error(column: str) -> None:
     args = make_args()
-    learner, batches = make_learner(make_agent(args), args), make_batches(4)
-    batches[column][2, 3] = math.nan
-    batches["terminated"][:] = 0
+    batches = make_batches(4)
+    batches.columns[column][2, 3] = math.nan
+    batches.terminated[:] = 0
     with pytest.raises(NonFiniteError, match="losses/qf_loss"):
-        train(learner, batches, 1, rng(), args)
+        Training(make_agent(args), args).train(batches, 1)
 
 
 def test_large_finite_losses_are_not_taken_for_infinite_ones() -> None:
-    args = make_args()
-    learner, batches = make_learner(make_agent(args), args), make_batches(4)
-    batches["rewards"][:] = 1e15
-    train(learner, batches, 1, rng(), args)
+    args, batches = make_args(), make_batches(4)
+    batches.rewards[:] = 1e15
+    Training(make_agent(args), args).train(batches, 1)
 
 
-def test_compiling_ahead_changes_nothing() -> None:
-    args = make_args()
-    agents = [make_agent(args)]
-    agents.append(copy.deepcopy(agents[0]))
-    learners = [make_learner(agent, args) for agent in agents]
-    compile_ahead(learners[0])
-    assert all(parameter.grad is None for parameter in agents[0].parameters())
-    for learner in learners:
-        train(learner, make_batches(4), 1, rng(), args)
-    for name, value in agents[0].state_dict().items():
-        assert torch.equal(value, agents[1].state_dict()[name]), name
-
-
-def assert_half_precision_follows(train: Callable, agent: SACAgent, args: Any, batches: dict, **more: Any) -> None:
+def assert_half_precision_follows(kind: type[Training], agent: SACAgent, args: Any, batches: Batch) -> None:
     """An update in bf16-mixed has nearly the losses of one in full precision, not the same, and full parameters."""
     twin, losses = copy.deepcopy(agent), []
     for precision, learns in (("32-true", agent), ("bf16-mixed", twin)):
-        learner = Learner(Fabric(accelerator="cpu", devices=1, precision=precision), learns, args, **more)
-        losses.append(train(learner, batches, 1, rng(), args))
+        losses.append(kind(learns, replace(args, precision=precision)).train(batches, 1))
     full, half = losses
     for name, values in full.items():
         torch.testing.assert_close(half[name], values, rtol=0.1, atol=0.05)
@@ -437,26 +436,33 @@ def assert_half_precision_follows(train: Callable, agent: SACAgent, args: Any, b
 
 def test_half_precision_follows_the_full_one_and_keeps_parameters_in_it() -> None:
     args = make_args(policy_lr=1e-3, q_lr=1e-3)
-    assert_half_precision_follows(train, make_agent(args), args, make_batches(4))
+    assert_half_precision_follows(Training, make_agent(args), args, make_batches(4))
 
 
-def test_a_restored_learner_goes_on_as_the_one_that_was_stored() -> None:
+def test_half_precision_does_not_round_what_the_critics_are_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fabric rounds every tensor that it finds among the inputs of a module."""
+    args = make_args(precision="bf16-mixed")
+    (batch,) = make_batches(1)
+    targets = targets_of(Training(make_agent(args), args), batch, torch.randn(BATCH, ACTIONS), monkeypatch)
+    assert targets.dtype == torch.float32
+    assert (targets != targets.bfloat16().float()).any()
+    ended = batch.terminated == 1
+    assert torch.equal(targets[ended], batch.rewards[ended])
+    assert ended.any()
+
+
+def test_a_restored_training_goes_on_as_the_one_that_was_stored() -> None:
     args = make_args()
-    agent = make_agent(args)
-    learner = make_learner(agent, args)
-    train(learner, make_batches(4), 1, rng(1), args)
+    training, restored = Training(make_agent(args), args), Training(make_agent(args), args)
+    training.train(make_batches(4), 1, seed=1)
     file = io.BytesIO()
-    torch.save({"agent": agent.state_dict(), "learner": learner.state_dict()}, file)
+    torch.save(training.state_dict(), file)
     file.seek(0)
-    state = torch.load(file, weights_only=True)
-    other = make_agent(args)
-    restored = make_learner(other, args)
-    other.load_state_dict(state["agent"])
-    restored.load_state_dict(state["learner"])
-    for learning in (learner, restored):
-        train(learning, make_batches(5), 5, rng(2), args)
-    for name, value in agent.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name]), name
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    for learning in (training, restored):
+        learning.train(make_batches(5), 5, seed=2)
+    for name, value in training.agent.state_dict().items():
+        assert torch.equal(value, restored.agent.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(
@@ -471,32 +477,32 @@ def test_a_resumed_run_has_the_rates_and_the_fixed_temperature_of_its_arguments(
     then: dict[str, Any], now: dict[str, Any], alpha: float
 ) -> None:
     before, after = make_args(**then), make_args(**now)
-    agent, other = make_agent(before), make_agent(after)
-    other.load_state_dict(agent.state_dict())
-    restored = make_learner(other, after)
-    restored.load_state_dict(make_learner(agent, before).state_dict())
-    assert [group["lr"] for group in restored.q_optimizer.param_groups] == [after.q_lr]
-    assert [group["lr"] for group in restored.actor_optimizer.param_groups] == [after.policy_lr]
-    assert other.alpha.item() == pytest.approx(alpha)
+    restored = Training(make_agent(after), after)
+    restored.load_state_dict(Training(make_agent(before), before).state_dict())
+    _, _, _, actor_optimizer, q_optimizer = restored.learner
+    assert [group["lr"].item() for group in q_optimizer.param_groups] == pytest.approx([after.q_lr])
+    assert [group["lr"].item() for group in actor_optimizer.param_groups] == pytest.approx([after.policy_lr])
+    assert restored.agent.alpha.item() == pytest.approx(alpha)
 
 
 @pytest.mark.parametrize(("then", "words"), [(True, "was learned there"), (False, "was fixed there")])
 def test_a_temperature_that_was_learned_is_not_fixed_later_nor_the_other_way_round(then: bool, words: str) -> None:
-    before, after = make_args(autotune=then), make_args(autotune=not then)
-    stored = make_learner(make_agent(before), before)
-    train(stored, make_batches(2), 1, rng(), before)
+    run = BareRun(make_args(autotune=not then))
+    run.obs_space, run.action_space = Box(-1, 1, (OBS,), np.float32), Box(-1, 1, (ACTIONS,), np.float32)
+    make_schedule(run)
+    run.state = {"args": vars(make_args(autotune=then))}
     with pytest.raises(CheckpointError, match=f"--autotune: the temperature {words}"):
-        make_learner(make_agent(after), after).load_state_dict(stored.state_dict())
+        make_schedule(run)
 
 
-@pytest.mark.parametrize("part", ["critics", "actor"])
+@pytest.mark.parametrize("part", ["q_optimizer", "actor_optimizer"])
 def test_a_parameter_that_is_not_finite_is_noticed_though_no_loss_was_computed_with_it_yet(part: str) -> None:
     args = make_args()
-    learner = make_learner(make_agent(args), args)
-    train(learner, make_batches(2), 1, rng(), args)
-    getattr(learner, part).vector.data[3] = math.inf
-    with pytest.raises(NonFiniteError, match=part):
-        learner.metrics()
+    training = Training(make_agent(args), args)
+    training.train(make_batches(2), 1)
+    getattr(training.learner, part).flat.vector[3] = math.inf
+    with pytest.raises(NonFiniteError, match="parameters"):
+        training.run.look()
 
 
 def schedule(ratio: float, world_size: int = 1, rank: int = 0, **changes: Any) -> UpdateSchedule:
@@ -649,18 +655,3 @@ def test_a_run_without_a_single_update_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--replay-ratio is 0.001.* 999 steps"):
         schedule(0.001, learning_starts=100, total_timesteps=1099)
     assert schedule(0.001, learning_starts=100, total_timesteps=1100).take(1100) == (1, 1)
-
-
-def test_half_precision_does_not_round_what_the_critics_are_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fabric rounds every tensor that it finds among the inputs of a module."""
-    args, seen = make_args(), {}
-    monkeypatch.setattr(
-        learner_module, "critic_loss", lambda q, targets: seen.update(targets=targets) or critic_loss(q, targets)
-    )
-    learner = Learner(Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"), make_agent(args), args)
-    batch = {name: column[0] for name, column in learner.prepare(make_batches(1)).items()}
-    batch = learner.next_actions(batch, torch.randn(BATCH, ACTIONS))
-    expected = learner.td_targets(batch)
-    assert (expected != expected.bfloat16().float()).any()
-    learner.update_critics(batch)
-    assert torch.equal(seen["targets"], expected)

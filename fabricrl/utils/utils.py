@@ -61,7 +61,7 @@ def discounted_returns(rewards: Tensor, dones: Tensor, before: Tensor, gamma: fl
 
     Args:
         rewards, dones: [T, N].
-        before: [N], γ G of the step before the first; 0 after an episode's end.
+        before: [N], G of the step before the first; 0 after an episode's end.
 
     Returns:
         the returns [T, N], and `before` [N] of the next rollout.

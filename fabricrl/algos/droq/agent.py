@@ -23,7 +23,7 @@ class DroQAgent(SACAgent):
         """What each of so many forward passes of the critics over batches of so many rows drops: a mask [C, B, H] for
         each hidden layer."""
         critics, device = self.critics, self.log_alpha.device
-        if critics.dropout == 0:
+        if critics.dropout == 0 or not critics.hidden_sizes:
             return [[] for _ in range(passes)]
         shapes = [(critics.count, rows, width) for width in critics.hidden_sizes]
         sizes = [count * rows * width for count, rows, width in shapes] * passes

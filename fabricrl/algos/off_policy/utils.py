@@ -24,9 +24,13 @@ def make_schedule(run: Run) -> "UpdateSchedule":
 
     Raises:
         ConfigError: learning would never start, or the buffers of this machine's ranks do not fit into its memory.
+        CheckpointError: the temperature was learned in the run that is resumed, and is fixed here, or the other way.
     """
     args = run.args
     with run.together():
+        if run.state and run.state["args"]["autotune"] != args.autotune:
+            there, here = ("fixed", "learned") if args.autotune else ("learned", "fixed")
+            raise CheckpointError(f"--autotune: the temperature was {there} there and is {here} here")
         schedule = UpdateSchedule(args, run.fabric)
         record = record_type(run.obs_space, int(np.prod(run.action_space.shape)), args.implicit_next_obs)
         if not args.buffer_memmap:

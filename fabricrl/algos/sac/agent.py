@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ class SACAgent(nn.Module):
 
     Args:
         obs_size, num_actions: D, A.
-        alpha: the first temperature, which learns if `autotune`; target_entropy: what it aims at; None: −A.
+        alpha: the first temperature, which learns if `autotune`, and else stays, whatever a checkpoint says;
+            target_entropy: what it aims at; None: −A.
         norm_obs: whether there are running statistics; None stands where there are not.
         dropout, layer_norm: of the critics and their targets (DroQ).
     """
@@ -54,6 +55,11 @@ class SACAgent(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)), requires_grad=autotune)
         self.target_entropy = -float(num_actions) if target_entropy is None else target_entropy
         self.obs_normalizer = RunningNormalizer(obs_size) if norm_obs else None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes parameters and statistics, but for a fixed temperature: that is an argument."""
+        kept = {} if self.log_alpha.requires_grad else {"log_alpha": self.log_alpha.detach()}
+        return super().load_state_dict({**state_dict, **kept}, strict, assign)
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Observations as the networks take them: real numbers, normalised."""
