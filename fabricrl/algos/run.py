@@ -32,6 +32,7 @@ from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
 from fabricrl.utils.errors import NonFiniteError, RunError
+from fabricrl.utils.hint import hint
 from fabricrl.utils.launch import StopSignal, check_ranks, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
@@ -41,6 +42,7 @@ from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # updates
+WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
 
@@ -92,6 +94,7 @@ class Run:
         self._contexts = ExitStack()
         self._envs: VectorEnv | None = None
         self._player: nn.Module | None = None
+        self._hinted = False
         self._folder: RunFolder | None = None
 
     def __enter__(self) -> "Run":
@@ -356,8 +359,22 @@ class Run:
         """Logs charts, and beside them episodes, losses, speed and where the time went since the last entry."""
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
+        self._hint()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
         self._folder.log(charts | speed | numbers, self.global_step)
+
+    def _hint(self) -> None:
+        """Says once, after the first seconds, what would make this run faster; nothing if nothing would."""
+        steps = (self.global_step - self.first_step) // (self.args.num_envs * self.fabric.world_size)
+        left = (self.args.total_timesteps - self.global_step) / max(self.global_step - self.first_step, 1)
+        seconds = self.clock.totals
+        worth = left * sum(seconds.values()) > WORTH_A_HINT or self.is_last
+        if self._hinted or self.fabric.global_rank > 0 or not worth:
+            return
+        text = hint(self.args, self.algo, self.fabric.device.type, self.fabric.world_size, seconds, steps)
+        if text is not None:
+            self._hinted = True
+            print(f"hint: {text}", file=sys.stderr, flush=True)
 
     @property
     def checkpoint_is_due(self) -> bool:
