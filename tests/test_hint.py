@@ -9,15 +9,7 @@ from fabricrl.utils import hint as module
 from fabricrl.utils.hint import hint
 
 
-def told(
-    algo: str = "ppo",
-    device: str = "cpu",
-    ranks: int = 1,
-    env: float = 10,
-    act: float = 5,
-    train: float = 40,
-    **changes: Any,
-) -> str | None:
+def told(algo: str = "ppo", device: str = "cpu", ranks: int = 1, **changes: Any) -> str | None:
     settings = {"compile": False, "hidden_sizes": (64, 64), "vectorization": "auto", "num_envs": 4, "num_threads": 1}
     seconds = {name: changes.pop(name, default) for name, default in {"env": 10, "act": 5, "train": 40}.items()}
     return hint(SimpleNamespace(**settings | changes), algo, device, ranks, seconds, steps=1000)
