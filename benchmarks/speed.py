@@ -5,7 +5,7 @@
     python benchmarks/speed.py --sampling               drawing from a full replay buffer, beside copying
     python benchmarks/speed.py --startup                from the command to the first environment step
     python benchmarks/speed.py --memory                 resident memory after iteration 100 and after 2 000
-    python benchmarks/speed.py --ranks                  one rank with N environments, two with N / 2 each
+    python benchmarks/speed.py --ranks                  two ranks beside one, with as much each or with half of it
     python benchmarks/speed.py --decoupled              a player and a trainer beside one rank; what their messages cost
 
 Prints the median over repetitions with minimum and maximum, and writes them to benchmarks/results/speed.csv and .md,
@@ -148,9 +148,39 @@ UPDATE_TASKS = {
     ),
 }
 PEERS = {"sb3": "Stable-Baselines3, faster of 1 and 2 threads", "sbx": "SBX"}
-RANKS = {  # arguments, and the environments of a single rank
-    "ppo-cartpole": (f"{PPO} --env-id CartPole-v1 --total-timesteps 131072", 8),
-    "ppo-walker2d": (f"{PPO} --env-id Walker2d-v4 --preset mujoco --total-timesteps 61440", 2),
+SHARED = "half of everything each"
+WHOLE = "each with what one has"
+RANKS = {  # arguments; those of one rank, and of each of two; what is asked for
+    f"ppo-cartpole, {WHOLE}": (
+        f"{PPO} --env-id CartPole-v1 --num-steps 128 --num-envs 16 --vectorization sync",
+        "--total-timesteps 131072",
+        "--total-timesteps 262144",
+        ">= 1.5",
+    ),
+    f"ppo-walker2d, {WHOLE}": (
+        f"{PPO} --env-id Walker2d-v4 --preset mujoco",
+        "--total-timesteps 40960",
+        "--total-timesteps 81920",
+        ">= 1.5",
+    ),
+    f"sac-pendulum, {WHOLE}": (
+        f"{SAC} --env-id Pendulum-v1 --num-threads 1 --learning-starts 1000 --log-every 500",
+        "--total-timesteps 6000",
+        "--total-timesteps 12000 --replay-ratio 0.5",
+        ">= 1.5",
+    ),
+    f"ppo-cartpole, {SHARED}": (
+        f"{PPO} --env-id CartPole-v1 --total-timesteps 131072",
+        "--num-envs 8",
+        "--num-envs 4",
+        ">= 0.9",
+    ),
+    f"ppo-walker2d, {SHARED}": (
+        f"{PPO} --env-id Walker2d-v4 --preset mujoco --total-timesteps 61440",
+        "--num-envs 2",
+        "--num-envs 1",
+        ">= 0.9",
+    ),
 }
 HUMANOID = (
     f"--env-id Humanoid-v5 --num-envs 56 --replay-ratio {1 / 56} --policy-frequency 1 --learning-starts 2000 "
@@ -336,15 +366,15 @@ def bench_memory(options: argparse.Namespace) -> bool:
 
 
 def bench_ranks(name: str, options: argparse.Namespace) -> bool:
-    """Two ranks with half the environments each beside one with all: speed, and the shares of time/*."""
-    arguments, num_envs = RANKS[name]
+    """Two ranks beside one: steps per second of both together, and the shares of time/*."""
+    arguments, one, each_of_two, bar = RANKS[name]
     parts = ("act", "env", "train", "comm", "log")
-    comparisons = [Comparison("steps/s", "two ranks", "one rank", "a / b")]
+    comparisons = [Comparison("steps/s", "two ranks", "one rank", "a / b", bar)]
     comparisons += [Comparison(f"share of time/{part}", "two ranks", "one rank", "a - b") for part in parts]
 
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
         columns = []
-        for case in (f"--num-envs {num_envs // 2} --devices 2 --strategy ddp", f"--num-envs {num_envs}"):
+        for case in (f"{each_of_two} --devices 2 --strategy ddp", one):
             folder = tempfile.mkdtemp(dir=log_dir)
             outcome = timed(ours(f"{arguments} --logger csv --seed {seed} {case}", folder, options))
             entries = logged(folder)
