@@ -19,13 +19,17 @@ setup: $(VENV)/.done
 
 # Installed once, and again when the dependencies change
 $(VENV)/.done: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 		|| (echo "Python 3.11, 3.12 or 3.13 is needed; say which with make PYTHON=python3.12" >&2; exit 1)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable . --group dev
-	touch $@
+	@echo "1/4 a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2/4 pip 25.1 or newer"
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@echo "3/4 PyTorch: $(TORCH) (some minutes; with CUDA, as pip takes it on Linux, some gigabytes)"
+	@$(BIN)/python -m pip install --quiet '$(TORCH)'
+	@echo "4/4 everything else that training and testing need (a minute or two)"
+	@$(BIN)/python -m pip install --quiet --editable . --group dev
+	@touch $@
 
 train: setup
 	$(BIN)/python fabricrl/algos/ppo/ppo.py --env-id CartPole-v1 $(ARGS)

@@ -9,6 +9,7 @@ python fabricrl/evaluate.py <checkpoint or run folder> --json
 import argparse
 import importlib
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from tqdm import tqdm
 
@@ -26,8 +28,9 @@ from fabricrl.envs.spaces import describe
 from fabricrl.envs.vector import ReportFailures
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpoint, reading, restore
-from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
 from fabricrl.utils.launch import run_script
+from fabricrl.utils.records import Records
 from fabricrl.utils.utils import require, stream_seed
 
 Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
@@ -40,6 +43,9 @@ def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.
 
     Every environment plays its share to the end. Were the first to finish taken instead, short episodes would count
     too often.
+
+    Raises:
+        NonFiniteError: NaN or infinity came from an environment.
     """
     quota = np.full(envs.num_envs, episodes // envs.num_envs)
     quota[: episodes % envs.num_envs] += 1
@@ -47,10 +53,12 @@ def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.
     returns: list[float] = []
     lengths: list[int] = []
     obs, _ = envs.reset(seed=seed)
+    _check_finite(obs, np.zeros(envs.num_envs), envs.single_observation_space)
     rewards, dones = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     bar = tqdm(total=episodes, desc="episodes", disable=None, leave=False)  # none without a terminal
     while quota.any():
         obs, rewards, terminated, truncated, _ = envs.step(policy(obs, rewards, dones))
+        _check_finite(obs, rewards, envs.single_observation_space)
         dones = terminated | truncated
         running, steps = running + rewards, steps + 1
         for i in np.flatnonzero(dones & (quota > 0)):
@@ -61,6 +69,15 @@ def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.
         running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
     bar.close()
     return np.array(returns), np.array(lengths)
+
+
+def _check_finite(obs: np.ndarray, rewards: np.ndarray, space: Space) -> None:
+    """Raises NonFiniteError if there is NaN or infinity: the returns would be worth nothing."""
+    floats = obs[:, : 4 * space.num_floats].view(np.float32) if isinstance(space, Records) else obs
+    for name, values in (("reward", rewards), ("observation", floats)):
+        if not np.isfinite(values).all():
+            bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+            raise NonFiniteError(f"{name} of environment {np.flatnonzero(bad)[0]} is not finite")
 
 
 def summary(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float | int]:
@@ -135,15 +152,25 @@ def main() -> int:
     if options.json:
         print(json.dumps(results))
         return 0
-    print(f"{env_id}, {found}, {state['global_step']} steps, {options.episodes} episodes")
+    lines = [f"{env_id}, {found}, {state['global_step']} steps, {options.episodes} episodes"]
     for mode, r in results.items():
-        spread = (
-            f"{r['return_mean']:10.2f} ± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
-        )
-        print(f"  {mode:8s} return {spread}  length {r['length_mean']:.1f} ± {r['length_std']:.1f}")
-    if options.capture_video:
-        print(f"  videos in {video_folder}")
+        spread = f"± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
+        length = f"{r['length_mean']:.1f} ± {r['length_std']:.1f}"
+        lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}")
+    if options.capture_video and any(video_folder.glob("*.mp4")):
+        lines.append(f"  videos in {video_folder}")
+    print(_printable("\n".join(lines)))
     return 0
+
+
+def _printable(text: str) -> str:
+    """As the terminal can show it; those of ASCII have no ±."""
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.replace("±", "+-").encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 if __name__ == "__main__":

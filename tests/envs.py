@@ -6,7 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Space, Text, Tuple
 
 
 def vectors(size: int) -> Box:
@@ -248,6 +248,8 @@ ODD_SPACES: dict[str, Space] = {
     "box_point": Box(np.array([-1.0, 2.0], np.float32), np.array([1.0, 2.0], np.float32)),
     "box_uneven": Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32)),
     "dict": Dict({"speed": Box(-1.0, 1.0, (2,), np.float32), "gear": Discrete(3)}),
+    "dict_sequence": Dict({"speed": Box(-1.0, 1.0, (2,), np.float32), "words": Sequence(Discrete(3))}),
+    "dict_text": Dict({"hint": Text(8), "speed": Box(-1.0, 1.0, (2,), np.float32), "gear": Discrete(3)}),
     "dict_nested": Dict({"inner": Dict({"speed": Box(-1.0, 1.0, (2,), np.float32)})}),
     "discrete": Discrete(3),
     "discrete_start": Discrete(3, start=5),
@@ -256,6 +258,8 @@ ODD_SPACES: dict[str, Space] = {
     "multi_discrete": MultiDiscrete([2, 3]),
     "multi_discrete_2d": MultiDiscrete([[2, 3], [4, 2]]),
     "multi_discrete_start": MultiDiscrete([2, 3], start=[1, -1]),
+    "sequence": Sequence(Discrete(3)),
+    "text": Text(8),
     "tuple": Tuple((Discrete(2), Box(-1.0, 1.0, (2,), np.float32))),
 }
 

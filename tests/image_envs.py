@@ -45,7 +45,8 @@ class Pictures(gym.Env):
     """Random observations of a space chosen by name from SPACES; rewards 3, −2, 3, … whatever is done.
 
     From step `at_step` on, counted over all episodes, what it returns is wrong in the way of `fault`, if the seed it
-    was given last is `only_seed` (None: any): shape, dtype or type (of an image), vector (its shape), nan (in "speed").
+    was given last is `only_seed` (None: any): shape, transposed, fraction or brighter (of an image), vector (its
+    shape), nan (in "speed").
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class Pictures(gym.Env):
         changes = {
             "shape": lambda pixels: pixels[:-1],
             "transposed": lambda pixels: pixels.swapaxes(0, 1),
-            "dtype": lambda pixels: pixels.astype(np.float32),
-            "type": lambda pixels: pixels.tolist(),
+            "fraction": lambda pixels: pixels + np.float32(0.5),
+            "brighter": lambda pixels: np.full(pixels.shape, 256),
         }
         if isinstance(obs, dict):
             return obs | {"camera": changes[self.fault](obs["camera"])}

@@ -12,8 +12,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +65,24 @@ def processes(mark: str) -> dict[int, dict[str, str]]:
     return found
 
 
+def listeners(pid: int) -> set[str]:
+    """The addresses at which a process listens."""
+    own = set()
+    with contextlib.suppress(OSError):  # it may end meanwhile
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                own.add(os.readlink(descriptor))
+    found = set()
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in own:  # LISTEN
+                number = bytes.fromhex(words[1].partition(":")[0])
+                parts = [number[at : at + 4][::-1] for at in range(0, len(number), 4)]  # words of this machine
+                found.add(socket.inet_ntop(family, b"".join(parts)))
+    return found
+
+
 def parsed(line: str) -> dict[str, str]:
     """The fields of a result line; the last is a path, which may have spaces."""
     fields, _, checkpoint = line.partition(" checkpoint=")
@@ -80,6 +100,7 @@ class Running:
     out: str = ""
     err: str = ""
     left: list[int] = field(default_factory=list)
+    listened: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     @property
     def result(self) -> dict[str, str]:
@@ -116,6 +137,24 @@ class Running:
         self.kill()
         assert not left, f"processes {self.left} are left\n{self.report()}"
         return self
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Notes the addresses at which the command's processes listen, in `listened`, by process."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.2):
+                for pid in processes(self.mark):
+                    self.listened[pid] |= listeners(pid)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
     def kill(self) -> None:
         for pid in {self.process.pid, *processes(self.mark)} if self.process.poll() is None else processes(self.mark):
@@ -203,7 +242,7 @@ class Team:
     Starting two ranks takes a second instead of ten. What launchers do is tested elsewhere, with launchers.
 
     Args:
-        script: the script's module.
+        script: the script's module; in its arguments {rank} stands for the rank's number.
         folder: for what the ranks print.
         prepare: called in each rank, with its number, before the script.
         variables: of the ranks' environment.
@@ -279,7 +318,7 @@ def _rank(
     os.environ |= variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if prepare is not None:
         prepare(rank)
-    sys.argv = arguments
+    sys.argv = [word.replace("{rank}", str(rank)) for word in arguments]
     run_script(importlib.import_module(arguments[0]).main)
 
 

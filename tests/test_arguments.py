@@ -24,7 +24,7 @@ from fabricrl.algos.ppo_recurrent import ppo_recurrent as recurrent_script
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.envs import make_envs
 from fabricrl.utils import launch as launching
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.utils import generators
 from tests.conftest import Trained
@@ -117,6 +117,7 @@ CHANGES = [(algo, name) for algo in SCRIPTS for name in (CHANGES_PARAMETERS | OW
 # Field -> the test below that shows its effect
 CHANGES_SOMETHING_ELSE = {
     "vectorization": "test_vectorization_chooses_processes_and_changes_nothing_else",
+    "check_spaces": "test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space",
     "capture_video": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
     "video_every": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
     "exp_name": "test_name_and_folder_of_a_run",
@@ -314,6 +315,13 @@ def test_streams_differ_by_seed_rank_purpose_and_the_step_of_resumption() -> Non
     assert len(set(states.values())) == len(states) == 16
 
 
+def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train) -> None:
+    settings = {"env_id": "tests.test_values:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
+    assert run(**settings).code == 0
+    with pytest.raises(EnvError, match=r"returned from step an observation with 9\.5, which is out of range"):
+        run(**settings, check_spaces=True)
+
+
 def test_vectorization_chooses_processes_and_changes_nothing_else(
     algo: str, run: Train, base: Callable, tmp_path: Path
 ) -> None:
@@ -457,6 +465,7 @@ class FabricStub:
 
     told: dict[str, Any] | None = None
     global_rank = 0
+    strategy = None  # of a single process
 
     def __init__(self, **options: Any) -> None:
         type(self).told = options

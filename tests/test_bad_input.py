@@ -3,12 +3,18 @@
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fabricrl import evaluate
+from fabricrl.algos.args import parse
+from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
+from fabricrl.algos.sac.args import SACArgs
 from fabricrl.utils.errors import ConfigError
 from tests.process import EVALUATE, PPO, PYTHON, call, run
 
@@ -78,6 +84,27 @@ VALUES = [
     ("--exp-name", "a/b", "letters"),
     ("--env-kwargs", "{length: 3}", "JSON object"),
     ("--env-kwargs", "[1]", "JSON object"),
+    ("--env-kwargs", '{"a": 1, "a": 2}', "JSON object"),
+    # numbers that are too large
+    ("--total-timesteps", "1000000000000", "at most 999999999999"),
+    ("--total-timesteps", "1e30", "an integer below 2^63"),
+    ("--total-timesteps", "1e400", "int"),
+    ("--total-timesteps", "1e-3", "int"),
+    ("--total-timesteps", "inf", "int"),
+    ("--num-threads", "100000", "at most"),
+    ("--num-nodes", "100000", "at most 10000"),
+    ("--update-epochs", "1001", "at most 1000"),
+    ("--action-repeat", "1001", "at most 1000"),
+    ("--noop-max", "1001", "at most 1000"),
+    ("--frame-stack", "65", "at most 64"),
+    ("--cnn-features", "65537", "at most 65536"),
+    ("--resize", "4097", "at most 4096"),
+    ("--clip-coef", "1e308", "at most 1e+30"),
+    ("--learning-rate", "1e31", "at most 1e+30"),
+    ("--ent-coef", "1e31", "1e+30"),
+    ("--max-grad-norm", "1e31", "1e+30"),
+    ("--target-kl", "1e31", "1e+30"),
+    ("--accelerator", "tpu", "cpu"),
 ]
 
 
@@ -91,8 +118,81 @@ def test_a_value_that_is_not_allowed_is_refused_with_flag_value_and_what_is_allo
     assert allowed in message
 
 
-def test_hidden_sizes_below_one_are_refused() -> None:
+def test_hidden_sizes_below_one_and_networks_without_end_are_refused() -> None:
     assert "--hidden-sizes" in complaint("--hidden-sizes", 64, 0)
+    assert "at most 100 integers" in complaint("--hidden-sizes", *[1] * 101)
+
+
+@pytest.mark.parametrize("text", ["1e6", "1E+6", "1000000.0", "1_000_000", "1000000", "0.1e7"])
+def test_whole_numbers_are_taken_as_people_write_them(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["ppo.py", "--total-timesteps", text, "--hidden-sizes", "3.2e1", "16", "--resize=4e1"]
+    )
+    args = parse(PPOArgs, "ppo")
+    assert (args.total_timesteps, args.hidden_sizes, args.resize) == (1_000_000, (32, 16), 40)
+    assert type(args.total_timesteps) is int
+
+
+def test_json_that_is_deep_or_huge_is_refused_in_a_short_line() -> None:
+    for text in (
+        "[" * 100_000,
+        '{"a":' * 60 + "1" + "}" * 60,
+        '{"a": "' + "x" * 100_000 + '"}',
+        f'{{"a": {"9" * 5000}}}',
+    ):
+        message = complaint("--env-kwargs", text)
+        assert "JSON object" in message
+        assert len(message) < 1000
+    assert PPOArgs(env_kwargs='{"a":' * 40 + "1" + "}" * 40)
+
+
+# --- What does not fit into memory
+
+
+MIB = 2**20
+TOO_LARGE = [
+    (PPOArgs, {"num_envs": 10**11, "num_steps": 1, "total_timesteps": 10**11, "num_minibatches": 1}, "--num-envs"),
+    (PPOArgs, {"num_envs": 132, "vectorization": "async", "total_timesteps": 10**6}, "--num-envs"),
+    (PPOArgs, {"num_steps": 10**7, "total_timesteps": 10**9}, "--num-envs × --num-steps"),
+    (PPOArgs, {"hidden_sizes": (10_000, 10_000)}, "--hidden-sizes"),
+    (RecurrentPPOArgs, {"rnn_hidden_size": 3000}, "--hidden-sizes"),
+    (RecurrentPPOArgs, {"rnn_layers": 100, "rnn_hidden_size": 300}, "--hidden-sizes"),
+    (RecurrentPPOArgs, {"encoder_sizes": (10_000, 10_000)}, "--hidden-sizes"),
+    (SACArgs, {"hidden_sizes": (10_000, 10_000)}, "--hidden-sizes, --num-critics"),
+    (SACArgs, {"num_critics": 1000, "hidden_sizes": (300, 300)}, "--hidden-sizes, --num-critics"),
+    (DroQArgs, {"batch_size": 10**6, "replay_ratio": 100.0}, "--batch-size × --replay-ratio × --num-envs"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "flags"), TOO_LARGE, ids=[f"{kind.__name__}-{g}" for kind, g, _ in TOO_LARGE]
+)
+def test_what_does_not_fit_into_memory_is_refused_with_the_figures(
+    kind: type[PPOArgs], given: dict[str, Any], flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 1024.0 * MIB)
+    with pytest.raises(
+        ConfigError, match=r"the memory that is free, 1\.00 GiB, is too little for .* GiB or more"
+    ) as caught:
+        kind(**given).check_machine()
+    assert str(caught.value).startswith(f"{flags}: ")
+    kind().check_machine()  # the defaults need little
+    monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 2.0**80)
+    kind(**given).check_machine()
+
+
+def test_memory_is_looked_at_before_anything_starts() -> None:
+    assert "GiB" in complaint("--hidden-sizes", 10**7, 10**7)
+
+
+@pytest.mark.parametrize(
+    ("steps", "minibatches", "nearest"),
+    [(10**9 + 7, 3, "1"), (10**9, 999_999_999, "500000000"), (2 * 10**9, 3, "2 and 4")],
+)
+def test_minibatches_of_a_rollout_of_any_size_are_checked_at_once(steps: int, minibatches: int, nearest: str) -> None:
+    with pytest.raises(ConfigError) as caught:  # the first is a prime
+        PPOArgs(num_envs=1, num_steps=steps, num_minibatches=minibatches, total_timesteps=10**11)
+    assert str(caught.value).endswith(f"nearest are {nearest}")
 
 
 @pytest.mark.parametrize(("typo", "meant"), [("--learning-rat", "--learning-rate"), ("--num-env", "--num-envs")])
@@ -197,7 +297,7 @@ def test_an_action_space_that_is_not_supported_is_refused_with_those_that_are(kw
     assert "Box" in message
 
 
-@pytest.mark.parametrize(("kwargs", "space"), [('{"obs": "tuple"}', "Tuple"), ('{"obs": "dict_nested"}', "inner")])
+@pytest.mark.parametrize(("kwargs", "space"), [('{"obs": "sequence"}', "Sequence"), ('{"obs": "text"}', "Text")])
 def test_an_observation_space_that_is_not_supported_is_refused_with_those_that_are(kwargs: str, space: str) -> None:
     message = complaint("--env-id", "tests.envs:Odd-v0", "--env-kwargs", kwargs)
     assert "observation space" in message

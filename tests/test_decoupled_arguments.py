@@ -6,6 +6,7 @@ import pytest
 
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
+from fabricrl.utils.errors import ConfigError
 from tests import test_decoupled, test_decoupled_run
 
 TWINS = {"ppo": (PPOArgs, PPODecoupledArgs), "sac": (SACArgs, SACDecoupledArgs)}
@@ -38,3 +39,9 @@ def test_defaults_are_the_coupled_scripts(algo: str) -> None:
 @pytest.mark.parametrize("algo", TWINS)
 def test_every_argument_has_a_help_text(algo: str) -> None:
     assert all(field.metadata["help"] for field in dataclasses.fields(TWINS[algo][1]))
+
+
+def test_a_time_out_that_no_clock_can_hold_is_refused() -> None:
+    for minutes in (0.0, 1e308, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=r"--timeout is .* at most 100000"):
+            PPODecoupledArgs(timeout=minutes)

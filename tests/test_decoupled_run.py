@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fabricrl.algos.sac.learner import Learner
 
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.sac.learner import Learner
 from fabricrl.algos.sac.utils import make_agent, make_buffer
 from fabricrl.data.buffers import record_type
 from fabricrl.utils.checkpoint import load_checkpoint

@@ -100,7 +100,9 @@ def launched(base: Path) -> Any:
         if name == "two nodes":
             ended = two_nodes([*PYTHON, PPO, *log_dir(name), "--num-nodes", "2", "--strategy", "ddp"])
         else:
-            ended = run(*arguments(name), variables={"SPY": str(base / "notes")})
+            variables = {"SPY": str(base / "notes")}
+            with started(*arguments(name), variables=variables) as running, running.watched():
+                ended = running.finish()
         assert ended.code == 0, ended.report()
         return ended, run_folder(base / name)
 
@@ -110,9 +112,15 @@ def launched(base: Path) -> Any:
 def two_nodes(words: list[str]) -> Running:
     """Two launchers with one rank each, that know of each other only address and port."""
     port = ["--main-port", str(free_port())]
-    with started(*words, *port, "--node-rank", 0) as first, started(*words, *port, "--node-rank", 1) as second:
+    with (
+        started(*words, *port, "--node-rank", 0) as first,
+        started(*words, *port, "--node-rank", 1) as second,
+        first.watched(),
+        second.watched(),
+    ):
         first.finish()
         second.finish()
+    first.listened |= second.listened
     assert second.code == 0, second.report()
     assert second.out == "", "the second node has printed a result, too"
     return first
@@ -139,6 +147,16 @@ def test_all_launchers_of_two_ranks_end_with_the_same_parameters_to_the_last_bit
     assert other["world_size"] == 2
     for part in ("agent", "optimizer", "episodes", "generators", "global_step", "best_return"):
         assert differences(first[part], other[part]) == [], part
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_the_ranks_of_one_machine_listen_to_nobody_outside_it(launched: Any, name: str) -> None:
+    """The launchers of others, torchrun and `fabric run`, have a socket of their own, which is theirs to bind."""
+    ended, _ = launched(name)
+    foreign = {ended.process.pid} if name in ("torchrun", "fabric run") else set()
+    listened = [addresses for pid, addresses in ended.listened.items() if addresses and pid not in foreign]
+    assert len(listened) >= 2, ended.report()
+    assert set().union(*listened) == {"127.0.0.1"}
 
 
 def notes(base: Path, rank: int, kind: str) -> list[list[str]]:

@@ -18,7 +18,7 @@ from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import OffPolicyArgs, SACArgs
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.utils import launch as launching
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.model import parameter_hash
 from tests import test_arguments
 from tests.conftest import Trained
@@ -83,6 +83,7 @@ CHANGES = [(algo, name) for algo in SCRIPTS for name in (CHANGES_PARAMETERS | OW
 # Field -> the test below that shows its effect
 CHANGES_SOMETHING_ELSE = {
     "vectorization": "test_vectorization_chooses_processes_and_changes_nothing_else",
+    "check_spaces": "test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space",
     "capture_video": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
     "video_every": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
     "log_every": "test_log_every_sets_the_distance_of_entries",
@@ -224,6 +225,13 @@ def test_the_seed_reaches_parameters_environments_action_noise_and_sampling(
         assert first != second, what
     assert runs[1][1][1] == runs[2][1][0]  # environment i has seed + i, so that the second of one is the first here
     assert runs[1][2] != runs[1][3]  # streams of their own
+
+
+def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train) -> None:
+    settings = {"env_id": "tests.test_values:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
+    assert run(**settings).code == 0
+    with pytest.raises(EnvError, match=r"returned from step an observation with 9\.5, which is out of range"):
+        run(**settings, check_spaces=True)
 
 
 def test_vectorization_chooses_processes_and_changes_nothing_else(

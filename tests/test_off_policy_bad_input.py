@@ -64,9 +64,21 @@ VALUES = [
     ("--q-lr", "0", "above 0"),
     ("--target-entropy", "nan", "a number"),
     ("--activation", "sine", "relu"),
+    # numbers that are too large
+    ("--n-step", "1001", "at most 1000"),
+    ("--num-critics", "1001", "at most 1000"),
+    ("--replay-ratio", "1001", "at most 1000"),
+    ("--alpha", "1e31", "at most 1e+30"),
+    ("--target-entropy", "1e31", "1e+30"),
+    ("--buffer-size", "1e20", "an integer below 2^63"),
+    ("--accelerator", "tpu", "cpu"),
 ]
 OWN_VALUES = {
-    "sac": [("--policy-frequency", "0", "at least 1"), ("--target-network-frequency", "0", "at least 1")],
+    "sac": [
+        ("--policy-frequency", "0", "at least 1"),
+        ("--policy-frequency", "1001", "at most 1000"),
+        ("--target-network-frequency", "0", "at least 1"),
+    ],
     "droq": [("--dropout", "1", "between 0 and 0.99"), ("--dropout", "-0.1", "between 0")],
 }
 ALL_VALUES = [(algo, *values) for algo in SCRIPTS for values in VALUES + OWN_VALUES[algo]]
@@ -116,7 +128,7 @@ def test_a_box_of_actions_that_cannot_be_stretched_to_is_refused(algo: str, kind
     assert all(word in message for word in words)
 
 
-@pytest.mark.parametrize(("kind", "space"), [("tuple", "Tuple"), ("dict_nested", "inner")])
+@pytest.mark.parametrize(("kind", "space"), [("sequence", "Sequence"), ("text", "Text")])
 def test_observations_that_are_not_supported_are_refused_with_those_that_are(algo: str, kind: str, space: str) -> None:
     message = complaint(algo, "--env-id", "tests.envs:Odd-v0", "--env-kwargs", f'{{"action": "box", "obs": "{kind}"}}')
     assert "observation space" in message

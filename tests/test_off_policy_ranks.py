@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from fabricrl.algos.sac.learner import Learner
 
 from fabricrl import evaluate
 from fabricrl.algos.droq.agent import DroQAgent
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.sac.learner import Learner
 from fabricrl.data.buffers import ReplayBuffer
 from tests.process import (
     DROQ,

@@ -11,10 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
+from fabricrl.algos.sac.learner import Learner
 
 from fabricrl.algos.droq import droq
 from fabricrl.algos.sac import sac
-from fabricrl.algos.sac.learner import Learner
 from fabricrl.utils.checkpoint import load_checkpoint, save_checkpoint, save_shard
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.launch import StopSignal

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -465,7 +466,7 @@ def test_every_tag_of_the_design_is_logged_and_checkpoints_are_written_as_often_
 # --- Spaces
 
 
-@pytest.mark.parametrize(("obs", "action"), list(zip(OBSERVATIONS, ACTIONS, strict=True)))
+@pytest.mark.parametrize(("obs", "action"), list(zip(OBSERVATIONS, cycle(ACTIONS), strict=False)))
 def test_every_space_is_trained_on_and_played(obs: str, action: str, tmp_path: Path) -> None:
     """The environment refuses actions that are not in its space. Episodes take 5 steps."""
     env_kwargs = json.dumps({"obs": obs, "action": action})

@@ -25,12 +25,15 @@ OBSERVATIONS = {  # kind -> length of the vector that the network sees
     "box_int": 2,
     "box_unbounded": 3,
     "dict": 5,  # 2 numbers and one of 3 choices
+    "dict_nested": 2,
+    "dict_text": 5,  # the text is left out
     "discrete": 3,
     "discrete_start": 3,
     "multi_binary": 4,
     "multi_binary_2d": 6,
     "multi_discrete": 5,
     "multi_discrete_2d": 11,
+    "tuple": 4,
 }
 ACTIONS = (
     "box",

@@ -2,26 +2,37 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import itertools
-import json
 import math
 import os
 import re
 import sys
-import tempfile
+import types
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from fabricrl.utils.checkpoint import load_checkpoint, reading
-from fabricrl.utils.errors import ConfigError
+from fabricrl.data.memory import GIB, available_memory
+from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
+from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound="StandardArgs")
+LARGEST = 1e30  # float32 ends at 3.4e38, and numbers are multiplied
+MAX_STEPS = 10**12 - 1  # what fits into the names of checkpoints, which sort by their steps
+# Bytes that are taken at the very least: by an environment, one in a process of its own, a step of a rollout, and a
+# weight that is trained (itself, its gradient and two moments), in float32
+ENV_BYTES, PROCESS_BYTES, STEP_BYTES, WEIGHT_BYTES = 2**10, 8 * 2**20, 32, 16
+REGISTRY = ConstructorRegistry()
 
 
 def arg(default: Any, help: str, group: str | None = None) -> Any:
@@ -45,6 +56,10 @@ class StandardArgs:
         "auto",
         "sync: one process steps all; async: a process each; native: Gymnasium's vector form, where there is one; "
         "envpool: C++ threads, by the extra of that name; auto: native or the faster of sync and async",
+    )
+    check_spaces: bool = arg(
+        False,
+        "check the bounds of all numbers of observations in every step; without: those of integers, and at resets",
     )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
@@ -72,12 +87,12 @@ class StandardArgs:
     )
 
     # --- hardware
-    accelerator: str | None = arg(
+    accelerator: Literal["cpu", "cuda", "gpu", "mps", "auto"] | None = arg(
         None, "cpu, cuda or auto; None: cpu, which is faster for small networks", "hardware and launching"
     )
     cuda: bool = arg(False, "the same as --accelerator cuda")
     devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; None: 1")
-    strategy: str | None = arg(None, "auto or ddp; None: ddp with several devices")
+    strategy: Literal["auto", "ddp"] | None = arg(None, "auto or ddp; None: ddp with several devices")
     num_nodes: int | None = arg(None, "machines; None: 1")
     node_rank: int = arg(0, "number of this machine, from 0")
     main_address: str = arg("127.0.0.1", "address of machine 0")
@@ -98,42 +113,74 @@ class StandardArgs:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, which names the argument, what was given, and what is allowed."""
-        counts = ("num_envs", "total_timesteps", "action_repeat", "video_every", "log_every", "keep_checkpoints")
-        for name in (*counts, "num_threads"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "an integer of at least 1")
+        check_types(self)
+        require_counts(self, MAX_STEPS, "total_timesteps")
+        require_counts(self, 2**63 - 1, "num_envs", "video_every", "log_every", "keep_checkpoints")
+        require_counts(self, 1000, "action_repeat")
+        require_counts(self, 10_000, "num_threads", "num_nodes")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2^31 - 1")
-        require(
-            bool(re.fullmatch(r"[\w.-]*", self.exp_name)), "exp_name", repr(self.exp_name), "letters, digits, . _ or -"
-        )
-        require(self.num_nodes is None or self.num_nodes >= 1, "num_nodes", self.num_nodes, "an integer of at least 1")
         require(0 <= self.node_rank < (self.num_nodes or 1), "node_rank", self.node_rank, "from 0 to num-nodes - 1")
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
         clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
         require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        given, name = self.env_kwargs, self.exp_name
+        allowed = """a JSON object such as '{"continuous": true}', of at most 100 000 characters and 50 levels"""
+        require(is_json_object(given), "env_kwargs", repr(given if len(given) < 500 else f"{given[:500]}..."), allowed)
+        fits = (
+            re.fullmatch(r"[\w.-]*", name) is not None and len(name.encode()) <= 220
+        )  # of 255 that names of files have
+        require(fits, "exp_name", repr(name), "at most 220 letters, digits, . _ or -")
+        for field in ("resume", "log_dir"):
+            require(getattr(self, field) != "", field, "empty", "a path")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for text in value if isinstance(value, tuple) else (value,):
+                line = " ".join(text.split()) if field.name == "env_kwargs" else text  # JSON may have more lines
+                require(not isinstance(text, str) or is_one_line(line), field.name, repr(text), "one line of text")
+
+    def check_machine(self) -> None:
+        """Raises ConfigError if this machine cannot do it: a package, a folder, processors or memory are not there."""
         if self.track or self.logger == "wandb":
             there = importlib.util.find_spec("wandb") is not None
             require(there, "logger", "wandb", "another one, or wandb after: pip install -e '.[wandb]'")
         if self.upload_model:
             there = importlib.util.find_spec("huggingface_hub") is not None
             require(there, "upload_model", "set", "left out, or set after: pip install huggingface_hub")
-        self._check_json()
+        processors = os.cpu_count() or 1
+        allowed = f"at most {processors}, the processors of this machine"
+        require(self.num_threads is None or self.num_threads <= processors, "num_threads", self.num_threads, allowed)
+        each = PROCESS_BYTES if self.vectorization == "async" else ENV_BYTES
+        need = self.num_envs * (each if self.vectorization in ("sync", "async") else STEP_BYTES)
+        require_memory("--num-envs", f"{self.num_envs} environments", need)
         self._check_log_dir()
 
-    def _check_json(self) -> None:
-        try:
-            valid = isinstance(json.loads(self.env_kwargs), dict)
-        except json.JSONDecodeError:
-            valid = False
-        require(valid, "env_kwargs", repr(self.env_kwargs), """a JSON object such as '{"continuous": true}'""")
-
     def _check_log_dir(self) -> None:
-        folder = Path(self.log_dir).expanduser().absolute()
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
+        allowed = "a folder that can be written or made"
+        try:
+            folder = Path(self.log_dir).expanduser().absolute()
+            while not _exists(folder) and folder != folder.parent:
+                folder = folder.parent
+        except (OSError, RuntimeError) as error:  # too long, links that lead to each other; a user that is not there
+            reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+            raise ConfigError(f"--log-dir is {self.log_dir}: it must be {allowed}; {reason}") from error
+        require(is_one_line(folder), "log_dir", repr(str(folder)), "one line of text")
         writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-        require(writable, "log_dir", self.log_dir, f"a folder that can be written or made, and {folder} is not")
+        require(writable, "log_dir", self.log_dir, f"{allowed}, and {folder} is not")
+
+
+def _exists(path: Path) -> bool:
+    """Whether something has this name, also a link that leads nowhere. Raises OSError if the system cannot look."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if path.is_symlink() and not path.exists():
+        os.stat(path)  # raises why
+    return True
 
 
 @dataclass(frozen=True)
@@ -150,7 +197,7 @@ class DecoupledArgs:
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
-        require(0 < self.timeout < float("inf"), "timeout", self.timeout, "a number of minutes above 0")
+        require(0 < self.timeout <= 100_000, "timeout", self.timeout, "a number of minutes above 0, at most 100000")
 
 
 def require_between(args: StandardArgs, low: float, high: float, *names: str) -> None:
@@ -158,6 +205,114 @@ def require_between(args: StandardArgs, low: float, high: float, *names: str) ->
     for name in names:
         value = getattr(args, name)
         require(math.isfinite(value) and low <= value <= high, name, value, f"between {low:g} and {high:g}")
+
+
+def require_counts(args: StandardArgs, most: int, *names: str) -> None:
+    """Raises ConfigError unless each of the named arguments is None, or at least 1 and at most this."""
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            require(value >= 1, name, value, "an integer of at least 1")
+            require(value <= most, name, value, f"at most {most}")
+
+
+def require_above_zero(args: StandardArgs, *names: str) -> None:
+    """Raises ConfigError unless each of the named arguments is None, or a number above 0 that float32 can hold."""
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            require(0 < value <= LARGEST, name, value, f"a number above 0, at most {LARGEST:g}")
+
+
+def require_widths(args: StandardArgs, *names: str) -> None:
+    """Raises ConfigError unless each of the named arguments holds widths of layers."""
+    for name in names:
+        sizes = getattr(args, name)
+        allowed = "at most 100 integers of at least 1"
+        require(len(sizes) <= 100 and all(size >= 1 for size in sizes), name, sizes, allowed)
+
+
+def require_memory(flags: str, what: str, num_bytes: int) -> None:
+    """Raises ConfigError, with the figures, if what takes so many bytes at least does not fit into this machine."""
+    if num_bytes > (free := available_memory()):
+        raise ConfigError(
+            f"{flags}: the memory that is free, {free / GIB:.2f} GiB, is too little for {what}, "
+            f"{num_bytes / GIB:.2f} GiB or more"
+        )
+
+
+def num_weights(inputs: int, *sizes: int) -> int:
+    """Weights and biases of fully connected layers of these widths."""
+    return sum((before + 1) * after for before, after in itertools.pairwise((inputs, *sizes)))
+
+
+def check_types(args: StandardArgs) -> None:
+    """Raises ConfigError unless each argument is of its type, whoever has made it: a checkpoint can say anything."""
+    for name, hint in _hints(type(args)).items():
+        value = getattr(args, name)
+        require(_fits(value, hint), name, repr(value), _in_words(hint))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if hint in (int, float) and type(value) is int:
+        return abs(value) < 2**63
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _in_words(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(parts)}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, parts))
+    if origin is tuple:
+        return f"a tuple, each part {_in_words(parts[0])}"
+    names = {
+        int: "an integer below 2^63",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        types.NoneType: "None",
+    }
+    return names[hint]
+
+
+@REGISTRY.primitive_rule
+def _integers(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """How tyro reads integers: also 1e6, as people write them."""
+    if kind.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=_integer,
+        is_instance=lambda value: type(value) is int,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _integer(words: Sequence[str]) -> int:
+    """Raises ValueError unless it is whole."""
+    (word,) = words
+    with contextlib.suppress(ValueError):
+        return int(word)
+    try:
+        number = Decimal(word)
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite() or number.adjusted() > 30 or number != number.to_integral_value():
+        raise ValueError(f"{word} is not an int")
+    return int(number)
 
 
 def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None = None) -> Args:
@@ -172,17 +327,32 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
     if (resume := _early("--resume")) is not None:
         if preset is not None:
             raise ConfigError(f"--preset {preset} beside --resume: a run that is resumed keeps the arguments it has")
-        state, _ = load_checkpoint(resume, algo)
-        inherited = {field.name for field in dataclasses.fields(kind)} - _not_resumed()
-        if ("max_lag" in state["args"]) != issubclass(kind, DecoupledArgs):
-            inherited -= {"devices", "num_nodes", "exp_name"}  # one rank more plays there, or here
-        defaults = {name: value for name, value in state["args"].items() if name in inherited}
-        with reading(resume):
-            kind(**defaults | {"log_dir": tempfile.gettempdir()})  # where it writes now is another matter
+        require(resume != "", "resume", "empty", "a checkpoint or a run folder")
+        defaults = _inherited(kind, *load_checkpoint(resume, algo))
     elif preset is not None:
         require(preset in (presets or {}), "preset", preset, f"one of {', '.join(presets or {})}")
         defaults = {"preset": preset, **(presets or {})[preset]}
-    return kind(**_parse_flags(kind, defaults))
+    args = kind(**_parse_flags(kind, defaults))
+    args.check_machine()
+    return args
+
+
+def _inherited(kind: type[StandardArgs], state: dict[str, Any], found: Path) -> dict[str, Any]:
+    """The arguments of a checkpoint that a run which goes on from it has.
+
+    Raises:
+        CheckpointError: one is unknown, of another type, or not allowed, also beside the others.
+    """
+    stored, own = state["args"], {field.name for field in dataclasses.fields(kind)}
+    twins = {field.name for field in dataclasses.fields(DecoupledArgs)}  # of the decoupled script, perhaps
+    if unknown := sorted(stored.keys() - own - twins):
+        raise CheckpointError(f"{found} has an argument that {state['algo']} does not know: {unknown[0]!r}")
+    with reading(found):
+        kind(**{name: value for name, value in stored.items() if name in own})
+    inherited = own - _not_resumed()
+    if ("max_lag" in stored) != issubclass(kind, DecoupledArgs):
+        inherited -= {"devices", "num_nodes", "exp_name"}  # one rank more plays there, or here
+    return {name: value for name, value in stored.items() if name in inherited}
 
 
 def _early(flag: str) -> str | None:
@@ -214,7 +384,8 @@ def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            parsed: Any = tyro.cli(dataclasses.make_dataclass("Arguments", boxes, frozen=True), description=description)
+            arguments = dataclasses.make_dataclass("Arguments", boxes, frozen=True)
+            parsed: Any = tyro.cli(arguments, description=description, registry=REGISTRY)
     except SystemExit as end:
         if end.code == 0:  # --help
             raise

@@ -13,8 +13,10 @@ with Run(args, "ppo", ACTION_SPACES) as run:
 """
 
 import copy
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,17 @@ from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
 from fabricrl.utils.errors import NonFiniteError, RunError
+from fabricrl.utils.hint import hint
 from fabricrl.utils.launch import StopSignal, check_ranks, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
-from fabricrl.utils.update import Runner
+from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # updates
+WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
 
@@ -71,6 +75,8 @@ class Run:
         self, args: Any, algo: str, action_spaces: tuple[type[Space], ...], bounded: bool = False, images: bool = False
     ) -> None:
         self.args, self.algo = args, algo
+        if args.compile:
+            check_compiler()
         video_mode = "rgb_array" if args.capture_video else None
         self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
@@ -88,6 +94,7 @@ class Run:
         self._contexts = ExitStack()
         self._envs: VectorEnv | None = None
         self._player: nn.Module | None = None
+        self._hinted = False
         self._folder: RunFolder | None = None
 
     def __enter__(self) -> "Run":
@@ -156,6 +163,8 @@ class Run:
         """Names what checkpoints hold, modules and optimizers, and takes their state from the one that is resumed."""
         self._parts |= parts
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
+        if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and hasattr(self.args, "num_steps"):
+            self.player_device = self._faster_device(parts["agent"])  # weights move once a rollout
         if not self.state:
             return
         with self.together(), reading(self.path):
@@ -207,9 +216,12 @@ class Run:
         """What trains as one CUDA graph on a GPU, else as it is."""
         return self.updates.captured(function)
 
-    def rehearsal(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
         """Undoes what an update inside changes: it is there to be compiled and captured."""
-        return self.updates.rehearsal()
+        with self.updates.rehearsal():
+            yield
+        self._noted.clear()
 
     def numbers(self, *values: float) -> tuple[Any, ...]:
         """Coefficients that vary: scalar tensors where updates are recorded, which would keep a number as it is."""
@@ -225,6 +237,29 @@ class Run:
             self._player = copy.deepcopy(agent).to(self.player_device)
         self._player.load_state_dict(agent.state_dict())
         return self._player
+
+    def _faster_device(self, agent: Any) -> torch.device:
+        """The device on which the agent acts faster, the CPU or the one that trains; says so."""
+        assert self._envs is not None
+        copies, seconds = {device: copy.deepcopy(agent).to(device) for device in ("cpu", self.fabric.device)}, {}
+        num_envs, rng = self.args.num_envs, torch.Generator().manual_seed(0)
+        shape = (num_envs, *getattr(agent, "obs_shape", self._envs.single_observation_space.shape))
+        inputs = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", torch.float32))]
+        inputs += [torch.zeros(num_envs, agent.memory_size)] if hasattr(agent, "memory_size") else []
+        inputs.append(agent.head.noise((num_envs,), rng))
+        with torch.inference_mode():
+            for device, player in copies.items():
+                for acts in (20, 100):  # the first ones choose kernels
+                    started = time.perf_counter()
+                    for _ in range(acts):
+                        result = player.act(*(tensor.to(device) for tensor in inputs))
+                        (result[0] if isinstance(result, tuple) else result).cpu()
+                    seconds[device] = (time.perf_counter() - started) / acts
+        best = min(seconds, key=seconds.__getitem__)
+        if self.fabric.global_rank == 0:
+            times = ", ".join(f"{device} {1e6 * taken:.0f} µs" for device, taken in seconds.items())
+            print(f"player device: {best} ({times} an action)", file=sys.stderr, flush=True)
+        return torch.device(best)
 
     # --- in the loop
 
@@ -324,8 +359,22 @@ class Run:
         """Logs charts, and beside them episodes, losses, speed and where the time went since the last entry."""
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
+        self._hint()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
         self._folder.log(charts | speed | numbers, self.global_step)
+
+    def _hint(self) -> None:
+        """Says once, after the first seconds, what would make this run faster; nothing if nothing would."""
+        steps = (self.global_step - self.first_step) // (self.args.num_envs * self.fabric.world_size)
+        left = (self.args.total_timesteps - self.global_step) / max(self.global_step - self.first_step, 1)
+        seconds = self.clock.totals
+        worth = left * sum(seconds.values()) > WORTH_A_HINT or self.is_last
+        if self._hinted or self.fabric.global_rank > 0 or not worth:
+            return
+        text = hint(self.args, self.algo, self.fabric.device.type, self.fabric.world_size, seconds, steps)
+        if text is not None:
+            self._hinted = True
+            print(f"hint: {text}", file=sys.stderr, flush=True)
 
     @property
     def checkpoint_is_due(self) -> bool:

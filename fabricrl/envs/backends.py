@@ -22,7 +22,8 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from fabricrl.utils.errors import ConfigError, EnvError
+from fabricrl.envs.values import Part
+from fabricrl.utils.errors import ConfigError, EnvError, RunError
 from fabricrl.utils.records import Records
 
 # What an environment is made with where an algorithm, or an older checkpoint, does not have the argument
@@ -58,6 +59,8 @@ def check_backend(args: Any, env: gym.Env) -> None:
     """
     if args.vectorization not in ("native", "envpool"):
         return
+    if args.vectorization == "envpool" and getattr(args, "check_spaces", False):
+        raise ConfigError("--check-spaces is set: it needs another --vectorization than envpool")
     atari = args.env_id.startswith("ALE/")
     allowed = ATARI_OPTIONS if args.vectorization == "envpool" and atari else set()
     for name, default in DEFAULTS.items():
@@ -126,6 +129,8 @@ def _step_seconds(env: gym.Env) -> float:
             seconds.append(perf_counter() - start)
             if terminated or truncated:
                 env.reset()
+    except RunError:  # what it returns does not fit: it will be told, with a name
+        return 0.0
     except Exception as error:
         print(f"warning: environment failed in a trial: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 0.0
@@ -184,7 +189,8 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
             raise EnvError(
                 f"the native {args.env_id} has {envs.num_envs} environments where {args.num_envs} were asked"
             )
-        self._shape = (args.num_envs, *(env.observation_space.shape or ()))
+        self._obs = Part(envs.observation_space)
+        self._check_all = getattr(args, "check_spaces", False)
         self._next_step = mode == AutoresetMode.NEXT_STEP
         self._ended = np.zeros(args.num_envs, dtype=bool)
 
@@ -192,14 +198,13 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
         """Begins new episodes; of a list of seeds the first is that of all."""
         self._ended[:] = False
         obs, _ = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
-        self._check("reset", observations=(obs, self._shape))
-        return obs, {}
+        return self._checked("reset", obs, True), {}
 
     def step(self, actions: Any) -> tuple:
         obs, rewards, terminated, truncated, given = self.env.step(actions)
         columns = {"rewards": rewards, "terminated": terminated, "truncated": truncated}
-        each = {name: (column, self._shape[:1]) for name, column in columns.items()}
-        self._check("step", observations=(obs, self._shape), **each)
+        obs = self._checked("step", obs, self._check_all)
+        self._check_columns(columns)
         infos: dict[str, Any] = {}
         if self._next_step:
             skipped, infos["final_obs"] = self._ended, obs
@@ -214,12 +219,19 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
             infos["final_obs"] = given["final_obs"]
         return obs, rewards, terminated, truncated, infos
 
-    def _check(self, call: str, **columns: tuple[Any, tuple[int, ...]]) -> None:
-        """A buffer would take what has another shape and spread it."""
-        for name, (column, shape) in columns.items():
-            if getattr(column, "shape", None) != shape:
+    def _checked(self, call: str, obs: Any, everything: bool) -> np.ndarray:
+        """[N, ...] as the spaces promise; a buffer would take what has another shape and spread it."""
+        try:
+            return self._obs(obs, everything)
+        except EnvError as error:
+            raise EnvError(f"the native environments returned from {call} {error}") from error
+
+    def _check_columns(self, columns: dict[str, Any]) -> None:
+        for name, column in columns.items():
+            if getattr(column, "shape", None) != self._ended.shape:
+                shape = np.shape(column)
                 raise EnvError(
-                    f"the native environments returned {name} of shape {np.shape(column)} from {call}, not {shape}"
+                    f"the native environments returned {name} of shape {shape} from step, not {self._ended.shape}"
                 )
 
 
@@ -291,6 +303,8 @@ class EnvPoolVectorEnv(VectorEnv):
             self._steps[ended] = 0
             first, info = self._pool.reset(np.flatnonzero(ended).astype(np.int32))
             obs[info["env_id"]] = self._obs(first)
+            if self._life_loss:
+                self._lives[info["env_id"]] = info["lives"]
         return obs, rewards, terminated, truncated, infos
 
     def close_extras(self, **kwargs: Any) -> None:

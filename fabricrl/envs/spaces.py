@@ -1,5 +1,7 @@
 """Which observation and action spaces are supported, and how actions reach the environment."""
 
+from typing import Any
+
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, flatdim
 
@@ -8,23 +10,27 @@ from fabricrl.utils.errors import ConfigError, NonFiniteError
 SMALLEST_IMAGE = 36  # sides that three layers of NatureCNN leave something of
 LARGEST_GRID = 16  # sides from which on an array with channels is an image
 VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
-SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and a one-level Dict of these"
+SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
 
 
 def check_observation_space(space: Space, images: bool = True) -> None:
     """Raises ConfigError unless the space is a Box, Discrete, MultiDiscrete, MultiBinary, or a flat Dict of these.
 
-    `images`: whether images may be among them.
+    Of nested Dicts and Tuples `values.Observation` has made one that is flat. `images`: whether images may be among
+    them.
     """
+    _check_origin("observation", space)
     if not images and (found := image_keys(space)):
         what = f"its part {found[0]!r} is an image" if found[0] else "it is an image"
         raise ConfigError(
-            f"observation space {_text(space)} is not supported: {what}, which PPO takes and this does not"
+            f"observation space {text_of(space)} is not supported: {what}, which PPO takes and this does not"
         )
     if isinstance(space, Dict):
+        good = [str(key) for key, part in space.spaces.items() if isinstance(part, VECTOR_SPACES)]
+        advice = f"--obs-keys {' '.join(good)} leaves it out" if good else SUPPORTED
         for key, part in space.spaces.items():
             if not isinstance(part, VECTOR_SPACES):
-                raise ConfigError(f"observation space {space} has an unsupported part {key!r}: {part}; {SUPPORTED}")
+                raise ConfigError(f"observation space {space} has an unsupported part {key!r}: {part}; {advice}")
     elif not isinstance(space, VECTOR_SPACES):
         raise ConfigError(f"observation space {space} is not supported; {SUPPORTED}")
     if not flatdim(space):
@@ -33,6 +39,7 @@ def check_observation_space(space: Space, images: bool = True) -> None:
 
 def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None:
     """Raises ConfigError unless the space is one of `supported`, and, if a Box, one of real numbers."""
+    _check_origin("action", space)
     if not isinstance(space, supported):
         names = ", ".join(kind.__name__ for kind in supported)
         raise ConfigError(f"action space {space} is not supported; supported are {names}")
@@ -40,6 +47,16 @@ def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None
         raise ConfigError(f"action space {space} is empty")
     if isinstance(space, Box) and not np.issubdtype(space.dtype, np.floating):
         raise ConfigError(f"action space {space} is not supported: a Box must be of real numbers, not {space.dtype}")
+
+
+def _check_origin(what: str, space: Any) -> None:
+    """Raises ConfigError if this is no space of Gymnasium's, such as one of gym, which came before it."""
+    if not isinstance(space, Space):
+        kind = type(space)
+        raise ConfigError(
+            f"{what} space {text_of(space)} is a {kind.__module__}.{kind.__name__}, none of Gymnasium's: "
+            "`import gymnasium as gym` where the environment imports gym"
+        )
 
 
 def check_bounded(space: Space) -> None:
@@ -57,6 +74,11 @@ def check_bounded(space: Space) -> None:
 def is_flat(space: Space) -> bool:
     """Whether observations are vectors of numbers already."""
     return isinstance(space, Box) and len(space.shape) == 1
+
+
+def is_text(space: Space) -> bool:
+    """Whether observations are words: Text, or a space of one's own whose type is str, as minigrid's missions."""
+    return isinstance(space, Space) and space.dtype is not None and space.dtype.kind == "U"
 
 
 def is_image(space: Space) -> bool:
@@ -92,6 +114,15 @@ def odd_images(space: Space) -> list[str]:
     ]
 
 
+def left_out_texts(names: list[Any], space: Space) -> list[str]:
+    """What to tell a user of parts that are text, which `space` is without."""
+    if not names:
+        return []
+    keys = " ".join(map(str, space.spaces)) if isinstance(space, Dict) else ""
+    which = ", ".join(repr(name) for name in names)
+    return [f"notice: text in observations is left out ({which}); --obs-keys {keys} says so"]
+
+
 def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     """What `envs.step` takes, from the actions [N, A] that a policy drew for a single action space `space`.
 
@@ -124,8 +155,9 @@ def rescale_actions(space: Box, actions: np.ndarray) -> np.ndarray:
 
 def describe(observation_space: Space, action_space: Space) -> dict[str, str]:
     """A single environment's spaces as a checkpoint stores them and as messages print them."""
-    return {"obs": _text(observation_space), "actions": _text(action_space)}
+    return {"obs": text_of(observation_space), "actions": text_of(action_space)}
 
 
-def _text(space: Space) -> str:
+def text_of(space: Any) -> str:
+    """A space in one line."""
     return " ".join(str(space).split())

@@ -11,13 +11,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.spaces import Dict, Space
+from gymnasium.spaces import Space
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fabricrl.envs.backends import DEFAULTS, EnvPoolVectorEnv, NativeVectorEnv, check_backend, choose, option
@@ -27,10 +28,12 @@ from fabricrl.envs.spaces import (
     check_observation_space,
     image_keys,
     is_flat,
+    left_out_texts,
     odd_images,
 )
 from fabricrl.envs.wrappers import (
     ActionRepeat,
+    KeepPromises,
     LifeLoss,
     MaskVelocities,
     NameFailures,
@@ -40,7 +43,7 @@ from fabricrl.envs.wrappers import (
     require_opencv,
     shield_worker,
 )
-from fabricrl.utils.errors import ConfigError, EnvError
+from fabricrl.utils.errors import ConfigError, EnvError, RunError
 from fabricrl.utils.records import Records
 
 # Module that is missing -> extra that brings it
@@ -87,13 +90,7 @@ def _as_row(args: Any, env: gym.Env) -> gym.Env:
 
 def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
     """What comes before observations become one row."""
-    keys, repeat, noop_max = option(args, "obs_keys"), option(args, "action_repeat"), option(args, "noop_max")
-    if keys:
-        known = {str(key): key for key in env.observation_space} if isinstance(env.observation_space, Dict) else {}
-        if not set(keys) <= set(known):
-            allowed = f"one or more of {', '.join(known)}" if known else "for Dict observations, which these are not"
-            raise ConfigError(f"--obs-keys is {' '.join(keys)}: it must be {allowed}")
-        env = gym.wrappers.FilterObservation(env, [known[key] for key in keys])
+    repeat, noop_max = option(args, "action_repeat"), option(args, "noop_max")
     if option(args, "mask_velocities"):
         env = MaskVelocities(env)
     if is_atari(env) and (repeat > 1 or noop_max > 0):
@@ -188,8 +185,8 @@ class ReportFailures(gym.vector.VectorWrapper):
         elif not self.env.closed:
             self.env.close()
 
-    def _failure(self, call: str, error: Exception) -> EnvError:
-        if isinstance(error, EnvError):
+    def _failure(self, call: str, error: Exception) -> RunError:
+        if isinstance(error, RunError):
             return error
         for index, process in enumerate(getattr(self.env, "processes", [])):
             process.join(0.1)
@@ -229,13 +226,15 @@ def check_env(
         env = _preprocessed(args, env)
         check_observation_space(env.observation_space, images)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            for text in odd_images(env.observation_space):
-                print(f"warning: {text}", file=sys.stderr, flush=True)
+            texts = [f"warning: {text}" for text in odd_images(env.observation_space)]
+            for text in texts + left_out_texts(env.get_wrapper_attr("left_out"), env.observation_space):
+                print(text, file=sys.stderr, flush=True)
         check_action_space(env.action_space, action_spaces)
         if bounded:
             check_bounded(env.action_space)
-        modes = env.metadata.get("render_modes", [])
-        if render_mode is not None and render_mode not in modes:
+        modes = list(env.metadata.get("render_modes") or [])
+        shown = render_mode == "human" and "rgb_array" in modes  # Gymnasium shows such pictures in a window
+        if render_mode is not None and render_mode not in modes and not shown:
             raise ConfigError(f"{args.env_id} cannot be rendered as {render_mode!r}, only as {modes}")
         env = _as_row(args, env)
         space = env.observation_space
@@ -270,9 +269,28 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old versions; an unknown one is an error that says more
-            return gym.make(env_id, disable_env_checker=True, **kwargs)
+            env = _make(env_id, kwargs)
     except (Exception, SystemExit) as error:
         raise _construction_error(env_id, env_kwargs, error) from error
+    return KeepPromises(env, option(args, "obs_keys"), getattr(args, "check_spaces", False))
+
+
+def _make(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
+    """`gym.make`; a constructor without `render_mode` is not given it, and `render` is called all the same."""
+    mode = kwargs.get("render_mode")
+    try:
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+    except (TypeError, gym.error.Error) as error:
+        cause = error.__cause__ or error
+        if mode is None or "unexpected keyword argument 'render_mode'" not in str(cause):
+            raise
+        env = gym.make(env_id, disable_env_checker=True, **{k: v for k, v in kwargs.items() if k != "render_mode"})
+        if mode == "human" and "human" not in env.metadata["render_modes"]:
+            env.unwrapped.render_mode = "rgb_array"
+            return gym.wrappers.HumanRendering(env)
+    if mode is not None and env.render_mode is None:
+        env.unwrapped.render_mode = mode
+    return env
 
 
 def _draws_nowhere(env_id: str) -> bool:
@@ -284,22 +302,46 @@ def _draws_nowhere(env_id: str) -> bool:
 
 def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
     """What to tell a user whose environment could not be built."""
-    missing = error if isinstance(error, ImportError) else error.__cause__
     text = " ".join(str(error).split())
-    if isinstance(error, gym.error.DependencyNotInstalled) or isinstance(missing, ImportError):
+    missing = error if isinstance(error, ImportError) else error.__cause__
+    if isinstance(missing, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
         name = (getattr(missing, "name", None) or "").split(".")[0]
-        extra = next((extra for module, extra in EXTRAS.items() if module == name or extra in text.lower()), None)
-        if extra:
+        hinted = [extra for extra in EXTRAS.values() if f"gymnasium[{extra}]" in text]  # by Gymnasium itself
+        if extra := EXTRAS.get(name) or next(iter(hinted), None):
             return ConfigError(f"--env-id {env_id} needs a package that is not here: pip install -e '.[{extra}]'")
+        if type(missing) is ImportError and type(error) is ImportError:
+            return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
         looked = f"; a module of your own is looked for in {os.getcwd()}" if ":" in env_id else ""
         return ConfigError(f"--env-id {env_id} needs a package that is not here ({text}){looked}")
-    if env_id.count(":") > 1 or isinstance(error, gym.error.Error):
-        if importlib.util.find_spec("ale_py") is not None:
-            importlib.import_module("ale_py")  # registers its games
-        names = {known.rpartition("/")[2]: known for known in gym.registry} | {known: known for known in gym.registry}
-        close = [names[name] for name in difflib.get_close_matches(env_id, names, n=3, cutoff=0.5)]
-        hint = f"did you mean {', '.join(close)}?" if close else "see gymnasium.pprint_registry() for those there are"
-        return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {hint}")
-    if isinstance(error, TypeError) and json.loads(env_kwargs):
+    malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
+    if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):
+        return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {_nearest(env_id)}")
+    if isinstance(error, TypeError) and "argument" in text and _is_of_the_call(error):
         return ConfigError(f"--env-kwargs {env_kwargs} does not fit {env_id}: {text}")
     return EnvError(f"{env_id} cannot be built: {type(error).__name__}: {text}")
+
+
+def _is_of_the_call(error: BaseException) -> bool:
+    """Whether a constructor could not be called at all, rather than failed; Gymnasium raises it anew."""
+    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    return Path(frames[-1].filename).parent == Path(gym.envs.registration.__file__).parent
+
+
+def _newest(env_id: str) -> str:
+    """The newest version of an environment, if that is another one."""
+    name = env_id.rpartition("-v")[0]
+    versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == name and spec.version]
+    newest = f"{name}-v{max(versions, default=0)}"
+    return f"; there is {newest}" if versions and newest != env_id else ""
+
+
+def _nearest(env_id: str) -> str:
+    """What may have been meant by an id that is not known."""
+    if importlib.util.find_spec("ale_py") is not None:
+        importlib.import_module("ale_py")  # registers its games
+    names = {known.rpartition("/")[2]: known for known in gym.registry} | {known: known for known in gym.registry}
+    close = [names[name] for name in difflib.get_close_matches(env_id, names, n=3, cutoff=0.7)]
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    own = f"one of your own is named with its module, as my_envs:{env_id}; " if env_id and ":" not in env_id else ""
+    return f"{own}see gymnasium.pprint_registry() for those there are"

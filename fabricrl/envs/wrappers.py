@@ -7,20 +7,23 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, flatdim, flatten
+from gymnasium.spaces import Dict, flatdim, flatten
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
+from numpy import ndarray
 
 from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
-from fabricrl.utils.errors import ConfigError, EnvError
+from fabricrl.envs.values import INTERFACE, NUMBERS, Observation, as_array, flag, number
+from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
 from fabricrl.utils.launch import die_with_parent
 from fabricrl.utils.records import Records
 
+INFO = (dict, type(None), Mapping)  # what may stand beside an observation
 # Where observations hold velocities, by id without version: the places that rl-baselines3-zoo masks
 VELOCITIES = {
     "CartPole": (1, 3),
@@ -29,6 +32,74 @@ VELOCITIES = {
     "Pendulum": (2,),
     "LunarLander": (2, 3, 5),
 }
+
+
+class KeepPromises(gym.Wrapper):
+    """Takes from an environment what its spaces promise and no other: the innermost of our wrappers.
+
+    Lists, tensors and numbers of other types become the arrays of the space where nothing is lost by that, rewards one
+    number each. Dicts and Tuples within each other become one Dict, without their text. Shapes, types and integers are
+    checked in every step, bounds of real numbers at each reset.
+
+    Args:
+        keys: parts of the observation to take; none: all.
+        everything: check the bounds of real numbers in every step, too.
+
+    Attributes:
+        left_out: names of the parts that are text.
+
+    Raises:
+        ConfigError: keys that are not there.
+        EnvError: there is no space; later, from `reset` and `step`, what was returned does not fit.
+    """
+
+    def __init__(self, env: gym.Env, keys: Sequence[str] = (), everything: bool = False) -> None:
+        super().__init__(_unguarded(env))
+        for name in ("observation_space", "action_space"):
+            if getattr(env, name, None) is None:
+                raise EnvError(f"{type(env.unwrapped).__name__} has no {name}")
+        if not isinstance(env.metadata, dict):
+            self.metadata = {}
+        observation = Observation(env.observation_space, keys)
+        self.left_out = [] if keys else observation.left_out
+        if observation.space is not env.observation_space:
+            self.observation_space = observation.space
+        single, self._everything = observation.single, everything
+        self._read = single or observation
+        # An array of this type and shape needs no reading, unless the numbers in it matter
+        plain = single is not None and not single.limited and not everything
+        self._type, self._shape = (single.dtype, single.shape) if single is not None and plain else (None, None)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
+        answer = self.env.reset(seed=seed, options=options)
+        if not (isinstance(answer, tuple | list) and len(answer) == 2 and isinstance(answer[1], INFO)):
+            raise EnvError(f"a {type(answer).__name__} that is no pair of observation and info; {INTERFACE}")
+        obs, info = answer
+        return self._read(obs, True), info
+
+    def step(self, action: Any) -> tuple:
+        obs, reward, terminated, truncated, info = answer = self.env.step(action)
+        if (
+            obs.__class__ is ndarray
+            and obs.dtype is self._type
+            and obs.shape == self._shape
+            and isinstance(reward, float)
+            and terminated.__class__ is bool
+            and truncated.__class__ is bool
+        ):
+            return answer  # in a tenth of a microsecond
+        obs = self._read(obs, self._everything)
+        reward = number(reward, "a reward")
+        return obs, reward, flag(terminated, "`terminated`"), flag(truncated, "`truncated`"), info
+
+
+def _unguarded(env: gym.Env) -> gym.Env:
+    """Without `gym.make`'s guard against a step before the first reset, which takes longer than all checks here."""
+    if isinstance(env, OrderEnforcing):
+        return env.env
+    if isinstance(env, TimeLimit) and isinstance(env.env, OrderEnforcing):
+        env.env = env.env.env
+    return env
 
 
 class MaskVelocities(gym.ObservationWrapper):
@@ -126,25 +197,15 @@ class PackImages(gym.ObservationWrapper):
     def observation(self, observation: Any) -> np.ndarray:
         record = np.empty(self.records.size, np.uint8)
         parts = {"image": observation} if self._single else observation
-        if not isinstance(parts, Mapping) or not parts.keys() >= self._vectors.keys() | self._images.keys():
-            what = sorted(map(str, parts)) if isinstance(parts, Mapping) else type(parts).__name__
-            raise EnvError(f"an observation is {what}, its space is {self.env.observation_space}")
         floats = record[: 4 * self.records.num_floats].view(np.float32)
         at = 0
         for key, part in self._vectors.items():
-            if np.shape(parts[key]) != part.shape or not (isinstance(part, Box) or part.contains(parts[key])):
-                raise EnvError(f"part {key!r} is {parts[key]} of shape {np.shape(parts[key])}, its space is {part}")
             size = self.records.vectors[key]
             floats[at : at + size] = np.asarray(flatten(part, parts[key]))
             at += size
         end = 4 * at
         for key, image in self.records.images.items():
-            given = parts[key]
-            if not isinstance(given, np.ndarray):
-                raise EnvError(f"image {key!r} is a {type(given).__name__}, its space is {self._images[key]}")
-            if given.shape != self._images[key].shape or given.dtype != np.uint8:
-                raise EnvError(f"image {key!r} is {given.dtype} {given.shape}, its space is {self._images[key]}")
-            pixels = self._process(given)
+            pixels = self._process(parts[key])
             end = image.start + pixels.size
             record[image.start : end] = pixels.reshape(-1)
         record[end:] = 0
@@ -181,52 +242,65 @@ def require_opencv(what: str, extra: str = "images") -> None:
 class NameFailures(gym.Wrapper):
     """Turns what an environment raises into an EnvError with its index, which also crosses a pipe unharmed.
 
-    And copies an episode's last observation: the reset that follows at once may write into the same array.
+    And copies an episode's last observation, which must be finite: the reset that follows at once may write into the
+    same array, and not every buffer looks at it.
     """
 
     def __init__(self, env: gym.Env, index: int) -> None:
         super().__init__(env)
         self.index = index
-        self._shape = env.observation_space.shape
+        space = env.observation_space
+        self._floats = slice(4 * space.num_floats) if isinstance(space, Records) else None
         self._tells_lives = env.has_wrapper_attr("tells_lives")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         try:
             obs, _ = self.env.reset(seed=seed, options=options)
-        except BaseException as error:  # also SystemExit: an environment does not end a run quietly
+        except (Exception, SystemExit) as error:  # an environment does not end a run quietly; Ctrl-C does
             raise self._named("reset", error) from error
-        self._check(obs, "reset")
         return obs, {}
 
     def step(self, action: Any) -> tuple:
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
-            reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
-        except BaseException as error:
+        except (Exception, SystemExit) as error:
             raise self._named("step", error) from error
-        if getattr(obs, "shape", None) != self._shape:
-            self._check(obs, "step")
         # What an environment tells besides is for people: names such as `final_obs` mean something to buffers
         told = {"life_lost": info["life_lost"]} if self._tells_lives else {}
-        return (deepcopy(obs) if terminated or truncated else obs), reward, terminated, truncated, told
+        return (self._last(obs) if terminated or truncated else obs), reward, terminated, truncated, told
 
-    def _check(self, obs: Any, call: str) -> None:
-        """Shared memory would take an observation of another shape and spread it."""
-        if np.shape(obs) != self._shape:
-            what = f"an observation of shape {np.shape(obs)} and type {np.asarray(obs).dtype}"
-            raise EnvError(
-                f"environment {self.index} returned from {call} {what}, its space is {self.observation_space}"
-            )
+    def _last(self, obs: np.ndarray) -> np.ndarray:
+        """A copy of an episode's last observation. Raises NonFiniteError if it has NaN or infinity."""
+        obs = obs.copy()
+        numbers = obs if self._floats is None else obs[self._floats].view(np.float32)
+        if np.count_nonzero(np.isfinite(numbers)) != numbers.size:
+            raise NonFiniteError(f"final observation of environment {self.index} is not finite")
+        return obs
 
-    def _named(self, call: str, error: BaseException) -> EnvError:
+    def _named(self, call: str, error: BaseException) -> RunError:
+        if isinstance(error, RunError):  # by our own wrappers
+            return type(error)(f"environment {self.index} returned from {call} {error}")
+        if _is_misunderstood(error):
+            return EnvError(f"environment {self.index} cannot be asked to {call} ({error}); {INTERFACE}")
         traceback.print_exception(error)
         return EnvError(f"environment {self.index} failed in {call}: {type(error).__name__}: {error}")
+
+
+def _is_misunderstood(error: BaseException) -> bool:
+    """Whether a call of `reset` or `step`, or what it returned, was not as Gymnasium's wrappers and ours expect."""
+    words = ("to unpack", "cannot unpack", "unexpected keyword argument", "positional argument")
+    if not isinstance(error, TypeError | ValueError) or not any(word in str(error) for word in words):
+        return False
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
+    library = Path(gym.__file__).parent
+    return place in (library, library / "wrappers", Path(__file__).parent)
 
 
 class RecordEpisodes(gym.wrappers.RecordVideo):
     """Records every `every`-th of `episodes` episodes, up to `max_frames` each, as `<folder>/<prefix>-episode-N.mp4`.
 
-    The frames of one episode are all that is ever held in memory. Needs render_mode "rgb_array".
+    The frames of one episode are all that is ever held in memory. Needs render_mode "rgb_array". An environment that
+    cannot be drawn, or a video that cannot be written, costs the videos and a warning, not the run.
     """
 
     def __init__(
@@ -245,14 +319,68 @@ class RecordEpisodes(gym.wrappers.RecordVideo):
                 video_folder=str(folder),
                 episode_trigger=lambda episode: episode % every == 0 and episode < episodes,
                 name_prefix=prefix,
+                fps=env.metadata.get("render_fps") or 30,
                 disable_logger=True,
             )
         self._max_frames = max_frames
+        self._given_up = False
 
     def step(self, action: Any) -> tuple:
         if self.recording and len(self.recorded_frames) > self._max_frames:
             self.stop_recording()
         return super().step(action)
+
+    def start_recording(self, video_name: str) -> None:
+        if not self._given_up:
+            super().start_recording(video_name)
+
+    def stop_recording(self) -> None:
+        try:
+            super().stop_recording()
+        except Exception as error:
+            self._give_up("a video cannot be written", error)
+
+    def _capture_frame(self) -> None:
+        frames: list[Any] = self.recorded_frames
+        try:
+            frames.append(as_frame(self.env.render(), frames[0].shape[:2] if frames else None))
+        except Exception as error:
+            if frames:
+                self.stop_recording()
+            self._give_up("the environment cannot be drawn", error)
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self.recorded_frames, self.recording = [], False
+        if not self._given_up:
+            self._given_up = True
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"warning: {what} ({text}): no more videos", file=sys.stderr, flush=True)
+
+
+def as_frame(picture: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture as videos take it: uint8 [H, W, 3], with even sides.
+
+    Grey ones, with channels first, real numbers up to 1 or 255 and lists of pictures, of which the last counts, are
+    taken as well; what has another size than `size` is cut off or continued at its lower and right edge.
+
+    Raises:
+        EnvError, ValueError: it is no picture.
+    """
+    frame = as_array(picture)
+    frame = frame[-1] if frame.ndim == 4 and len(frame) else frame
+    frame = frame[..., None] if frame.ndim == 2 else frame
+    if frame.ndim == 3 and frame.shape[-1] not in (1, 3, 4) and frame.shape[0] in (1, 3, 4):
+        frame = np.moveaxis(frame, 0, -1)
+    if frame.ndim != 3 or frame.shape[-1] not in (1, 3, 4) or not frame.size or frame.dtype.kind not in NUMBERS:
+        raise ValueError(f"render returned a {type(picture).__name__} of shape {frame.shape}, which is no picture")
+    frame = frame[..., [0, 0, 0] if frame.shape[-1] == 1 else [0, 1, 2]]
+    if frame.dtype != np.uint8:
+        share = frame.dtype.kind in "bf" and np.nanmax(frame) <= 1  # of full light
+        frame = np.clip(np.nan_to_num(frame.astype(np.float64) * (255 if share else 1)), 0, 255).astype(np.uint8)
+    height, width = size or (frame.shape[0] + frame.shape[0] % 2, frame.shape[1] + frame.shape[1] % 2)
+    frame = frame[:height, :width]
+    missing = height - frame.shape[0], width - frame.shape[1]
+    return np.pad(frame, ((0, missing[0]), (0, missing[1]), (0, 0)), "edge") if any(missing) else frame
 
 
 def shield_worker() -> None:

@@ -216,7 +216,7 @@ class RunningNormalizer(nn.Module):
         # What acting needs at every step, in the precision of the networks; made anew whenever the statistics change
         self.register_buffer("center", torch.zeros(size), persistent=False)
         self.register_buffer("deviation", torch.ones(size), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, keys: self._refresh())
+        self.register_load_state_dict_post_hook(_refresh)  # a function of the module, so that copies refresh themselves
 
     def forward(self, x: Tensor) -> Tensor:
         """(x − mean) / σ, clipped to ±clip; [*, size]."""
@@ -234,7 +234,7 @@ class RunningNormalizer(nn.Module):
         for part in moments:
             mean, square = part[:-1].chunk(2)
             self._merge(mean, square, part[-1])
-        self._refresh()
+        self.refresh()
 
     def _merge(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         total = self.count + count
@@ -245,9 +245,14 @@ class RunningNormalizer(nn.Module):
         self.var.copy_(m2 / total)
         self.count.copy_(total)
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Takes over `mean` and `var`, after they have changed, for what acting needs."""
         self.center.copy_(self.mean)
         self.deviation.copy_((self.var + 1e-8).sqrt())
+
+
+def _refresh(normalizer: RunningNormalizer, _: object) -> None:
+    normalizer.refresh()
 
 
 class RewardNormalizer(RunningNormalizer):

@@ -3,16 +3,19 @@
 Shapes: T steps, N environments, B rows of a minibatch in S sequences of up to L steps, I inputs, H hidden units.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fabricrl.models.models import ACTIVATIONS, MLP
+from fabricrl.utils.recording import is_recording
 
 CORES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -20,18 +23,20 @@ CORES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 class Layout(NamedTuple):
     """Where the rows of a minibatch stand when its sequences lie side by side as [L, S], the shorter ones padded.
 
+    Its tensors have fixed shapes, however the sequences fall.
+
     Attributes:
-        first: [S] the row that each sequence begins with.
+        first: [B] the row that each of the S sequences begins with; what follows those is of no matter.
         place: [B] where each row stands among L × S.
-        length: L, of the longest sequence.
+        size: [2], on the CPU: L, of the longest sequence, and S.
     """
 
     first: Tensor
     place: Tensor
-    length: int
+    size: Tensor
 
     def to(self, device: torch.device) -> "Layout":
-        return Layout(self.first.to(device), self.place.to(device), self.length)
+        return Layout(self.first.to(device), self.place.to(device), self.size)
 
 
 class RecurrentCore(nn.Module):
@@ -71,17 +76,16 @@ class RecurrentCore(nn.Module):
         self.state_size = self.parts * num_layers * hidden_size
 
     def forward(self, x: Tensor, states: Tensor, layout: Layout) -> Tensor:
-        """A minibatch [B, I] whose sequences begin in `states` [S, state_size] → [B, H].
+        """A minibatch [B, I] whose sequences begin in `states` [B, state_size], of which the first S count → [B, H].
 
         One call of the kernel takes all sequences through time. Padding follows the last step of a sequence, so that
         nothing real ever sees it, and nothing of it is returned.
         """
         x = self._encode(x)
-        padded = x.new_zeros(layout.length * len(states), x.shape[-1]).index_copy(0, layout.place, x)
-        shape = (len(states), self.parts, self.num_layers, self.hidden_size)
-        h, *c = states.view(shape).permute(1, 2, 0, 3).contiguous()  # [layers, S, H] each
-        outputs, _ = self.rnn(padded.view(layout.length, len(states), -1), (h, *c) if c else h)
-        return outputs.reshape(-1, self.hidden_size)[layout.place]
+        weights: list[Tensor] = [*self.rnn.parameters()]
+        if not is_recording():
+            return _through_time(x, states, *layout[1:], weights, self.parts, self.num_layers)
+        return _opaque_forward(x, states, *layout[1:], weights, self.parts, self.num_layers)[0]
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: inputs [N, I] and states [N, state_size] → outputs [N, H] and the states after it."""
@@ -101,6 +105,84 @@ class RecurrentCore(nn.Module):
 
     def _encode(self, x: Tensor) -> Tensor:
         return x if self.encoder is None else self.activation(self.encoder(x))
+
+
+def _through_time(
+    x: Tensor, states: Tensor, place: Tensor, size: Tensor, weights: list[Tensor], parts: int, layers: int
+) -> Tensor:
+    """The core's outputs [B, H]; two parts make an LSTM, one a GRU."""
+    length, count = size.tolist()
+    padded = x.new_zeros(length * count, x.shape[-1]).index_copy(0, place, x).view(length, count, -1)
+    h, *c = states[:count].view(count, parts, layers, -1).permute(1, 2, 0, 3).contiguous()  # [layers, S, H] each
+    settings = True, layers, 0.0, torch.is_grad_enabled(), False, False  # biases; neither dropout nor two directions
+    if c:
+        outputs, *_ = torch.lstm(padded, (h, *c), weights, *settings)
+    else:
+        outputs, _ = torch.gru(padded, h, weights, *settings)
+    return outputs.flatten(0, 1)[place]
+
+
+# A compiler sees two operations of fixed shapes, and not the time steps inside, of which there are as many as there are
+
+_tapes: dict[int, tuple[Tensor, list[Tensor]]] = {}  # what the backward pass needs of the forward passes before it
+_MOST_TAPES = 8
+_numbers = itertools.count()
+
+
+def _autograd_again() -> AbstractContextManager[Any]:
+    """Undoes that PyTorch has put autograd aside before it calls an operation."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+@torch.library.custom_op("fabricrl::through_time", mutates_args=())
+def _opaque_forward(
+    x: Tensor, states: Tensor, place: Tensor, size: Tensor, weights: list[Tensor], parts: int, layers: int
+) -> tuple[Tensor, Tensor]:
+    """`_through_time`, and the number of its tape."""
+    with _autograd_again(), torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights)]
+        outputs = _through_time(leaves[0], states.detach(), place, size, leaves[1:], parts, layers)
+    number = next(_numbers)
+    _tapes[number] = outputs, leaves
+    while len(_tapes) > _MOST_TAPES:
+        del _tapes[next(iter(_tapes))]
+    return outputs.detach().clone(), torch.tensor([number])
+
+
+@torch.library.custom_op("fabricrl::back_through_time", mutates_args=())
+def _opaque_backward(grad: Tensor, number: Tensor, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """The gradients of x and the weights; `number` is that of the tape."""
+    outputs, leaves = _tapes.pop(int(number))
+    with _autograd_again():
+        grads = torch.autograd.grad(outputs, leaves, grad)
+    return [part.contiguous() for part in grads]
+
+
+@_opaque_forward.register_fake
+def _(x, states, place, size, weights, parts, layers):  # type: ignore[no-untyped-def]
+    return x.new_empty(len(x), weights[1].shape[-1]), torch.empty(1, dtype=torch.int64)
+
+
+@_opaque_backward.register_fake
+def _(grad, number, x, weights):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(tensor) for tensor in (x, *weights)]
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, _, _, _, weights, *_ = inputs
+    ctx.save_for_backward(output[1], x, *weights)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+    number, x, *weights = ctx.saved_tensors
+    grad_x, *grads = _opaque_backward(grad, number, x, weights)
+    return grad_x, None, None, None, grads, None, None
+
+
+_opaque_forward.register_autograd(_backward, setup_context=_keep)
 
 
 class Sequences:
@@ -145,8 +227,10 @@ class Sequences:
 
 def _lay_out(begins: np.ndarray) -> Layout:
     """Sequences that lie one after another, side by side; `begins` [B]: whether a row is the first of one."""
-    first, rows = np.flatnonzero(begins), np.arange(len(begins))
+    starts, rows = np.flatnonzero(begins), np.arange(len(begins))
     sequence = np.cumsum(begins) - 1
-    step = rows - first[sequence]
-    place = torch.from_numpy(step * len(first) + sequence)
-    return Layout(torch.from_numpy(first), place, int(step.max()) + 1)
+    step = rows - starts[sequence]
+    first = np.zeros_like(rows)
+    first[: len(starts)] = starts
+    place, size = step * len(starts) + sequence, np.array([step.max() + 1, len(starts)])
+    return Layout(torch.from_numpy(first), torch.from_numpy(place), torch.from_numpy(size))

@@ -4,16 +4,23 @@ A checkpoint is what `torch.save` writes, a zip archive, with the SHA-256 of the
 reads it as any other file, and one changed or missing byte is noticed here before anything is unpickled.
 """
 
+import ast
+import contextlib
+import errno
 import hashlib
+import json
+import math
 import os
+import re
+import secrets
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +30,9 @@ FORMAT = 1
 BEST = "best.ckpt"
 _NO_COMMENT = b"\0\0"  # how an archive without a comment ends: the length of the comment, as two bytes
 _SEAL = len(_NO_COMMENT) + 64  # what the comment and its length take
+# How a file system says that it has no such call; network mounts often lack locks, or fsync of a folder
+LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_told: set[str] = set()  # the calls that this process has warned of
 
 
 class _HashingWriter:
@@ -99,6 +109,8 @@ def load_shard(state: Mapping[str, Any], path: Path, rank: int) -> dict[str, Any
     stored = _read(file)
     if stored.get("global_step") != state["global_step"]:
         raise CheckpointError(f"{file} is of step {stored.get('global_step')}, {path} of {state['global_step']}")
+    if not _is_shard(stored.get("shard")):
+        raise CheckpointError(f"{file} has no valid 'shard'")
     return stored["shard"]
 
 
@@ -123,14 +135,8 @@ def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str
     Raises:
         CheckpointError: missing, truncated, altered, of another format or another algorithm than `algo`.
     """
-    path = Path(path).resolve()
-    if not path.is_dir():
-        state, found = _read(path), path
-    else:
-        candidates = sorted((path / "checkpoints").glob("step_*.ckpt"), reverse=True)
-        if not candidates:
-            raise CheckpointError(f"{path} is a folder without checkpoints/step_*.ckpt")
-        state, found = _newest_good(candidates)
+    path, is_folder = _locate(path)
+    state, found = _newest_good(_candidates(path)) if is_folder else (_read(path), path)
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{found} has checkpoint format {state.get('format')}; this version reads format {FORMAT}"
@@ -142,12 +148,200 @@ def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str
     return state, found
 
 
+def _locate(given: str | Path) -> tuple[Path, bool]:
+    """The path that is meant, and whether it is a folder.
+
+    Raises:
+        CheckpointError: no path, or one that the system or a line of text cannot hold.
+    """
+    if not str(given):
+        raise CheckpointError("the path of a checkpoint or run folder is empty")
+    if not is_one_line(given):
+        raise CheckpointError(f"cannot read checkpoint {str(given)!r}: its name is not one line of text")
+    try:
+        path = Path(given).expanduser().resolve()
+        is_folder = path.is_dir()
+    except RuntimeError as error:  # a user that is not there, or links that lead to each other
+        raise CheckpointError(f"cannot read checkpoint {given}: {str(error).rstrip('.')}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {given}: {_cause(error)}") from error
+    if not is_one_line(path):
+        raise CheckpointError(f"cannot read checkpoint {str(path)!r}: its name is not one line of text")
+    return path, is_folder
+
+
+def is_one_line(text: str | Path) -> bool:
+    """Whether a text can be printed as part of a line: without control characters and bytes that are no characters."""
+    return re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", str(text)) is None
+
+
+def is_json_object(text: str) -> bool:
+    """Whether a text is a JSON object that names everything once, of a size and depth that nothing chokes on."""
+    try:
+        value = json.loads(text, object_pairs_hook=_named_once) if len(text) <= 100_000 else None
+    except (ValueError, RecursionError):
+        return False
+    level, depth = [value], 0
+    while level := [part for whole in level for part in _parts(whole)]:
+        depth += 1
+    return isinstance(value, dict) and depth <= 50
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, the newest first; it may also be named by its folder `checkpoints`.
+
+    Raises:
+        CheckpointError: there are none; names the runs that are below.
+    """
+    own = folder if folder.name == "checkpoints" else folder / "checkpoints"
+    candidates = sorted(own.glob("step_*.ckpt"), reverse=True)
+    if not candidates:
+        raise CheckpointError(f"{folder} is a folder without checkpoints/step_*.ckpt{_runs_below(folder)}")
+    return candidates
+
+
+def _runs_below(folder: Path) -> str:
+    """The runs of a folder of runs in words, the newest first; nothing if there are none."""
+    for pattern in ("*", "*/*", "*/*/*"):  # an environment's, an algorithm's, all
+        runs = {file.parent.parent for file in folder.glob(f"{pattern}/checkpoints/step_*.ckpt")}
+        if runs:
+            ordered = sorted(runs, key=lambda run: (-run.stat().st_mtime, run))
+            names = ", ".join(str(run.relative_to(folder)) for run in ordered[:5] if is_one_line(run))
+            return f"; runs in it are {names}{f' and {len(runs) - 5} more' if len(runs) > 5 else ''}"
+    return ""
+
+
 def check_contents(state: Mapping[str, Any], path: Path) -> None:
-    """Raises CheckpointError unless the parts are there that every algorithm's checkpoint has."""
+    """Raises CheckpointError unless the parts that every algorithm's checkpoint has are there and make sense."""
     kinds = {"algo": str, "args": dict, "spaces": dict, "agent": dict, "global_step": int, "world_size": int}
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             raise CheckpointError(f"{path} has no valid {key!r}")
+    for key, valid in _VALID.items():
+        if key in state and not valid(state[key]):
+            raise CheckpointError(f"{path} has no valid {key!r}")
+    args, step = state["args"], state["global_step"]
+    for name in ("env_id", "num_envs", "total_timesteps", "seed"):
+        if name not in args:
+            raise CheckpointError(f"{path} has no argument {name!r}")
+    for name, valid in _VALID_ARGS.items():
+        if name in args and not valid(args[name]):
+            raise CheckpointError(f"{path} has no valid argument {name!r}: {args[name]!r}")
+    if step > args["total_timesteps"]:
+        raise CheckpointError(f"{path} is of step {step} of a run of {args['total_timesteps']}")
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and not math.isnan(value)
+
+
+def _is_table(value: Any, kind: type) -> bool:
+    """Whether it is a dict from text to this kind."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value) and _all(value.values(), kind)
+
+
+def _all(values: Any, kind: type) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _are_episodes(value: Any) -> bool:
+    if not (_is_table(value, object) and isinstance(value.get("returns"), list) and _is_count(value.get("count"))):
+        return False
+    return all(map(_is_number, value["returns"])) and len(value["returns"]) <= value["count"]
+
+
+def _are_generators(value: Any) -> bool:
+    """Whether it is [W, G, bytes]."""
+    return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 3 and len(value) > 0
+
+
+def _is_schedule(value: Any) -> bool:
+    names = ("starts", "before", "done", "least")
+    if not (_is_table(value, object) and all(_is_count(value.get(name)) for name in names)):
+        return False
+    ratio = value.get("ratio")
+    return _is_number(ratio) and 0 < ratio < math.inf and value["before"] <= value["done"]
+
+
+def _is_shard(value: Any) -> bool:
+    """Whether a replay buffer's state holds together: as many records, of which as many in use, as it says."""
+    if not _is_table(value, object) or "layout" not in value:
+        return isinstance(value, dict)  # of another kind; whoever reads it misses what is not there
+    layout = re.fullmatch(r"(\d+) × (\d+) of (\[.*\])", str(value["layout"]))
+    records, position, size = (value.get(name) for name in ("records", "position", "size"))
+    if layout is None or not (_is_bytes(records) and _is_count(position) and _is_count(size)):
+        return False
+    try:
+        capacity, num_envs, record = int(layout[1]), int(layout[2]), np.dtype(ast.literal_eval(layout[3]))
+    except (ValueError, TypeError, SyntaxError):
+        return False
+    used = size + 1  # a row more than can be sampled: what the next step starts from
+    if size > capacity or position > capacity or (size < capacity and position != size):
+        return False
+    return len(records) == used * num_envs * record.itemsize and _is_kept_apart(value, records, record)
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 1
+
+
+def _is_kept_apart(shard: Mapping[str, Any], records: torch.Tensor, record: np.dtype) -> bool:
+    """Whether next observations outside the ring are there, each either free or in use by a record."""
+    finals, free = shard.get("finals"), shard.get("free")
+    if not (isinstance(finals, torch.Tensor) and isinstance(free, list) and all(map(_is_count, free))):
+        return False
+    if "final" not in (record.names or ()):
+        return not free
+    final = records.numpy().view(record)["final"]
+    taken = [*final[final >= 0].tolist(), *free]
+    return (
+        finals.shape[1:] == record["obs"].shape
+        and len(set(taken)) == len(taken)
+        and max(taken, default=-1) < len(finals)
+    )
+
+
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "global_step": lambda value: _is_count(value, 1),
+    "world_size": lambda value: _is_count(value, 1),
+    "args": lambda value: _is_table(value, object),
+    "spaces": lambda value: _is_table(value, str),
+    "agent": lambda value: _is_table(value, torch.Tensor),
+    "best_return": _is_number,
+    "episodes": _are_episodes,
+    "generators": _are_generators,
+    "schedule": _is_schedule,
+    "optimizer": lambda value: isinstance(value, dict) and bool(value.get("state")),
+    "learner": lambda value: isinstance(value, dict),
+    "shards": _is_count,
+    "shard": lambda value: value is None or _is_shard(value),
+}
+# Those that build an environment or count, which evaluation and resuming read before anything else looks at them
+_VALID_ARGS: dict[str, Callable[[Any], bool]] = {
+    "env_id": lambda value: isinstance(value, str),
+    "env_kwargs": lambda value: isinstance(value, str) and is_json_object(value),
+    **dict.fromkeys(
+        ("num_envs", "num_steps", "total_timesteps", "action_repeat", "frame_stack"), lambda value: _is_count(value, 1)
+    ),
+    **dict.fromkeys(("mask_velocities", "life_loss", "grayscale"), lambda value: isinstance(value, bool)),
+    "noop_max": _is_count,
+    "resize": lambda value: value is None or _is_count(value, 1),
+    "obs_keys": lambda value: isinstance(value, tuple) and _all(value, str),
+}
 
 
 def check_batch(state: Mapping[str, Any], args: Any, world_size: int) -> None:
@@ -179,23 +373,38 @@ def reading(path: str | Path | None) -> Iterator[None]:
         if str(error).startswith(f"{path}"):  # somebody has read within
             raise
         raise CheckpointError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ConfigError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
 
 
 def restore_optimizer(optimizer: Any, stored: Mapping[str, Any]) -> None:
-    """Loads an optimizer's state, whose tensors must have the shapes of its parameters: fused kernels do not check.
+    """Loads the state of Adam, but not its settings: those are what the arguments say.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: it has not what Adam has, in the shapes of its parameters, which fused kernels do not check.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in stored["state"].items():
+        if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or index not in range(len(parameters)):
+            raise CheckpointError(f"the optimizer's state {index} has {', '.join(map(str, state))}")
         for name, value in state.items():
-            if name != "step" and value.shape != parameters[index].shape:
-                ours, theirs = tuple(parameters[index].shape), tuple(value.shape)
+            ours, theirs = () if name == "step" else tuple(parameters[index].shape), tuple(value.shape)
+            if ours != theirs:
                 raise CheckpointError(f"the optimizer's {name} is {theirs} there and {ours} here")
-    optimizer.load_state_dict(stored)
+            if not (value.is_floating_point() and value.isfinite().all()) or (name != "exp_avg" and (value < 0).any()):
+                raise CheckpointError(f"the optimizer's {name} cannot be: not finite, or negative")
+    own, groups = optimizer.state_dict()["param_groups"], stored["param_groups"]
+    if [group["params"] for group in groups] != [group["params"] for group in own] or not all(map(_is_adam, groups)):
+        raise CheckpointError("the optimizer has other groups of parameters there than here, or cannot be Adam")
+    optimizer.load_state_dict({"state": stored["state"], "param_groups": own})
+
+
+def _is_adam(group: Mapping[str, Any]) -> bool:
+    """Whether a group of parameters has settings that Adam can have."""
+    numbers = [group["lr"], group["eps"], group["weight_decay"], *group["betas"]]
+    switches = (group.get(name) for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"))
+    scalars = all(_is_number(number) or (isinstance(number, torch.Tensor) and number.ndim == 0) for number in numbers)
+    return scalars and len(group["betas"]) == 2 and all(switch in (None, True, False) for switch in switches)
 
 
 def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
@@ -209,6 +418,8 @@ def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
         ours, theirs = (tuple(d[key].shape) if key in d else "absent" for d in (own, stored))
         if ours != theirs:
             raise CheckpointError(f"does not fit this agent: {key} is {theirs} there and {ours} here")
+        if own[key].is_floating_point() != stored[key].is_floating_point():
+            raise CheckpointError(f"does not fit this agent: {key} is {stored[key].dtype} there, {own[key].dtype} here")
         if not stored[key].isfinite().all():
             raise CheckpointError(f"{key} is not finite")
     module.load_state_dict(stored)
@@ -216,30 +427,31 @@ def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
 
 def _verify_shards(state: Mapping[str, Any], path: Path) -> None:
     """Raises CheckpointError if what other ranks have stored with a checkpoint is not there or damaged."""
-    for rank in shard_ranks(state):
-        if rank == 0 and state.get("shard") is not None:
-            continue
-        file = _shard_file(state, path, rank)
-        if file is None:
-            raise CheckpointError(f"{path} comes without the replay buffer of rank {rank}")
-        _verify(file)
+    with reading(path):
+        for rank in shard_ranks(state):
+            if rank == 0 and state.get("shard") is not None:
+                continue
+            file = _shard_file(state, path, rank)
+            if file is None:
+                raise CheckpointError(f"{path} comes without the replay buffer of rank {rank}")
+            _verify(file)
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     """The sealed archive of `state`, complete under its name or absent. Raises OSError; no partial file stays."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:  # whoever the umask lets read it may
             writer = _HashingWriter(file)
             torch.save({"format": FORMAT, **state}, cast(BinaryIO, writer))
             file.seek(-len(_NO_COMMENT), os.SEEK_END)
             file.write((64).to_bytes(2, "little") + writer.digest.hexdigest().encode())
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+            _sync(file.fileno(), path)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that has become read-only keeps it
+            temporary.unlink(missing_ok=True)
         raise OSError(_cause(error)) from error
 
 
@@ -248,6 +460,8 @@ def _newest_good(candidates: list[Path]) -> tuple[dict[str, Any], Path]:
     for candidate in candidates:
         try:
             state = _read(candidate)
+            if state.get("format") == FORMAT and "args" in state:
+                check_contents(state, candidate)
             without_shards.append((state, candidate))
             _verify_shards(state, candidate)
             return state, candidate
@@ -302,15 +516,43 @@ def _link(path: Path, link: Path) -> None:
         os.link(path, temporary)
     except OSError:
         shutil.copyfile(path, temporary)
+        with temporary.open("rb+") as file:
+            _sync(file.fileno(), path)
     os.replace(temporary, link)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(descriptor: int, path: Path) -> None:
+    """Forces a file to disk, where the file system can."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        go_without("fsync", path, "a crash of this machine may take the newest checkpoint")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces the entries of a folder to disk, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in LACKING | {errno.EACCES}:  # a folder that may be written but not read cannot be opened
+            raise
+        go_without("fsync of a folder", folder, "a crash of this machine may take the newest checkpoint")
+
+
+def go_without(call: str, path: Path, loss: str) -> None:
+    """Warns, once in a run for each call, that a file system lacks it, and of what is lost by that."""
+    first = not (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
+    )
+    if call not in _told and first:
+        print(f"warning: the file system of {path} has no {call}: {loss}", file=sys.stderr, flush=True)
+    _told.add(call)
 
 
 def _cause(error: BaseException) -> str:

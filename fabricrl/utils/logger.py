@@ -1,13 +1,21 @@
 """Where metrics go: TensorBoard, a CSV file, or Weights & Biases. A resumed run goes on in what it has written."""
 
+import contextlib
 import csv
+import errno
+import io
+import itertools
 import os
-from collections.abc import Mapping
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from lightning.fabric.loggers import Logger, TensorBoardLogger
+from lightning.fabric.loggers import Logger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 
 class CsvLogger(Logger):
@@ -20,8 +28,7 @@ class CsvLogger(Logger):
         self._path = path
         self._columns: list[str] = []
         if path.exists():  # entries after the checkpoint that is resumed are about to come again
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            rows = [row for row in self._read() if int(row["step"]) <= step]
             self._columns = list(rows[0]) if rows else []
             self._rewrite(rows)
 
@@ -41,22 +48,130 @@ class CsvLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row = {"step": step, **metrics}
         if not row.keys() <= set(self._columns):
-            rows = []
-            if self._columns:
-                with self._path.open(newline="") as file:
-                    rows = list(csv.DictReader(file))
+            rows = self._read() if self._columns else []
             self._columns = [*self._columns, *(name for name in row if name not in self._columns)]
             self._rewrite(rows)
-        with self._path.open("a", newline="") as file:
+        with self._path.open("r+", newline="") as file:  # a file that somebody has removed is not begun without a head
+            file.seek(0, os.SEEK_END)
             csv.DictWriter(file, self._columns).writerow(row)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The entries that can be read. A last line without its end is what a killed run leaves; a file with anything
+        else that is no entry is kept beside the new one, and told of."""
+        text, _, _ = self._path.read_bytes().decode(errors="replace").rpartition("\n")
+        rows, others = _entries(text)
+        if others:
+            aside = next(path for path in _numbered(self._path.with_name("metrics.damaged")) if not path.exists())
+            os.replace(self._path, aside)
+            print(
+                f"warning: {others} lines of {self._path} are no entries; it is kept as {aside.name}", file=sys.stderr
+            )
+        return rows
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self._path)
+        try:
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(temporary, self._path)
+        except OSError:
+            with contextlib.suppress(OSError):  # a disk that has become read-only keeps it
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+class EventLogger(Logger):
+    """TensorBoard's event file, in which each entry is written before training goes on.
+
+    TensorBoard's own writer is a thread: where the disk is full it prints a traceback, and what it holds back is lost.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter  # takes a fifth of a second
+
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._path, self._file = _create(folder / name)
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if step:  # entries after the checkpoint that is resumed are hidden: the run is about to write them again
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    @property
+    def name(self) -> str:
+        return self._path.parent.name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Shown as a table, under Text."""
+        from torch.utils.tensorboard.summary import text
+
+        rows = "\n".join(f"|{name}|{value}|" for name, value in params.items())
+        summary = text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        self._write(Event(wall_time=time.time(), step=kwargs.get("step", 0), summary=summary))
+        self._flush()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        for name, value in metrics.items():
+            self._write(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+
+    def _flush(self) -> None:
+        """Raises OSError if what was written is not there: also if somebody has removed the file."""
+        self._file.flush()
+        if not self._path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
+
+
+def _entries(text: str) -> tuple[list[dict[str, str]], int]:
+    """The rows of a CSV text that are entries of a log, and the number of the other lines."""
+    if not text.strip():
+        return [], 0
+    try:
+        header, *lines = csv.reader(io.StringIO(text, newline=""))
+    except csv.Error:  # not a table
+        return [], text.count("\n") + 1
+    if header[:1] != ["step"] or len(set(header)) < len(header):
+        return [], 1 + len(lines)
+    good = [line for line in lines if len(line) == len(header) and _is_entry(*line)]
+    return [dict(zip(header, line, strict=True)) for line in good], len(lines) - len(good)
+
+
+def _is_entry(step: str, *values: str) -> bool:
+    try:
+        [float(value) for value in values if value]
+    except ValueError:
+        return False
+    return step.isascii() and step.isdecimal()
+
+
+def _create(path: Path) -> tuple[Path, BinaryIO]:
+    """Opens a file that was not there, also when two begin in the same second."""
+    for free in _numbered(path):
+        with contextlib.suppress(FileExistsError):
+            return free, free.open("xb")
+    raise AssertionError("numbers do not end")
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """The path with numbers, from 0."""
+    return (path.with_name(f"{path.name}.{number}") for number in itertools.count())
 
 
 def make_logger(kind: str, folder: Path, step: int, arguments: Mapping[str, Any]) -> Logger:
@@ -80,8 +195,6 @@ def make_logger(kind: str, folder: Path, step: int, arguments: Mapping[str, Any]
         )
         wandb.log_hyperparams(dict(arguments))
         return wandb
-    # Entries after the checkpoint that is resumed are hidden: the run is about to write them again
-    board = TensorBoardLogger(folder, name="", version="", purge_step=step + 1 if step else None)
-    rows = "\n".join(f"|{name}|{value}|" for name, value in arguments.items())
-    board.experiment.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}", step)
+    board = EventLogger(folder, step)
+    board.log_hyperparams(arguments, step=step)
     return board

@@ -1,7 +1,6 @@
 """Adam over one vector: at the widths of control policies an optimizer step costs calls, not arithmetic."""
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,19 +9,7 @@ from torch import Tensor, nn
 
 from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.ranks import mean_over_ranks
-
-_spells_out = False
-
-
-@contextlib.contextmanager
-def spelled_out() -> Iterator[None]:
-    """Has `Adam.step` use elementary operations, which a compiler fuses, in place of PyTorch's fused kernel."""
-    global _spells_out
-    before, _spells_out = _spells_out, True
-    try:
-        yield
-    finally:
-        _spells_out = before
+from fabricrl.utils.recording import is_recording
 
 
 class FlatState:
@@ -101,6 +88,14 @@ class Adam(torch.optim.Optimizer):
             self.flat.grad = self.flat.gather()
         return self.flat.grad
 
+    def follow(self) -> None:
+        """Keeps up with parameters that have been moved to another device, or to another type."""
+        if not self.flat.is_joined:
+            self.flat.join()
+        group = self.param_groups[0]
+        if group["lr"].device != self.flat.vector.device:
+            group["lr"] = group["lr"].to(self.flat.vector.device)
+
     @torch.no_grad()
     def clip_gradient(self, max_norm: float) -> None:
         """Scales the gradient down to the norm `max_norm` if its own is larger; 0: leaves it alone."""
@@ -111,10 +106,8 @@ class Adam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Moves every parameter that has a gradient."""
-        flat, group = self.flat, self.param_groups[0]
-        if not flat.is_joined:
-            flat.join()
-            group["lr"] = group["lr"].to(flat.vector.device)
+        self.follow()
+        flat = self.flat
         used = [parameter.grad is not None for parameter in flat.parameters]
         flat.equal_steps = flat.equal_steps and all(used)
         columns = flat.vector, self.gradient, flat.exp_avg, flat.exp_avg_sq
@@ -134,10 +127,11 @@ class Adam(torch.optim.Optimizer):
         """The equations above, for parts (θ, g, m, v) that have counted their step."""
         group = self.param_groups[0]
         lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
-        if not _spells_out and self.flat.vector.device.type in ("cpu", "cuda"):
+        if not is_recording() and self.flat.vector.device.type in ("cpu", "cuda"):
             settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": 0.0}
             torch._fused_adam_(*parts, [], steps, **settings, amsgrad=False, maximize=False)  # type: ignore[call-overload]
             return
+        # Elementary operations, which a compiler fuses
         for vector, grad, exp_avg, exp_avg_sq, step in zip(*parts, steps, strict=True):
             exp_avg.lerp_(grad, 1 - beta1)
             exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

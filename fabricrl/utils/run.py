@@ -1,7 +1,6 @@
 """A run's folder: its metrics, checkpoints, progress bar and result line. Only rank 0 writes."""
 
 import atexit
-import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +17,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
-from fabricrl.utils.checkpoint import save_checkpoint, save_shard
+from fabricrl.utils.checkpoint import LACKING, go_without, save_checkpoint, save_shard
 from fabricrl.utils.errors import ConfigError, OutputError
 from fabricrl.utils.launch import failing_together
 from fabricrl.utils.logger import make_logger
@@ -92,8 +91,7 @@ class RunFolder:
         try:
             self._logger.log_metrics(metrics, step)
         except OSError as error:  # training is worth more than its log
-            print(f"warning: no more metrics are written: {error.strerror or error}", file=sys.stderr, flush=True)
-            self._logger = None
+            self._stop_logging(error)
 
     def wants_checkpoint(self, step: int, last: bool) -> bool:
         """Whether a multiple of `checkpoint_every` has been passed since the last checkpoint, or the run ends."""
@@ -135,7 +133,9 @@ class RunFolder:
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
             try:
                 print(f"result {fields} episodes={episodes.count} checkpoint={self.checkpoint}", flush=True)
-            except OSError:  # nobody reads it: no reason to fail after the work is done
+            except OSError as error:  # no reason to fail after the work is done
+                if not isinstance(error, BrokenPipeError):  # else nobody reads it
+                    print(f"warning: the result is not printed: {error.strerror}", file=sys.stderr, flush=True)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
@@ -143,13 +143,19 @@ class RunFolder:
         if self._bar is not None:
             self._bar.close()
         if self._logger is not None:
-            with contextlib.suppress(OSError):  # the disk is full or gone, as has been told
+            try:
                 self._logger.finalize("success")
+            except OSError as error:
+                self._stop_logging(error)
             self._logger = None
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
         atexit.unregister(self.close)
+
+    def _stop_logging(self, error: OSError) -> None:
+        print(f"warning: no more metrics are written: {error.strerror or error}", file=sys.stderr, flush=True)
+        self._logger = None
 
     def _upload(self) -> None:
         """Sends the run's folder to a model repository named after environment and run; a failure is told, no more."""
@@ -173,7 +179,7 @@ class RunFolder:
             (self.folder / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
             self._logger = make_logger(kind, self.folder, self.first_step, arguments)
         except OSError as error:
-            raise OutputError(f"cannot write into {self.folder}: {error.strerror}") from error
+            raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from error
         ranks, threads = self.fabric.world_size, torch.get_num_threads()
         who = "player" if hasattr(self.args, "max_lag") else f"{ranks} rank{'s' * (ranks > 1)}"  # beside its trainers
         where = f"{who} on {self.fabric.device.type}, {threads} thread{'s' * (threads > 1)} each"
@@ -188,7 +194,7 @@ class RunFolder:
         """That of the run that is resumed, if it was named or its newest checkpoint was; else a new one."""
         if resumed is not None and (resumed.parent.parent / "args.json").exists():
             newest = max(resumed.parent.glob("step_*.ckpt"), default=None)
-            if newest == resumed or Path(self.args.resume).is_dir():
+            if newest == resumed or Path(self.args.resume).expanduser().is_dir():
                 return resumed.parent.parent
         env = re.sub(r"[^\w.-]", "_", self.args.env_id)
         name = f"{self.args.exp_name or self.algo}_{self.args.seed}_{datetime.now():%Y%m%d-%H%M%S}"
@@ -223,11 +229,17 @@ def _lock(folder: Path) -> int | None:
         import fcntl
     except ImportError:
         return None
-    descriptor = os.open(folder / "args.json", os.O_CREAT | os.O_RDWR)
+    descriptor = os.open(folder / "args.json", os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"--resume: another process is running in {folder}") from error
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise ConfigError(f"--resume: another process is running in {folder}") from error
+        if error.errno not in LACKING:
+            raise
+        go_without("flock", folder, "two processes that resume this run would not notice each other")
+        return None
     os.set_inheritable(descriptor, False)
     return descriptor
 

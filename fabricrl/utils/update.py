@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fabricrl.utils.errors import ConfigError
-from fabricrl.utils.optimizer import Adam, spelled_out
+from fabricrl.utils.optimizer import Adam
+from fabricrl.utils.recording import recording
 
 
 class Runner:
@@ -67,8 +68,7 @@ class Runner:
     def rehearsal(self) -> Iterator[None]:
         """Puts back parameters, buffers, moments and generators as they were: what runs inside leaves no trace."""
         for optimizer in self._optimizers:
-            if not optimizer.flat.is_joined:
-                optimizer.flat.join()
+            optimizer.follow()
         tensors = [tensor for optimizer in self._optimizers for tensor in optimizer.tensors()]
         tensors += [tensor for module in self._modules for tensor in (*module.parameters(), *module.buffers())]
         before = [tensor.detach().clone() for tensor in tensors]
@@ -102,7 +102,7 @@ class Runner:
         from torch._inductor import compile as inductor  # here, as it takes a second and few runs need it
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        with self.rehearsal(), spelled_out():
+        with self.rehearsal(), recording():
             graph = make_fx(lambda *tensors: function(tensors))(*inputs)
         state = _lift_state(graph)
         with torch.no_grad():

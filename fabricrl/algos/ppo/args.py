@@ -1,10 +1,23 @@
 """Arguments of PPO, and the presets."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fabricrl.algos.args import DecoupledArgs, StandardArgs, arg, require_between
-from fabricrl.models.models import ACTIVATIONS
+from fabricrl.algos.args import (
+    LARGEST,
+    STEP_BYTES,
+    WEIGHT_BYTES,
+    DecoupledArgs,
+    StandardArgs,
+    arg,
+    num_weights,
+    require_above_zero,
+    require_between,
+    require_counts,
+    require_memory,
+    require_widths,
+)
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.utils import require
 
@@ -88,21 +101,22 @@ class PPOArgs(StandardArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_steps", "num_minibatches", "update_epochs", "frame_stack", "cnn_features"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
-        require(self.frame_stack <= 64, "frame_stack", self.frame_stack, "at most 64")
-        require(self.noop_max >= 0, "noop_max", self.noop_max, "0 or more")
-        require(self.resize is None or self.resize >= 36, "resize", self.resize, "at least 36, or None")
-        require_between(self, 0, 1, "gamma", "gae_lambda")
-        require_between(self, 0, float("inf"), "ent_coef", "vf_coef", "max_grad_norm")
-        require_between(self, -20, 20, "log_std_init")
-        require(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a number above 0")
-        require(0 < self.clip_coef < float("inf"), "clip_coef", self.clip_coef, "a number above 0")
-        require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "a number above 0, or None")
+        require_counts(self, 2**63 - 1, "num_steps", "num_minibatches")
+        require_counts(self, 1000, "update_epochs")  # a run can be stopped between two iterations, not within
+        require_counts(self, 64, "frame_stack")
+        require_counts(self, 65_536, "cnn_features")
+        require(0 <= self.noop_max <= 1000, "noop_max", self.noop_max, "0 or more, at most 1000")
         require(
-            all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", self.hidden_sizes, "integers of at least 1"
+            self.resize is None or 36 <= self.resize <= 4096,
+            "resize",
+            self.resize,
+            "at least 36, at most 4096, or None",
         )
-        require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        require_between(self, 0, 1, "gamma", "gae_lambda")
+        require_between(self, 0, LARGEST, "ent_coef", "vf_coef", "max_grad_norm")
+        require_between(self, -20, 20, "log_std_init")
+        require_above_zero(self, "learning_rate", "clip_coef", "target_kl")
+        require_widths(self, "hidden_sizes")
         atari = self.env_id.startswith("ALE/") or "NoFrameskip" in self.env_id
         require(
             self.preset != "atari" or atari, "env_id", self.env_id, "an Atari game, such as ALE/Pong-v5, for its preset"
@@ -114,15 +128,30 @@ class PPOArgs(StandardArgs):
 
     def _check_minibatches(self) -> None:
         """Every minibatch has the same size, so that none has one row, whose advantage cannot be normalised."""
-        batch = self.num_envs * self.num_steps
-        legal = [n for n in range(1, batch + 1) if batch % n == 0 and (batch // n > 1 or not self.norm_adv)]
-        if self.num_minibatches not in legal:
-            least = 2 if self.norm_adv else 1
-            near = sorted(sorted(legal, key=lambda n: abs(n - self.num_minibatches))[:2])
+        batch, least = self.num_envs * self.num_steps, 2 if self.norm_adv else 1
+
+        def is_legal(number: int) -> bool:
+            return number >= 1 and batch % number == 0 and batch // number >= least
+
+        if not is_legal(self.num_minibatches):
+            start = min(self.num_minibatches, batch // least)
+            around = (number for gap in range(10_000) for number in dict.fromkeys((start - gap, start + gap)))
+            near = sorted(itertools.islice(filter(is_legal, around), 2)) or [1] * is_legal(1)
             raise ConfigError(
                 f"--num-minibatches is {self.num_minibatches}: it must divide num-envs × num-steps = {batch} into "
                 f"equal parts of at least {least}; nearest are {' and '.join(map(str, near)) or 'none'}"
             )
+
+    def check_machine(self) -> None:
+        super().check_machine()
+        steps = self.num_envs * self.num_steps
+        require_memory("--num-envs × --num-steps", f"rollouts of {steps} steps", steps * STEP_BYTES)
+        weights = self._num_weights()
+        require_memory("--hidden-sizes", f"networks of {weights} weights", weights * WEIGHT_BYTES)
+
+    def _num_weights(self) -> int:
+        """Weights of actor and critic at the least: of observations and actions that are a single number."""
+        return 2 * num_weights(1, *self.hidden_sizes, 1)
 
 
 @dataclass(frozen=True)

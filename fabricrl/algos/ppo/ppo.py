@@ -135,12 +135,13 @@ def main() -> int:
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
         epoch = run.captured(partial(train_epoch, run.compiled(partial(update, run, model, optimizer)), args.norm_adv))
 
+        run.restore(agent=agent, optimizer=optimizer)
+
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
         rb = RolloutBuffer(*shape, args.frame_stack, run.skips)
 
-        # --- Counters
-        run.restore(agent=agent, optimizer=optimizer)
+        # --- Start
         if run.records:
             with run.rehearsal():
                 train(run, epoch, returns_and_advantages(run, model, agent, rb), *run.numbers(0.0, 0.0))

@@ -100,12 +100,13 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
         agent = make_agent(args, envs)
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
 
+        run.restore(agent=agent, optimizer=optimizer)
+
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
         rb = RolloutBuffer(*shape, args.frame_stack, run.skips)
 
-        # --- Counters
-        run.restore(agent=agent, optimizer=optimizer)
+        # --- Start
         run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
         rb.start(run.reset())
         trainers.begin(make_messages(agent, optimizer, trainers.count, args), agent)  # -> [H]

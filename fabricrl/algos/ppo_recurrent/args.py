@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fabricrl.algos.args import arg
+from fabricrl.algos.args import arg, num_weights, require_counts, require_widths
 from fabricrl.algos.ppo.args import PPOArgs
-from fabricrl.models.recurrent import CORES
-from fabricrl.utils.utils import require
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,13 @@ class RecurrentPPOArgs(PPOArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rnn_hidden_size", "rnn_layers", "sequence_length"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
-        require(
-            all(size >= 1 for size in self.encoder_sizes), "encoder_sizes", self.encoder_sizes, "integers of at least 1"
-        )
-        require(self.rnn_type in CORES, "rnn_type", self.rnn_type, f"one of {', '.join(CORES)}")
+        require_counts(self, 2**63 - 1, "rnn_hidden_size", "sequence_length")
+        require_counts(self, 100, "rnn_layers")
+        require_widths(self, "encoder_sizes")
+
+    def _num_weights(self) -> int:
+        gates, size = {"lstm": 4, "gru": 3}[self.rnn_type], self.rnn_hidden_size
+        encoded = self.encoder_sizes[-1] if self.encoder_sizes else 1
+        core = gates * size * (encoded + size + 2 * size * (self.rnn_layers - 1))
+        cores = (1 if self.shared_core else 2) * (num_weights(1, *self.encoder_sizes) + core)
+        return cores + 2 * num_weights(size, *self.hidden_sizes, 1)

@@ -116,12 +116,13 @@ def main() -> int:
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
         update_step = run.compiled(partial(update, run, model, optimizer))
 
+        run.restore(agent=agent, optimizer=optimizer)
+
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
         rb = RecurrentRolloutBuffer(*shape, agent.memory_size, args.frame_stack, run.skips, run.player_device)
 
-        # --- Counters
-        run.restore(agent=agent, optimizer=optimizer)
+        # --- Start
         if run.records:
             with run.rehearsal():
                 sequences = Sequences(rb.dones, args.sequence_length)

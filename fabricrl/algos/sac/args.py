@@ -3,8 +3,20 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fabricrl.algos.args import DecoupledArgs, StandardArgs, arg, require_between
-from fabricrl.models.models import ACTIVATIONS
+from fabricrl.algos.args import (
+    LARGEST,
+    STEP_BYTES,
+    WEIGHT_BYTES,
+    DecoupledArgs,
+    StandardArgs,
+    arg,
+    num_weights,
+    require_above_zero,
+    require_between,
+    require_counts,
+    require_memory,
+    require_widths,
+)
 from fabricrl.utils.utils import require
 
 
@@ -58,21 +70,17 @@ class OffPolicyArgs(StandardArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("buffer_size", "batch_size", "n_step", "num_critics"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        require_counts(self, 2**63 - 1, "buffer_size", "batch_size")
+        require_counts(self, 1000, "n_step", "num_critics")
         require(self.learning_starts >= 0, "learning_starts", self.learning_starts, "0 or more")
         require_between(self, 0, 1, "gamma", "tau")
         require(self.tau > 0, "tau", self.tau, "above 0, or the targets never move")
-        for name in ("alpha", "policy_lr", "q_lr"):
-            require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "a number above 0")
+        require_above_zero(self, "alpha", "policy_lr", "q_lr")
         # An iteration draws the batches of all its updates at once, and cannot be stopped before they are done
         require(0 < self.replay_ratio <= 1000, "replay_ratio", self.replay_ratio, "above 0 and at most 1000")
-        entropy = self.target_entropy
-        require(entropy is None or abs(entropy) < float("inf"), "target_entropy", entropy, "a number, or None")
-        require(
-            all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", self.hidden_sizes, "integers of at least 1"
-        )
-        require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        entropy, allowed = self.target_entropy, f"a number between {-LARGEST:g} and {LARGEST:g}, or None"
+        require(entropy is None or abs(entropy) <= LARGEST, "target_entropy", entropy, allowed)
+        require_widths(self, "hidden_sizes")
         self._check_amounts()
 
     def _check_amounts(self) -> None:
@@ -84,6 +92,18 @@ class OffPolicyArgs(StandardArgs):
         require(self.total_timesteps >= self.num_envs, "total_timesteps", self.total_timesteps, allowed)
         allowed = f"below total-timesteps = {self.total_timesteps}"
         require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, allowed)
+
+    def check_machine(self) -> None:
+        super().check_machine()
+        weights = num_weights(1, *self.hidden_sizes, 1)
+        # Beside those of the critics are the targets, which are not trained
+        need = weights * (WEIGHT_BYTES + self.num_critics * (WEIGHT_BYTES + 4))
+        require_memory(
+            "--hidden-sizes, --num-critics", f"{1 + 2 * self.num_critics} networks of {weights} weights", need
+        )
+        rows = int(max(self.replay_ratio * self.num_envs, 1)) * self.batch_size
+        flags = "--batch-size × --replay-ratio × --num-envs"
+        require_memory(flags, f"the batches of an iteration, {rows} transitions", rows * STEP_BYTES)
 
 
 @dataclass(frozen=True)
@@ -97,8 +117,8 @@ class SACArgs(OffPolicyArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("policy_frequency", "target_network_frequency"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        require_counts(self, 1000, "policy_frequency")  # so many at once
+        require_counts(self, 2**63 - 1, "target_network_frequency")
 
 
 @dataclass(frozen=True)

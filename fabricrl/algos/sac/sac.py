@@ -145,15 +145,16 @@ def main() -> int:
         # --- Agent and optimizers
         agent = make_agent(args, envs)
         learner = setup(run, agent)
-        step_critics = run.compiled(partial(update_critics, run, learner))
-        step_actor = run.compiled(partial(update_actor, run, learner))
+        step_critics = run.captured(run.compiled(partial(update_critics, run, learner)))
+        step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
+
+        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
 
         # --- Buffer
         rb = make_buffer(run)
-
-        # --- Counters
-        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
         restore_replay(run, rb, schedule)
+
+        # --- Start
         if run.records:
             with run.rehearsal():
                 batches = rb.sample(args.policy_frequency, args.batch_size, run.train_rng)

@@ -152,11 +152,12 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
         agent = make_agent(args, envs)
         learner = setup(run, agent)
 
+        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+
         # --- Buffer
         rb = NewestStep(args.num_envs, args.num_envs, run.obs_space, agent.head.num_actions)
 
-        # --- Counters
-        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+        # --- Start
         run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
         stored = run.state.get("schedule")
         rb.start(obs := run.reset())
@@ -261,8 +262,8 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
     spaces = {"single_observation_space": run.obs_space, "single_action_space": run.action_space}
     agent = make_agent(args, SimpleNamespace(**spaces))
     learner = setup(run, agent)
-    step_critics = run.compiled(partial(update_critics, run, learner))
-    step_actor = run.compiled(partial(update_actor, run, learner))
+    step_critics = run.captured(run.compiled(partial(update_critics, run, learner)))
+    step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
     messages = make_messages(learner, run, count, args)
     iteration = 0
 
