@@ -39,14 +39,21 @@ def gae(
 
 def discounted_sums(deltas: Tensor, decay: Tensor) -> Tensor:
     """A_t = δ_t + c_t A_{t+1} for δ and c [T, N], from A_T = 0; [T, N]."""
-    if deltas.device.type == "cpu":
-        steps, factors = deltas.numpy(), decay.numpy()
-        sums, running = np.empty_like(steps), np.zeros_like(steps[0])
-        for t in range(len(steps) - 1, -1, -1):  # NumPy: a step costs a third of what it costs in torch at this size
-            running = steps[t] + factors[t] * running
-            sums[t] = running
-        return torch.from_numpy(sums)
-    # Doubling: after k rounds, sums reach over 2^k steps. log T rounds in place of T kernels one after the other
+    return _sums_by_steps(deltas, decay) if deltas.device.type == "cpu" else _sums_by_doubling(deltas, decay)
+
+
+def _sums_by_steps(deltas: Tensor, decay: Tensor) -> Tensor:
+    """In NumPy, where a step costs a third of what it costs in torch at this size."""
+    steps, factors = deltas.numpy(), decay.numpy()
+    sums, running = np.empty_like(steps), np.zeros_like(steps[0])
+    for t in range(len(steps) - 1, -1, -1):
+        running = steps[t] + factors[t] * running
+        sums[t] = running
+    return torch.from_numpy(sums)
+
+
+def _sums_by_doubling(deltas: Tensor, decay: Tensor) -> Tensor:
+    """After k rounds, sums reach over 2^k steps: log T rounds in place of T kernels one after the other."""
     reaching, left, reach = deltas.clone(), decay.clone(), 1
     while reach < len(deltas):
         reaching[:-reach] += left[:-reach] * reaching[reach:].clone()
