@@ -177,6 +177,7 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         if ("max_lag" in state["args"]) != issubclass(kind, DecoupledArgs):
             inherited -= {"devices", "num_nodes", "exp_name"}  # one rank more plays there, or here
         defaults = {name: value for name, value in state["args"].items() if name in inherited}
+        defaults["player_device"] = defaults.get("player_device") or "auto"  # which decoupled scripts called None
         with reading(resume):
             kind(**defaults | {"log_dir": tempfile.gettempdir()})  # where it writes now is another matter
     elif preset is not None:

@@ -14,7 +14,7 @@ with Run(args, "ppo", ACTION_SPACES) as run:
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
-from fabricrl.utils.update import Runner
+from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # updates
@@ -72,9 +72,12 @@ class Run:
     ) -> None:
         self.args, self.algo = args, algo
         video_mode = "rgb_array" if args.capture_video else None
+        if args.compile:
+            check_compiler()
         self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
-        self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
+        with reading(self.path):
+            self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
         self.global_step = self.first_step = self.state.get("global_step", 0)
         self.exit_code, self._iteration_steps = 0, 0
         self._signals = StopSignal()
@@ -95,6 +98,8 @@ class Run:
         args, fabric = self.args, self.fabric
         steps = args.num_envs * getattr(args, "num_steps", 1) * fabric.world_size
         require(steps <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {steps}")
+        acts = args.player_device != "cuda" or fabric.device.type == "cuda"
+        require(acts, "player_device", args.player_device, "cpu or auto where the run trains on the CPU")
         if self.state:
             check_batch(self.state, args, fabric.world_size)
             check_spaces(self.state["spaces"], describe(self.obs_space, self.action_space))
@@ -118,15 +123,15 @@ class Run:
         if kind is None and self._envs is not None:
             self._envs.close()
         if kind is None and self._folder is not None:
-            self._folder.finish(self.global_step, self.episodes)
+            self._folder.finish(self.global_step, self.episodes, self.exit_code > 0)
 
     # --- before the loop
 
     def make_envs(self) -> VectorEnv:
-        """This rank's environments; makes the run's folder, too."""
-        self._folder = RunFolder(self.fabric, self.args, self.algo, self.path, self.first_step)
+        """This rank's environments, which may record videos in the run's folder."""
+        videos = self._made_folder().videos
         with self.together():
-            self._envs = make_envs(self.args, self.fabric.global_rank, self._folder.videos)
+            self._envs = make_envs(self.args, self.fabric.global_rank, videos)
         return self._envs
 
     @property
@@ -138,8 +143,12 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where the run writes; the same on every rank."""
-        assert self._folder is not None, "make_envs() comes first"
-        return self._folder.folder
+        return self._made_folder().folder
+
+    def _made_folder(self) -> RunFolder:
+        if self._folder is None:
+            self._folder = RunFolder(self.fabric, self.args, self.algo, self.path, self.first_step)
+        return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
         """What `fabric.setup` returns: the module and its optimizers, ready to train on this rank's device.
@@ -265,26 +274,33 @@ class Run:
     def record_rollout(self, rb: RolloutBuffer, heeds_signals: bool = True) -> None:
         """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.
 
+        Args:
+            heeds_signals: whether those that have come since the rollout still make this iteration the last.
+
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
-        self.losses.update(self.look())
+        with self.together() if heeds_signals else nullcontext():
+            self.losses.update(self.look())
         self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped)
-        if heeds_signals:  # which may have come since the rollout
-            with self.together():
-                pass
         self.clock.lap("comm")
         self._advance()
 
-    def record_step(self) -> None:
+    def record_step(self, heeds_signals: bool = True) -> None:
         """Ends an iteration of one step: does what `record_rollout` does now and then, as it costs what an update does.
+
+        Over ranks, signals are agreed on with the next step, unless this one looks.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
+        if heeds_signals and self.fabric.world_size == 1:
+            self.exit_code = max(self.exit_code, self._signals.code)
         if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
             self.episodes.flush(self.fabric)
-            self.losses.update(self.look())
+            with self.together() if heeds_signals else nullcontext():
+                self.losses.update(self.look())
+        self.clock.lap("comm")
         self._advance()
 
     @property

@@ -99,7 +99,9 @@ def train(
 def main() -> int:
     args = parse(DroQArgs, "droq")
     with Run(args, "droq", ACTION_SPACES, bounded=True) as run:
+        # --- Schedule and buffer
         schedule = make_schedule(run)
+        rb = make_buffer(run)
 
         # --- Environments
         envs = run.make_envs()
@@ -109,9 +111,6 @@ def main() -> int:
         learner = setup(run, agent)
         step_critics = run.compiled(partial(update_critics, run, learner))
         step_actor = run.compiled(partial(update_actor, run, learner))
-
-        # --- Buffer
-        rb = make_buffer(run)
 
         # --- Counters
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)

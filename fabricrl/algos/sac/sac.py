@@ -22,6 +22,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.data import Batch, ReplayBuffer
 from fabricrl.envs import rescale_actions
+from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.model import frozen, polyak_update
 from fabricrl.utils.optimizer import Adam, average_gradients
 
@@ -39,6 +40,8 @@ def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: ReplayBuffer, explo
             noise = player.head.noise((rb.num_envs,), run.act_rng)
             obs = rb.newest_obs()  # [N, D]
             actions = player.act(obs.to(run.player_device), noise.to(run.player_device)).cpu()  # [N, A]
+            if not actions.isfinite().all():
+                raise NonFiniteError("the policy's actions are not finite")
         run.clock.lap("act")
         env_actions = rescale_actions(run.action_space, actions.numpy())
         next_obs, rewards, terminated, truncated, infos = envs.step(env_actions)
@@ -137,7 +140,9 @@ def train(
 def main() -> int:
     args = parse(SACArgs, "sac")
     with Run(args, "sac", ACTION_SPACES, bounded=True) as run:
+        # --- Schedule and buffer
         schedule = make_schedule(run)
+        rb = make_buffer(run)
 
         # --- Environments
         envs = run.make_envs()
@@ -148,16 +153,13 @@ def main() -> int:
         step_critics = run.compiled(partial(update_critics, run, learner))
         step_actor = run.compiled(partial(update_actor, run, learner))
 
-        # --- Buffer
-        rb = make_buffer(run)
-
         # --- Counters
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
         restore_replay(run, rb, schedule)
         if run.records:
             with run.rehearsal():
-                batches = rb.sample(args.policy_frequency, args.batch_size, run.train_rng)
-                train(run, learner, step_critics, step_actor, batches, 1)
+                every_kind = args.policy_frequency * args.target_network_frequency  # of update: this one, and the next
+                train(run, learner, step_critics, step_actor, rb.sample(2, args.batch_size, run.train_rng), every_kind)
         rb.start(run.reset())
 
         for step in run.iterations(args.num_envs):

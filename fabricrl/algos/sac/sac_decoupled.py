@@ -143,7 +143,9 @@ def collect(trainers: Trainers, most: int, learner: Learner, losses: MeanMetrics
 def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
     """sac.py's main(), whose line `train(...)` is messages."""
     with run:
+        # --- Schedule and buffer
         schedule = make_schedule(run)
+        rb = NewestStep(args.num_envs, args.num_envs, run.obs_space, int(np.prod(run.action_space.shape)))
 
         # --- Environments
         envs = run.make_envs()
@@ -151,9 +153,6 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
         # --- Agent, and the optimizers' state for checkpoints
         agent = make_agent(args, envs)
         learner = setup(run, agent)
-
-        # --- Buffer
-        rb = NewestStep(args.num_envs, args.num_envs, run.obs_space, agent.head.num_actions)
 
         # --- Counters
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
@@ -190,7 +189,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
             run.clock.lap("wait_player")
 
             # 4. Log
-            run.record_step()
+            run.record_step(heeds_signals=False)  # the trainers know already whether this is the end
             if run.log_is_due:
                 charts = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}
                 run.log({"charts/learning_rate": args.policy_lr} | charts)
@@ -283,8 +282,9 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
     rb.start(begun["obs"].numpy())
     if run.records:
         with run.rehearsal():
-            batches = rb.sample(args.policy_frequency, run.args.batch_size, run.train_rng)
-            train(run, learner, step_critics, step_actor, batches, 1)
+            every_kind = args.policy_frequency * args.target_network_frequency  # of update: this one, and the next
+            batches = rb.sample(2, run.args.batch_size, run.train_rng)
+            train(run, learner, step_critics, step_actor, batches, every_kind)
             run.look()
     if speaks:
         channel.send("B", messages["B"].fill(code=0, refill=refill), PLAYER, iteration)
