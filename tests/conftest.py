@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from fabricrl.utils.optimizer import Adam
+
 
 @pytest.fixture(autouse=True)
 def isolated() -> Iterator[None]:
@@ -77,6 +79,17 @@ def on_ranks(world_size: int, function: Callable[[Any], Any]) -> list[Any]:
 
 # One rank in full precision: no collectives
 SINGLE = SimpleNamespace(world_size=1, global_rank=0, device=torch.device("cpu"), autocast=contextlib.nullcontext)
+
+
+class Descent(Adam):
+    """Moves the parameters by the gradient itself, times the learning rate."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if not self.flat.is_joined:
+            self.flat.join()
+        self.flat.vector.sub_(self.param_groups[0]["lr"] * self.gradient)
+        self.flat.grad = None
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Checkpoints of an earlier version go on as they would have then, and can be played.
 
-Each folder of tests/data/checkpoints is a run that stopped nowhere: its checkpoint in the middle, which is resumed here,
-and its last one, which is what has to come out. They are of commit 1fd16ff, whose gradients were written by hand, and
-were made there, with the folder `old` beside it, by
+Each folder of tests/data/checkpoints is a run that stopped nowhere: its checkpoint in the middle, which is resumed
+here, and its last one, which is what has to come out. They are of commit 1fd16ff, whose gradients were written by hand,
+and were made there, with the folder `old` beside it, by
 
     cd old; export PYTHONPATH=..; algos=../fabricrl/algos
     env="--env-id tests.envs:Deterministic-v0 --num-envs 2 --norm-obs --hidden-sizes 8 --num-threads 1 --logger csv"

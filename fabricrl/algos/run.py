@@ -14,7 +14,7 @@ with Run(args, "ppo", ACTION_SPACES) as run:
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class Run:
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: draw action noise and what training draws, different on every rank.
         updates: compiles and captures what trains.
-        episodes, losses, clock: what is logged.
+        episodes, losses, clock: what is logged; charts: what else there is for the next entry alone.
+        generators: states for the next checkpoint, of all ranks; None: of those generators that this run has.
         exit_code: 0, or that of the signal that ends the run.
 
     Raises:
@@ -80,6 +81,9 @@ class Run:
             self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
         self.global_step = self.first_step = self.state.get("global_step", 0)
         self.exit_code, self._iteration_steps = 0, 0
+        self._is_last: bool | None = None  # undecided
+        self.charts: dict[str, float] = {}
+        self.generators: Tensor | None = None
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
         self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
@@ -216,9 +220,12 @@ class Run:
         """What trains as one CUDA graph on a GPU, else as it is."""
         return self.updates.captured(function)
 
-    def rehearsal(self) -> AbstractContextManager[None]:
-        """Undoes what an update inside changes: it is there to be compiled and captured."""
-        return self.updates.rehearsal()
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Undoes what an update inside changes and notes: it is there to be compiled and captured."""
+        with self.updates.rehearsal():
+            yield
+        self._noted.clear()
 
     def numbers(self, *values: float) -> tuple[Any, ...]:
         """Coefficients that vary: scalar tensors where updates are recorded, which would keep a number as it is."""
@@ -240,14 +247,16 @@ class Run:
     def iterations(self, steps: int) -> Iterator[int]:
         """Iterations of so many steps on each rank, up to `total_timesteps` or a signal: the steps before each."""
         self._iteration_steps = steps * self.fabric.world_size
-        while not self.exit_code and self.global_step + self._iteration_steps <= self.args.total_timesteps:
-            self.global_step += self._iteration_steps
+        while not self.is_last:
+            self.global_step, self._is_last = self.global_step + self._iteration_steps, None
             yield self.global_step - self._iteration_steps
 
     @property
     def is_last(self) -> bool:
-        """Whether no iteration follows."""
-        return self.exit_code > 0 or self.global_step + self._iteration_steps > self.args.total_timesteps
+        """Whether no iteration follows: decided when an iteration asks first, whatever signals come later."""
+        if self._is_last is None:
+            self._is_last = self.exit_code > 0 or self.global_step + self._iteration_steps > self.args.total_timesteps
+        return self._is_last
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -267,26 +276,28 @@ class Run:
             fault.told_by = next(rank for rank, code in enumerate(codes) if code)
             raise fault
 
+    def check_finite(self, what: str, values: Tensor) -> None:
+        """Raises NonFiniteError if one of the values is not finite; for what an environment might choke on."""
+        if not values.isfinite().all():
+            raise NonFiniteError(f"{what} are not finite")
+
     def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
         """Keeps the metrics of one update [tags], or of several [K, tags], until it is time to look at them."""
         self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
 
-    def record_rollout(self, rb: RolloutBuffer, heeds_signals: bool = True) -> None:
+    def record_rollout(self, rb: RolloutBuffer) -> None:
         """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.
-
-        Args:
-            heeds_signals: whether those that have come since the rollout still make this iteration the last.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
-        with self.together() if heeds_signals else nullcontext():
+        with self.together():
             self.losses.update(self.look())
         self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped)
         self.clock.lap("comm")
         self._advance()
 
-    def record_step(self, heeds_signals: bool = True) -> None:
+    def record_step(self) -> None:
         """Ends an iteration of one step: does what `record_rollout` does now and then, as it costs what an update does.
 
         Over ranks, signals are agreed on with the next step, unless this one looks.
@@ -294,11 +305,11 @@ class Run:
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
-        if heeds_signals and self.fabric.world_size == 1:
+        if self.fabric.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
         if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
             self.episodes.flush(self.fabric)
-            with self.together() if heeds_signals else nullcontext():
+            with self.together():
                 self.losses.update(self.look())
         self.clock.lap("comm")
         self._advance()
@@ -341,7 +352,8 @@ class Run:
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
-        self._folder.log(charts | speed | numbers, self.global_step)
+        self._folder.log(charts | self.charts | speed | numbers, self.global_step)
+        self.charts = {}
 
     @property
     def checkpoint_is_due(self) -> bool:
@@ -349,23 +361,20 @@ class Run:
         assert self._folder is not None
         return self._folder.wants_checkpoint(self.global_step, self.is_last)
 
-    def checkpoint(
-        self, rb: ReplayBuffer | None = None, generators: Tensor | None = None, shards: int = 0, **parts: Any
-    ) -> None:
+    def checkpoint(self, rb: ReplayBuffer | None = None, shards: int = 0, **parts: Any) -> None:
         """Saves what `restore` has named, if it is time to.
 
         Args:
             rb: this rank's replay buffer, which is saved unless the arguments say otherwise.
-            generators: the states of all ranks' generators; None: of those that this run has.
             shards: replay buffers that a decoupled script's trainers have saved.
             parts: what else there is with a `state_dict`.
         """
         if self.checkpoint_is_due:
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
-            values = {"shards": shards} if shards else {}
-            if generators is None:
-                generators = rank_generators(self.fabric, self.act_rng, self.train_rng)
-            state |= {"generators": generators} | values
+            values: dict[str, Any] = {"shards": shards} if shards else {}
+            if self.generators is None:
+                values["generators"] = rank_generators(self.fabric, self.act_rng, self.train_rng)
+            state |= {"generators": self.generators} | values
             self.save(state, rb.state_dict() if rb is not None and self.args.checkpoint_buffer else None)
         self.clock.lap("log")
 

@@ -21,8 +21,7 @@ from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, rollout, setup
 from fabricrl.data import Batch
-from fabricrl.utils.model import frozen, polyak_update
-from fabricrl.utils.optimizer import average_gradients
+from fabricrl.utils import average_gradients, frozen, polyak_update
 
 
 def update_critics(

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fabricrl.algos.args import arg
-from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.models.recurrent import CORES
 from fabricrl.utils.utils import require
+
+__all__ = ["PRESETS", "RecurrentPPOArgs"]
 
 
 @dataclass(frozen=True)

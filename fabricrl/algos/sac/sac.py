@@ -22,9 +22,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.data import Batch, ReplayBuffer
 from fabricrl.envs import rescale_actions
-from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.model import frozen, polyak_update
-from fabricrl.utils.optimizer import Adam, average_gradients
+from fabricrl.utils import Adam, average_gradients, frozen, polyak_update
 
 CRITIC_METRICS = ("losses/qf_loss", "losses/qf_values")
 ACTOR_METRICS = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "losses/alpha")
@@ -40,8 +38,7 @@ def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: ReplayBuffer, explo
             noise = player.head.noise((rb.num_envs,), run.act_rng)
             obs = rb.newest_obs()  # [N, D]
             actions = player.act(obs.to(run.player_device), noise.to(run.player_device)).cpu()  # [N, A]
-            if not actions.isfinite().all():
-                raise NonFiniteError("the policy's actions are not finite")
+            run.check_finite("the policy's actions", actions)
         run.clock.lap("act")
         env_actions = rescale_actions(run.action_space, actions.numpy())
         next_obs, rewards, terminated, truncated, infos = envs.step(env_actions)
