@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from fabricrl.algos.droq import droq
-from fabricrl.algos.sac import learner, sac
+from fabricrl.algos.sac import sac
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
-from fabricrl.utils.model import FlatParameters
+from fabricrl.utils.optimizer import FlatState
 from tests.envs import Fault
 from tests.process import LIMIT, Finished, call, load, run_folder, run_team, saved_steps, team
 
@@ -60,7 +60,8 @@ def assert_last_checkpoint_is_good(tmp_path: Path, steps: list[int]) -> Path:
     assert not list(folder.glob("checkpoints/.*"))
     state, path = load_checkpoint(folder, "sac" if "sac" in folder.parts else "droq")
     assert state["global_step"] == steps[-1]
-    assert all(tensor.isfinite().all() for tensor in tensors([state["agent"], state["learner"]]))
+    learned = [state[name] for name in ("agent", "q_optimizer", "actor_optimizer")]
+    assert all(tensor.isfinite().all() for tensor in tensors(learned))
     return path
 
 
@@ -141,25 +142,42 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
     algo: str, tmp_path: Path, name: str
 ) -> None:
     """34 updates after learning has started, at step 66: a critic update and an actor's per step on average."""
-    with mock.patch.object(learner, name, spoiled(getattr(learner, name), 33)):
+    with mock.patch.object(SCRIPTS[algo], name, spoiled(getattr(SCRIPTS[algo], name), 33)):
         error = fault(algo, tmp_path, "none")
     assert isinstance(error, NonFiniteError)
     assert "not finite" in str(error)
     assert_last_checkpoint_is_good(tmp_path, BEFORE)
 
 
+def test_nan_that_was_learned_is_noticed_at_the_next_action_also_where_nothing_is_logged_or_saved(
+    algo: str, tmp_path: Path
+) -> None:
+    steps, step = [], ReplayBuffer.add
+
+    def counted(*given: Any) -> None:
+        steps.append(1)
+        step(*given)
+
+    rarely = ["--checkpoint-every", 1_000_000, "--log-every", 1_000_000]
+    spoil = mock.patch.object(SCRIPTS[algo], "actor_loss", spoiled(SCRIPTS[algo].actor_loss, 33))
+    with spoil, mock.patch.object(ReplayBuffer, "add", counted):
+        error = fault(algo, tmp_path, "none", *rarely)
+    assert (error.exit_code, str(error)) == (5, "the policy's actions are not finite")
+    assert 32 < len(steps) <= 34
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(algo: str, tmp_path: Path) -> None:
     """The loss is finite, its gradient is not, and a checkpoint follows at once: that of step 64 holds no NaN."""
-    collect, calls = FlatParameters.set_gradients, []
+    gather, calls = FlatState.gather, []
 
-    def spoil(flat: FlatParameters, grads: list) -> None:
-        collect(flat, grads)
+    def spoil(flat: FlatState) -> torch.Tensor:
+        gradient = gather(flat)
         calls.append(1)
         if len(calls) == 64:  # critics and actor take 32 updates each up to step 64
-            assert flat.vector.grad is not None
-            flat.vector.grad[0] = math.nan
+            gradient[0] = math.nan
+        return gradient
 
-    with mock.patch.object(FlatParameters, "set_gradients", spoil):
+    with mock.patch.object(FlatState, "gather", spoil):
         error = fault(algo, tmp_path, "none")
     assert error.exit_code == 5
     assert_last_checkpoint_is_good(tmp_path, BEFORE[:3])
@@ -189,7 +207,7 @@ def test_a_fault_on_one_of_two_ranks_ends_both_with_its_code_and_one_line(
 
 def nan_on_rank_1(rank: int) -> None:
     if rank == 1:
-        learner.critic_loss = spoiled(learner.critic_loss, 33)
+        sac.critic_loss = spoiled(sac.critic_loss, 33)
 
 
 def test_a_loss_that_is_not_finite_on_one_of_two_ranks_ends_both(tmp_path: Path) -> None:
@@ -241,7 +259,7 @@ def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint_that_resume
     resumed = call(SCRIPTS[algo].main, "--resume", finished.folder, "--total-timesteps", 80)
     assert (resumed.code, resumed.result["steps"]) == (0, "80")
     state = load(resumed.checkpoint)
-    assert state["learner"]["q_optimizer"]["state"][0]["step"] == state["schedule"]["done"] == 80 - 32
+    assert state["q_optimizer"]["state"][0]["step"] == state["schedule"]["done"] == 80 - 32
 
 
 @pytest.mark.parametrize(("rank", "number", "code"), [(1, signal.SIGTERM, 143), (0, signal.SIGINT, 130)])
