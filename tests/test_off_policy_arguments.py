@@ -15,9 +15,10 @@ from fabricrl.algos import run as run_module
 from fabricrl.algos.args import StandardArgs, parse
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.args import DroQArgs
+from fabricrl.algos.off_policy.args import OffPolicyArgs
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
-from fabricrl.algos.sac.args import OffPolicyArgs, SACArgs
+from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.utils import launch as launching
 from fabricrl.utils.errors import ConfigError, EnvError
