@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import shutil
 import signal
@@ -131,6 +132,7 @@ def as_process_1(main: Callable[[], int], *arguments: str) -> None:
     if child == 0:
         assert os.getpid() == 1
         ctypes.CDLL(None).prctl(launching.PR_SET_PDEATHSIG, signal.SIGKILL)  # if the test gives up
+        multiprocessing.set_start_method(None, force=True)  # as in a script: not as this process was started
         sys.argv = ["script.py", *arguments]
         launching.run_script(main)
     os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -495,7 +497,8 @@ def fails(rank: int, failing: list[int], port: int, folder: Path) -> None:
         report("no such file", 3)
     elif rank == 0:
         store = launching.open_store("127.0.0.1", port, "MASTER_PORT")
-        while store.add("fabricrl/asked", 0) < len(failing):
+        deadline = time.monotonic() + 10
+        while store.add("fabricrl/asked", 0) < len(failing) and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
