@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor
 from gymnasium.spaces import Space
 from lightning.fabric import Fabric
 
@@ -125,6 +126,12 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return main()
 
     return call
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--compile` without the compiler, which takes a while: what has been recorded runs operation by operation."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
 
 
 class Trained:
