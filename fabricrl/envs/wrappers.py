@@ -2,9 +2,6 @@
 
 import importlib.util
 import math
-import os
-import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -18,7 +15,6 @@ from gymnasium.spaces import Box, Dict, flatdim, flatten
 
 from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
 from fabricrl.utils.errors import ConfigError, EnvError
-from fabricrl.utils.launch import die_with_parent
 from fabricrl.utils.records import Records
 
 # Where observations hold velocities, by id without version: the places that rl-baselines3-zoo masks
@@ -253,16 +249,3 @@ class RecordEpisodes(gym.wrappers.RecordVideo):
         if self.recording and len(self.recorded_frames) > self._max_frames:
             self.stop_recording()
         return super().step(action)
-
-
-def shield_worker() -> None:
-    """In the process of one asynchronous environment: leave signals to the script, and never outlive it.
-
-    It ignores them, so that the iteration can end when a whole job is told to stop; on Linux the kernel ends it with
-    its parent, however that died.
-    """
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        die_with_parent()
