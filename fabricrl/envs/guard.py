@@ -5,6 +5,7 @@ import ctypes
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -55,11 +56,11 @@ class Watch:
         self.seconds, self.name, self.last = seconds, name, last
         self.began = self.late = 0.0  # when the call has begun that is under way; the one that was told of
         self._main = threading.main_thread()
-        self._stopped = threading.Event()
         if seconds > 0 and threading.current_thread() is self._main:  # signals interrupt the main thread only
             signal.signal(ALARM, _interrupt)
             Watch.open.append(self)
-            threading.Thread(target=self._look, name="watch", daemon=True).start()
+            if "watch" not in {thread.name for thread in threading.enumerate()}:
+                threading.Thread(target=_look, name="watch", daemon=True).start()
 
     def __enter__(self) -> "Watch":
         self._main._daemonic = True  # type: ignore[attr-defined]  # threads that a call starts do not keep Python alive
@@ -71,27 +72,34 @@ class Watch:
         self._main._daemonic = False  # type: ignore[attr-defined]
 
     def stop(self) -> None:
-        self._stopped.set()
         if self in Watch.open:
             Watch.open.remove(self)
 
     @property
     def text(self) -> str:
         long = f"{self.seconds / 60:g} minutes" if self.seconds >= 60 else f"{self.seconds:g} seconds"
-        return f"it has not returned for {long}, the --timeout"
+        return f"it has not returned for {long} (see --timeout)"
 
-    def _look(self) -> None:
-        while not self._stopped.wait(min(self.seconds / 4, 1.0)):
-            began, now = self.began, time.monotonic()
-            if not began or now - began <= self.seconds:
-                continue
-            if self.late != began:
-                self.late = began
-                signal.pthread_kill(self._main.ident or 0, ALARM)
-            elif now - began > self.seconds + GRACE:
-                print(f"error: {self.name()}: {self.text}", file=sys.stderr, flush=True)
-                self.last()
-                os._exit(EnvError.exit_code)
+    def look(self) -> None:
+        """Interrupts a call that has taken too long, or, if that did not help, ends the process."""
+        began, now = self.began, time.monotonic()
+        if not began or now - began <= self.seconds:
+            return
+        if self.late != began:
+            self.late = began
+            signal.pthread_kill(self._main.ident or 0, ALARM)
+        elif now - began > self.seconds + GRACE:
+            print(f"error: {self.name()}: {self.text}", file=sys.stderr, flush=True)
+            self.last()
+            os._exit(EnvError.exit_code)
+
+
+def _look() -> None:
+    """Looks at all watches, some times in what the shortest allows, or once a second."""
+    while True:
+        time.sleep(min([1.0, *(watch.seconds / 4 for watch in Watch.open)]))
+        for watch in list(Watch.open):
+            watch.look()
 
 
 @contextlib.contextmanager
@@ -182,12 +190,35 @@ def is_stopped(pid: int) -> bool:
 def end_processes(roots: Iterable[Process]) -> None:
     """Ends processes and all that they have started: by SIGTERM, and a moment later by SIGKILL."""
     left = _with_descendants(set(roots))
-    _send(left, signal.SIGTERM)
-    deadline = time.monotonic() + LAST_WORDS
-    while left and time.monotonic() < deadline:
-        time.sleep(0.02)
-        left = _with_descendants(left)
-    _send(left, signal.SIGKILL)
+    for number, seconds in ((signal.SIGTERM, LAST_WORDS), (signal.SIGKILL, 1.0)):
+        for pid, _ in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while left and time.monotonic() < deadline:
+            time.sleep(0.02)
+            left = _with_descendants(left)
+
+
+class Keeper:
+    """Ends processes when this one is gone, however it died: a process of its own that waits for that."""
+
+    def __init__(self, processes: Iterable[Process]) -> None:
+        numbers = [str(number) for process in processes for number in process]
+        code = "import sys; sys.path[:] = {!r}; from fabricrl.envs.guard import keep; keep(*map(int, sys.argv[1:]))"
+        command = [sys.executable, "-c", code.format(sys.path), str(os.getpid()), *numbers]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def keep(parent: int, *numbers: int) -> None:
+    """What the process of a `Keeper` does."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    end_processes(set(zip(numbers[::2], numbers[1::2], strict=True)))
 
 
 def _with_descendants(roots: set[Process]) -> set[Process]:
@@ -200,12 +231,6 @@ def _with_descendants(roots: set[Process]) -> set[Process]:
         more = {(pid, start) for pid, (_, parent, start) in there.items() if parent in parents} - found
         found = found | more
     return found
-
-
-def _send(processes: Iterable[Process], number: int) -> None:
-    for pid, _ in processes:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
 
 
 # --- Generators that all environments of a process share

@@ -24,6 +24,7 @@ from fabricrl.envs.backends import DEFAULTS, TIMEOUT, EnvPoolVectorEnv, NativeVe
 from fabricrl.envs.guard import (
     GRACE,
     VIDEO_GRACE,
+    Keeper,
     Process,
     Timeout,
     Watch,
@@ -142,15 +143,15 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     """
     from fabricrl.utils.utils import stream_seed  # here, as it brings torch, without which workers start faster
 
-    kind, seconds = args.vectorization, 60 * option(args, "timeout")
+    kind, seconds = args.vectorization, _limit(args)
     if kind == "auto":
         with _passing(args, make_env) as env:
             kind = choose(args, env)
         if rank == 0:
             print(f"vectorization: {kind}", file=sys.stderr, flush=True)
     record = args.capture_video and rank == 0
-    settings = {"timeout": seconds / 60, "rank": rank, "resumed": getattr(args, "resume", None) is not None}
-    settings["grace"] = grace = VIDEO_GRACE if record else GRACE
+    grace, resumed = VIDEO_GRACE if record else GRACE, getattr(args, "resume", None) is not None
+    settings: dict[str, Any] = {"timeout": seconds / 60, "rank": rank, "resumed": resumed, "grace": grace}
     if kind in ("native", "envpool"):
         with _passing(args, make_env) as env:
             return ReportFailures(
@@ -168,6 +169,14 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     with watched(seconds, "environments"):
         envs = WorkerVectorEnv(makers, seeds, _module_of(args.env_id, spec), threads, grace)
     return ReportFailures(envs, **settings)
+
+
+def _limit(args: Any) -> float:
+    """Seconds that a call of an environment may take: half of what other ranks wait, if there are, so that it is told
+    of the environment and not of a rank."""
+    import torch  # here, as workers start faster without
+
+    return option(args, "timeout") * (30 if torch.distributed.is_initialized() else 60)
 
 
 def _numbered(args: Any, index: int, spec: Any, video_folder: Path | None) -> gym.Env:
@@ -206,7 +215,7 @@ def step_in_turn(
     def build(index: int) -> gym.Env:
         if seeds is not None:
             seed_generators(seeds[index])
-        with watched(seconds, f"environment {index} failed in its constructor"):
+        with watched(seconds, f"environment {index} failed in the constructor"):
             built.append(makers[index]())
         return built[-1]
 
@@ -255,12 +264,13 @@ class ReportFailures(gym.vector.VectorWrapper):
         self._started, self._told = set(started), set() if told is None else told
         self._watch = Watch(60 * timeout, self._where, self._end_processes)
         self._apart = isinstance(env, WorkerVectorEnv)
+        self._keeper: Keeper | None = None
         _close_at_exit(self)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
         """Begins new episodes; with seeds also global generators, from which some environments draw, begin anew."""
         before = set() if self._apart else children()
-        if seed is not None and not self._apart:
+        if seed is not None:  # also where environments are elsewhere: a run is the same however they are stepped
             seed_generators(seed, torch_too=not self._resumed)
         try:
             with self._watch:
@@ -268,7 +278,7 @@ class ReportFailures(gym.vector.VectorWrapper):
         except (Exception, Timeout) as error:
             raise self._failure("reset", error) from error
         finally:
-            self._started |= set() if self._apart else children() - before
+            self._keep(set() if self._apart else children() - before)
         if seed is not None:
             self._compare(obs)
         return obs, infos
@@ -300,8 +310,18 @@ class ReportFailures(gym.vector.VectorWrapper):
             self._told.add(problems[0])
             warn(problems[0] + (f" ({len(problems) - 1} more likewise)" if problems[1:] else ""))
 
+    def _keep(self, started: set[Process]) -> None:
+        """Has what environments started end with this process, too, should that die."""
+        if (self._started or started) and not (self._keeper and started <= self._started):
+            self._started |= started
+            if self._keeper is not None:
+                self._keeper.stop()
+            self._keeper = Keeper(self._started)
+
     def _end_processes(self) -> None:
         end_processes(self._started)
+        if self._keeper is not None:
+            self._keeper.stop()
 
     def _compare(self, obs: Any) -> None:
         """Warns of environments that begin alike: they may go on alike, and be no more than one."""
@@ -353,7 +373,7 @@ _CLOSES: list[bool] = []
 def _passing(args: Any, make: Callable[[Any], gym.Env]) -> Iterator[gym.Env]:
     """An environment that is needed for a moment, and of which nothing is left."""
     before = children()
-    with generators_kept(), watched(60 * option(args, "timeout"), f"an environment of {args.env_id} failed in a trial"):
+    with generators_kept(), watched(_limit(args), f"an environment of {args.env_id} failed in a trial"):
         env = None
         try:
             env = make(args)

@@ -38,6 +38,7 @@ from gymnasium.vector.utils import batch_space
 
 from fabricrl.envs.guard import (
     GRACE,
+    LAST_WORDS,
     PR_SET_CHILD_SUBREAPER,
     PR_SET_PDEATHSIG,
     Timeout,
@@ -90,7 +91,7 @@ class WorkerVectorEnv(VectorEnv):
         try:
             for index, (maker, seed) in enumerate(zip(makers, seeds, strict=True)):
                 self._tell(index, ("build", _Setup(index, cloudpickle.dumps(maker), seed, threads, grace)))
-            self._take_over(self._collect("its constructor"))
+            self._take_over(self._collect("the constructor"))
         except BaseException:
             self.close()
             raise
@@ -110,7 +111,7 @@ class WorkerVectorEnv(VectorEnv):
         self._shared = shared
         for index in range(self.num_envs):
             self._tell(index, ("share", shared.layout))
-        self._collect("its constructor")
+        self._collect("the constructor")
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
         """Begins new episodes; with seeds, also the global generators of each worker begin anew."""
@@ -141,7 +142,7 @@ class WorkerVectorEnv(VectorEnv):
         waiting = [index for index in range(self.num_envs) if index not in self._gone]
         for index in waiting:
             self._tell(index, ("close", None))
-        deadline = time.monotonic() + self.grace + 1
+        deadline = time.monotonic() + self.grace + LAST_WORDS + 1
         while waiting and (left := deadline - time.monotonic()) > 0:
             ready = wait([self._pipes[index] for index in waiting], left)
             for index in [index for index in waiting if self._pipes[index] in ready]:
@@ -259,7 +260,6 @@ class Server:
     """The server as the script sees it."""
 
     def __init__(self, preload: str, grace: float) -> None:
-        self.grace = grace
         self._pids: dict[int, int] = {}
         self._exit_codes: dict[int, int] = {}
         self._control, theirs = socket.socketpair()
@@ -302,7 +302,7 @@ class Server:
         with contextlib.suppress(OSError):  # it is gone already
             self._control.shutdown(socket.SHUT_WR)
         try:
-            self._process.wait(self.grace + 5)
+            self._process.wait(LAST_WORDS + 3)
         except subprocess.TimeoutExpired:  # it has been stopped, too
             self._process.kill()
             self._process.wait()
@@ -384,7 +384,7 @@ def _fork() -> int:
 
 def _wind_up(workers: dict[int, int], control: socket.socket, grace: float) -> None:
     """Waits for the workers, who have heard of the end too, then ends all that is left."""
-    deadline = time.monotonic() + grace + 1
+    deadline = time.monotonic() + grace + LAST_WORDS + 1
     while workers and time.monotonic() < deadline:
         time.sleep(0.01)
         _reap(workers, control)
