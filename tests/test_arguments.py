@@ -326,9 +326,9 @@ def test_vectorization_chooses_processes_and_changes_nothing_else(
 
 
 def test_videos_are_recorded_only_if_asked_and_as_often_as_asked(run: Train) -> None:
-    # CartPole's episodes take at most a few dozen steps at first: environment 0 ends several in 96 steps
+    # CartPole's episodes take at most a few dozen steps at first: environment 0 ends several in 192 steps
     def videos(**settings: Any) -> list[str]:
-        folder = run(**CARTPOLE, num_steps=48, **settings).folder / "videos"
+        folder = run(**CARTPOLE, num_steps=96, total_timesteps=384, **settings).folder / "videos"
         return sorted(file.name for file in folder.glob("*.mp4"))
 
     assert videos() == []

@@ -84,7 +84,13 @@ def test_a_module_that_starts_threads_is_imported_by_each_worker_itself(build: C
 @pytest.mark.parametrize("start", ["process", "stubborn", "command"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_simulator_outlives_its_environment(
-    kind: str, start: str, close: str, build: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    start: str,
+    close: str,
+    build: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Nor does the end take long, whether `close()` ends it, leaves it, raises or hangs."""
     if start == "stubborn" and close != "leave":
@@ -103,6 +109,9 @@ def test_no_simulator_outlives_its_environment(
     assert noted(tmp_path, "closed") == noted(tmp_path, "started")
     assert not any(alive(pid) for pid in simulators)
     assert time.monotonic() - begin < 4
+    problem = {"raise": "failed in close: RuntimeError: not connected", "hang": "has not returned from close for 0.5"}
+    assert problem.get(close, "") in (told := capsys.readouterr().err)
+    assert told.count("\n") == (close in problem)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -551,9 +551,8 @@ class _Worker:
             shared.life_lost[index] = not ended and info["life_lost"]
 
     def close(self) -> None:
-        """Closes the environment, ends what it leaves behind, and says what went wrong."""
+        """Closes the environment and says what went wrong; the server ends what it leaves behind."""
         problem = "" if self.env is None else close_problem(self.env.close, self.grace)
-        end_processes(children())
         with contextlib.suppress(OSError):  # the script has gone
             _send(self.pipe, ("closed", problem))
 
