@@ -21,6 +21,7 @@ from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
 from fabricrl.utils.optimizer import FlatState
+from fabricrl.utils.utils import env_seeds
 from tests.envs import Fault
 from tests.process import LIMIT, Finished, call, load, run_folder, run_team, saved_steps, team
 
@@ -31,6 +32,7 @@ SMALL: list[object] = ["--num-envs", 2, "--total-timesteps", 200, "--learning-st
 SMALL += ["--buffer-size", 100, "--hidden-sizes", 16, "--num-threads", 1, "--replay-ratio", 1]
 SMALL += ["--checkpoint-every", 16, "--keep-checkpoints", 100, "--env-id", "tests.envs:Fault-v0"]
 AT_STEP = 32  # of an environment
+SECOND = f', "only_seed": {env_seeds(1, 0, 2)[1]}'  # --seed 1, rank 0, environment 1
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -79,7 +81,7 @@ BEFORE = [16, 32, 48, 64]
 def test_numbers_that_are_not_finite_end_the_run_before_they_are_learned(
     algo: str, tmp_path: Path, kind: str, words: list[str]
 ) -> None:
-    error = fault(algo, tmp_path, kind, extra=', "only_seed": 2')  # seed 1 + index 1
+    error = fault(algo, tmp_path, kind, extra=SECOND)
     assert isinstance(error, NonFiniteError)
     assert error.exit_code == 5
     assert all(word in str(error) for word in words), error
@@ -90,7 +92,7 @@ def test_a_final_observation_that_is_not_finite_is_noticed_though_the_next_episo
     algo: str, tmp_path: Path
 ) -> None:
     """Episodes take 8 steps: that with index 39 returns an episode's last observation, and the reset's beside it."""
-    error = fault(algo, tmp_path, "obs_nan", extra=', "only_seed": 2', at_step=39)
+    error = fault(algo, tmp_path, "obs_nan", extra=SECOND, at_step=39)
     assert "final observation of environment 1 is not finite" in str(error)
     assert_last_checkpoint_is_good(tmp_path, [16, 32, 48, 64])
 
@@ -118,7 +120,7 @@ def test_the_first_observation_must_be_finite(algo: str, tmp_path: Path) -> None
 def test_what_an_environment_raises_ends_the_run_and_is_told(
     algo: str, tmp_path: Path, kind: str, words: list[str]
 ) -> None:
-    error = fault(algo, tmp_path, kind, extra=', "only_seed": 2')
+    error = fault(algo, tmp_path, kind, extra=SECOND)
     assert isinstance(error, EnvError)
     assert error.exit_code == 4
     assert all(word in str(error) for word in words), error
@@ -196,7 +198,7 @@ def test_a_learning_rate_at_which_parameters_overflow_ends_the_run(algo: str, ra
 def test_a_fault_on_one_of_two_ranks_ends_both_with_its_code_and_one_line(
     tmp_path: Path, kind: str, code: int, words: str
 ) -> None:
-    kwargs = f'{{"continuous": true, "kind": "{kind}", "at_step": 24, "only_seed": 3}}'  # environment 0 of rank 1
+    kwargs = f'{{"continuous": true, "kind": "{kind}", "at_step": 24, "only_seed": {env_seeds(1, 1, 2)[0]}}}'
     flags = [*SMALL, "--env-kwargs", kwargs, "--log-dir", tmp_path / "logs"]
     ended = run_team(sac.__name__, *flags, folder=tmp_path, code=code)
     (message,) = ended.errors
