@@ -273,19 +273,23 @@ def test_two_ranks_with_half_the_rows_each_make_the_update_of_one_rank_with_all_
 
 
 class Ranks:
-    """Stands for Fabric on rank 0 of 2; the other rank contributes `other` to sums."""
+    """Stands for Fabric on rank 0 of 2; the other rank contributes one of `others` to each gathering."""
 
     world_size, global_rank, device = 2, 0, torch.device("cpu")
 
     def __init__(self, *others: torch.Tensor) -> None:
         self.others = list(others)
 
-    def all_reduce(self, rows: torch.Tensor, reduce_op: str) -> torch.Tensor:
-        assert reduce_op == "sum"
-        rows[1] = self.others.pop(0)
-        return rows
+    def process_group(self, rows: torch.Tensor, own: torch.Tensor) -> None:
+        rows.copy_(torch.cat((own, self.others.pop(0).reshape(-1))))
 
 
+@pytest.fixture
+def _gathering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fabricrl.utils.ranks.gather", lambda rows, own, group: group(rows, own))
+
+
+@pytest.mark.usefixtures("_gathering")
 def test_ranks_that_start_from_different_parameters_are_refused_and_from_equal_observations_warned(
     capsys: pytest.CaptureFixture,
 ) -> None:
