@@ -20,6 +20,7 @@ from lightning.fabric import Fabric
 
 from fabricrl.algos.run import Run
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
+from fabricrl.utils.optimizer import Adam
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,17 @@ class BareRun(Run):
         self._contexts = contextlib.ExitStack()
         self._envs = self._player = self._folder = None
         self.join(fabric or Fabric(accelerator="cpu", devices=1, precision=args.precision))
+
+
+class Descent(Adam):
+    """Moves the parameters by the gradient itself, times the learning rate."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if not self.flat.is_joined:
+            self.flat.join()
+        self.flat.vector.sub_(self.param_groups[0]["lr"] * self.gradient)
+        self.flat.grad = None
 
 
 @pytest.fixture

@@ -9,15 +9,17 @@ import pytest
 import torch
 from gymnasium.vector import VectorEnv
 
+from fabricrl import evaluate
 from fabricrl.algos.ppo.agent import PPOAgent, make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import rollout
 from fabricrl.data import RolloutBuffer
 from fabricrl.envs import make_envs
-from fabricrl.utils.errors import NonFiniteError
+from fabricrl.utils.errors import ConfigError, NonFiniteError
 from fabricrl.utils.utils import env_seeds
 from tests.conftest import BareRun
 from tests.envs import vectors
+from tests.process import call
 
 STEPS, ENVS = 7, 3
 # Lengths 3, 4 and 5 for the three environments (seeds 0, 1, 2), so that ends fall on every step of a rollout
@@ -80,7 +82,7 @@ def test_every_row_is_a_real_step_and_every_field_belongs_to_it(build: Any, kind
     envs = build(KINDS[kind])
     run, agent = playing(envs)
     rb = RolloutBuffer(STEPS, ENVS, vectors(3), 1, torch.int64)
-    obs, _ = envs.reset(seed=env_seeds(0, 0, ENVS))
+    obs, _ = envs.reset(seed=list(range(ENVS)))
     rb.start(obs)
     references = [Expected(kind, seed) for seed in range(ENVS)]
     for iteration in range(3):  # ends fall on first, middle and last rows, and episodes cross rollouts
@@ -122,10 +124,24 @@ def test_actions_are_stored_as_they_were_drawn_but_reach_the_environment_clipped
     assert ((rb.actions < low) | (rb.actions > high)).any()
 
 
-def test_environments_of_different_ranks_and_indices_start_from_different_seeds(build: Any) -> None:
-    envs = build(KINDS["terminated"])
-    seeds = [envs.reset(seed=env_seeds(5, rank, ENVS))[0][:, 2].tolist() for rank in range(3)]
-    assert seeds == [[5, 6, 7], [8, 9, 10], [11, 12, 13]]  # seed + rank · num_envs + i
+def test_environments_of_all_runs_ranks_and_indices_start_from_different_seeds() -> None:
+    """Neighbouring seeds, the largest, ranks, resumed runs; and many environments of one run."""
+    seeds = [
+        env_seed
+        for seed in (*range(50), 9_999, 10_000, 2**31 - 1)
+        for rank in range(3)
+        for step in (0, 1_000)
+        for env_seed in env_seeds(seed, rank, 4, step)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert len({env_seed for rank in range(8) for env_seed in env_seeds(1, rank, 4096)}) == 8 * 4096
+    assert env_seeds(1, 1, 2) == env_seeds(1, 0, 4)[2:], "an environment's place in the run decides"
+
+
+def test_environments_in_training_share_no_seed_with_those_of_evaluation(tmp_path: Path) -> None:
+    assert all(2**30 <= env_seed < 2**31 for seed in range(100) for env_seed in env_seeds(seed, 0, 8, seed))
+    with pytest.raises(ConfigError, match=r"--seed is 1073741817: it must be between 0 and 1073741816"):
+        call(evaluate.main, tmp_path, "--seed", 2**30 - 7, "--num-envs", 8)
 
 
 def step(rb: RolloutBuffer, t: int, **changes: Any) -> None:
@@ -197,6 +213,6 @@ def test_a_rollout_with_a_bad_number_ends_in_an_error_that_names_it(build: Any) 
     envs = build('{"kind": "reward_nan", "at_step": 4, "only_seed": 1}', "tests.envs:Fault-v0")
     run, agent = playing(envs)
     rb = RolloutBuffer(STEPS, ENVS, vectors(2), 1, torch.int64)
-    rb.start(envs.reset(seed=env_seeds(0, 0, ENVS))[0])
+    rb.start(envs.reset(seed=list(range(ENVS)))[0])
     with pytest.raises(NonFiniteError, match="reward of environment 1 is not finite after step 4"):
         rollout(run, agent, envs, rb)

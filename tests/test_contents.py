@@ -210,12 +210,14 @@ def test_a_run_folder_goes_on_from_the_checkpoint_before_one_with_wrong_contents
 @pytest.mark.parametrize(
     ("place", "value"),
     [("args/env_id", 5), ("args/env_kwargs", "{"), ("args/hidden_sizes", "8"), ("args/obs_keys", 1), ("agent", {}),
-     ("args/action_repeat", 0), ("global_step", "x"), ("spaces/obs", 1), ("args/num_envs", DELETED)],
+     ("args/action_repeat", 0), ("global_step", "x"), ("spaces/obs", 1), ("args/num_envs", DELETED),
+     ("args/env_kwargs", DELETED), ("args/norm_obs", torch.zeros(3)), ("args/hidden_sizes", (10**30,))],
 )  # fmt: skip
 def test_evaluation_refuses_them_too(place: str, value: Any, states: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 64, changed(states["ppo"], place, value), keep=1)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as caught:
         call(evaluate.main, path, "--episodes", 1)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_what_this_machine_cannot_do_is_a_matter_of_the_command_line(

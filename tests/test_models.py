@@ -359,7 +359,7 @@ def test_every_unit_is_dropped_with_the_rate_independently_of_the_others(rate: f
 @pytest.mark.parametrize("rate", [0.01, 0.3, 0.5, 0.99])
 def test_dropping_from_tiny_layers_is_as_likely_as_it_should_be(rate: float) -> None:
     generator, times = torch.Generator().manual_seed(2), 4000
-    masks = np.stack([draw_dropped(rate, (4,), generator).numpy() for _ in range(times)])
+    masks = np.stack([draw_dropped(rate, (4,), generator).numpy().astype(int) for _ in range(times)])
     bits = np.array([[code >> i & 1 for i in range(4)] for code in range(16)])
     expected = times * np.where(bits, rate, 1 - rate).prod(1)
     counts = np.bincount(masks @ [1, 2, 4, 8], minlength=16)

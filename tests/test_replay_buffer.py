@@ -24,7 +24,6 @@ from fabricrl.data.memory import GIB, available_memory, check_memory
 from fabricrl.envs import make_envs
 from fabricrl.utils.batch import Batch
 from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
-from fabricrl.utils.utils import env_seeds
 from tests.conftest import BareRun
 from tests.envs import Counting, Fault
 
@@ -523,7 +522,7 @@ def test_what_real_environments_return_is_stored_as_it_happened(end: str, vector
     agent = make_agent(args, envs)
     buffers_ = [make(3, 30, n_step=n, implicit_next=implicit) for n in (1, 2) for implicit in (False, True)]
     for rb in buffers_:
-        obs, _ = envs.reset(seed=env_seeds(0, 0, 3))
+        obs, _ = envs.reset(seed=[0, 1, 2])
         first = obs[:, 1].copy()  # an episode of each environment
         rb.start(obs)
         run = BareRun(args, action_space=envs.single_action_space)

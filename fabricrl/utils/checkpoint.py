@@ -231,7 +231,7 @@ def check_contents(state: Mapping[str, Any], path: Path) -> None:
         if key in state and not valid(state[key]):
             raise CheckpointError(f"{path} has no valid {key!r}")
     args, step = state["args"], state["global_step"]
-    for name in ("env_id", "num_envs", "total_timesteps", "seed"):
+    for name in ("env_id", "env_kwargs", "num_envs", "total_timesteps", "seed"):
         if name not in args:
             raise CheckpointError(f"{path} has no argument {name!r}")
     for name, valid in _VALID_ARGS.items():
@@ -337,7 +337,7 @@ _VALID_ARGS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("num_envs", "num_steps", "total_timesteps", "action_repeat", "frame_stack"), lambda value: _is_count(value, 1)
     ),
-    **dict.fromkeys(("mask_velocities", "life_loss", "grayscale"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("mask_velocities", "life_loss", "grayscale", "norm_obs"), lambda value: isinstance(value, bool)),
     "noop_max": _is_count,
     "resize": lambda value: value is None or _is_count(value, 1),
     "obs_keys": lambda value: isinstance(value, tuple) and _all(value, str),
@@ -374,7 +374,8 @@ def reading(path: str | Path | None) -> Iterator[None]:
             raise
         raise CheckpointError(f"{path}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, ConfigError) as error:
-        raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split("\n")[0].split())  # torch appends where it was in C++
+        raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {reason}") from error
 
 
 def restore_optimizer(optimizer: Any, stored: Mapping[str, Any]) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fabricrl.utils.errors import ConfigError
 
-ACT_STREAM, TRAIN_STREAM = 0, 1
+ACT_STREAM, TRAIN_STREAM, ENV_STREAM = 0, 1, 2
+HALF = 2**30  # seeds of environments in training start here, so that those below are for evaluation
 
 
 def gae(
@@ -112,11 +113,12 @@ def generators(seed: int, rank: int, global_step: int = 0) -> tuple[torch.Genera
 
 
 def env_seeds(seed: int, rank: int, num_envs: int, global_step: int = 0) -> list[int]:
-    """Environment i of a rank starts from `seed + rank * num_envs + i`; a resumed run moves on to unused seeds."""
-    first = seed + rank * num_envs
-    if global_step:
-        first = stream_seed(seed, global_step) // 2 + rank * num_envs
-    return [first + i for i in range(num_envs)]
+    """Seeds of a rank's environments, in [2^30, 2^31): those of a run differ, and share none with other runs.
+
+    They step through that half by a stride of the run's own. A resumed run moves on to unused ones.
+    """
+    first, stride = map(int, np.random.SeedSequence((seed, ENV_STREAM, global_step)).generate_state(2))
+    return [HALF + (first + (rank * num_envs + i) * (stride | 1)) % HALF for i in range(num_envs)]
 
 
 def freeze_gc() -> None:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from fabricrl.algos.args import arg, require_between
-from fabricrl.algos.sac.args import OffPolicyArgs
+from fabricrl.algos.off_policy.args import EntropyArgs
 
 
 @dataclass(frozen=True)
-class DroQArgs(OffPolicyArgs):
+class DroQArgs(EntropyArgs):
     """SAC's arguments with many critic updates per step, and what regularises the critics."""
 
     # These two as Smith et al. 2022 (arXiv:2208.07860). Hiraoka's code starts to learn after 5 000 steps, and from a

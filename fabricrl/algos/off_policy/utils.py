@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from lightning.fabric import Fabric
 
+from fabricrl.algos.off_policy.args import EntropyArgs, OffPolicyArgs
 from fabricrl.algos.run import Run
-from fabricrl.algos.sac.args import OffPolicyArgs
 from fabricrl.data.buffers import ReplayBuffer, record_type
 from fabricrl.data.memory import GIB, check_memory
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
@@ -28,7 +28,7 @@ def make_schedule(run: Run) -> "UpdateSchedule":
     """
     args = run.args
     with run.together():
-        if run.state and run.state["args"]["autotune"] != args.autotune:
+        if isinstance(args, EntropyArgs) and run.state and run.state["args"]["autotune"] != args.autotune:
             there, here = ("fixed", "learned") if args.autotune else ("learned", "fixed")
             raise CheckpointError(f"--autotune: the temperature was {there} there and is {here} here")
         schedule = UpdateSchedule(args, run.fabric)

@@ -1,113 +1,13 @@
-"""Arguments of SAC, and those that it shares with other off-policy algorithms."""
+"""Arguments of SAC."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from fabricrl.algos.args import (
-    LARGEST,
-    STEP_BYTES,
-    WEIGHT_BYTES,
-    DecoupledArgs,
-    StandardArgs,
-    arg,
-    num_weights,
-    require_above_zero,
-    require_between,
-    require_counts,
-    require_memory,
-    require_widths,
-)
-from fabricrl.utils.utils import require
+from fabricrl.algos.args import DecoupledArgs, arg, require_counts
+from fabricrl.algos.off_policy.args import EntropyArgs
 
 
 @dataclass(frozen=True)
-class OffPolicyArgs(StandardArgs):
-    """Replay, networks and update of an actor-critic algorithm with entropy; CleanRL's names and defaults."""
-
-    env_id: str = arg("Pendulum-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
-    vectorization: Literal["auto", "sync", "async", "envpool"] = arg(
-        "auto",
-        "sync: one process steps all; async: a process each; envpool: C++ threads, by the extra of that name; "
-        "auto: the faster of sync and async",
-    )
-    total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
-    num_threads: int | None = arg(
-        None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Beside other work take 1"
-    )
-    buffer_size: int = arg(1_000_000, "transitions that a rank keeps, over its environments", "replay")
-    learning_starts: int = arg(
-        5_000, "environment steps over all ranks, with random actions, before the first update; at least a batch"
-    )
-    batch_size: int = arg(256, "transitions that a rank draws per update")
-    replay_ratio: float = arg(1.0, "critic updates per environment step, over all environments and ranks")
-    n_step: int = arg(1, "rewards summed into a transition's return, without correction for the policy they came from")
-    implicit_next_obs: bool = arg(
-        False,
-        "do not store next observations but read them from the step after: takes less, half where they are large",
-    )
-    buffer_memmap: bool = arg(False, "keep the buffer in a file of the run folder, for one larger than memory")
-    checkpoint_buffer: bool = arg(
-        True, "store the buffer in checkpoints; without it a resumed run first refills one, --learning-starts steps"
-    )
-    allow_empty_buffer: bool = arg(
-        False, "resume with an empty buffer where the checkpoint's is missing or does not fit, and refill it first"
-    )
-    gamma: float = arg(0.99, "discount γ")
-    norm_obs: bool = arg(False, "normalise observations by running mean and deviation")
-    hidden_sizes: tuple[int, ...] = arg(
-        (256, 256), "widths of the hidden layers of actor and critics, such as 256 256; none: linear", "networks"
-    )
-    activation: Literal["tanh", "relu", "elu", "silu"] = arg("relu", "activation of the hidden layers")
-    num_critics: int = arg(2, "critics of the ensemble")
-    policy_lr: float = arg(3e-4, "Adam's learning rate for actor and temperature", "update")
-    q_lr: float = arg(1e-3, "Adam's learning rate for the critics")
-    tau: float = arg(0.005, "share of the critics that moves into their targets at each update of those")
-    alpha: float = arg(1.0, "entropy temperature: the first one if --autotune, else the only one")
-    autotune: bool = arg(True, "learn the temperature so that the policy's entropy approaches the target")
-    target_entropy: float | None = arg(
-        None, "entropy that the temperature aims at, of actions in [-1, 1]; None: minus their number"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_counts(self, 2**63 - 1, "buffer_size", "batch_size")
-        require_counts(self, 1000, "n_step", "num_critics")
-        require(self.learning_starts >= 0, "learning_starts", self.learning_starts, "0 or more")
-        require_between(self, 0, 1, "gamma", "tau")
-        require(self.tau > 0, "tau", self.tau, "above 0, or the targets never move")
-        require_above_zero(self, "alpha", "policy_lr", "q_lr")
-        # An iteration draws the batches of all its updates at once, and cannot be stopped before they are done
-        require(0 < self.replay_ratio <= 1000, "replay_ratio", self.replay_ratio, "above 0 and at most 1000")
-        entropy, allowed = self.target_entropy, f"a number between {-LARGEST:g} and {LARGEST:g}, or None"
-        require(entropy is None or abs(entropy) <= LARGEST, "target_entropy", entropy, allowed)
-        require_widths(self, "hidden_sizes")
-        self._check_amounts()
-
-    def _check_amounts(self) -> None:
-        allowed = f"at most buffer-size = {self.buffer_size}"
-        require(self.batch_size <= self.buffer_size, "batch_size", self.batch_size, allowed)
-        allowed = f"at least num-envs = {self.num_envs}"
-        require(self.buffer_size >= self.num_envs, "buffer_size", self.buffer_size, allowed)
-        allowed = f"at least num-envs = {self.num_envs}, an iteration"
-        require(self.total_timesteps >= self.num_envs, "total_timesteps", self.total_timesteps, allowed)
-        allowed = f"below total-timesteps = {self.total_timesteps}"
-        require(self.learning_starts < self.total_timesteps, "learning_starts", self.learning_starts, allowed)
-
-    def check_machine(self) -> None:
-        super().check_machine()
-        weights = num_weights(1, *self.hidden_sizes, 1)
-        # Beside those of the critics are the targets, which are not trained
-        need = weights * (WEIGHT_BYTES + self.num_critics * (WEIGHT_BYTES + 4))
-        require_memory(
-            "--hidden-sizes, --num-critics", f"{1 + 2 * self.num_critics} networks of {weights} weights", need
-        )
-        rows = int(max(self.replay_ratio * self.num_envs, 1)) * self.batch_size
-        flags = "--batch-size × --replay-ratio × --num-envs"
-        require_memory(flags, f"the batches of an iteration, {rows} transitions", rows * STEP_BYTES)
-
-
-@dataclass(frozen=True)
-class SACArgs(OffPolicyArgs):
+class SACArgs(EntropyArgs):
     """Arguments of SAC."""
 
     policy_frequency: int = arg(
