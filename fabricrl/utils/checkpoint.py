@@ -183,21 +183,6 @@ def reading(path: str | Path | None) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
 
 
-def restore_optimizer(optimizer: Any, stored: Mapping[str, Any]) -> None:
-    """Loads an optimizer's state, whose tensors must have the shapes of its parameters: fused kernels do not check.
-
-    Raises:
-        CheckpointError: they do not.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in stored["state"].items():
-        for name, value in state.items():
-            if name != "step" and value.shape != parameters[index].shape:
-                ours, theirs = tuple(parameters[index].shape), tuple(value.shape)
-                raise CheckpointError(f"the optimizer's {name} is {theirs} there and {ours} here")
-    optimizer.load_state_dict(stored)
-
-
 def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
     """Loads a state_dict into a module of exactly the same shape.
 
