@@ -13,6 +13,7 @@ import torch
 
 from fabricrl.algos.ppo import ppo_decoupled
 from fabricrl.algos.sac import sac_decoupled
+from fabricrl.data import Batch, Stacks
 from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
@@ -103,6 +104,17 @@ def test_filling_copies() -> None:
     packet = Packet(FIELDS).fill(table=source)
     source += 1
     assert packet["table"].tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_shares_are_the_rollout_each_row_once_as_it_is_seen() -> None:
+    frames, places = torch.arange(20.0).view(10, 2), torch.randint(10, (9, 4))
+    rows = Batch(obs=Stacks(frames, places), advantages=torch.arange(9.0), counts=None)
+    first, second, third = ppo_decoupled.divide(rows, 3)
+    assert [share["advantages"].tolist() for share in (first, second, third)] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert torch.equal(second["obs"], frames[places[1::3]])  # frames put together
+    assert second["counts"].tolist() == [1, 1, 1]
+    counted = [share["counts"].tolist() for share in ppo_decoupled.divide(rows.with_columns(counts=torch.eye(9)[4]), 3)]
+    assert counted == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
 def test_a_packet_is_used_again_only_after_all_that_may_be_on_their_way() -> None:
@@ -477,7 +489,7 @@ def no_run_in(folder: Path) -> bool:
         (["--timeout", 0], "--timeout is 0.0: it must be a number of minutes above 0"),
         (["--timeout", "inf"], "--timeout is inf: it must be a number of minutes above 0"),
         (["--timeout", "nan"], "--timeout is nan: it must be a number of minutes above 0"),
-        (["--player-device", "tpu"], "Parsing error Argument --player-device: invalid choice"),
+        (["--player-device", "tpu"], "invalid choice 'tpu' for argument '--player-device'. Expected one of ('auto', "),
         ([], "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
              "add --devices 2, or take the script of the same name without _decoupled"),
         (["--devices", 1], "--devices is 1: a decoupled script needs at least 2 ranks"),

@@ -125,6 +125,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)
             run.exit_code = max(run.exit_code, trainers.signal)
             saves = run.checkpoint_is_due
             run.clock.lap("train")
