@@ -1,7 +1,7 @@
 """Draws the picture at the top of the README from the results: learning curves, and bars of speed.
 
-    python benchmarks/picture.py               after learning.py and speed.py
-    python benchmarks/picture.py --no-speed    the curves alone
+python benchmarks/picture.py               after learning.py and speed.py
+python benchmarks/picture.py --no-speed    the curves alone
 """
 
 import argparse
