@@ -6,13 +6,14 @@ ARGS ?=
 # A release inside the range that pyproject.toml allows; make TORCH='torch>=2.11,<2.14' takes the newest instead
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test lint format docs docs-serve clean
 
 help:
 	@echo "make setup               create $(VENV) with everything that training and testing need"
 	@echo "make train ARGS='...'    train PPO on CartPole-v1, or on what ARGS say (--env-id Acrobot-v1)"
 	@echo "make test                style, types and all tests"
 	@echo "make lint / make format  check style and types / apply the style"
+	@echo "make docs / docs-serve   build the documentation into site/, strictly / show it at http://127.0.0.1:8000"
 	@echo "make clean               remove $(VENV) and caches"
 
 setup: $(VENV)/.done
@@ -46,5 +47,16 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+$(VENV)/.docs: $(VENV)/.done
+	@$(BIN)/python -m pip install --quiet --group docs
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site $(VENV) .pytest_cache .mypy_cache .ruff_cache

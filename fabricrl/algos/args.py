@@ -35,9 +35,14 @@ ENV_BYTES, PROCESS_BYTES, STEP_BYTES, WEIGHT_BYTES = 2**10, 8 * 2**20, 32, 16
 REGISTRY = ConstructorRegistry()
 
 
-def arg(default: Any, help: str, group: str | None = None) -> Any:
-    """A dataclass field with its help; `group` opens a section of `--help` that the fields after it join."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+def arg(default: Any, help: str, group: str | None = None, advanced: bool = False) -> Any:
+    """A dataclass field with its help.
+
+    Args:
+        group: opens a section of `--help`, which the fields after it join.
+        advanced: the field is left to `--help-all`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "advanced": advanced})
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,14 @@ class StandardArgs:
     env_id: str = arg("CartPole-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
     env_kwargs: str = arg("{}", "arguments of the environment's constructor, as a JSON object")
     mask_velocities: bool = arg(
-        False, "zero velocities in observations: CartPole, MountainCar, MountainCarContinuous, Pendulum, LunarLander"
+        False,
+        "zero velocities in observations: CartPole, MountainCar, MountainCarContinuous, Pendulum, LunarLander",
+        advanced=True,
     )
-    obs_keys: tuple[str, ...] = arg((), "parts of a Dict observation to use; none: all")
-    action_repeat: int = arg(1, "times that each action is taken; of the last two frames of an Atari game the maximum")
+    obs_keys: tuple[str, ...] = arg((), "parts of a Dict observation to use; none: all", advanced=True)
+    action_repeat: int = arg(
+        1, "times that each action is taken; of the last two frames of an Atari game the maximum", advanced=True
+    )
     vectorization: Literal["auto", "sync", "async", "native", "envpool"] = arg(
         "auto",
         "sync: one process steps all; async: a process each; native: Gymnasium's vector form, where there is one; "
@@ -60,12 +69,13 @@ class StandardArgs:
     check_spaces: bool = arg(
         False,
         "check the bounds of all numbers of observations in every step; without: those of integers, and at resets",
+        advanced=True,
     )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
-    video_every: int = arg(100, "record every so many episodes of that environment")
+    video_every: int = arg(100, "record every so many episodes of that environment", advanced=True)
 
     # --- run
     exp_name: str = arg("", "name of the run; empty: that of the algorithm", "run, logging and checkpoints")
@@ -73,15 +83,19 @@ class StandardArgs:
     logger: Literal["tensorboard", "csv", "wandb"] = arg(
         "tensorboard", "where metrics go; wandb needs the extra of that name"
     )
-    log_every: int = arg(2_000, "environment steps between log entries, rounded up to whole iterations")
-    track: bool = arg(False, "the same as --logger wandb")
-    wandb_project_name: str = arg("fabricrl", "project on Weights & Biases")
-    wandb_entity: str | None = arg(None, "user or team on Weights & Biases")
-    save_model: bool = arg(True, "write checkpoints, the last at the end or when the run is stopped")
+    log_every: int = arg(2_000, "environment steps between log entries, rounded up to whole iterations", advanced=True)
+    track: bool = arg(False, "the same as --logger wandb", advanced=True)
+    wandb_project_name: str = arg("fabricrl", "project on Weights & Biases", advanced=True)
+    wandb_entity: str | None = arg(None, "user or team on Weights & Biases", advanced=True)
+    save_model: bool = arg(True, "write checkpoints, the last at the end or when the run is stopped", advanced=True)
     checkpoint_every: int = arg(100_000, "environment steps between checkpoints; 0: only the last")
-    keep_checkpoints: int = arg(3, "newest checkpoints to keep, besides the best")
-    upload_model: bool = arg(False, "upload the run's folder to the Hugging Face Hub at the end; needs huggingface_hub")
-    hf_entity: str | None = arg(None, "user or organisation on the Hugging Face Hub; None: whose token it is")
+    keep_checkpoints: int = arg(3, "newest checkpoints to keep, besides the best", advanced=True)
+    upload_model: bool = arg(
+        False, "upload the run's folder to the Hugging Face Hub at the end; needs huggingface_hub", advanced=True
+    )
+    hf_entity: str | None = arg(
+        None, "user or organisation on the Hugging Face Hub; None: whose token it is", advanced=True
+    )
     resume: str | None = arg(
         None, "checkpoint or run folder to go on from, with its arguments; flags given beside it win"
     )
@@ -90,26 +104,28 @@ class StandardArgs:
     accelerator: Literal["cpu", "cuda", "gpu", "mps", "auto"] | None = arg(
         None, "cpu, cuda or auto; None: cpu, which is faster for small networks", "hardware and launching"
     )
-    cuda: bool = arg(False, "the same as --accelerator cuda")
+    cuda: bool = arg(False, "the same as --accelerator cuda", advanced=True)
     devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; None: 1")
     strategy: Literal["auto", "ddp"] | None = arg(None, "auto or ddp; None: ddp with several devices")
-    num_nodes: int | None = arg(None, "machines; None: 1")
-    node_rank: int = arg(0, "number of this machine, from 0")
-    main_address: str = arg("127.0.0.1", "address of machine 0")
-    main_port: int = arg(29400, "port on machine 0 that the ranks meet at; used with several machines")
-    precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true")
+    num_nodes: int | None = arg(None, "machines; None: 1", advanced=True)
+    node_rank: int = arg(0, "number of this machine, from 0", advanced=True)
+    main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
+    main_port: int = arg(29400, "port on machine 0 that the ranks meet at; used with several machines", advanced=True)
+    precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
     num_threads: int | None = arg(1, "threads of PyTorch per rank; small networks are slower with more than one")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
-        "highest", "float32 products: medium is faster for wide networks on some processors, slower for narrow ones"
+        "highest",
+        "float32 products: medium is faster for wide networks on some processors, slower for narrow ones",
+        advanced=True,
     )
     compile: bool = arg(
         False, "compile the whole update: several times faster for small networks, after up to a minute's wait"
     )
-    cuda_graphs: bool = arg(True, "capture updates as CUDA graphs; on a GPU only")
+    cuda_graphs: bool = arg(True, "capture updates as CUDA graphs; on a GPU only", advanced=True)
     player_device: Literal["auto", "cpu", "cuda"] = arg(
-        "auto", "where the policy acts; auto: the faster of the CPU and the GPU that trains"
+        "auto", "where the policy acts; auto: the faster of the CPU and the GPU that trains", advanced=True
     )
-    torch_deterministic: bool = arg(True, "deterministic cuDNN kernels")
+    torch_deterministic: bool = arg(True, "deterministic cuDNN kernels", advanced=True)
 
     def __post_init__(self) -> None:
         """Raises ConfigError, which names the argument, what was given, and what is allowed."""
@@ -192,7 +208,9 @@ class DecoupledArgs:
         "iterations that playing is ahead of training: 0 waits for fresh weights, 1 plays the next rollout meanwhile",
         "decoupling",
     )
-    timeout: float = arg(5.0, "minutes that a rank waits for a message of another before all of them end")
+    timeout: float = arg(
+        5.0, "minutes that a rank waits for a message of another before all of them end", advanced=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
@@ -376,17 +394,23 @@ def _not_resumed() -> set[str]:
 def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str, Any]:
     """The arguments by name. tyro draws a box of help for each nested dataclass, so each section becomes one."""
     sections = _sections(kind, defaults)
+    description = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
+    words = sys.argv[1:]
+    if "--help-all" in words:
+        words = ["--help"]
+    elif "--help" in words or "-h" in words:
+        words, sections = ["--help"], _sections(kind, defaults, advanced=False)
+        description += "\n\nThese are the arguments that people change; --help-all lists all."
     boxes = []
     for title, fields in sections.items():
         box = dataclasses.make_dataclass(title, fields, frozen=True)
         box.__doc__ = ""  # tyro would print the one that is made up
         boxes.append((title, Annotated[box, tyro.conf.OmitArgPrefixes], dataclasses.field(default=box())))
-    description = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             arguments = dataclasses.make_dataclass("Arguments", boxes, frozen=True)
-            parsed: Any = tyro.cli(arguments, description=description, registry=REGISTRY)
+            parsed: Any = tyro.cli(arguments, args=words, description=description, registry=REGISTRY)
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
@@ -394,12 +418,17 @@ def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str
     return {name: getattr(getattr(parsed, title), name) for title, fields in sections.items() for name, *_ in fields}
 
 
-def _sections(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str, list[tuple]]:
-    """Title → fields (name, type, default): the environment, then what the algorithm adds, then the rest."""
+def _sections(kind: type[StandardArgs], defaults: dict[str, Any], advanced: bool = True) -> dict[str, list[tuple]]:
+    """Title → fields (name, type, default): the environment, then what the algorithm adds, then the rest.
+
+    `advanced`: with those that people rarely change.
+    """
     sections: dict[str, list[tuple]] = {}
     title = ""
     for field in dataclasses.fields(kind):
         title = re.sub(r"\W+", "_", field.metadata["group"] or title)
+        if field.metadata["advanced"] and not advanced:
+            continue
         kind_and_help = Annotated[field.type, tyro.conf.arg(help=field.metadata["help"])]
         default = dataclasses.field(default=defaults.get(field.name, field.default))
         sections.setdefault(title, []).append((field.name, kind_and_help, default))

@@ -19,7 +19,7 @@ class DroQArgs(EntropyArgs):
     alpha: float = arg(0.1, "entropy temperature: the first one if --autotune, else the only one")
     replay_ratio: float = arg(20.0, "critic updates per environment step, over all environments and ranks")
     dropout: float = arg(0.01, "share of the critics' hidden units that each update drops", "networks")
-    layer_norm: bool = arg(True, "normalise the critics' hidden layers")
+    layer_norm: bool = arg(True, "normalise the critics' hidden layers", advanced=True)
     q_lr: float = arg(3e-4, "Adam's learning rate for the critics")
 
     def __post_init__(self) -> None:

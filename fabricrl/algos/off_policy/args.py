@@ -43,21 +43,28 @@ class OffPolicyArgs(StandardArgs):
     implicit_next_obs: bool = arg(
         False,
         "do not store next observations but read them from the step after: takes less, half where they are large",
+        advanced=True,
     )
-    buffer_memmap: bool = arg(False, "keep the buffer in a file of the run folder, for one larger than memory")
+    buffer_memmap: bool = arg(
+        False, "keep the buffer in a file of the run folder, for one larger than memory", advanced=True
+    )
     checkpoint_buffer: bool = arg(
-        True, "store the buffer in checkpoints; without it a resumed run first refills one, --learning-starts steps"
+        True,
+        "store the buffer in checkpoints; without it a resumed run first refills one, --learning-starts steps",
+        advanced=True,
     )
     allow_empty_buffer: bool = arg(
-        False, "resume with an empty buffer where the checkpoint's is missing or does not fit, and refill it first"
+        False,
+        "resume with an empty buffer where the checkpoint's is missing or does not fit, and refill it first",
+        advanced=True,
     )
     gamma: float = arg(0.99, "discount γ")
     norm_obs: bool = arg(False, "normalise observations by running mean and deviation")
     hidden_sizes: tuple[int, ...] = arg(
         (256, 256), "widths of the hidden layers of actor and critics, such as 256 256; none: linear", "networks"
     )
-    activation: Literal["tanh", "relu", "elu", "silu"] = arg("relu", "activation of the hidden layers")
-    num_critics: int = arg(2, "critics of the ensemble")
+    activation: Literal["tanh", "relu", "elu", "silu"] = arg("relu", "activation of the hidden layers", advanced=True)
+    num_critics: int = arg(2, "critics of the ensemble", advanced=True)
     policy_lr: float = arg(3e-4, "Adam's learning rate for actor and temperature", "update")
     q_lr: float = arg(1e-3, "Adam's learning rate for the critics")
     tau: float = arg(0.005, "share of the critics that moves into their targets at each update of those")

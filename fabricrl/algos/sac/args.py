@@ -11,9 +11,12 @@ class SACArgs(EntropyArgs):
     """Arguments of SAC."""
 
     policy_frequency: int = arg(
-        2, "updates of actor and temperature come every so many critic updates, and then as many at once", "update"
+        2,
+        "updates of actor and temperature come every so many critic updates, and then as many at once",
+        "update",
+        advanced=True,
     )
-    target_network_frequency: int = arg(1, "critic updates between updates of the target critics")
+    target_network_frequency: int = arg(1, "critic updates between updates of the target critics", advanced=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
