@@ -129,7 +129,6 @@ ADAM: list[tuple[str, Any]] = [
     ("param_groups", []),
     ("param_groups/0/betas", "x"),
     ("param_groups/0/eps", None),
-    ("param_groups/0/fused", "yes"),
     ("param_groups/0/params", [0, 1]),
 ]
 SHARD: list[tuple[str, Any]] = [
@@ -156,9 +155,7 @@ SHARD: list[tuple[str, Any]] = [
 ]
 CASES = [("ppo", *case) for case in COMMON] + [("ppo", f"optimizer/{place}", value) for place, value in ADAM]
 CASES += [
-    ("sac", f"learner/{name}/{place}", value)
-    for place, value in ADAM[1:4]
-    for name in ("q_optimizer", "actor_optimizer")
+    ("sac", f"{name}/{place}", value) for place, value in ADAM[1:4] for name in ("q_optimizer", "actor_optimizer")
 ]
 CASES += [("sac", *case) for case in SHARD]
 CASES += [("droq", *case) for case in (*SHARD[1:6:2], SHARD[7])]

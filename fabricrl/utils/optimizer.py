@@ -158,6 +158,9 @@ class Adam(torch.optim.Optimizer):
         state, groups = state_dict["state"], state_dict["param_groups"]
         if not set(state) <= {0} or [group["params"] for group in groups] != [[0]]:
             raise CheckpointError("the optimizer has other groups of parameters there than here")
+        for name in ("betas", "eps"):
+            if (there := groups[0][name]) != (here := self.param_groups[0][name]):
+                raise CheckpointError(f"the optimizer's {name} is {there} there and {here} here")
         stored = state.get(0, {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())})
         if stored.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise CheckpointError(f"the optimizer's state has {', '.join(map(str, stored))}")
