@@ -76,9 +76,11 @@ class Updates:
 class PPOUpdates(Updates):
     """Of minibatches in which some rows do not count, with coefficients that vary."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, fabric: Any = None, **settings: Any) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, fabric: Any = None, sizes: tuple[int, ...] = (8,), **settings: Any
+    ) -> None:
         super().__init__(PPOArgs(**{"max_grad_norm": 0.1} | settings), fabric)
-        self.agent = PPOAgent(vectors(OBS), Discrete(4), (8,))
+        self.agent = PPOAgent(vectors(OBS), Discrete(4), sizes)
         self.optimizer = Adam(self.agent.parameters(), RATE, eps=1e-5)
         self.own = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
         self.wrapped = self.run.setup(self.agent, self.optimizer)
@@ -479,7 +481,7 @@ def compiled_on(rank: int, port: int, path: str) -> None:
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()
     torch.set_num_threads(1)
-    updates = PPOUpdates(rank, 2, fabric, compile=True)
+    updates = PPOUpdates(rank, 2, fabric, (), compile=True)  # linear: less to compile
     metrics = [updates.update(number) for number in range(3)]
     assert updates.run.updates.recordings == 1
     torch.save({"metrics": torch.stack(metrics), "vector": updates.optimizer.flat.vector}, f"{path}.{rank}")
@@ -490,7 +492,7 @@ def test_two_ranks_average_inside_the_compiled_update(tmp_path: Path) -> None:
     ranks = [FORKSERVER.Process(target=compiled_on, args=(rank, port, path)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
-    alone = PPOUpdates()
+    alone = PPOUpdates(sizes=())
     metrics = torch.stack([alone.update(number) for number in range(3)])
     for rank in ranks:
         rank.join(2 * LIMIT)
