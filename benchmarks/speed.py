@@ -5,7 +5,8 @@
     python benchmarks/speed.py --sampling               drawing from a full replay buffer, beside copying
     python benchmarks/speed.py --startup                from the command to the first environment step
     python benchmarks/speed.py --memory                 resident memory after iteration 100 and after 2 000
-    python benchmarks/speed.py --ranks                  one rank with N environments, two with N / 2 each
+    python benchmarks/speed.py --ranks                  two ranks beside one, with as much each or with half of it
+    python benchmarks/speed.py --gpu                    a GPU: ours beside sketches of what it can do
     python benchmarks/speed.py --decoupled              a player and a trainer beside one rank; what their messages cost
 
 Prints the median over repetitions with minimum and maximum, and writes them to benchmarks/results/speed.csv and .md,
@@ -148,9 +149,48 @@ UPDATE_TASKS = {
     ),
 }
 PEERS = {"sb3": "Stable-Baselines3, faster of 1 and 2 threads", "sbx": "SBX"}
-RANKS = {  # arguments, and the environments of a single rank
-    "ppo-cartpole": (f"{PPO} --env-id CartPole-v1 --total-timesteps 131072", 8),
-    "ppo-walker2d": (f"{PPO} --env-id Walker2d-v4 --preset mujoco --total-timesteps 61440", 2),
+SHARED = "half of everything each"
+WHOLE = "each with what one has"
+RANKS = {  # arguments; those of one rank, and of each of two; what is asked for
+    f"ppo-cartpole, {WHOLE}": (
+        f"{PPO} --env-id CartPole-v1 --num-steps 128 --num-envs 16 --vectorization sync",
+        "--total-timesteps 131072",
+        "--total-timesteps 262144",
+        ">= 1.5",
+    ),
+    f"ppo-walker2d, {WHOLE}": (
+        f"{PPO} --env-id Walker2d-v4 --preset mujoco",
+        "--total-timesteps 40960",
+        "--total-timesteps 81920",
+        ">= 1.5",
+    ),
+    f"sac-pendulum, {WHOLE}": (
+        f"{SAC} --env-id Pendulum-v1 --num-threads 1 --learning-starts 1000 --log-every 500",
+        "--total-timesteps 6000",
+        "--total-timesteps 12000 --replay-ratio 0.5",
+        ">= 1.5",
+    ),
+    f"ppo-cartpole, {SHARED}": (
+        f"{PPO} --env-id CartPole-v1 --total-timesteps 131072",
+        "--num-envs 8",
+        "--num-envs 4",
+        ">= 0.9",
+    ),
+    f"ppo-walker2d, {SHARED}": (
+        f"{PPO} --env-id Walker2d-v4 --preset mujoco --total-timesteps 61440",
+        "--num-envs 2",
+        "--num-envs 1",
+        ">= 0.9",
+    ),
+}
+CHEETAH = "--env-id HalfCheetah-v5"
+GPU = {  # arguments; the sketch of the same update, or the steps per second asked for; what is asked for beside those
+    "ppo": (f"{PPO} {CHEETAH} --preset mujoco --total-timesteps 24576 --log-every 2048", "ppo", ">= 0.75"),
+    "ppo, compiled": (f"{PPO} {CHEETAH} --preset mujoco --total-timesteps 24576 --compile", "ppoc", ">= 0.75"),
+    "sac": (f"{SAC} {CHEETAH} --learning-starts 1000 --total-timesteps 6000 --log-every 500", "sac", ">= 0.75"),
+    "sac, compiled": (f"{SAC} {CHEETAH} --learning-starts 1000 --total-timesteps 6000 --compile", "sacc", ">= 0.75"),
+    "droq": (f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250", 170, ">= 1"),
+    "recurrent ppo": (f"{RECURRENT} --env-id CartPole-v1 --mask-velocities --total-timesteps 61440", 15_000, ">= 1"),
 }
 HUMANOID = (
     f"--env-id Humanoid-v5 --num-envs 56 --replay-ratio {1 / 56} --policy-frequency 1 --learning-starts 2000 "
@@ -336,15 +376,15 @@ def bench_memory(options: argparse.Namespace) -> bool:
 
 
 def bench_ranks(name: str, options: argparse.Namespace) -> bool:
-    """Two ranks with half the environments each beside one with all: speed, and the shares of time/*."""
-    arguments, num_envs = RANKS[name]
+    """Two ranks beside one: steps per second of both together, and the shares of time/*."""
+    arguments, one, each_of_two, bar = RANKS[name]
     parts = ("act", "env", "train", "comm", "log")
-    comparisons = [Comparison("steps/s", "two ranks", "one rank", "a / b")]
+    comparisons = [Comparison("steps/s", "two ranks", "one rank", "a / b", bar)]
     comparisons += [Comparison(f"share of time/{part}", "two ranks", "one rank", "a - b") for part in parts]
 
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
         columns = []
-        for case in (f"--num-envs {num_envs // 2} --devices 2 --strategy ddp", f"--num-envs {num_envs}"):
+        for case in (f"{each_of_two} --devices 2 --strategy ddp", one):
             folder = tempfile.mkdtemp(dir=log_dir)
             outcome = timed(ours(f"{arguments} --logger csv --seed {seed} {case}", folder, options))
             entries = logged(folder)
@@ -355,26 +395,46 @@ def bench_ranks(name: str, options: argparse.Namespace) -> bool:
     return bench(f"ranks-{name}", comparisons, measure, options)
 
 
+def late_sps(arguments: str, seed: int, log_dir: str, options: argparse.Namespace) -> float:
+    """Steps per second in the last half of a run: learning has started, everything is warm."""
+    folder = tempfile.mkdtemp(dir=log_dir)
+    run(ours(f"{arguments} --logger csv --seed {seed}", folder, options))
+    entries = [(int(entry["step"]), float(entry["charts/SPS"])) for entry in logged(folder)]
+    times = [(step, step / value) for step, value in entries]
+    (first, *_), (*_, last) = times[len(times) // 2 :], times
+    return (last[0] - first[0]) / (last[1] - first[1])
+
+
 def bench_overlap(name: str, options: argparse.Namespace) -> bool:
     """A player and a trainer, an iteration apart and a thread each, beside the coupled script on the same cores."""
     script, arguments, threads, bar = OVERLAP[name]
     comparisons = [Comparison("steps/s", "decoupled", "coupled", "a / b", bar)]
 
-    def sps(case: str, seed: int, log_dir: str) -> float:
-        """Of the last half of a run: learning has started, everything is warm."""
-        folder = tempfile.mkdtemp(dir=log_dir)
-        run(ours(f"{case} {arguments} --logger csv --seed {seed}", folder, options))
-        entries = [(int(entry["step"]), float(entry["charts/SPS"])) for entry in logged(folder)]
-        times = [(step, step / value) for step, value in entries]
-        (first, *_), (*_, last) = times[len(times) // 2 :], times
-        return (last[0] - first[0]) / (last[1] - first[1])
-
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
         twin = script.replace(".py", "_decoupled.py")
-        a = sps(f"{twin} --devices 2 --max-lag 1 --num-threads 1", seed, log_dir)
-        return [(a, max(sps(f"{script} --num-threads {count}", seed, log_dir) for count in threads))]
+        a = late_sps(f"{twin} --devices 2 --max-lag 1 --num-threads 1 {arguments}", seed, log_dir, options)
+        b = [late_sps(f"{script} --num-threads {count} {arguments}", seed, log_dir, options) for count in threads]
+        return [(a, max(b))]
 
     return bench(f"overlap-{name}", comparisons, measure, options)
+
+
+def bench_gpu(name: str, options: argparse.Namespace) -> bool:
+    """Steps per second on a GPU beside the sketch of the same update, or beside a number where there is no sketch."""
+    arguments, sketch, bar = GPU[name]
+    peer = f"sketch {sketch}" if isinstance(sketch, str) else "number asked for"
+    comparisons = [Comparison("steps/s", "fabricrl", peer, "a / b", bar)]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        a = late_sps(f"{arguments} --accelerator cuda", seed, log_dir, options)
+        if not isinstance(sketch, str):
+            return [(a, float(sketch))]
+        output, _ = run([sys.executable, "benchmarks/sketches/gpu_updates.py", sketch])
+        fields = re.search(r"^result .*: (\d+) steps/s", output, re.MULTILINE)
+        assert fields is not None, output
+        return [(a, float(fields[1]))]
+
+    return bench(f"gpu-{name}", comparisons, measure, options)
 
 
 def bench_messages(name: str, options: argparse.Namespace) -> bool:
@@ -469,10 +529,12 @@ def store(rows: list[dict[str, str]], folder: Path) -> None:
     (folder / "speed.md").write_text("\n".join([*lines, *sources.values(), ""]))
 
 
-def machine() -> str:
+def machine(gpu: bool = False) -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
     cpu = found[1] if found else platform.processor() or platform.machine()
+    if gpu:
+        cpu += ", " + run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])[0].strip()
     return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, torch {version('torch')}"
 
 
@@ -490,6 +552,7 @@ def main() -> int:
     parser.add_argument("--startup", action="store_true", help="instead of tasks: start-up")
     parser.add_argument("--memory", action="store_true", help="instead of tasks: memory (Linux)")
     parser.add_argument("--ranks", action="store_true", help="instead of tasks: two ranks beside one")
+    parser.add_argument("--gpu", action="store_true", help="instead of tasks: a GPU, beside sketches of its limits")
     parser.add_argument("--decoupled", action="store_true", help="instead of tasks: a player and a trainer")
     parser.add_argument("--repetitions", type=int, default=5, help="pairs (default: 5)")
     parser.add_argument("--ours-args", default="", help="more flags for our script, such as --ours-args=--compile")
@@ -504,11 +567,12 @@ def main() -> int:
     jobs += [("--sampling", bench_sampling)] * options.sampling
     jobs += [("--memory", bench_memory)] * options.memory
     jobs += [("--ranks", partial(bench_ranks, name)) for name in RANKS] * options.ranks
+    jobs += [("--gpu", partial(bench_gpu, name)) for name in GPU] * options.gpu
     jobs += [("--decoupled", partial(bench_overlap, name)) for name in OVERLAP] * options.decoupled
     jobs += [("--decoupled", partial(bench_messages, name)) for name in MESSAGES] * options.decoupled
     tasks = options.task or ([*TASKS, *UPDATE_TASKS] if not jobs else [])
     jobs += [(f"--task {name}", partial(bench_task if name in TASKS else bench_updates, name)) for name in tasks]
-    options.machine = machine()
+    options.machine = machine(options.gpu)
     if tasks:
         python = ROOT / options.peer_python
         if not python.exists():

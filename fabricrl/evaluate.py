@@ -20,18 +20,20 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Space
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
 from fabricrl.envs import check_env, make_env
+from fabricrl.envs.backends import option
+from fabricrl.envs.guard import GRACE, VIDEO_GRACE
 from fabricrl.envs.spaces import describe
-from fabricrl.envs.vector import ReportFailures
+from fabricrl.envs.vector import step_in_turn
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpoint, reading, restore
 from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
 from fabricrl.utils.launch import run_script
 from fabricrl.utils.records import Records
-from fabricrl.utils.utils import require, stream_seed
+from fabricrl.utils.utils import HALF, require, stream_seed
 
 Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
 # Arguments that older checkpoints do not have, as they were meant
@@ -104,9 +106,9 @@ def evaluate(
         env = make_env(args, shown, folder, mode, video_episodes=options.episodes)
         return NameFailures(env, index)
 
-    envs = ReportFailures(
-        SyncVectorEnv([partial(build, i) for i in range(num_envs)], autoreset_mode=AutoresetMode.SAME_STEP)
-    )
+    makers = [partial(build, index) for index in range(num_envs)]
+    grace = VIDEO_GRACE if options.capture_video else GRACE
+    envs = step_in_turn(makers, timeout=option(args, "timeout"), grace=grace, told=options.told)
     with reading(options.path):
         agent = utils.make_agent(args, envs)
         restore(agent, state["agent"])
@@ -129,11 +131,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     options = parser.parse_args()
     require(options.episodes >= 1, "episodes", options.episodes, "at least 1")
-    require(0 <= options.seed < 2**31, "seed", options.seed, "between 0 and 2^31 - 1")
     require(options.num_envs >= 1, "num_envs", options.num_envs, "at least 1")
+    seeds = HALF - options.num_envs + 1  # those above are for training
+    require(0 <= options.seed < seeds, "seed", options.seed, f"between 0 and {seeds - 1}")
     if options.render and options.capture_video:
         raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
     torch.set_num_threads(1)
+    options.told = set()  # warnings, so that both modes tell each once
 
     state, found = load_checkpoint(options.path)
     check_contents(state, found)

@@ -11,14 +11,17 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch._inductor
 from gymnasium.spaces import Space
 from lightning.fabric import Fabric
 
 from fabricrl.algos.run import Run
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
+from fabricrl.utils.optimizer import Adam
 
 
 @pytest.fixture(autouse=True)
@@ -46,17 +49,16 @@ class Ranks:
         self._slots: list[Any] = [None] * world_size
 
     def fabric(self, rank: int) -> Any:
-        def all_reduce(tensor: torch.Tensor, reduce_op: str) -> torch.Tensor:
-            assert reduce_op == "sum"
-            self._slots[rank] = tensor
-            self._barrier.wait()
-            total = torch.stack(self._slots).sum(0)
-            self._barrier.wait()  # nobody writes the next before all have read this
-            return total
-
+        group = partial(self._gather, rank)  # stands for the process group, and knows whose it is
         return SimpleNamespace(
-            world_size=self.world_size, global_rank=rank, device=torch.device("cpu"), all_reduce=all_reduce
+            world_size=self.world_size, global_rank=rank, device=torch.device("cpu"), process_group=group
         )
+
+    def _gather(self, rank: int, rows: torch.Tensor, own: torch.Tensor) -> None:
+        self._slots[rank] = own
+        self._barrier.wait()
+        rows.copy_(torch.cat(self._slots))
+        self._barrier.wait()  # nobody writes the next before all have read this
 
 
 def on_ranks(world_size: int, function: Callable[[Any], Any]) -> list[Any]:
@@ -71,10 +73,11 @@ def on_ranks(world_size: int, function: Callable[[Any], Any]) -> list[Any]:
             ranks._barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with mock.patch("fabricrl.utils.ranks.gather", lambda rows, own, group: group(rows, own)):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     if errors:
         raise errors[0]
     return results
@@ -104,6 +107,17 @@ class BareRun(Run):
         self.join(fabric or Fabric(accelerator="cpu", devices=1, precision=args.precision))
 
 
+class Descent(Adam):
+    """Moves the parameters by the gradient itself, times the learning rate."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if not self.flat.is_joined:
+            self.flat.join()
+        self.flat.vector.sub_(self.param_groups[0]["lr"] * self.gradient)
+        self.flat.grad = None
+
+
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Calls `main` as if the script had been started with these arguments."""
@@ -113,6 +127,12 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return main()
 
     return call
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--compile` without the compiler, which takes a while: what has been recorded runs operation by operation."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
 
 
 class Trained:

@@ -285,6 +285,39 @@ class Odd(gym.Env):
         return self.observation_space.sample(), 1.0, self._steps >= self.length, False, {}
 
 
+class Telling(Odd):
+    """Tells in its infos what means something to buffers, in every step."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        *answer, _ = super().step(action)
+        return (*answer, {"skipped": True, "life_lost": True, "final_obs": "nothing", "lives": 1})
+
+
+class Misbehaving(gym.Env):
+    """Exits, answers in odd types, pays too much, or writes all observations into one array."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = Discrete(2)
+
+    def __init__(self, kind: str = "") -> None:
+        self.kind, self.steps = kind, 0
+        self.obs = np.zeros(2, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        self.steps, self.obs[:] = 0, 0.0
+        return self.obs, {}
+
+    def step(self, action: int) -> tuple:
+        self.steps += 1
+        self.obs[:] = self.steps
+        if self.kind == "exit":
+            raise SystemExit(0)
+        obs = self.obs[:1] if self.kind == "shape" else self.obs
+        reward = {"much": 1e25, "array": np.array([1.0])}.get(self.kind, 1.0)
+        return obs, reward, False, self.steps == 5, {}
+
+
 for _kind in ("Discrete", "MultiDiscrete", "MultiBinary", "Box"):
     gym.register(f"Identity{_kind}-v0", entry_point=Identity, kwargs={"kind": _kind})
 gym.register("Counting-v0", entry_point=Counting)
@@ -294,3 +327,5 @@ gym.register("Odd-v0", entry_point=Odd)
 gym.register("Recall-v0", entry_point=Recall)
 gym.register("Picture-v0", entry_point=Picture)
 gym.register("PictureDict-v0", entry_point=Picture, kwargs={"beside": True})
+gym.register("Misbehaving-v0", entry_point=Misbehaving)
+gym.register("Telling-v0", entry_point=Telling)

@@ -24,6 +24,8 @@ from unittest import mock
 
 import torch
 
+from fabricrl.algos.run import Run
+
 ROOT = Path(__file__).parent.parent
 PPO = str(ROOT / "fabricrl/algos/ppo/ppo.py")
 PPO_DECOUPLED = str(ROOT / "fabricrl/algos/ppo/ppo_decoupled.py")
@@ -361,6 +363,21 @@ def call(main: Callable[[], int], *arguments: object, encoding: str = "utf-8") -
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stopped_in(iteration: int, number: int = signal.SIGTERM) -> Iterator[None]:
+    """Signals this process as soon as a run inside begins its n-th iteration, from 1, which is to be its last."""
+    original = Run.iterations
+
+    def signalled(run: Run, steps: int) -> Iterator[int]:
+        for count, step in enumerate(original(run, steps), 1):
+            if count == iteration:
+                os.kill(os.getpid(), number)
+            yield step
+
+    with mock.patch.object(Run, "iterations", signalled):
+        yield
 
 
 def run_folder(log_dir: Path) -> Path:

@@ -14,18 +14,23 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from gymnasium.vector import SyncVectorEnv
 
 from fabricrl import algos
+from fabricrl.algos import run as run_module
 from fabricrl.algos.args import StandardArgs, parse
 from fabricrl.algos.ppo import ppo as ppo_script
+from fabricrl.algos.ppo.agent import ACTION_SPACES
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent as recurrent_script
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
+from fabricrl.algos.run import Run
 from fabricrl.envs import make_envs
+from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.model import parameter_hash
+from fabricrl.utils.update import Runner
 from fabricrl.utils.utils import generators
 from tests.conftest import Trained
 
@@ -145,13 +150,16 @@ CHANGES_SOMETHING_ELSE = {
     "matmul_precision": "test_torch_is_set_as_asked",
     "torch_deterministic": "test_torch_is_set_as_asked",
     "compile": "test_compile_compiles_the_update",
+    "cuda_graphs": "test_on_a_gpu_updates_are_captured_and_the_policy_acts_there_unless_told_otherwise",
+    "player_device": "test_on_a_gpu_updates_are_captured_and_the_policy_acts_there_unless_told_otherwise",
 }
 
-# Read by `launch` and `Run` alone, which every script hands its arguments as they are: tests with PPO show their effect
+# Read by `launch`, `Run` and `RunFolder` alone, which are handed every script's arguments as they are: tests with PPO
+# show their effect
 AS_IN_PPO = {
     "exp_name", "log_dir", "logger", "track", "wandb_project_name", "wandb_entity", "upload_model", "hf_entity",
     "accelerator", "cuda", "devices", "strategy", "num_nodes", "node_rank", "main_address", "main_port",
-    "num_threads", "matmul_precision", "torch_deterministic",
+    "num_threads", "matmul_precision", "torch_deterministic", "cuda_graphs", "player_device",
 }  # fmt: skip
 
 
@@ -189,18 +197,24 @@ def test_what_is_shown_with_ppo_alone_is_read_by_the_same_lines(
 ) -> None:
     assert AS_IN_PPO.issubset(CHANGES_SOMETHING_ELSE)
     assert AS_IN_PPO.issubset(field.name for field in dataclasses.fields(StandardArgs))
-    script, handed = SCRIPTS[algo], {}
-
-    def spy(name: str, position: int) -> None:
-        original = getattr(script, name)
-        monkeypatch.setattr(script, name, lambda *given: (handed.update({name: given[position]}), original(*given))[1])
-
-    real_parse = parse
-    monkeypatch.setattr(script, "parse", lambda *given: handed.setdefault("parse", real_parse(*given)))
-    for name, position in (("launch", 0), ("Run", 1)):
-        spy(name, position)
+    handed = watched_arguments(SCRIPTS[algo], monkeypatch)
     run()
-    assert handed["launch"] is handed["Run"] is handed["parse"]
+    assert handed["launch"] is handed["join"] is handed["RunFolder"] is handed["parse"]
+
+
+def watched_arguments(script: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments as a script has parsed them, and as they are handed to what reads them for every script."""
+    handed: dict[str, Any] = {}
+
+    def spy(place: Any, name: str, arguments: Callable[..., Any]) -> None:
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given: (handed.update({name: arguments(*given)}), original(*given))[1])
+
+    monkeypatch.setattr(script, "parse", lambda *given: handed.setdefault("parse", parse(*given)))
+    spy(run_module, "launch", lambda args: args)
+    spy(Run, "join", lambda run, fabric: run.args)
+    spy(run_module, "RunFolder", lambda fabric, args, *rest: args)
+    return handed
 
 
 # Arguments that scripts parse -> the tests that have a guard like the one above
@@ -283,16 +297,16 @@ def test_the_seed_reaches_parameters_environments_action_noise_and_minibatches(
     def check_ranks(fabric: Any, player: torch.nn.Module, obs: torch.Tensor) -> None:
         seen[:] = [parameter_hash(player).item(), obs.tolist()]
 
-    def rollout(*given: Any) -> None:
-        seen.append(given[3].initial_seed())
-        real_rollout(*given)
+    def rollout(run: Run, *rest: Any) -> None:
+        seen.append(run.act_rng.initial_seed())
+        real_rollout(run, *rest)
 
-    def train(*given: Any) -> Any:
-        (rng,) = (argument for argument in given if isinstance(argument, torch.Generator))
-        seen.append(rng.initial_seed())
-        return real_train(*given)
+    def train(run: Run, *rest: Any) -> Any:
+        seen.append(run.train_rng.initial_seed())
+        return real_train(run, *rest)
 
-    for function in (check_ranks, rollout, train):
+    monkeypatch.setattr(run_module, "check_ranks", check_ranks)
+    for function in (rollout, train):
         monkeypatch.setattr(SCRIPTS[algo], function.__name__, function)
     runs = {}
     for seed in (1, 2):
@@ -300,7 +314,7 @@ def test_the_seed_reaches_parameters_environments_action_noise_and_minibatches(
         runs[seed] = list(seen)
     for what, first, second in zip(("parameters", "environments", "noise", "minibatches"), *runs.values(), strict=True):
         assert first != second, what
-    assert runs[1][1][1] == runs[2][1][0]  # environment i has seed + i, so that the second of one is the first here
+    assert not {tuple(obs) for obs in runs[1][1]} & {tuple(obs) for obs in runs[2][1]}, "seeds share an environment"
     assert runs[1][2] != runs[1][3]  # streams of their own
 
 
@@ -325,7 +339,7 @@ def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train)
 def test_vectorization_chooses_processes_and_changes_nothing_else(
     algo: str, run: Train, base: Callable, tmp_path: Path
 ) -> None:
-    for kind, expected in (("sync", SyncVectorEnv), ("async", AsyncVectorEnv)):
+    for kind, expected in (("sync", SyncVectorEnv), ("async", WorkerVectorEnv)):
         envs = make_envs(ARGS[algo](**(TINIES[algo] | {"vectorization": kind})), 0, tmp_path)
         assert type(envs.unwrapped) is expected
         envs.close()
@@ -333,9 +347,9 @@ def test_vectorization_chooses_processes_and_changes_nothing_else(
 
 
 def test_videos_are_recorded_only_if_asked_and_as_often_as_asked(run: Train) -> None:
-    # CartPole's episodes take at most a few dozen steps at first: environment 0 ends several in 96 steps
+    # CartPole's episodes take at most a few dozen steps at first: environment 0 ends several in 192 steps
     def videos(**settings: Any) -> list[str]:
-        folder = run(**CARTPOLE, num_steps=48, **settings).folder / "videos"
+        folder = run(**CARTPOLE, num_steps=96, total_timesteps=384, **settings).folder / "videos"
         return sorted(file.name for file in folder.glob("*.mp4"))
 
     assert videos() == []
@@ -525,36 +539,53 @@ def test_torch_is_set_as_asked(told: Callable[..., dict[str, Any]]) -> None:
 
 def test_compile_compiles_the_update(algo: str, run: Train, base: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiling for real takes half a minute; that it is asked for, and that its result is used, is what counts here
-    compiled, calls = [], []
-
-    def fake(module: torch.nn.Module, **options: Any) -> torch.nn.Module:
-        compiled.append(module)
-        module.register_forward_pre_hook(lambda *_: calls.append(1))
-        return module
-
-    monkeypatch.setattr(torch, "compile", fake)
+    compiled = watched_compiler(monkeypatch)
     run()
     assert compiled == []
-    after = run(compile=True)
-    objective = {"ppo": ppo_script.Objective, "ppo_recurrent": recurrent_script.RecurrentObjective}[algo]
-    assert [type(module) for module in compiled] == [objective]
-    assert len(calls) >= 3 * 2 * 2  # iterations, epochs, minibatches; and perhaps once before the clock starts
-    assert torch.equal(after.weights, base())
+    after = run(compile=True, anneal_clip=True, anneal_ent=True)
+    if algo == "ppo":  # in every iteration the same program, although coefficients change; sequences differ in shape
+        assert len(compiled) == 1
+    assert sum(compiled) >= 3 * 2 * 2  # iterations, epochs, minibatches; and perhaps once before the clock starts
+    assert not torch.equal(after.weights, base())
+    torch.testing.assert_close(after.weights, run(anneal_clip=True, anneal_ent=True).weights, rtol=0, atol=1e-4)
 
 
-def test_annealed_coefficients_do_not_compile_the_update_again(ppo: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: list[Any] = []
-    real = torch.compile
+def watched_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often each of the programs ran that a compiler was asked for, which is not called."""
+    calls: list[int] = []
 
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    def compile_variant(runner: Runner, function: Callable[..., Any], inputs: list[torch.Tensor]) -> Any:
+        place = len(calls)
+        calls.append(0)
+        with runner.rehearsal():
+            function(inputs)
 
-    monkeypatch.setattr(torch, "compile", lambda module, **options: real(module, **options | {"backend": backend}))
-    run = ppo(*flags(TINY | {"compile": True, "anneal_clip": True, "anneal_ent": True, "total_timesteps": 256}))
-    torch.compiler.reset()
-    assert run.code == 0
-    assert 1 <= len(graphs) <= 3  # of eight iterations: the second value may show that it is one that changes
+        def program(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            calls[place] += 1
+            return function(tensors)
+
+        return program
+
+    monkeypatch.setattr(Runner, "_compile_variant", compile_variant)
+    return calls
+
+
+def test_on_a_gpu_updates_are_captured_and_the_policy_acts_there_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(run_module, "Runner", lambda compile, capture, *rest: asked.append((compile, capture)))
+
+    def chosen(device: str, *line: object) -> tuple[tuple[bool, bool], str]:
+        run = Run(parsed(monkeypatch, *line), "ppo", ACTION_SPACES)
+        run.join(types.SimpleNamespace(device=torch.device(device), global_rank=0))
+        return asked.pop(), run.player_device.type
+
+    assert chosen("cpu") == ((False, False), "cpu")
+    assert chosen("cpu", "--compile") == ((True, False), "cpu")
+    assert chosen("cuda") == ((False, True), "cuda")
+    assert chosen("cuda", "--no-cuda-graphs", "--player-device", "cuda") == ((False, False), "cuda")
+    assert chosen("cuda", "--compile", "--player-device", "cpu") == ((True, True), "cpu")
 
 
 @pytest.mark.parametrize("precision", get_args(get_args(typing.get_type_hints(PPOArgs)["precision"])[0]))
@@ -689,10 +720,10 @@ def test_learning_rate_clipping_and_entropy_fall_linearly_to_zero(
     seen: list[tuple[float, float, float]] = []
     train = SCRIPTS[algo].train
 
-    def record(*given: Any) -> Any:
-        optimizer, (clip_coef, ent_coef) = given[3], given[-2:]
-        seen.append((optimizer.param_groups[0]["lr"], clip_coef, ent_coef))
-        return train(*given)
+    def record(run: Run, *given: Any) -> Any:
+        (optimizer,) = run._optimizers
+        seen.append((optimizer.param_groups[0]["lr"].item(), *given[-2:]))
+        return train(run, *given)
 
     monkeypatch.setattr(SCRIPTS[algo], "train", record)
     run(anneal_clip=True, anneal_ent=True)
@@ -702,7 +733,7 @@ def test_learning_rate_clipping_and_entropy_fall_linearly_to_zero(
     assert len(seen) == 3
     seen.clear()
     run(anneal_lr=False)
-    assert seen == [(0.02, 0.2, 0.01)] * 3
+    assert seen == [pytest.approx((0.02, 0.2, 0.01))] * 3
 
 
 @pytest.mark.parametrize(

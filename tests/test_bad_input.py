@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fabricrl import evaluate
+from fabricrl.algos import run as run_module
 from fabricrl.algos.args import parse
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.ppo import ppo
@@ -27,9 +28,9 @@ def nothing_starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         raise AssertionError("the mistake was not noticed before anything started")
 
     if "launch" not in request.node.name:
-        monkeypatch.setattr(ppo, "launch", forbidden)
-    monkeypatch.setattr(ppo, "make_envs", forbidden)
-    monkeypatch.setattr(ppo, "Run", forbidden)
+        monkeypatch.setattr(run_module, "launch", forbidden)
+    monkeypatch.setattr(run_module, "make_envs", forbidden)
+    monkeypatch.setattr(run_module, "RunFolder", forbidden)
 
 
 def complaint(*flags: object) -> str:
@@ -349,6 +350,19 @@ def test_launch_refuses_hardware_and_strategies_that_do_not_exist(flags: tuple[s
 @pytest.mark.parametrize("flags", [("--accelerator", "cuda"), ("--cuda",)], ids=" ".join)
 def test_launch_refuses_a_gpu_that_is_not_there(flags: tuple[str, ...]) -> None:
     assert "--accelerator cuda" in complaint(*flags)
+
+
+def test_launch_refuses_a_policy_on_a_gpu_beside_training_on_the_cpu() -> None:
+    """Before environments start; a decoupled player, which may act where nobody trains, has a test of its own."""
+    message = complaint("--player-device", "cuda")
+    assert message == "--player-device is cuda: it must be cpu or auto where the run trains on the CPU"
+
+
+def test_compiling_without_a_compiler_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    message = complaint("--compile")
+    assert "--compile needs a C++ compiler" in message
+    assert "apt install g++" in message
 
 
 def test_launch_refuses_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

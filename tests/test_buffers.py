@@ -9,15 +9,17 @@ import pytest
 import torch
 from gymnasium.vector import VectorEnv
 
+from fabricrl import evaluate
+from fabricrl.algos.ppo.agent import PPOAgent, make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import rollout
-from fabricrl.algos.ppo.utils import make_agent
-from fabricrl.data.buffers import RolloutBuffer
+from fabricrl.data import RolloutBuffer
 from fabricrl.envs import make_envs
-from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.metric import Stopwatch
+from fabricrl.utils.errors import ConfigError, NonFiniteError
 from fabricrl.utils.utils import env_seeds
+from tests.conftest import BareRun
 from tests.envs import vectors
+from tests.process import call
 
 STEPS, ENVS = 7, 3
 # Lengths 3, 4 and 5 for the three environments (seeds 0, 1, 2), so that ends fall on every step of a rollout
@@ -48,6 +50,12 @@ def build(vectorization: str, tmp_path: Path) -> Iterator[Any]:
         envs.close()
 
 
+def playing(envs: VectorEnv, **settings: Any) -> tuple[BareRun, PPOAgent]:
+    """A run with an agent that acts in these environments."""
+    args = PPOArgs(num_envs=ENVS, **settings)
+    return BareRun(args, action_space=envs.single_action_space), make_agent(args, envs)
+
+
 class Expected:
     """The counting environment written a second time, one environment after the other, as an independent reference."""
 
@@ -72,18 +80,17 @@ class Expected:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_is_a_real_step_and_every_field_belongs_to_it(build: Any, kind: str) -> None:
     envs = build(KINDS[kind])
-    agent = make_agent(PPOArgs(), envs)
+    run, agent = playing(envs)
     rb = RolloutBuffer(STEPS, ENVS, vectors(3), 1, torch.int64)
-    obs, _ = envs.reset(seed=env_seeds(0, 0, ENVS))
+    obs, _ = envs.reset(seed=list(range(ENVS)))
     rb.start(obs)
     references = [Expected(kind, seed) for seed in range(ENVS)]
-    generator = torch.Generator().manual_seed(0)
     for iteration in range(3):  # ends fall on first, middle and last rows, and episodes cross rollouts
-        rollout(agent, envs, rb, generator, Stopwatch("act", "env"))
+        rollout(run, agent, envs, rb)
         limits: dict[tuple[int, int], list[float]] = {}
-        if (stored := rb.time_limits()) is not None:
-            limits = {(t, env): final.tolist() for t, env, final in zip(*map(list, stored), strict=True)}
-            limits = {(int(t), int(env)): final for (t, env), final in limits.items()}
+        if rb.has_truncated:
+            stored = zip(*rb.truncated_episodes(), strict=True)
+            limits = {(int(t), int(env)): final.tolist() for t, env, final in stored}
         expected_limits = {}
         for env, reference in enumerate(references):
             for t in range(STEPS):
@@ -98,28 +105,43 @@ def test_every_row_is_a_real_step_and_every_field_belongs_to_it(build: Any, kind
                 if truncated and not terminated:
                     expected_limits[t, env] = final
         assert limits == expected_limits
-        assert (kind == "terminated" or kind == "both") == (rb.time_limits() is None)
+        assert (kind == "terminated" or kind == "both") == (not rb.has_truncated)
         rb.start()
         assert rb.obs[0].tolist() == [reference.obs() for reference in references]
 
 
 def test_actions_are_stored_as_they_were_drawn_but_reach_the_environment_clipped(build: Any) -> None:
     envs = build('{"action": "box_uneven"}', "tests.envs:Odd-v0")  # bounds [−1, 1] and [0, 10]; refuses others
-    agent = make_agent(PPOArgs(log_std_init=2.0), envs)
+    run, agent = playing(envs, log_std_init=2.0)
     rb = RolloutBuffer(STEPS, ENVS, vectors(3), 2, torch.float32)
     rb.start(envs.reset(seed=1)[0])
     noise = agent.head.noise((STEPS, ENVS), torch.Generator().manual_seed(3))
-    rollout(agent, envs, rb, torch.Generator().manual_seed(3), Stopwatch("act", "env"))
+    run.act_rng.manual_seed(3)
+    rollout(run, agent, envs, rb)
     with torch.no_grad():
         torch.testing.assert_close(rb.actions, agent.act(rb.obs[:-1], noise))
     low, high = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 10.0])
     assert ((rb.actions < low) | (rb.actions > high)).any()
 
 
-def test_environments_of_different_ranks_and_indices_start_from_different_seeds(build: Any) -> None:
-    envs = build(KINDS["terminated"])
-    seeds = [envs.reset(seed=env_seeds(5, rank, ENVS))[0][:, 2].tolist() for rank in range(3)]
-    assert seeds == [[5, 6, 7], [8, 9, 10], [11, 12, 13]]  # seed + rank · num_envs + i
+def test_environments_of_all_runs_ranks_and_indices_start_from_different_seeds() -> None:
+    """Neighbouring seeds, the largest, ranks, resumed runs; and many environments of one run."""
+    seeds = [
+        env_seed
+        for seed in (*range(50), 9_999, 10_000, 2**31 - 1)
+        for rank in range(3)
+        for step in (0, 1_000)
+        for env_seed in env_seeds(seed, rank, 4, step)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert len({env_seed for rank in range(8) for env_seed in env_seeds(1, rank, 4096)}) == 8 * 4096
+    assert env_seeds(1, 1, 2) == env_seeds(1, 0, 4)[2:], "an environment's place in the run decides"
+
+
+def test_environments_in_training_share_no_seed_with_those_of_evaluation(tmp_path: Path) -> None:
+    assert all(2**30 <= env_seed < 2**31 for seed in range(100) for env_seed in env_seeds(seed, 0, 8, seed))
+    with pytest.raises(ConfigError, match=r"--seed is 1073741817: it must be between 0 and 1073741816"):
+        call(evaluate.main, tmp_path, "--seed", 2**30 - 7, "--num-envs", 8)
 
 
 def step(rb: RolloutBuffer, t: int, **changes: Any) -> None:
@@ -183,14 +205,14 @@ def test_final_observations_are_copies() -> None:
     finals[0] = np.array([1.0, 2.0], np.float32)
     step(rb, 0, truncated=np.array([True, False]), infos={"final_obs": finals})
     finals[0][:] = 9.0
-    _, _, stored = rb.time_limits()
+    _, _, stored = rb.truncated_episodes()
     assert stored.tolist() == [[1.0, 2.0]]
 
 
 def test_a_rollout_with_a_bad_number_ends_in_an_error_that_names_it(build: Any) -> None:
     envs = build('{"kind": "reward_nan", "at_step": 4, "only_seed": 1}', "tests.envs:Fault-v0")
-    agent = make_agent(PPOArgs(), envs)
+    run, agent = playing(envs)
     rb = RolloutBuffer(STEPS, ENVS, vectors(2), 1, torch.int64)
-    rb.start(envs.reset(seed=env_seeds(0, 0, ENVS))[0])
+    rb.start(envs.reset(seed=list(range(ENVS)))[0])
     with pytest.raises(NonFiniteError, match="reward of environment 1 is not finite after step 4"):
-        rollout(agent, envs, rb, torch.Generator(), Stopwatch("act", "env"))
+        rollout(run, agent, envs, rb)

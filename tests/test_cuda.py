@@ -50,11 +50,11 @@ def test_as_on_the_cpu(run: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--vectorization", "native"]], ids=["images", "native"])
-@pytest.mark.parametrize("script", [ppo, ppo_recurrent], ids=["ppo", "ppo_recurrent"])
-def test_stacked_images_and_skipped_steps_as_on_the_cpu(script: Any, flags: list, train: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("algo", [ppo, ppo_recurrent], ids=["ppo", "ppo_recurrent"])
+def test_stacked_images_and_skipped_steps_as_on_the_cpu(algo: Any, flags: list, train: Callable[..., Any]) -> None:
     images = ["--env-id", "tests.envs:PictureDict-v0", "--frame-stack", 3, "--cnn-features", 16, "--clip-reward"]
     line = [*(flags or images), "--num-envs", 4, "--num-steps", 16, "--num-minibatches", 2, "--norm-obs"]
-    here, there = (train(script.main, *line, "--total-timesteps", 128, *where) for where in ([], CUDA))
+    here, there = (train(algo.main, *line, "--total-timesteps", 128, *where) for where in ([], CUDA))
     assert "on cuda" in there.output
     torch.testing.assert_close(there.weights.cpu(), here.weights, rtol=0, atol=1e-3)
 

@@ -13,6 +13,7 @@ import torch
 
 from fabricrl.algos.ppo import ppo_decoupled
 from fabricrl.algos.sac import sac_decoupled
+from fabricrl.data import Batch, Stacks
 from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
@@ -39,6 +40,7 @@ from fabricrl.utils.decoupled import (
 )
 from fabricrl.utils.errors import ConfigError, LostPeerError, NonFiniteError, RunError
 from fabricrl.utils.launch import StopSignal, failing_together
+from fabricrl.utils.optimizer import Adam, average_gradients
 from fabricrl.utils.ranks import all_gather, all_max
 from fabricrl.utils.utils import generators
 from tests.process import FORKSERVER, LIMIT, call, free_port, load
@@ -102,6 +104,17 @@ def test_filling_copies() -> None:
     packet = Packet(FIELDS).fill(table=source)
     source += 1
     assert packet["table"].tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_shares_are_the_rollout_each_row_once_as_it_is_seen() -> None:
+    frames, places = torch.arange(20.0).view(10, 2), torch.randint(10, (9, 4))
+    rows = Batch(obs=Stacks(frames, places), advantages=torch.arange(9.0), counts=None)
+    first, second, third = ppo_decoupled.divide(rows, 3)
+    assert [share["advantages"].tolist() for share in (first, second, third)] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert torch.equal(second["obs"], frames[places[1::3]])  # frames put together
+    assert second["counts"].tolist() == [1, 1, 1]
+    counted = [share["counts"].tolist() for share in ppo_decoupled.divide(rows.with_columns(counts=torch.eye(9)[4]), 3)]
+    assert counted == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
 def test_a_packet_is_used_again_only_after_all_that_may_be_on_their_way() -> None:
@@ -341,16 +354,16 @@ def grouped(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
     """The player alone, the trainers as a world of their own."""
     rank = fabric.global_rank
     group = Group(fabric) if rank == PLAYER else Group(fabric, team)
-    torch.manual_seed(rank)
+    torch.manual_seed(7)
     module = torch.nn.Linear(3, 1)
-    wrapped = group.setup_module(module)
-    start = module.weight.detach().clone()
+    wrapped, optimizer = group.setup(module, Adam(module.parameters(), 1e-3))
     rows = torch.arange(12.0).view(4, 3)[2 * max(rank - 1, 0) :][:2] if rank else torch.arange(12.0).view(4, 3)
     group.backward(wrapped(rows).square().mean())
+    metrics = average_gradients(group, optimizer, torch.tensor([float(rank)]))  # type: ignore[arg-type]
     stop = StopSignal()
     stop.received = {0: 0, 1: 0, 2: 15}[rank]
     result = {
-        "size": group.world_size, "rank": group.global_rank, "start": start, "grad": module.weight.grad,
+        "size": group.world_size, "rank": group.global_rank, "grad": optimizer.gradient, "metrics": metrics,
         "sum": group.all_reduce(torch.tensor([rank + 1.0])), "gathered": all_gather(group, torch.tensor(rank)),
         "max": all_max(group, rank), "stop": stop.exit_code(group), "device": str(group.device), "told": [],
     }  # fmt: skip
@@ -368,15 +381,9 @@ def grouped(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
 def test_trainers_average_gradients_and_agree_among_themselves_and_the_player_is_alone(tmp_path: Path) -> None:
     player, first, second = ranks(grouped, 3, tmp_path)
     assert [(rank["size"], rank["rank"]) for rank in (player, first, second)] == [(1, 0), (2, 0), (2, 1)]
-    assert torch.equal(first["start"], second["start"]), "trainers start from different parameters"
-    assert not torch.equal(first["start"], player["start"])
-    torch.testing.assert_close(first["grad"], second["grad"], rtol=0, atol=0)
-    module = torch.nn.Linear(3, 1)
-    torch.manual_seed(1)
-    torch.nn.Linear.reset_parameters(module)
-    assert torch.equal(module.weight, first["start"])
-    module(torch.arange(12.0).view(4, 3)).square().mean().backward()
-    torch.testing.assert_close(first["grad"], module.weight.grad)
+    assert torch.equal(first["grad"], second["grad"]), "trainers step by different gradients"
+    torch.testing.assert_close(first["grad"], player["grad"])  # of all rows at once
+    assert [rank["metrics"].item() for rank in (player, first, second)] == [0, 1.5, 1.5]
     assert [rank["sum"].item() for rank in (player, first, second)] == [1, 5, 5]
     assert [rank["gathered"].tolist() for rank in (player, first, second)] == [[0], [1, 2], [1, 2]]
     assert [rank["max"] for rank in (player, first, second)] == [0, 2, 2]
@@ -482,7 +489,7 @@ def no_run_in(folder: Path) -> bool:
         (["--timeout", 0], "--timeout is 0.0: it must be a number of minutes above 0"),
         (["--timeout", "inf"], "--timeout is inf: it must be a number of minutes above 0"),
         (["--timeout", "nan"], "--timeout is nan: it must be a number of minutes above 0"),
-        (["--player-device", "tpu"], "--player-device is tpu: it must be cpu or cuda"),
+        (["--player-device", "tpu"], "invalid choice 'tpu' for argument '--player-device'. Expected one of ('auto', "),
         ([], "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
              "add --devices 2, or take the script of the same name without _decoupled"),
         (["--devices", 1], "--devices is 1: a decoupled script needs at least 2 ranks"),
@@ -505,7 +512,7 @@ def test_what_cannot_be_run_is_told_in_one_line_before_anything_starts(
 def test_the_player_acts_where_it_is_told_to_if_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     fabric = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert player_device(SimpleNamespace(player_device=None), fabric) == torch.device("cpu")  # type: ignore[arg-type]
+    assert player_device(SimpleNamespace(player_device="auto"), fabric) == torch.device("cpu")  # type: ignore[arg-type]
     assert player_device(SimpleNamespace(player_device="cpu"), fabric) == torch.device("cpu")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="--player-device is cuda: it must be cpu: there is no GPU here"):
         player_device(SimpleNamespace(player_device="cuda"), fabric)  # type: ignore[arg-type]

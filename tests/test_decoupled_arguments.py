@@ -1,4 +1,4 @@
-"""The arguments of decoupled scripts are those of the coupled ones, and three of their own."""
+"""The arguments of decoupled scripts are those of the coupled ones, and two of their own."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ import pytest
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
 from fabricrl.utils.errors import ConfigError
-from tests import test_decoupled, test_decoupled_run
+from tests import test_decoupled_run
 
 TWINS = {"ppo": (PPOArgs, PPODecoupledArgs), "sac": (SACArgs, SACDecoupledArgs)}
-# Where tests show what the three do; the others reach the same functions as in the coupled script, whose runs are equal
-OWN = {"max_lag": test_decoupled_run, "timeout": test_decoupled_run, "player_device": test_decoupled}
+# Where tests show what the two do; the others reach the same functions as in the coupled script, whose runs are equal
+OWN = {"max_lag": test_decoupled_run, "timeout": test_decoupled_run}
 
 
 def defaults(kind: type) -> dict[str, object]:

@@ -72,7 +72,7 @@ class Masked(nn.Module):
         self.rate, self.mask = rate, torch.tensor(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.where(self.mask, 0.0, x / (1 - self.rate))
+        return torch.where(self.mask == 1, 0.0, x / (1 - self.rate))
 
 
 def plain_critics(ensemble: EnsembleMLP, args: DroQArgs) -> nn.ModuleList:

@@ -23,7 +23,7 @@ KEYS = {f"{name}_{part}" for name in ("return", "length") for part in ("mean", "
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A short run with normalised observations, whose statistics evaluation has to use and must not change."""
-    flags = ["--total-timesteps", 4096, "--norm-obs", "--norm-reward", "--learning-rate", 3e-3]
+    flags = ["--total-timesteps", 4096, "--norm-obs", "--norm-reward", "--learning-rate", 1e-3]
     return call(main, *flags, "--log-dir", tmp_path_factory.mktemp("trained"))
 
 

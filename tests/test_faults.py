@@ -11,12 +11,14 @@ import pytest
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
+from fabricrl.utils.utils import env_seeds
 from tests.process import PPO, PYTHON, call, load, run, run_folder, saved_steps
 
 # An iteration is 2 environments × 16 steps; a checkpoint after each. The fault comes in the third
 SMALL = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 3200]
 SMALL += ["--checkpoint-every", 1, "--keep-checkpoints", 100, "--env-id", "tests.envs:Fault-v0"]
 AT_STEP = 40  # of an environment: in its third rollout
+SECOND = f', "only_seed": {env_seeds(1, 0, 2)[1]}'  # --seed 1, rank 0, environment 1
 
 
 def fault(tmp_path: Path, kind: str, *flags: object, extra: str = "", at_step: int = AT_STEP) -> RunError:
@@ -50,7 +52,7 @@ def assert_last_checkpoint_is_good(tmp_path: Path, steps: list[int]) -> None:
 def test_numbers_that_are_not_finite_end_the_run_before_they_are_learned(
     tmp_path: Path, kind: str, words: list[str]
 ) -> None:
-    error = fault(tmp_path, kind, extra=', "only_seed": 2')  # seed 1 + index 1
+    error = fault(tmp_path, kind, extra=SECOND)
     assert isinstance(error, NonFiniteError)
     assert error.exit_code == 5
     assert all(word in f"{error} " for word in words), error
@@ -66,7 +68,7 @@ def test_numbers_that_are_not_finite_end_the_run_before_they_are_learned(
     ],
 )
 def test_what_an_environment_raises_ends_the_run_and_is_told(tmp_path: Path, kind: str, words: list[str]) -> None:
-    error = fault(tmp_path, kind, extra=', "only_seed": 2')
+    error = fault(tmp_path, kind, extra=SECOND)
     assert isinstance(error, EnvError)
     assert error.exit_code == 4
     assert all(word in str(error) for word in words), error
@@ -87,7 +89,7 @@ def test_an_environment_that_cannot_start_ends_the_run_before_any_checkpoint(tmp
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # Gymnasium reports the worker's error as warnings
 def test_an_environment_fails_alike_in_a_process_of_its_own(tmp_path: Path, kind: str, words: str) -> None:
-    error = fault(tmp_path, kind, "--vectorization", "async", extra=', "only_seed": 2')
+    error = fault(tmp_path, kind, "--vectorization", "async", extra=SECOND)
     assert isinstance(error, EnvError)
     assert words in str(error)
     assert "environment 1" in str(error)
@@ -95,7 +97,7 @@ def test_an_environment_fails_alike_in_a_process_of_its_own(tmp_path: Path, kind
 
 
 def test_a_killed_environment_process_is_named_and_ends_the_run_with_code_4(tmp_path: Path) -> None:
-    kwargs = f'{{"kind": "die", "at_step": {AT_STEP}, "only_seed": 2}}'
+    kwargs = f'{{"kind": "die", "at_step": {AT_STEP}{SECOND}}}'
     flags = ["--env-kwargs", kwargs, "--vectorization", "async", "--log-dir", tmp_path]
     ended = run(*PYTHON, PPO, *SMALL, *flags)
     assert ended.code == 4, ended.report()
@@ -153,7 +155,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
 def test_a_fault_on_one_of_two_ranks_ends_both_with_its_code_and_one_line(
     tmp_path: Path, kind: str, code: int, words: str
 ) -> None:
-    kwargs = f'{{"kind": "{kind}", "at_step": {AT_STEP}, "only_seed": 3}}'  # environment 0 of rank 1: seed 1 + 1 × 2
+    kwargs = f'{{"kind": "{kind}", "at_step": {AT_STEP}, "only_seed": {env_seeds(1, 1, 2)[0]}}}'
     flags = ["--env-kwargs", kwargs, "--devices", 2, "--strategy", "ddp", "--log-dir", tmp_path]
     ended = run(*PYTHON, PPO, *SMALL, *flags)
     assert ended.code == code, ended.report()

@@ -20,7 +20,7 @@ from fabricrl.utils.checkpoint import load_checkpoint, save_checkpoint, save_sha
 from fabricrl.utils.errors import OutputError
 from fabricrl.utils.launch import run_script
 from fabricrl.utils.logger import CsvLogger, EventLogger
-from fabricrl.utils.run import Run
+from fabricrl.utils.run import RunFolder
 from tests.process import Finished, call, logged, run_folder
 from tests.test_checkpoint import in_child
 
@@ -52,20 +52,20 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def before_entry(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Run], None]], None]:
+def before_entry(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[RunFolder], None]], None]:
     """Does something to a run before its n-th entry in the log."""
 
-    def arrange(number: int, what: Callable[[Run], None]) -> None:
+    def arrange(number: int, what: Callable[[RunFolder], None]) -> None:
         entries: list[int] = []
-        log = Run.log
+        log = RunFolder.log
 
-        def interrupted(run: Run, metrics: dict[str, float], step: int) -> None:
+        def interrupted(run: RunFolder, metrics: dict[str, float], step: int) -> None:
             entries.append(step)
             if len(entries) == number:
                 what(run)
             log(run, metrics, step)
 
-        monkeypatch.setattr(Run, "log", interrupted)
+        monkeypatch.setattr(RunFolder, "log", interrupted)
 
     return arrange
 
@@ -73,7 +73,7 @@ def before_entry(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Ru
 def test_a_full_disk_costs_the_log_and_one_warning(kind: str, before_entry: Callable, tmp_path: Path) -> None:
     """The kernel refuses what is beyond a limit on the size of files, in a process of its own."""
 
-    def fill(run: Run) -> None:
+    def fill(run: RunFolder) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         largest = max(path.stat().st_size for path in run.folder.iterdir() if "args" not in path.name)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 10, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -10,9 +10,10 @@ from gymnasium.spaces import Discrete
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import returns_and_advantages
-from fabricrl.data.buffers import RolloutBuffer
-from fabricrl.utils.utils import discounted_sums, explained_variance, gae, normalize_rows
-from tests.conftest import SINGLE, on_ranks
+from fabricrl.data import Batch, RolloutBuffer
+from fabricrl.utils import utils
+from fabricrl.utils.utils import discounted_returns, discounted_sums, explained_variance, gae
+from tests.conftest import BareRun
 from tests.envs import vectors
 
 # Three steps, γ = λ = 1/2, so γλ = 1/4; every number below is exact in float32.
@@ -58,6 +59,11 @@ def value_is_first_number(norm_reward: bool = False) -> PPOAgent:
     return agent
 
 
+def data_of(agent: PPOAgent, rb: RolloutBuffer, **settings: Any) -> Batch:
+    """What the script makes of a rollout."""
+    return returns_and_advantages(BareRun(PPOArgs(**settings)), agent, agent, rb)
+
+
 def filled_buffer() -> RolloutBuffer:
     """One environment for each row of ROLLOUTS; the observations carry the values."""
     num_envs = len(ROLLOUTS)
@@ -89,19 +95,18 @@ def test_gae_equals_the_hand_computed_rollouts_once_time_limits_are_in_the_rewar
 
 
 def test_a_rollout_becomes_the_hand_computed_advantages_and_returns() -> None:
-    args = PPOArgs(gamma=0.5, gae_lambda=0.5)
-    data, _ = returns_and_advantages(value_is_first_number(), filled_buffer(), torch.zeros(len(ROLLOUTS)), args, SINGLE)
-    advantages = data["advantages"].view(3, -1).T
-    returns = data["returns"].view(3, -1).T
+    data = data_of(value_is_first_number(), filled_buffer(), gamma=0.5, gae_lambda=0.5)
+    advantages = data.advantages.view(3, -1).T
+    returns = data.returns.view(3, -1).T
     for (name, (_, _, expected)), a, r in zip(ROLLOUTS.items(), advantages, returns, strict=True):
         assert a.tolist() == list(expected), name
         assert r.tolist() == [x + v for x, v in zip(expected, VALUES, strict=True)], name
 
 
 def test_without_bootstrapping_a_time_limit_counts_as_the_end_of_the_task() -> None:
-    args = PPOArgs(gamma=0.5, gae_lambda=0.5, bootstrap_truncated=False)
-    data, _ = returns_and_advantages(value_is_first_number(), filled_buffer(), torch.zeros(len(ROLLOUTS)), args, SINGLE)
-    by_name = dict(zip(ROLLOUTS, data["advantages"].view(3, -1).T.tolist(), strict=True))
+    agent, rb = value_is_first_number(), filled_buffer()
+    data = data_of(agent, rb, gamma=0.5, gae_lambda=0.5, bootstrap_truncated=False)
+    by_name = dict(zip(ROLLOUTS, data.advantages.view(3, -1).T.tolist(), strict=True))
     for when in ("in the first step", "in the middle", "in the last step"):
         assert by_name[f"truncated {when}"] == by_name[f"terminated {when}"]
 
@@ -127,17 +132,14 @@ def test_time_limit_truth_table(terminated: bool, truncated: bool, bootstrap: bo
     infos = {"final_obs": final} if terminated or truncated else {}
     step = np.array([[NEXT_VALUE, 0.0]]), np.array([1.0]), np.array([terminated]), np.array([truncated])
     rb.add(0, np.zeros((1, 1), np.int64), *step, infos)
-    args = PPOArgs(gamma=0.5, gae_lambda=0.5, bootstrap_truncated=bootstrap)
-    data, _ = returns_and_advantages(value_is_first_number(), rb, torch.zeros(1), args, SINGLE)
-    assert data["returns"].item() == target
+    data = data_of(value_is_first_number(), rb, gamma=0.5, gae_lambda=0.5, bootstrap_truncated=bootstrap)
+    assert data.returns.item() == target
 
 
 def test_rewards_are_scaled_before_the_value_of_a_time_limit_is_added() -> None:
     # V is learned in units of scaled rewards, so that dividing it by their deviation again would be wrong.
     agent, rb = value_is_first_number(norm_reward=True), filled_buffer()
-    args = PPOArgs(gamma=0.5, gae_lambda=0.0, norm_reward=True)  # λ = 0: A_t = δ_t
-    carry = torch.zeros(len(ROLLOUTS))
-    data, _ = returns_and_advantages(agent, rb, carry, args, SINGLE)
+    data = data_of(agent, rb, gamma=0.5, gae_lambda=0.0, norm_reward=True)  # λ = 0: A_t = δ_t
     # Discounted sums of (1, 2, 3) are (1, 2.5, 4.25) without an end, and begin again after one; the scale is their
     # deviation over all environments, this rollout's included.
     sums = []
@@ -149,7 +151,7 @@ def test_rewards_are_scaled_before_the_value_of_a_time_limit_is_added() -> None:
             running *= not (flags(terminated) | flags(truncated))[t]
     scale = np.std(sums)
     column = list(ROLLOUTS).index("truncated in the middle")
-    advantages = data["advantages"].view(3, -1)[:, column].numpy()
+    advantages = data.advantages.view(3, -1)[:, column].numpy()
     expected = [1 / scale + 2 - 2, 2 / scale + 16 - 4, 3 / scale + 8 - 8]
     np.testing.assert_allclose(advantages, expected, rtol=1e-5)
     assert torch.equal(rb.rewards[:, 0], torch.tensor(REWARDS))  # statistics of episodes still see the raw rewards
@@ -169,24 +171,40 @@ def test_lambda_one_gives_discounted_returns_and_lambda_zero_one_step_errors() -
     torch.testing.assert_close(advantages, rewards + 0.9 * torch.where(dones, 0.0, following) - values)
 
 
-def test_discounted_sums_by_hand_with_an_end_in_the_first_a_middle_and_the_last_step() -> None:
+def test_discounted_sums_by_hand() -> None:
+    # A_t = δ_t + c_t A_{t+1}: 4, 2 + 4/2 = 4, 1 + 0 · 4 = 1 in column 0; 4, 2 + 0 = 2, 1 + 2 · 2 = 5 in column 1
+    sums = discounted_sums(torch.tensor([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]), torch.tensor([[0, 2], [0.5, 0], [9, 9]]))
+    assert sums.T.tolist() == [[1.0, 4.0, 4.0], [5.0, 2.0, 4.0]]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 13, 128])
+def test_sums_by_doubling_which_gpus_take_are_those_step_by_step(steps: int) -> None:
+    deltas = torch.randn(steps, 5, dtype=torch.float64)
+    decay = 0.95 * (torch.rand(steps, 5) > 0.1).double()
+    given = deltas.clone(), decay.clone()
+    torch.testing.assert_close(utils._sums_by_doubling(deltas, decay), discounted_sums(deltas, decay))
+    assert torch.equal(deltas, given[0])
+    assert torch.equal(decay, given[1])
+
+
+def test_discounted_returns_by_hand_with_an_end_in_the_first_a_middle_and_the_last_step() -> None:
     rewards = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0], [4.0, 4.0, 4.0, 4.0]])
     dones = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    sums, carry = discounted_sums(rewards, dones, torch.tensor([8.0, 8.0, 8.0, 8.0]), 0.5)
+    returns, last = discounted_returns(rewards, dones, torch.tensor([8.0, 8.0, 8.0, 8.0]), 0.5)
     # G_0 = 1 + 8/2 = 5 always, since the end of a step comes after its reward;
     # then 2 + 5/2 = 4.5 and 4 + 4.5/2 = 6.25; after an end in step 0: 2, then 4 + 2/2 = 5; after one in step 1: 4
-    assert sums.T.tolist() == [[5.0, 4.5, 6.25], [5.0, 2.0, 5.0], [5.0, 4.5, 4.0], [5.0, 4.5, 6.25]]
-    assert carry.tolist() == [6.25, 5.0, 4.0, 0.0]
+    assert returns.T.tolist() == [[5.0, 4.5, 6.25], [5.0, 2.0, 5.0], [5.0, 4.5, 4.0], [5.0, 4.5, 6.25]]
+    assert last.tolist() == [6.25, 5.0, 4.0, 0.0]
 
 
-def test_discounted_sums_of_two_rollouts_are_those_of_one_long_rollout() -> None:
+def test_discounted_returns_of_two_rollouts_are_those_of_one_long_rollout() -> None:
     torch.manual_seed(2)
     rewards, dones = torch.randn(12, 3), torch.rand(12, 3) < 0.3
-    whole, carry = discounted_sums(rewards, dones, torch.zeros(3), 0.9)
-    first, between = discounted_sums(rewards[:5], dones[:5], torch.zeros(3), 0.9)
-    second, last = discounted_sums(rewards[5:], dones[5:], between, 0.9)
+    whole, end = discounted_returns(rewards, dones, torch.zeros(3), 0.9)
+    first, between = discounted_returns(rewards[:5], dones[:5], torch.zeros(3), 0.9)
+    second, last = discounted_returns(rewards[5:], dones[5:], between, 0.9)
     assert torch.equal(torch.cat((first, second)), whole)
-    assert torch.equal(last, carry)
+    assert torch.equal(last, end)
 
 
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_the_mean() -> None:
@@ -198,16 +216,7 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_the_mean() 
     assert explained_variance(returns, torch.ones(4)).isnan()
 
 
-def test_advantages_of_a_minibatch_have_mean_zero_and_deviation_one() -> None:
-    rows = torch.tensor([[1.0, 2.0, 3.0, 6.0], [10.0, 10.0, 20.0, 20.0]])
-    # Row 0: mean 3, unbiased deviation √((4 + 1 + 0 + 9)/3) = √(14/3); row 1: mean 15, √(4 · 25/3)
-    expected = torch.stack(((rows[0] - 3) / (14 / 3) ** 0.5, (rows[1] - 15) / (100 / 3) ** 0.5))
-    torch.testing.assert_close(normalize_rows(SINGLE, rows), expected)
-    assert torch.equal(normalize_rows(SINGLE, torch.full((1, 4), 3.0)), torch.zeros(1, 4))  # no 0/0
-
-
-def test_ranks_normalise_advantages_as_one_rank_with_all_the_rows() -> None:
-    torch.manual_seed(3)
-    whole = torch.randn(2, 12) * 5 + 3
-    parts = on_ranks(3, lambda fabric: normalize_rows(fabric, whole.chunk(3, 1)[fabric.global_rank]))
-    torch.testing.assert_close(torch.cat(parts, 1), normalize_rows(SINGLE, whole))
+def test_explained_variance_is_that_of_the_rows_that_count() -> None:
+    returns, values = torch.tensor([1.0, 2.0, 3.0, 6.0, 50.0]), torch.tensor([2.0, 1.0, 4.0, 5.0, -70.0])
+    counts = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    assert explained_variance(values, returns, counts).item() == pytest.approx(5 / 7)

@@ -26,14 +26,14 @@ from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo.ppo import main, returns_and_advantages, rollout
 from fabricrl.algos.ppo.utils import ACTION_SPACES, FrameStack, make_agent, make_policy
 from fabricrl.algos.sac import sac
-from fabricrl.data.buffers import RolloutBuffer, Stacks
+from fabricrl.data import Batch, RolloutBuffer, Stacks
 from fabricrl.envs import check_env, make_env, make_envs
 from fabricrl.envs.wrappers import ActionRepeat, PackImages
 from fabricrl.models.models import NatureCNN, RecordEncoder, make_normalizer, normalized
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
-from fabricrl.utils.metric import EpisodeStatistics, Stopwatch
+from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.records import Records, floats_of
-from tests.conftest import SINGLE, Trained
+from tests.conftest import SINGLE, BareRun, Trained
 from tests.image_envs import SPACES, CountingImages, Pictures
 from tests.process import call
 from tests.test_arguments import flags
@@ -366,7 +366,9 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_stacks_are_those_of_gymnasium_whatever_ends_where(tmp_path: Path, kind: str, depth: int) -> None:
     steps, num = 7, 3
     for seed in (0, 10, 20) if kind.startswith("random") else (0,):
-        envs = make_envs(stack_args(depth, num, steps, **KINDS[kind]), 0, tmp_path)
+        args = stack_args(depth, num, steps, **KINDS[kind])
+        envs = make_envs(args, 0, tmp_path)
+        run = BareRun(args, action_space=envs.single_action_space)
         space, player = envs.single_observation_space, Onlooker(seed)
         rb = RolloutBuffer(steps, num, space, 1, torch.int64, depth)
         references = [Reference(seed + i, depth, **KINDS[kind]) for i in range(num)]
@@ -374,7 +376,7 @@ def test_stacks_are_those_of_gymnasium_whatever_ends_where(tmp_path: Path, kind:
         for _ in range(4):
             player.seen.clear()
             player.actions.clear()
-            rollout(player, envs, rb, torch.Generator(), Stopwatch("act", "env"))
+            rollout(run, player, envs, rb)
             expected, limits = np.empty((steps, num, depth, 36, 38, 4), np.uint8), []
             for t in range(steps):
                 for i, reference in enumerate(references):
@@ -396,9 +398,8 @@ def test_stacks_are_those_of_gymnasium_whatever_ends_where(tmp_path: Path, kind:
             np.testing.assert_array_equal(as_stacks(space, inputs.rows(some)[torch.arange(6)]), flat[some])
             np.testing.assert_array_equal(as_stacks(space, next_inputs), after)
             np.testing.assert_array_equal(as_stacks(space, rb.seen(steps)), after)
-            found = rb.time_limits()
-            assert (found is None) == (not limits)
-            for (t, i, final), *ours in zip(limits, *(found or ()), strict=True):
+            assert rb.has_truncated == bool(limits)
+            for (t, i, final), *ours in zip(limits, *(rb.truncated_episodes() if limits else ()), strict=True):
                 assert (ours[0], ours[1]) == (t, i)
                 np.testing.assert_array_equal(as_stacks(space, ours[2]), final)
             rb.start()
@@ -438,10 +439,8 @@ def test_stacks_span_no_row_that_only_resets(seed: int) -> None:
             np.testing.assert_array_equal(as_stacks(space, inputs[torch.tensor(t * num + i)]), stack)
         for i in np.flatnonzero(~ended):
             np.testing.assert_array_equal(as_stacks(space, next_inputs[i]), references[i].now)
-        limits = rb.time_limits()
-        assert [final.tolist() for final in ([] if limits is None else as_stacks(space, limits[2]))] == [
-            final.tolist() for final in finals
-        ]
+        limits = as_stacks(space, rb.truncated_episodes()[2]) if rb.has_truncated else []
+        assert [final.tolist() for final in limits] == [final.tolist() for final in finals]
         assert rb.dones[rb.skipped].all()
         rb.start()
         assert not rb.skipped.any()
@@ -629,7 +628,7 @@ def test_the_gradient_of_a_loss_reaches_every_parameter(obs: str) -> None:
     space = make_env(args_for(obs)).observation_space
     agent = PPOAgent(space, Discrete(3), hidden_sizes=(16,), frame_stack=2, cnn_features=16)
     records = sample_records(space, 8, 2)
-    logprobs, entropy, values = agent(records, torch.randint(0, 3, (8, 1)))
+    logprobs, entropy, values = agent(Batch(obs=records, actions=torch.randint(0, 3, (8, 1))))
     (logprobs.square().sum() + entropy.sum() + values.square().sum()).backward()
     for name, parameter in agent.named_parameters():
         assert parameter.grad is not None, name
@@ -668,7 +667,7 @@ def played(args: PPOArgs, tmp_path: Path, steps: int = 8) -> tuple[RolloutBuffer
     rb = RolloutBuffer(steps, args.num_envs, envs.single_observation_space, 1, torch.int64, args.frame_stack)
     try:
         rb.start(envs.reset(seed=list(range(args.num_envs)))[0])
-        rollout(agent, envs, rb, torch.Generator(), Stopwatch("act", "env"))
+        rollout(BareRun(args, action_space=envs.single_action_space), agent, envs, rb)
     finally:
         envs.close()
     return rb, agent
@@ -782,10 +781,10 @@ def test_rewards_are_learned_by_their_sign_and_counted_as_they_are(tmp_path: Pat
     args = args_for("last", kwargs={"length": 4}, clip_reward=True, **settings)
     rb, agent = played(args, tmp_path)
     kept = rb.rewards.clone()
-    data, _ = returns_and_advantages(agent, rb, torch.zeros(2), args, SINGLE)
+    data = returns_and_advantages(BareRun(args), agent, agent, rb)
     # Rewards 3, -2, 3, -2 of an episode are 1, -1, 1, -1; with λ = 1 a return is their discounted sum
     expected = torch.tensor([1 - 0.5 + 0.25 - 0.125, -1 + 0.5 - 0.25, 1 - 0.5, -1]).repeat(2)
-    torch.testing.assert_close(data["returns"].view(8, 2), expected[:, None].expand(8, 2))
+    torch.testing.assert_close(data.returns.view(8, 2), expected[:, None].expand(8, 2))
     assert torch.equal(rb.rewards, kept)
     assert kept[:4, 0].tolist() == [3, -2, 3, -2]
 
@@ -812,7 +811,7 @@ def test_a_time_limit_that_falls_on_a_lost_life_or_beside_one(tmp_path: Path) ->
         kwargs = json.dumps({"truncate_after": limit})
         args = PPOArgs(env_id="tests.image_envs:Lives-v0", env_kwargs=kwargs, num_envs=1, life_loss=True)
         rb, _ = played(args, tmp_path, steps=10)
-        t, _, _ = rb.time_limits()
+        t, _, _ = rb.truncated_episodes()
         assert t.tolist() == bootstrapped
         assert rb.ends[:, 0].nonzero().flatten().tolist() == bootstrapped
         lost = [t for t in range(10) if t % limit == 2]  # the third step of an episode

@@ -1,8 +1,9 @@
 """One script, every launcher, the same result: ranks agree to the last bit, learn from all data, and write once."""
 
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PPOArgs
-from fabricrl.algos.ppo.ppo import Objective, train
+from fabricrl.algos.ppo.ppo import train, train_epoch
+from fabricrl.algos.ppo.ppo import update as update_step
+from fabricrl.data import Batch
 from fabricrl.utils.errors import RunError
-from fabricrl.utils.model import FlatParameters
+from fabricrl.utils.optimizer import Adam
+from tests.conftest import Descent
 from tests.envs import vectors
 from tests.process import (
     EVALUATE,
@@ -45,6 +49,7 @@ LIGHTNING = [
 SPY = '''
 """Spies on ranks."""
 import hashlib, os, pathlib
+from fabricrl.algos import run as run_module
 from fabricrl.algos.ppo import ppo
 from fabricrl.utils.launch import run_script
 
@@ -55,19 +60,20 @@ def note(fabric, *words):
 def sha(tensor):
     return hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
 
-def train(fabric, objective, flat, optimizer, data, *rest):
-    result = original_train(fabric, objective, flat, optimizer, data, *rest)
-    moments = [tensor for tensor in optimizer.state_dict()["state"][0].values() if tensor.numel() > 1]
-    seen = data["obs"][:4], data["obs"], data["actions"]
-    note(fabric, "train", sha(flat.vector), *map(sha, moments), *map(sha, seen))
+def train(run, epoch, data, *rest):
+    result = original_train(run, epoch, data, *rest)
+    (optimizer,) = run._optimizers
+    learned = optimizer.flat.vector, optimizer.flat.exp_avg, optimizer.flat.exp_avg_sq
+    seen = data.obs[:4], data.obs, data.actions
+    note(run.fabric, "train", *map(sha, learned), *map(sha, seen))
     return result
 
-class EpisodeStatistics(ppo.EpisodeStatistics):
+class EpisodeStatistics(run_module.EpisodeStatistics):
     def update(self, fabric, rewards, dones, skipped):
         super().update(fabric, rewards, dones, skipped)
         note(fabric, "episodes", int(dones.sum()), self.count)
 
-original_train, ppo.train, ppo.EpisodeStatistics = ppo.train, train, EpisodeStatistics
+original_train, ppo.train, run_module.EpisodeStatistics = ppo.train, train, EpisodeStatistics
 run_script(ppo.main)
 '''
 
@@ -202,18 +208,18 @@ def test_a_checkpoint_of_two_ranks_is_evaluated_by_one_process(launched: Any) ->
 # --- Gradients
 
 
-def batch(rows: int) -> dict[str, torch.Tensor]:
+def batch(rows: int) -> Batch:
     """The data of an update, with advantages and values whose moments differ from half to half."""
     rng = torch.Generator().manual_seed(5)
     half = (torch.arange(rows) >= rows // 2).float()
-    return {
-        "obs": torch.randn(rows, 3, generator=rng),
-        "actions": torch.randint(4, (rows, 1), generator=rng),
-        "logprobs": -1.4 + 0.2 * torch.randn(rows, generator=rng),
-        "advantages": torch.randn(rows, generator=rng) * (1 + 3 * half) + 2 * half,
-        "returns": torch.randn(rows, generator=rng) + half,
-        "values": torch.randn(rows, generator=rng),
-    }
+    return Batch(
+        obs=torch.randn(rows, 3, generator=rng),
+        actions=torch.randint(4, (rows, 1), generator=rng),
+        logprobs=-1.4 + 0.2 * torch.randn(rows, generator=rng),
+        advantages=torch.randn(rows, generator=rng) * (1 + 3 * half) + 2 * half,
+        returns=torch.randn(rows, generator=rng) + half,
+        values=torch.randn(rows, generator=rng),
+    )
 
 
 def update(rank: int, world_size: int, port: int, sgd: bool, norm_adv: bool, path: str) -> None:
@@ -229,16 +235,16 @@ def update(rank: int, world_size: int, port: int, sgd: bool, norm_adv: bool, pat
     torch.manual_seed(0)
     args = PPOArgs(num_envs=8, num_steps=8, num_minibatches=1, update_epochs=1, norm_adv=norm_adv, max_grad_norm=0.05)
     agent = PPOAgent(vectors(3), Discrete(4))
-    objective = fabric.setup_module(Objective(agent, args))
-    flat = FlatParameters(agent)
-    # SGD at rate 1 moves the parameters by the gradient itself
-    kind = torch.optim.SGD([flat.vector], lr=1.0) if sgd else torch.optim.Adam([flat.vector], lr=1e-3, eps=1e-5)
-    optimizer = fabric.setup_optimizers(kind)
+    adam = Descent(agent.parameters(), 1.0) if sgd else Adam(agent.parameters(), 1e-3, eps=1e-5)
+    model, optimizer = fabric.setup(agent, adam)
     share = 64 // world_size
-    data = {name: column[rank * share : (rank + 1) * share] for name, column in batch(64).items()}
-    start = flat.vector.detach().clone()
-    train(fabric, objective, flat, optimizer, data, torch.Generator().manual_seed(rank), args, 0.2, 0.01)
-    torch.save({"start": start, "end": flat.vector.detach()}, f"{path}.{world_size}.{rank}")
+    data = batch(64)[rank * share : (rank + 1) * share].with_columns(counts=None)
+    run: Any = SimpleNamespace(fabric=fabric, args=args, train_rng=torch.Generator().manual_seed(rank))
+    start = adam.flat.vector.clone()
+    with fabric.no_backward_sync(model):
+        step = partial(update_step, run, model, optimizer)
+        train(run, partial(train_epoch, step, norm_adv), data, 0.2, 0.01)  # type: ignore[arg-type]
+    torch.save({"start": start, "end": adam.flat.vector}, f"{path}.{world_size}.{rank}")
 
 
 def both(rank: int, port: int, path: str) -> None:
@@ -267,19 +273,23 @@ def test_two_ranks_with_half_the_rows_each_make_the_update_of_one_rank_with_all_
 
 
 class Ranks:
-    """Stands for Fabric on rank 0 of 2; the other rank contributes `other` to sums."""
+    """Stands for Fabric on rank 0 of 2; the other rank contributes one of `others` to each gathering."""
 
     world_size, global_rank, device = 2, 0, torch.device("cpu")
 
     def __init__(self, *others: torch.Tensor) -> None:
         self.others = list(others)
 
-    def all_reduce(self, rows: torch.Tensor, reduce_op: str) -> torch.Tensor:
-        assert reduce_op == "sum"
-        rows[1] = self.others.pop(0)
-        return rows
+    def process_group(self, rows: torch.Tensor, own: torch.Tensor) -> None:
+        rows.copy_(torch.cat((own, self.others.pop(0).reshape(-1))))
 
 
+@pytest.fixture
+def _gathering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fabricrl.utils.ranks.gather", lambda rows, own, group: group(rows, own))
+
+
+@pytest.mark.usefixtures("_gathering")
 def test_ranks_that_start_from_different_parameters_are_refused_and_from_equal_observations_warned(
     capsys: pytest.CaptureFixture,
 ) -> None:

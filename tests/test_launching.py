@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import shutil
 import signal
@@ -130,6 +131,8 @@ def as_process_1(main: Callable[[], int], *arguments: str) -> None:
     child = os.fork()
     if child == 0:
         assert os.getpid() == 1
+        ctypes.CDLL(None).prctl(launching.PR_SET_PDEATHSIG, signal.SIGKILL)  # if the test gives up
+        multiprocessing.set_start_method(None, force=True)  # as in a script: not as this process was started
         sys.argv = ["script.py", *arguments]
         launching.run_script(main)
     os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -299,7 +302,7 @@ def test_a_main_address_that_nobody_knows_is_refused_on_every_node(environ: None
 def test_a_name_by_which_only_this_machine_knows_itself_is_refused(environ: None) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
     with mock.patch.object(socket, "getaddrinfo", return_value=found):
-        assert "node0 is 127.0.1.1 here" in refused(num_nodes=2, main_address="node0")
+        assert "node0 is 127.0.1.1 here" in refused(num_nodes=2, node_rank=1, main_address="node0")
 
 
 def test_a_main_address_to_which_there_is_no_way_is_refused(environ: None) -> None:
@@ -319,7 +322,8 @@ def test_the_lightning_command_tells_in_one_line_why_ranks_could_not_meet(
         port, name = busy.getsockname()[1], "no-such-host.invalid"
         words = [flag.format(port=port, name=name) for flag in flags]
         monkeypatch.setattr(sys, "argv", ["lightning", "run", "model", "--accelerator=cpu", *words, __file__])
-        with pytest.raises(SystemExit) as caught:
+        waits = mock.patch.object(cli, "TCPStore", side_effect=AssertionError("looks for an address in vain"))
+        with waits, pytest.raises(SystemExit) as caught:
             cli.main()
     assert caught.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
@@ -493,7 +497,8 @@ def fails(rank: int, failing: list[int], port: int, folder: Path) -> None:
         report("no such file", 3)
     elif rank == 0:
         store = launching.open_store("127.0.0.1", port, "MASTER_PORT")
-        while store.add("fabricrl/asked", 0) < len(failing):
+        deadline = time.monotonic() + 10
+        while store.add("fabricrl/asked", 0) < len(failing) and time.monotonic() < deadline:
             time.sleep(0.01)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fabricrl.algos.ppo.loss import approx_kl, clip_fraction, entropy_loss, policy_loss, value_loss
+from fabricrl.algos.ppo.loss import approx_kl, clip_fraction, entropy_loss, policy_loss, policy_metrics, value_loss
 
 
 def logratio(*ratios: float) -> Tensor:
@@ -86,6 +86,39 @@ def test_gradients_equal_finite_differences() -> None:
     for clip_vloss in (True, False):
         assert torch.autograd.gradcheck(lambda v, c=clip_vloss: value_loss(v, values, returns, 0.2, c), (new_values,))
     assert torch.autograd.gradcheck(entropy_loss, (vector(0.3, 0.7).requires_grad_(),))
+    weights = vector(0.5, 0.0, 0.2, 0.1, 0.2, 0.0)
+    assert torch.autograd.gradcheck(lambda x: policy_loss(x, advantages, 0.2, weights), (x,))
+    assert torch.autograd.gradcheck(lambda v: value_loss(v, values, returns, 0.2, True, weights), (new_values,))
+    assert torch.autograd.gradcheck(lambda h: entropy_loss(h, weights), (returns.clone().requires_grad_(),))
+
+
+def test_with_weights_rows_count_as_often_as_these_say() -> None:
+    x, advantages = logratio(1.5, 0.5, 1.0, 9.0), vector(2.0, 2.0, -1.0, 5.0)
+    values, returns, entropy = vector(2.0, 0.0, 1.0, 7.0), vector(3.0, 3.0, 0.0, -9.0), vector(1.0, 2.0, 6.0, 4.0)
+    weights, counted = vector(0.5, 0.25, 0.25, 0.0), torch.tensor([0, 0, 1, 2])  # the first twice, the last never
+    for loss, columns in (
+        (policy_loss, (x, advantages, 0.2)),
+        (value_loss, (values, values + 0.1, returns, 0.2, True)),
+        (entropy_loss, (entropy,)),
+        (approx_kl, (x,)),
+        (clip_fraction, (x, 0.2)),
+        (policy_metrics, (x, 0.2)),
+    ):
+        often = (c[counted] if isinstance(c, Tensor) else c for c in columns)
+        torch.testing.assert_close(loss(*columns, weights), loss(*often))
+
+
+def test_coefficients_may_be_tensors() -> None:
+    x, values = logratio(1.5, 0.5, 1.0), vector(2.0, 0.0, 1.0)
+    advantages, clip_coef = vector(2.0, 2.0, -1.0), torch.tensor(0.2, dtype=torch.float64)
+    assert policy_loss(x, advantages, clip_coef) == policy_loss(x, advantages, 0.2)
+    assert value_loss(values, x, advantages, clip_coef, True) == value_loss(values, x, advantages, 0.2, True)
+    assert torch.equal(policy_metrics(x, clip_coef), policy_metrics(x, 0.2))
+
+
+def test_policy_metrics_are_the_mean_log_ratio_negated_the_divergence_and_the_share_that_is_clipped() -> None:
+    x = logratio(1.5, 0.5, 1.0, 1.1)
+    assert policy_metrics(x, 0.2).tolist() == [-x.mean().item(), approx_kl(x).item(), 0.5]
 
 
 def test_approx_kl_by_hand() -> None:
@@ -110,6 +143,7 @@ def test_diagnostics_carry_no_gradient() -> None:
     x = torch.zeros(3, requires_grad=True)
     assert not approx_kl(x).requires_grad
     assert not clip_fraction(x, 0.2).requires_grad
+    assert not policy_metrics(x, 0.2).requires_grad
 
 
 def test_policy_gradient_at_the_old_policy_is_the_plain_one() -> None:

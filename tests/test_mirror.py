@@ -1,37 +1,127 @@
-"""Twins mirror: at least three quarters of a coupled script's `main()` stand, in order, in its twin's `player()`.
+"""Scripts tell their algorithm, and twins mirror: figures of every script under fabricrl/algos, and their limits.
 
-    python tests/test_mirror.py          the share of each pair
-    python tests/test_mirror.py --diff   and the lines of main() that player() lacks
+    python tests/test_mirror.py          the figures, those beyond their limits with a !
+    python tests/test_mirror.py --diff   and the lines of each main() that its twins lack
 
-Counted are the lines of code of `main()`: without indentation, comments, docstring and blank lines. A line stands in
-`player()` if it belongs to the longest common subsequence of both, so that order counts and no line counts twice; the
-share is how many of the lines of `main()` do. A line that differs in one word is another line.
+A line of code is one that holds more than a comment, a docstring or a part of them.
+
+main      lines of `main()`, or of a twin's `player()`, from `def` on, with comments and blank lines
+modules   modules of ours that are imported from
+names     names of ours that are imported
+algorithm share of the lines of code, imports aside, that are no set-up: neither in `main()`, `player()` or `trainer()`
+          before their loop, nor outside functions, nor behind `# 4. Log`
+longest   lines of code of the longest function besides, and its name
+nesting   most statements (`for`, `while`, `if`, `with`, `try`) that stand within each other in a function
+mirror    share of the lines of code of `main()` that stand, in order, in `player()`: the longest common subsequence, so
+          that no line counts twice. A line that differs in one word is another line
+twins     the same, with those of the others that stand, in order, in `trainer()`, who does what the player leaves out
 """
 
 import ast
 import io
 import sys
 import tokenize
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ALGOS = Path(__file__).parent.parent / "fabricrl/algos"
-TWINS = {"ppo": "ppo/ppo", "sac": "sac/sac"}
-SHARE = 0.75
+SCRIPTS = {path.stem: path for path in sorted(ALGOS.glob("*/*.py")) if "run_script(main)" in path.read_text()}
+TWINS = [name for name in SCRIPTS if name.endswith("_decoupled")]
+COUPLED = [name for name in SCRIPTS if name not in TWINS]
+MOST = {"main": 60, "modules": 8, "names": 22, "longest": 50, "nesting": 4}
+LEAST = {"algorithm": 2 / 3, "mirror": 0.75, "twins": 0.75}
+BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try)
 
 
-def lines_of(path: Path, function: str) -> list[str]:
-    """The lines of code of a function's body, stripped."""
-    source = path.read_text()
-    (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function)
-    first = node.body[ast.get_docstring(node) is not None]
-    lines = source.splitlines()
+def functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {node.name: node for node in found}
+
+
+def code(source: str) -> dict[int, str]:
+    """Line number → line of code, stripped, without docstrings, comments and blank lines."""
+    lines = dict(enumerate(source.splitlines(), 1))
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    return [line.strip() for line in lines[first.lineno - 1 : node.end_lineno] if line.strip()]
+            lines[row] = lines[row][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            lines |= dict.fromkeys(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1), "")
+    return {number: line.strip() for number, line in lines.items() if line.strip()}
+
+
+def body(source: str, name: str) -> list[str]:
+    """The lines of code of a function, without its signature."""
+    node = functions(ast.parse(source))[name]
+    first = node.body[ast.get_docstring(node) is not None].lineno
+    return [line for number, line in code(source).items() if first <= number <= (node.end_lineno or 0)]
+
+
+def depth(node: ast.AST) -> int:
+    """How many statements stand within each other below a node; `elif` is no deeper than `if`."""
+    below = [(child, depth(child)) for child in ast.iter_child_nodes(node)]
+    chained = node.orelse if isinstance(node, ast.If) and len(node.orelse) == 1 else []
+    return max((d + isinstance(c, BLOCKS) - (c in chained and isinstance(c, ast.If)) for c, d in below), default=0)
+
+
+@dataclass
+class Figures:
+    """What a script is measured by."""
+
+    main: int
+    modules: int
+    names: int
+    algorithm: float
+    longest: int
+    longest_name: str
+    nesting: int
+    mirror: float | None
+    twins: float | None
+
+
+def set_up(source: str) -> set[int]:
+    """The numbers of the lines that no algorithm needs."""
+    tree, lines = ast.parse(source), source.splitlines()
+    inside = [range(node.lineno, (node.end_lineno or 0) + 1) for node in tree.body if isinstance(node, ast.FunctionDef)]
+    found = set(range(1, len(lines) + 1)) - {number for numbers in inside for number in numbers}
+    for name, node in functions(tree).items():
+        if name in ("main", "player", "trainer"):
+            loops = [loop for loop in ast.walk(node) if isinstance(loop, ast.For | ast.While)]
+            whole = range(node.lineno, (node.end_lineno or 0) + 1)
+            loop = max(loops, key=lambda loop: (loop.end_lineno or 0) - loop.lineno, default=None)
+            told = range(loop.lineno, (loop.end_lineno or 0) + 1) if loop else range(0)
+            headings = [number for number in told if lines[number - 1].strip().startswith("# 4. Log")]
+            found |= set(whole) - set(range(told.start, headings[0] if headings else told.stop))
+    return found
+
+
+def figures(name: str) -> Figures:
+    source = SCRIPTS[name].read_text()
+    tree = ast.parse(source)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    own = [node for node in imports if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fabricrl")]
+    imported = {number for node in imports for number in range(node.lineno, (node.end_lineno or 0) + 1)}
+    counted = code(source).keys() - imported
+    whole = functions(tree)["player" if name in TWINS else "main"]
+    others = {
+        other: len(body(source, other)) for other in functions(tree) if other not in ("main", "player", "trainer")
+    }
+    longest = max(others, key=lambda other: others[other])
+    lines, player, trainer = mirrored(name) if name in TWINS else ([], [], [])
+    return Figures(
+        main=(whole.end_lineno or 0) - whole.lineno + 1,
+        modules=len({node.module for node in own}),
+        names=sum(len(node.names) for node in own),
+        algorithm=len(counted - set_up(source)) / len(counted),
+        longest=others[longest],
+        longest_name=longest,
+        nesting=max(depth(node) for node in functions(tree).values()),
+        mirror=len(player) / len(lines) if lines else None,
+        twins=len(player + trainer) / len(lines) if lines else None,
+    )
 
 
 def common(first: list[str], second: list[str]) -> list[str]:
@@ -53,54 +143,136 @@ def common(first: list[str], second: list[str]) -> list[str]:
     return found
 
 
-def mirrored(name: str) -> tuple[list[str], list[str]]:
-    """The lines of `main()`, and those of them that stand in `player()`."""
-    stem = str(ALGOS / TWINS[name])
-    main, player = lines_of(Path(f"{stem}.py"), "main"), lines_of(Path(f"{stem}_decoupled.py"), "player")
-    return main, common(main, player)
+def mirrored(twin: str) -> tuple[list[str], list[str], list[str]]:
+    """The lines of a coupled `main()`, those that stand in its twin's `player()`, and others that do in `trainer()`."""
+    main = body(SCRIPTS[twin.removesuffix("_decoupled")].read_text(), "main")
+    player, trainer = (body(SCRIPTS[twin].read_text(), name) for name in ("player", "trainer"))
+    both = common(main, player)
+    return main, both, common(without(main, both), trainer)
+
+
+def without(lines: list[str], some: list[str]) -> list[str]:
+    """What is left once a subsequence is taken out."""
+    left, taken = [], iter([*some, None])
+    wanted = next(taken)
+    for line in lines:
+        if line == wanted:
+            wanted = next(taken)
+        else:
+            left.append(line)
+    return left
+
+
+def test_every_folder_has_a_script_and_every_twin_a_coupled_one() -> None:
+    folders = {path.parent.name for path in ALGOS.glob("*/agent.py")}
+    assert folders == {SCRIPTS[name].parent.name for name in COUPLED} >= {"ppo", "sac"}
+    assert {twin.removesuffix("_decoupled") for twin in TWINS} <= set(COUPLED)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_coupled_script_tells_its_algorithm_and_little_else(name: str) -> None:
+    found = figures(name)
+    assert found.main <= MOST["main"]
+    assert found.modules <= MOST["modules"]
+    assert found.names <= MOST["names"]
+    assert found.algorithm >= LEAST["algorithm"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_function_is_long_or_deep(name: str) -> None:
+    found = figures(name)
+    assert found.longest <= MOST["longest"], found.longest_name
+    assert found.nesting <= MOST["nesting"]
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_three_quarters_of_main_stand_in_order_in_player(name: str) -> None:
-    main, both = mirrored(name)
-    assert len(main) > 60, "main() has been counted wrongly"
-    assert len(both) >= SHARE * len(main), f"{len(both)} of {len(main)} lines"
+def test_three_quarters_of_main_stand_in_order_in_player_and_trainer(name: str) -> None:
+    main, player, trainer = mirrored(name)
+    assert len(main) > 25, "main() has been counted wrongly"
+    assert len(player + trainer) >= LEAST["twins"] * len(main), f"{len(player)} + {len(trainer)} of {len(main)} lines"
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_headings_stand_in_the_same_order(name: str) -> None:
     """Sections are found by number: `# 3. Update`, and what is done once, by `# --- Counters`."""
-    stem = str(ALGOS / TWINS[name])
     headings = []
-    for script, function in (("", "main"), ("_decoupled", "player")):
-        source = Path(f"{stem}{script}.py").read_text()
-        (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function)
+    for script, function in ((name.removesuffix("_decoupled"), "main"), (name, "player")):
+        source = SCRIPTS[script].read_text()
+        node = functions(ast.parse(source))[function]
         lines = [line.strip() for line in source.splitlines()[node.lineno : node.end_lineno]]
         found = [line for line in lines if line.startswith(("# ---", *(f"# {n}. " for n in range(1, 6))))]
         headings.append([line.split(",")[0].replace("Agent and", "Agent") for line in found])
     main, player = headings
-    assert len(main) >= 10
-    assert [line.split()[:3] for line in main] == [line.split()[:3] for line in player]
+    assert len(main) >= 9
+    assert [line.split()[:3] for line in main] == [line.split()[:3] for line in player if "Close" not in line]
 
 
-def test_order_counts_and_no_line_counts_twice(tmp_path: Path) -> None:
+def test_order_counts_and_no_line_counts_twice() -> None:
     assert common(list("abcd"), list("badc")) in (["a", "c"], ["a", "d"], ["b", "c"], ["b", "d"])
     assert common(["x", "x", "y"], ["x", "y", "y"]) == ["x", "y"]
     assert common(["x"], ["x "]) == []
-    text = 'def main():\n    """Doc.\n\n    # no comment\n    """\n\n    # none\n    a = "#1"  # one\n\n'
-    text += "    if a:\n        b()\n"
-    (tmp_path / "script.py").write_text(text)
-    assert lines_of(tmp_path / "script.py", "main") == ['a = "#1"', "if a:", "b()"]
+
+
+EXAMPLE = '''"""Doc."""
+
+import torch
+
+RATE = 1
+
+
+def update(x):
+    """Doc.
+
+    # no comment
+    """
+    # none
+    return x + 1  # one
+
+
+def main():
+    a = "#1"  # one
+    for i in range(3):
+        if i:
+            a = update(a)
+        elif a:
+            a = 0
+
+        # 4. Log
+        print(a)
+    return a
+'''
+
+
+def test_what_is_counted() -> None:
+    assert body(EXAMPLE, "update") == ["return x + 1"]
+    assert body(EXAMPLE, "main")[:3] == ['a = "#1"', "for i in range(3):", "if i:"]
+    assert depth(functions(ast.parse(EXAMPLE))["main"]) == 2
+    told = [line for number, line in code(EXAMPLE).items() if number not in set_up(EXAMPLE)]
+    assert told == [
+        "def update(x):",
+        "return x + 1",
+        "for i in range(3):",
+        "if i:",
+        "a = update(a)",
+        "elif a:",
+        "a = 0",
+    ]
 
 
 if __name__ == "__main__":
-    for twin in TWINS:
-        whole, shared = mirrored(twin)
-        print(f"{twin}: {len(shared)} of {len(whole)} lines, {len(shared) / len(whole):.1%}")
-        if "--diff" in sys.argv:
-            left = list(shared)
-            for line in whole:
-                if left and left[0] == line:
-                    left.pop(0)
-                else:
-                    print(f"    - {line}")
+    columns = ("main", "modules", "names", "algorithm", "longest", "nesting", "mirror", "twins")
+    print(" " * 16, *(f"{column:>10s}" for column in columns))
+    print(f"{'limit':16s}", *(f"{MOST[c]:10d}" if c in MOST else f"{LEAST[c]:10.0%}" for c in columns))
+    for script in SCRIPTS:
+        row = vars(figures(script))
+        cells = []
+        for column in columns:
+            value = row[column]
+            meant = script in COUPLED or column in ("longest", "nesting", "mirror", "twins")
+            beyond = value is not None and (value > MOST[column] if column in MOST else value < LEAST[column])
+            text = "" if value is None else f"{value:.0%}" if column in LEAST else str(value)
+            cells.append(f"{text + '!' * (beyond and meant):>10s}")
+        print(f"{script:16s}", *cells, f"  {row['longest_name']}()")
+        if script in TWINS and "--diff" in sys.argv:
+            whole, player, trainer = mirrored(script)
+            print(*(f"    - {line}" for line in without(without(whole, player), trainer)), sep="\n")

@@ -354,6 +354,15 @@ def test_an_environment_that_cannot_be_drawn_costs_its_videos_and_one_warning(
     assert ("the screen is dark" in warning) == kind.startswith("raises")
 
 
+def test_evaluation_does_not_tell_of_videos_that_are_not_there(tmp_path: Path) -> None:
+    finished, _ = videos("raises", tmp_path)
+    flags = ["--episodes", 1, "--mode", "greedy", "--capture-video"]
+    watched = call(evaluate.main, finished.checkpoint, *flags)
+    assert watched.code == 0
+    assert "greedy   return" in watched.out
+    assert "videos in" not in watched.out
+
+
 @pytest.mark.parametrize("kind", ["colours", "raises once"])
 def test_a_video_that_cannot_be_written_costs_one_warning(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,21 +1,21 @@
-"""Networks, the running normaliser, and the flat view of parameters."""
+"""Networks, the running normalisers, and dropout."""
 
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricrl.models import models
-from fabricrl.models.models import ACTIVATIONS, MLP, EnsembleMLP, RunningNormalizer, draw_dropped
-from fabricrl.utils.model import FlatParameters, VectorAdam, parameter_hash
-from tests.conftest import on_ranks
+from fabricrl.models.models import ACTIVATIONS, MLP, EnsembleMLP, RewardNormalizer, RunningNormalizer, draw_dropped
+from fabricrl.utils.model import frozen, parameter_hash, polyak_update
+from tests.conftest import SINGLE, on_ranks
 
 MODULES = [("relu", nn.ReLU), ("tanh", nn.Tanh), ("silu", nn.SiLU), ("elu", nn.ELU)]
 
@@ -68,9 +68,7 @@ def test_normalising_subtracts_the_mean_divides_by_the_deviation_and_clips() -> 
     normalizer = RunningNormalizer(2)
     normalizer.update(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))  # means 2 and 20, deviations 1 and 10
     torch.testing.assert_close(normalizer(torch.tensor([[4.0, 5.0]])), torch.tensor([[2.0, -1.5]]))
-    torch.testing.assert_close(normalizer.scale(torch.tensor([[4.0, -5.0]])), torch.tensor([[4.0, -0.5]]))
     assert normalizer(torch.tensor([[100.0, -1e6]])).tolist() == [[10.0, -10.0]]
-    assert normalizer.scale(torch.tensor([[100.0, -1e6]])).tolist() == [[10.0, -10.0]]
 
 
 def test_before_the_first_batch_and_for_constant_numbers_the_output_is_finite() -> None:
@@ -85,13 +83,64 @@ def test_statistics_are_saved_with_the_module_and_change_in_update_alone() -> No
     normalizer.update(batches(3, 9)[0])
     before = parameter_hash(normalizer)
     normalizer(torch.randn(5, 3))
-    normalizer.scale(torch.randn(5, 3))
     assert parameter_hash(normalizer) == before
     nn.ModuleDict({"inside": fresh}).load_state_dict(nn.ModuleDict({"inside": normalizer}).state_dict())
     assert parameter_hash(fresh) == before
     x = 1000 + torch.randn(5, 3)  # what is loaded also takes effect
     assert torch.equal(fresh(x), normalizer(x))
-    assert torch.equal(fresh.scale(x), normalizer.scale(x))
+
+
+def rollout(seed: int, steps: int = 6, envs: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, dones and skipped steps, [T, N] each; a step that only resets comes behind an end, and counts as one."""
+    rng = torch.Generator().manual_seed(seed)
+    rewards, dones = torch.randn(steps, envs, generator=rng), torch.rand(steps, envs, generator=rng) < 0.3
+    skipped = torch.zeros_like(dones)
+    skipped[1:] = dones[:-1]
+    return rewards * ~skipped, dones | skipped, skipped
+
+
+def test_rewards_are_divided_by_the_deviation_of_the_discounted_returns_of_all_rollouts() -> None:
+    normalizer, running, returns = RewardNormalizer(), np.zeros(2), []
+    for seed in range(3):
+        rewards, dones, skipped = rollout(seed)
+        scaled = normalizer.scale(rewards, dones, skipped, 0.9, SINGLE)
+        for t in range(len(rewards)):
+            running = rewards[t].double().numpy() + 0.9 * running
+            returns += running[~skipped[t].numpy()].tolist()
+            running *= ~dones[t].numpy()
+        np.testing.assert_allclose(scaled, (rewards / np.std(returns)).clamp(-10, 10), rtol=1e-5)
+    assert normalizer.count.item() == len(returns)
+
+
+def test_scaled_rewards_are_clipped_and_keep_their_sign() -> None:
+    normalizer, never = RewardNormalizer(), torch.zeros(50, 1, dtype=torch.bool)
+    rewards = torch.zeros(50, 1)
+    rewards[3], rewards[40] = 1e3, -1e-3
+    scaled = normalizer.scale(rewards, ~never, never, 0.9, SINGLE)
+    assert scaled[3].item() == pytest.approx(1 / (0.02 * 0.98) ** 0.5, rel=1e-3)  # the deviation of one in fifty
+    assert scaled[40].item() == pytest.approx(-1e-6 / (0.02 * 0.98) ** 0.5, rel=1e-3)
+    normalizer.var.fill_(1e-6)
+    normalizer.count.fill_(1e12)
+    assert normalizer.scale(rewards, ~never, never, 0.9, SINGLE)[3].item() == 10.0
+
+
+def test_ranks_scale_rewards_as_one_rank_with_all_environments() -> None:
+    rewards, dones, skipped = rollout(5, envs=6)
+    parts = on_ranks(
+        3,
+        lambda fabric: RewardNormalizer().scale(
+            *(column.chunk(3, 1)[fabric.global_rank] for column in (rewards, dones, skipped)), 0.9, fabric
+        ),
+    )
+    torch.testing.assert_close(torch.cat(parts, 1), RewardNormalizer().scale(rewards, dones, skipped, 0.9, SINGLE))
+
+
+def test_the_discounted_return_so_far_is_not_stored() -> None:
+    normalizer, fresh = RewardNormalizer(), RewardNormalizer()
+    normalizer.scale(*rollout(6), 0.9, SINGLE)
+    fresh.load_state_dict(normalizer.state_dict())
+    assert fresh.discounted is None
+    assert parameter_hash(fresh) == parameter_hash(normalizer)
 
 
 @pytest.mark.parametrize("gain", [0.01, 1.0])
@@ -123,7 +172,7 @@ def separate(ensemble: EnsembleMLP, member: int, activation: type[nn.Module], no
         linear.weight.data.copy_(weight[member].T)
         linear.bias.data.copy_(bias[member, 0])
         layers.append(linear)
-        if i == len(ensemble.hidden_weights):
+        if i == len(ensemble.hidden_sizes):
             return nn.Sequential(*layers)
         if norm:
             layers.append(nn.LayerNorm(weight.shape[2]))
@@ -151,61 +200,19 @@ def shaken(ensemble: EnsembleMLP) -> EnsembleMLP:
     return ensemble
 
 
-def found_by_vjp(network: Any, x: torch.Tensor, grad: torch.Tensor, *dropped: Any) -> torch.Tensor:
-    """Outputs; their gradient `grad` becomes those of parameters and inputs, as `backward` would leave them."""
-    outputs, pullback = network.vjp(x.detach(), *dropped)
-    given = grad.clone()
-    for parameter, found in zip(network.parameters(), pullback(grad), strict=True):
-        assert found.shape == parameter.shape
-        parameter.grad = found
-    again, pullback = network.vjp(x.detach(), *dropped, of_inputs=True)
-    (x.grad,) = pullback(grad)
-    assert torch.equal(grad, given)
-    assert torch.equal(again, outputs)
-    assert not outputs.requires_grad
-    return outputs
-
-
-def found_by_autograd(network: Any, x: torch.Tensor, grad: torch.Tensor, *dropped: Any) -> torch.Tensor:
-    outputs = network(x, *dropped)
-    outputs.backward(grad)
-    return outputs
-
-
-@pytest.mark.parametrize(("activation", "module"), MODULES)
-@pytest.mark.parametrize("hidden", [(), (7,), (8, 5)])
-def test_the_gradients_of_an_mlp_that_are_written_out_are_those_of_plain_layers(
-    hidden: tuple[int, ...], activation: str, module: type[nn.Module]
-) -> None:
-    network, x, grad = MLP(4, 3, hidden, activation), torch.randn(6, 4), torch.randn(6, 3)
-    layers: list[nn.Module] = []
-    for layer in (*network.hidden, network.out):
-        nn.init.normal_(layer.bias)
-        layers += [copy.deepcopy(layer), module()]
-    plain, given = nn.Sequential(*layers[:-1]), (x.clone(), grad.clone())
-    outputs, pullback = network.vjp(x)
-    expected = plain(x)
-    expected.backward(grad)
-    torch.testing.assert_close(outputs, expected)
-    for ours, theirs in zip(pullback(grad), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs.grad, rtol=1e-4, atol=1e-5)
-    assert torch.equal(x, given[0])
-    assert torch.equal(grad, given[1])
-
-
-@pytest.mark.parametrize("found", [found_by_vjp, found_by_autograd])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
 @pytest.mark.parametrize(("activation", "module"), MODULES)
 @pytest.mark.parametrize(("count", "hidden"), [(1, (7,)), (3, (8, 5)), (2, ())])
 def test_an_ensemble_is_so_many_separate_networks_in_outputs_and_gradients(
-    count: int, hidden: tuple[int, ...], activation: str, module: type[nn.Module], norm: bool, found: Callable
+    count: int, hidden: tuple[int, ...], activation: str, module: type[nn.Module], norm: bool
 ) -> None:
     ensemble = shaken(EnsembleMLP(count, 4, hidden, activation, layer_norm=norm))
     x = torch.randn(6, 4, requires_grad=True)
     weights = torch.randn(count, 6)  # so that no two outputs pull alike
     given = x.detach().clone()
-    outputs = found(ensemble, x, weights)
-    assert torch.equal(x, given)
+    outputs = ensemble(x)
+    outputs.backward(weights)
+    assert torch.equal(x, given)  # activations work in place
     assert outputs.shape == (count, 6)
     input_gradient = torch.zeros(6, 4)
     for member in range(count):
@@ -219,8 +226,13 @@ def test_an_ensemble_is_so_many_separate_networks_in_outputs_and_gradients(
     torch.testing.assert_close(x.grad, input_gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_of_an_ensemble_may_come_in_parts() -> None:
+    ensemble, obs, actions = shaken(EnsembleMLP(3, 6, (8,))), torch.randn(5, 4), torch.randn(5, 2)
+    assert torch.equal(ensemble(obs, actions), ensemble(torch.cat((obs, actions), -1)))
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
-def test_the_gradient_of_an_ensembles_inputs_is_found_without_one_of_a_weight(norm: bool) -> None:
+def test_through_a_frozen_ensemble_inputs_have_a_gradient_found_without_one_of_a_weight(norm: bool) -> None:
     ensemble, seen = shaken(EnsembleMLP(3, 4, (8, 5), layer_norm=norm)), set()
 
     class Watch(TorchDispatchMode):
@@ -230,27 +242,54 @@ def test_the_gradient_of_an_ensembles_inputs_is_found_without_one_of_a_weight(no
                 seen.add(tuple(result.shape))
             return result
 
-    for of_inputs in (True, False):
-        _, pullback = ensemble.vjp(torch.randn(6, 4), (), of_inputs)
+    x, weights, found = torch.randn(6, 4, requires_grad=True), {tuple(w.shape) for w in ensemble.weights}, []
+    for freezes in (True, False):
         seen.clear()
+        with frozen(ensemble) if freezes else nullcontext():
+            outputs = ensemble(x)
         with Watch():
-            pullback(torch.randn(3, 6))
-        weights = {tuple(weight.shape) for weight in ensemble.weights}
-        assert seen & weights == (set() if of_inputs else weights)
+            outputs.sum().backward()
+        assert seen & weights == (set() if freezes else weights)
+        assert all((parameter.grad is None) == freezes for parameter in ensemble.parameters())
+        found.append(x.grad)
+        x.grad = None
+    torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("found", [found_by_vjp, found_by_autograd])
+def test_thawing_leaves_alone_what_was_frozen_before_and_happens_after_an_error_too() -> None:
+    network = MLP(3, 2, (4,))
+    network.out.bias.requires_grad_(False)
+
+    def fail() -> None:
+        with frozen(network):
+            assert not any(parameter.requires_grad for parameter in network.parameters())
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["out.bias"]
+
+
+def test_targets_move_towards_their_source_by_tau() -> None:
+    target, source = MLP(3, 2, (4,)), MLP(3, 2, (4,))
+    expected = [0.9 * a + 0.1 * b for a, b in zip(target.parameters(), source.parameters(), strict=True)]
+    before = parameter_hash(source)
+    polyak_update(target, source, 0.1)
+    for parameter, value in zip(target.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter, value)
+    assert parameter_hash(source) == before
+    polyak_update(target, source, 1.0)
+    assert parameter_hash(target) == before
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
-def test_dropout_is_a_mask_behind_the_product_and_what_stays_is_scaled_up(norm: bool, found: Callable) -> None:
+def test_dropout_is_a_mask_behind_the_product_and_what_stays_is_scaled_up(norm: bool) -> None:
     rate, rows, count = 0.2, 5, 2
     ensemble = shaken(EnsembleMLP(count, 4, (8, 6), "relu", rate, norm))
-    x, masks, dropped = torch.randn(rows, 4, requires_grad=True), [], []
-    for width in (8, 6):
-        mask = torch.rand(count, rows, width) < rate
-        masks.append(mask)
-        dropped.append(mask.flatten().nonzero()[:, 0])
+    x, masks = torch.randn(rows, 4, requires_grad=True), [torch.rand(count, rows, width) < rate for width in (8, 6)]
     pulls = torch.randn(count, rows)
-    outputs = found(ensemble, x, pulls, dropped)
+    outputs = ensemble(x, dropped=masks)
+    outputs.backward(pulls)
     ours = [gradients(ensemble, member) for member in range(count)]
     input_gradient = torch.zeros(rows, 4)
     for member in range(count):
@@ -290,28 +329,19 @@ def test_a_copy_of_an_ensemble_has_parameters_of_its_own() -> None:
     ensemble = shaken(EnsembleMLP(2, 4, (8,), layer_norm=True))
     twin, x = copy.deepcopy(ensemble), torch.randn(5, 4)
     before = ensemble(x)
-    FlatParameters(twin).vector.data.mul_(1.5)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter *= 1.5
     assert torch.equal(ensemble(x), before)
     assert not torch.allclose(twin(x), before)
     ensemble.load_state_dict(twin.state_dict())
     assert torch.equal(ensemble(x), twin(x))
 
 
-def dense(positions: list[torch.Tensor], units: int) -> np.ndarray:
-    """As zeros and ones, [layers, units]."""
-    mask = np.zeros((len(positions), units), int)
-    for row, dropped in zip(mask, positions, strict=True):
-        assert dropped.dtype == torch.int64
-        assert ((dropped >= 0) & (dropped < units)).all()
-        assert (dropped.diff() > 0).all()  # each once
-        row[dropped.numpy()] = 1
-    return mask
-
-
 # Bounds of four to five standard deviations; the seeds are fixed, so they cannot flicker.
 @pytest.mark.parametrize(("rate", "layers", "units"), [(0.01, 40, 5000), (0.5, 20, 1000), (0.9, 10, 2000)])
 def test_every_unit_is_dropped_with_the_rate_independently_of_the_others(rate: float, layers: int, units: int) -> None:
-    mask = dense(draw_dropped(rate, layers, units, torch.Generator().manual_seed(1)), units)
+    mask = draw_dropped(rate, (layers, units), torch.Generator().manual_seed(1)).numpy().astype(int)
     total, variance = layers * units, rate * (1 - rate)
     assert mask.mean() == pytest.approx(rate, abs=4 * (variance / total) ** 0.5)
     # Counts of layers and of positions vary as those of independent units do
@@ -329,130 +359,32 @@ def test_every_unit_is_dropped_with_the_rate_independently_of_the_others(rate: f
 @pytest.mark.parametrize("rate", [0.01, 0.3, 0.5, 0.99])
 def test_dropping_from_tiny_layers_is_as_likely_as_it_should_be(rate: float) -> None:
     generator, times = torch.Generator().manual_seed(2), 4000
-    masks = np.stack([dense(draw_dropped(rate, 2, 2, generator), 2).reshape(-1) for _ in range(times)])
+    masks = np.stack([draw_dropped(rate, (4,), generator).numpy().astype(int) for _ in range(times)])
     bits = np.array([[code >> i & 1 for i in range(4)] for code in range(16)])
     expected = times * np.where(bits, rate, 1 - rate).prod(1)
     counts = np.bincount(masks @ [1, 2, 4, 8], minlength=16)
     assert (abs(counts - expected) < 4.5 * expected**0.5 + 2).all()
-    assert len(draw_dropped(rate, 3, 1, generator)) == 3
+    assert draw_dropped(rate, (3, 1, 2), generator).shape == (3, 1, 2)
 
 
 def test_where_one_draw_does_not_reach_the_end_another_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.math, "ceil", lambda number: 3)  # gaps at a time
-    mask = dense(draw_dropped(0.2, 50, 40, torch.Generator().manual_seed(4)), 40)
+    mask = draw_dropped(0.2, (50, 40), torch.Generator().manual_seed(4)).float()
     for half in (mask[:25], mask[25:]):
-        assert half.mean() == pytest.approx(0.2, abs=4 * (0.16 / 1000) ** 0.5)
+        assert half.mean().item() == pytest.approx(0.2, abs=4 * (0.16 / 1000) ** 0.5)
 
 
 def test_what_is_dropped_depends_on_the_generator_alone() -> None:
-    first, again, other = (
-        dense(draw_dropped(0.1, 4, 100, torch.Generator().manual_seed(seed)), 100) for seed in (1, 1, 2)
-    )
+    first, again, other = (draw_dropped(0.1, (4, 100), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert (first == again).all()
     assert (first != other).any()
     assert (first[0] != first[1]).any()
-
-
-def small_network() -> nn.Module:
-    torch.manual_seed(4)
-    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-
-
-def test_stepping_the_vector_equals_stepping_the_parameters_one_by_one() -> None:
-    network, plain = small_network(), small_network()
-    flat = FlatParameters(network)
-    ours = torch.optim.Adam([flat.vector], lr=0.01, eps=1e-5)
-    theirs = torch.optim.Adam(plain.parameters(), lr=0.01, eps=1e-5)
-    for i in range(5):
-        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(i))
-        network(x).square().sum().backward()
-        flat.collect_gradients()
-        nn.utils.clip_grad_norm_([flat.vector], 0.5)
-        ours.step()
-        theirs.zero_grad()
-        plain(x).square().sum().backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-        theirs.step()
-        for a, b in zip(network.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_adam_of_a_vector_is_torchs_to_the_bit_and_has_its_state() -> None:
-    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 1000)) for _ in range(2))
-    adam, plain = VectorAdam(ours, 0.01), torch.optim.Adam([theirs], lr=0.01, fused=True)
-    for i in range(7):
-        if i == 4:  # stored, restored and slowed down
-            state = copy.deepcopy(adam.state_dict())
-            adam = VectorAdam(ours, 0.5)
-            adam.load_state_dict(state)
-            adam.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 0.003
-        ours.grad = torch.randn(1000, generator=torch.Generator().manual_seed(i))
-        theirs.grad = ours.grad.clone()
-        adam.update()
-        plain.step()
-        assert torch.equal(ours, theirs)
-        for name, value in plain.state_dict()["state"][0].items():
-            assert torch.equal(adam.state_dict()["state"][0][name], value)
-    assert plain.state_dict()["state"][0]["step"] == 7
-
-
-def test_making_the_vector_changes_no_value() -> None:
-    network, plain = small_network(), small_network()
-    flat = FlatParameters(network)
-    assert parameter_hash(network) == parameter_hash(plain)
-    assert torch.equal(flat.vector.detach(), nn.utils.parameters_to_vector(plain.parameters()))
-
-
-def test_gradients_are_collected_in_order_and_cleared() -> None:
-    network = small_network()
-    flat = FlatParameters(network)
-    network(torch.randn(6, 3)).sum().backward()
-    expected = torch.cat([parameter.grad.reshape(-1) for parameter in network.parameters()])
-    flat.collect_gradients()
-    assert torch.equal(flat.vector.grad, expected)
-    assert all(parameter.grad is None for parameter in network.parameters())
-    network(torch.randn(6, 3)).sum().backward()  # nothing of the first backward is left
-    second = torch.cat([parameter.grad.reshape(-1) for parameter in network.parameters()])
-    flat.collect_gradients()
-    assert torch.equal(flat.vector.grad, second)
-
-
-@pytest.mark.parametrize("share", [slice(1, None), slice(None, -1)])
-def test_too_few_gradients_are_refused(share: slice) -> None:
-    network = small_network()
-    flat = FlatParameters(network)
-    for _ in range(2):
-        flat.set_gradients([torch.ones_like(parameter) for parameter in network.parameters()])
-    with pytest.raises(RuntimeError, match="size"):
-        flat.set_gradients([torch.ones_like(parameter) for parameter in network.parameters()][share])
 
 
 def test_networks_can_be_pickled() -> None:
     for network in (MLP(3, 2, (4,), "silu"), EnsembleMLP(2, 3, (4,), "elu")):
         twin, x = pickle.loads(pickle.dumps(network)), torch.randn(5, 3)
         assert torch.equal(twin(x), network(x))
-
-
-def test_frozen_parameters_stay_outside_the_vector() -> None:
-    network = small_network()
-    network[0].bias.requires_grad_(False)
-    flat = FlatParameters(network)
-    assert flat.vector.numel() == 3 * 8 + 8 * 2 + 2
-    before = network[0].bias.clone()
-    with torch.no_grad():
-        flat.vector += 1
-    assert torch.equal(network[0].bias, before)
-
-
-def test_loading_state_keeps_the_parameters_views_of_the_vector() -> None:
-    network, other = small_network(), nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-    flat = FlatParameters(network)
-    network.load_state_dict(other.state_dict())
-    assert torch.equal(flat.vector.detach(), nn.utils.parameters_to_vector(other.parameters()))
-    with torch.no_grad():
-        flat.vector += 1
-    for ours, theirs in zip(network.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs + 1)
 
 
 def test_hash_tells_any_parameter_or_buffer_apart() -> None:

@@ -9,21 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from gymnasium.vector import SyncVectorEnv
 
+from fabricrl.algos import run as run_module
 from fabricrl.algos.args import StandardArgs, parse
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.off_policy.args import OffPolicyArgs
+from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.model import parameter_hash
 from tests import test_arguments
 from tests.conftest import Trained
-from tests.test_arguments import AS_IN_PPO, flags
+from tests.test_arguments import AS_IN_PPO, flags, watched_arguments, watched_compiler
 
 SCRIPTS: dict[str, Any] = {"sac": sac, "droq": droq}
 ARGS: dict[str, type[OffPolicyArgs]] = {"sac": SACArgs, "droq": DroQArgs}
@@ -153,20 +156,9 @@ def test_what_is_taken_from_the_tests_of_ppo_is_read_by_the_same_lines(
 ) -> None:
     assert AS_IN_PPO.issubset(field.name for field in dataclasses.fields(StandardArgs))
     assert AS_IN_PPO.issubset(test_arguments.CHANGES_SOMETHING_ELSE)
-    handed: dict[str, Any] = {}
-
-    def spy(name: str, position: int) -> None:
-        original = getattr(SCRIPTS[algo], name)
-        monkeypatch.setattr(
-            SCRIPTS[algo], name, lambda *given: (handed.update({name: given[position]}), original(*given))[1]
-        )
-
-    real_parse = parse
-    monkeypatch.setattr(SCRIPTS[algo], "parse", lambda *given: handed.setdefault("parse", real_parse(*given)))
-    for name, position in (("launch", 0), ("Run", 1)):
-        spy(name, position)
+    handed = watched_arguments(SCRIPTS[algo], monkeypatch)
     run()
-    assert handed["launch"] is handed["Run"] is handed["parse"]
+    assert handed["launch"] is handed["join"] is handed["RunFolder"] is handed["parse"]
 
 
 def test_every_argument_has_a_help_text(algo: str) -> None:
@@ -205,18 +197,18 @@ def test_the_seed_reaches_parameters_environments_action_noise_and_sampling(
     def check_ranks(fabric: Any, player: torch.nn.Module, obs: torch.Tensor) -> None:
         seen[:] = [parameter_hash(player).item(), obs.tolist()]
 
-    def rollout(*given: Any) -> None:
+    def rollout(run: Run, *rest: Any) -> None:
         if len(seen) == 2:
-            seen.append(given[4].initial_seed())
-        real_rollout(*given)
+            seen.append(run.act_rng.initial_seed())
+        real_rollout(run, *rest)
 
     def sample(*given: Any) -> Any:
         if len(seen) == 3:
             seen.append(given[3].initial_seed())
         return real_sample(*given)
 
-    for function in (check_ranks, rollout):
-        monkeypatch.setattr(script, function.__name__, function)
+    monkeypatch.setattr(run_module, "check_ranks", check_ranks)
+    monkeypatch.setattr(script, "rollout", rollout)
     monkeypatch.setattr(ReplayBuffer, "sample", sample)
     runs = {}
     for seed in (1, 2):
@@ -224,7 +216,7 @@ def test_the_seed_reaches_parameters_environments_action_noise_and_sampling(
         runs[seed] = list(seen)
     for what, first, second in zip(("parameters", "environments", "noise", "sampling"), *runs.values(), strict=True):
         assert first != second, what
-    assert runs[1][1][1] == runs[2][1][0]  # environment i has seed + i, so that the second of one is the first here
+    assert not {tuple(obs) for obs in runs[1][1]} & {tuple(obs) for obs in runs[2][1]}, "seeds share an environment"
     assert runs[1][2] != runs[1][3]  # streams of their own
 
 
@@ -239,13 +231,13 @@ def test_vectorization_chooses_processes_and_changes_nothing_else(
     algo: str, run: Train, base: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = []
-    real = SCRIPTS[algo].make_envs
+    real = run_module.make_envs
     monkeypatch.setattr(
-        SCRIPTS[algo], "make_envs", lambda *given: (envs := real(*given), kinds.append(type(envs.unwrapped)))[0]
+        run_module, "make_envs", lambda *given: (envs := real(*given), kinds.append(type(envs.unwrapped)))[0]
     )
     for kind in ("sync", "async"):
         assert torch.equal(run(vectorization=kind).weights, base(algo))
-    assert kinds == [SyncVectorEnv, AsyncVectorEnv]
+    assert kinds == [SyncVectorEnv, WorkerVectorEnv]
 
 
 def test_videos_are_recorded_only_if_asked_and_as_often_as_asked(run: Train) -> None:
@@ -292,23 +284,26 @@ def test_resume_goes_on_with_the_stored_arguments_and_flags_win_over_them(algo: 
 
 def test_compile_compiles_the_update(algo: str, run: Train, base: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiling for real takes half a minute; that it is asked for, and that its result is used, is what counts here
-    compiled: dict[str, int] = {}
-
-    def fake(part: Any, **options: Any) -> Any:
-        name = part.__name__ if callable(part) and not isinstance(part, torch.nn.Module) else type(part).__name__
-        compiled[name] = 0
-        if isinstance(part, torch.nn.Module):
-            part.register_forward_pre_hook(lambda *_: compiled.update({name: compiled[name] + 1}))
-            return part
-        return lambda *given: (compiled.update({name: compiled[name] + 1}), part(*given))[1]
-
-    monkeypatch.setattr(torch, "compile", fake)
+    compiled = watched_compiler(monkeypatch)
     run()
-    assert compiled == {}
+    assert compiled == []
     after = run(compile=True)
-    assert compiled.keys() == {"critic_gradients", "actor_gradients", "next_actions", "td_targets"}
-    assert all(calls >= 24 for calls in compiled.values()), compiled
+    assert len(compiled) == 2, "not one program for the critics, and one for the actor"
+    assert all(calls >= 24 for calls in compiled), compiled
     assert torch.equal(after.weights, base(algo))
+
+
+@pytest.mark.parametrize(("delay", "every"), [(1, 3), (2, 3), (3, 2)])
+def test_all_programs_are_compiled_before_the_first_step(
+    delay: int, every: int, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SAC's critics have two, with and without an update of their targets."""
+    compiled, before = watched_compiler(monkeypatch), []
+    reset = Run.reset
+    monkeypatch.setattr(Run, "reset", lambda run: (before.append(len(compiled)), reset(run))[1])
+    train(sac.main, *flags(TINY | {"policy_frequency": delay, "target_network_frequency": every, "compile": True}))
+    assert (before, len(compiled)) == ([3], 3)
+    assert min(compiled) >= 5
 
 
 def gibibytes(trained: Trained) -> float:

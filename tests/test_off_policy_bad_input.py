@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fabricrl.algos import run as run_module
 from fabricrl.algos.droq import droq
 from fabricrl.algos.sac import sac
 from fabricrl.data import memory
@@ -28,10 +29,9 @@ def nothing_starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("the mistake was not noticed before anything started")
 
-    names = ["make_envs"] if "launch" in request.node.name else ["launch", "Run", "make_buffer", "make_envs"]
-    for script in SCRIPTS.values():
-        for name in names:
-            monkeypatch.setattr(script, name, forbidden)
+    names = ["make_envs"] if "launch" in request.node.name else ["launch", "RunFolder", "make_envs"]
+    for name in names:
+        monkeypatch.setattr(run_module, name, forbidden)
 
 
 def complaint(algo: str, *flags: object) -> str:

@@ -19,7 +19,7 @@ from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.utils.checkpoint import load_checkpoint, load_shard, save_checkpoint, save_shard
 from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.metric import EpisodeStatistics
-from fabricrl.utils.run import Run
+from fabricrl.utils.run import RunFolder
 from tests.process import FORKSERVER, LIMIT, call, differences, load, run_folder, run_team, saved_steps
 from tests.test_off_policy_resume import FLAGS, checkpoint, content
 
@@ -31,15 +31,15 @@ def test_a_checkpoint_holds_the_buffer_of_its_moment_and_does_not_change_when_th
     flags: list[str], tmp_path: Path
 ) -> None:
     written: dict[Path, tuple[bytes, torch.Tensor]] = {}
-    save = Run.save
+    save = RunFolder.save
 
-    def noted(run: Run, step: int, mean_return: float, state: dict[str, Any], shard: dict[str, Any]) -> None:
+    def noted(run: RunFolder, step: int, mean_return: float, state: dict[str, Any], shard: dict[str, Any]) -> None:
         records = shard["records"].clone()
         save(run, step, mean_return, state, shard)
         assert run.checkpoint is not None
         written[run.checkpoint] = (run.checkpoint.read_bytes(), records)
 
-    with mock.patch.object(Run, "save", noted):
+    with mock.patch.object(RunFolder, "save", noted):
         finished = call(sac.main, *FLAGS, *flags, "--log-dir", tmp_path)
     assert saved_steps(finished.folder) == list(range(16, 241, 16))
     for path, (content_then, records_then) in written.items():

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from fabricrl.algos.droq import droq
-from fabricrl.algos.sac import learner, sac
+from fabricrl.algos.sac import sac
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
-from fabricrl.utils.model import FlatParameters
+from fabricrl.utils.optimizer import FlatState
+from fabricrl.utils.utils import env_seeds
 from tests.envs import Fault
 from tests.process import LIMIT, Finished, call, load, run_folder, run_team, saved_steps, team
 
@@ -31,6 +32,7 @@ SMALL: list[object] = ["--num-envs", 2, "--total-timesteps", 200, "--learning-st
 SMALL += ["--buffer-size", 100, "--hidden-sizes", 16, "--num-threads", 1, "--replay-ratio", 1]
 SMALL += ["--checkpoint-every", 16, "--keep-checkpoints", 100, "--env-id", "tests.envs:Fault-v0"]
 AT_STEP = 32  # of an environment
+SECOND = f', "only_seed": {env_seeds(1, 0, 2)[1]}'  # --seed 1, rank 0, environment 1
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -60,7 +62,8 @@ def assert_last_checkpoint_is_good(tmp_path: Path, steps: list[int]) -> Path:
     assert not list(folder.glob("checkpoints/.*"))
     state, path = load_checkpoint(folder, "sac" if "sac" in folder.parts else "droq")
     assert state["global_step"] == steps[-1]
-    assert all(tensor.isfinite().all() for tensor in tensors([state["agent"], state["learner"]]))
+    learned = [state[name] for name in ("agent", "q_optimizer", "actor_optimizer")]
+    assert all(tensor.isfinite().all() for tensor in tensors(learned))
     return path
 
 
@@ -78,7 +81,7 @@ BEFORE = [16, 32, 48, 64]
 def test_numbers_that_are_not_finite_end_the_run_before_they_are_learned(
     algo: str, tmp_path: Path, kind: str, words: list[str]
 ) -> None:
-    error = fault(algo, tmp_path, kind, extra=', "only_seed": 2')  # seed 1 + index 1
+    error = fault(algo, tmp_path, kind, extra=SECOND)
     assert isinstance(error, NonFiniteError)
     assert error.exit_code == 5
     assert all(word in str(error) for word in words), error
@@ -89,7 +92,7 @@ def test_a_final_observation_that_is_not_finite_is_noticed_though_the_next_episo
     algo: str, tmp_path: Path
 ) -> None:
     """Episodes take 8 steps: that with index 39 returns an episode's last observation, and the reset's beside it."""
-    error = fault(algo, tmp_path, "obs_nan", extra=', "only_seed": 2', at_step=39)
+    error = fault(algo, tmp_path, "obs_nan", extra=SECOND, at_step=39)
     assert "final observation of environment 1 is not finite" in str(error)
     assert_last_checkpoint_is_good(tmp_path, [16, 32, 48, 64])
 
@@ -117,7 +120,7 @@ def test_the_first_observation_must_be_finite(algo: str, tmp_path: Path) -> None
 def test_what_an_environment_raises_ends_the_run_and_is_told(
     algo: str, tmp_path: Path, kind: str, words: list[str]
 ) -> None:
-    error = fault(algo, tmp_path, kind, extra=', "only_seed": 2')
+    error = fault(algo, tmp_path, kind, extra=SECOND)
     assert isinstance(error, EnvError)
     assert error.exit_code == 4
     assert all(word in str(error) for word in words), error
@@ -141,25 +144,42 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
     algo: str, tmp_path: Path, name: str
 ) -> None:
     """34 updates after learning has started, at step 66: a critic update and an actor's per step on average."""
-    with mock.patch.object(learner, name, spoiled(getattr(learner, name), 33)):
+    with mock.patch.object(SCRIPTS[algo], name, spoiled(getattr(SCRIPTS[algo], name), 33)):
         error = fault(algo, tmp_path, "none")
     assert isinstance(error, NonFiniteError)
     assert "not finite" in str(error)
     assert_last_checkpoint_is_good(tmp_path, BEFORE)
 
 
+def test_nan_that_was_learned_is_noticed_at_the_next_action_also_where_nothing_is_logged_or_saved(
+    algo: str, tmp_path: Path
+) -> None:
+    steps, step = [], ReplayBuffer.add
+
+    def counted(*given: Any) -> None:
+        steps.append(1)
+        step(*given)
+
+    rarely = ["--checkpoint-every", 1_000_000, "--log-every", 1_000_000]
+    spoil = mock.patch.object(SCRIPTS[algo], "actor_loss", spoiled(SCRIPTS[algo].actor_loss, 33))
+    with spoil, mock.patch.object(ReplayBuffer, "add", counted):
+        error = fault(algo, tmp_path, "none", *rarely)
+    assert (error.exit_code, str(error)) == (5, "the policy's actions are not finite")
+    assert 32 < len(steps) <= 34
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(algo: str, tmp_path: Path) -> None:
     """The loss is finite, its gradient is not, and a checkpoint follows at once: that of step 64 holds no NaN."""
-    collect, calls = FlatParameters.set_gradients, []
+    gather, calls = FlatState.gather, []
 
-    def spoil(flat: FlatParameters, grads: list) -> None:
-        collect(flat, grads)
+    def spoil(flat: FlatState) -> torch.Tensor:
+        gradient = gather(flat)
         calls.append(1)
         if len(calls) == 64:  # critics and actor take 32 updates each up to step 64
-            assert flat.vector.grad is not None
-            flat.vector.grad[0] = math.nan
+            gradient[0] = math.nan
+        return gradient
 
-    with mock.patch.object(FlatParameters, "set_gradients", spoil):
+    with mock.patch.object(FlatState, "gather", spoil):
         error = fault(algo, tmp_path, "none")
     assert error.exit_code == 5
     assert_last_checkpoint_is_good(tmp_path, BEFORE[:3])
@@ -178,7 +198,7 @@ def test_a_learning_rate_at_which_parameters_overflow_ends_the_run(algo: str, ra
 def test_a_fault_on_one_of_two_ranks_ends_both_with_its_code_and_one_line(
     tmp_path: Path, kind: str, code: int, words: str
 ) -> None:
-    kwargs = f'{{"continuous": true, "kind": "{kind}", "at_step": 24, "only_seed": 3}}'  # environment 0 of rank 1
+    kwargs = f'{{"continuous": true, "kind": "{kind}", "at_step": 24, "only_seed": {env_seeds(1, 1, 2)[0]}}}'
     flags = [*SMALL, "--env-kwargs", kwargs, "--log-dir", tmp_path / "logs"]
     ended = run_team(sac.__name__, *flags, folder=tmp_path, code=code)
     (message,) = ended.errors
@@ -189,7 +209,7 @@ def test_a_fault_on_one_of_two_ranks_ends_both_with_its_code_and_one_line(
 
 def nan_on_rank_1(rank: int) -> None:
     if rank == 1:
-        learner.critic_loss = spoiled(learner.critic_loss, 33)
+        sac.critic_loss = spoiled(sac.critic_loss, 33)
 
 
 def test_a_loss_that_is_not_finite_on_one_of_two_ranks_ends_both(tmp_path: Path) -> None:
@@ -241,7 +261,7 @@ def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint_that_resume
     resumed = call(SCRIPTS[algo].main, "--resume", finished.folder, "--total-timesteps", 80)
     assert (resumed.code, resumed.result["steps"]) == (0, "80")
     state = load(resumed.checkpoint)
-    assert state["learner"]["q_optimizer"]["state"][0]["step"] == state["schedule"]["done"] == 80 - 32
+    assert state["q_optimizer"]["state"][0]["step"] == state["schedule"]["done"] == 80 - 32
 
 
 @pytest.mark.parametrize(("rank", "number", "code"), [(1, signal.SIGTERM, 143), (0, signal.SIGINT, 130)])

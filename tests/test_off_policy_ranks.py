@@ -6,18 +6,22 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from fabricrl import evaluate
+from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.agent import DroQAgent
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.sac.learner import Learner
-from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.data import Batch, ReplayBuffer
+from tests.conftest import Descent
 from tests.process import (
     DROQ,
     FORKSERVER,
@@ -41,7 +45,17 @@ from tests.test_launchers import DDP, TWO_RANKS, two_nodes
 SMALL: list[object] = ["--env-id", "tests.envs:IdentityBox-v0", "--num-envs", 2, "--total-timesteps", 64]
 SMALL += ["--learning-starts", 32, "--batch-size", 8, "--buffer-size", 32, "--hidden-sizes", 16, "--num-threads", 1]
 SMALL += ["--checkpoint-every", 32, "--policy-lr", 0.01, "--q-lr", 0.01, "--norm-obs"]
-PARTS = ("agent", "learner", "schedule", "episodes", "generators", "global_step", "best_return", "shard")
+PARTS = (
+    "agent",
+    "q_optimizer",
+    "actor_optimizer",
+    "schedule",
+    "episodes",
+    "generators",
+    "global_step",
+    "best_return",
+    "shard",
+)
 
 
 # --- Launchers
@@ -126,8 +140,6 @@ def sha(*tensors: torch.Tensor) -> str:
 
 def spy(rank: int) -> None:
     """Notes what each rank has after every iteration, and what it has seen and drawn by then."""
-    from fabricrl.algos.droq import droq
-
     samples: list[tuple[str, int]] = []
     notes = Path(os.environ["SPY"]).with_suffix(f".{rank}")
     add, sample = ReplayBuffer.add, ReplayBuffer.sample
@@ -138,7 +150,7 @@ def spy(rank: int) -> None:
 
     def noted_sample(rb: ReplayBuffer, num_batches: int, batch_size: int, rng: torch.Generator) -> Any:
         batches = sample(rb, num_batches, batch_size, rng)
-        samples.append((sha(*batches.values()), rng.initial_seed()))
+        samples.append((sha(*batches.columns.values()), rng.initial_seed()))
         return batches
 
     def note(entry: dict[str, Any]) -> None:
@@ -146,8 +158,8 @@ def spy(rank: int) -> None:
             print(json.dumps(entry), file=file)
 
     def watched(original: Callable) -> Callable:
-        def train(learner: Learner, *rest: Any) -> Any:
-            result = original(learner, *rest)
+        def train(run: Any, learner: sac.Learner, *rest: Any) -> Any:
+            result = original(run, learner, *rest)
             agent = learner.agent
             moments = [
                 value
@@ -199,7 +211,7 @@ def test_two_ranks_learn_something_else_than_one(launched: Callable, tmp_path: P
     two = load(launched("python", SAC)[0].result["checkpoint"])
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["schedule"] == two["schedule"]
-    assert one["learner"]["q_optimizer"]["state"][0]["step"] == two["learner"]["q_optimizer"]["state"][0]["step"]
+    assert one["q_optimizer"]["state"][0]["step"] == two["q_optimizer"]["state"][0]["step"]
     changed = differences(one["agent"], two["agent"])
     assert {name.removeprefix("/").split(".")[0] for name in changed} == {
         "actor", "critics", "log_alpha", "obs_normalizer", "target_critics",
@@ -211,20 +223,19 @@ def test_two_ranks_learn_something_else_than_one(launched: Callable, tmp_path: P
 ROWS, OBS, ACTIONS = 32, 3, 2
 
 
-def batch() -> dict[str, torch.Tensor]:
+def batch() -> Batch:
     """The data of an update, whose second half is another world than the first."""
     rng = torch.Generator().manual_seed(5)
     half = (torch.arange(ROWS) >= ROWS // 2).float()
-    data = {
-        "obs": torch.randn(ROWS, OBS, generator=rng) + half[:, None],
-        "actions": torch.rand(ROWS, ACTIONS, generator=rng) * 2 - 1,
-        "rewards": torch.randn(ROWS, generator=rng) * (1 + 3 * half) + 2 * half,
-        "next_obs": torch.randn(ROWS, OBS, generator=rng) - half[:, None],
-        "terminated": (torch.rand(ROWS, generator=rng) < 0.2).float(),
-        "discounts": torch.full((ROWS,), 0.99),
-        "noise": torch.randn(ROWS, ACTIONS, generator=rng),
-    }
-    return data
+    return Batch(
+        obs=torch.randn(ROWS, OBS, generator=rng) + half[:, None],
+        actions=torch.rand(ROWS, ACTIONS, generator=rng) * 2 - 1,
+        rewards=torch.randn(ROWS, generator=rng) * (1 + 3 * half) + 2 * half,
+        next_obs=torch.randn(ROWS, OBS, generator=rng) - half[:, None],
+        terminated=(torch.rand(ROWS, generator=rng) < 0.2).float(),
+        discounts=torch.full((ROWS,), 0.99),
+        noise=torch.randn(ROWS, ACTIONS, generator=rng),
+    )
 
 
 def update(rank: int, world_size: int, port: int, kind: str, path: str) -> None:
@@ -238,24 +249,26 @@ def update(rank: int, world_size: int, port: int, kind: str, path: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     agent = {"sac": SACAgent, "droq": DroQAgent}[kind](OBS, ACTIONS, (16, 16), layer_norm=kind == "droq")
-    args = SACArgs(env_id="Pendulum-v1", tau=0.5)
-    learner = Learner(fabric, agent, args, mean_over_critics=kind == "droq")
-    # SGD moves the parameters by the gradient itself
-    for flat, adam in ((learner.critics, learner.q_optimizer), (learner.actor, learner.actor_optimizer)):
-        adam.update = torch.optim.SGD([flat.vector], lr=0.1).step  # type: ignore[method-assign]
-    share = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
-    data = {name: column[share] for name, column in batch().items()}
-    noise = data.pop("noise")
-    vectors = {"critics": learner.critics, "actor and temperature": learner.actor, "targets": learner.target_critics}
-    parameters = {f"{name}, before": flat.vector.detach().clone() for name, flat in vectors.items()}
-    for _ in range(2):
-        prepared = {name: column[0] for name, column in learner.prepare({k: v[None] for k, v in data.items()}).items()}
-        learner.update_critics(learner.next_actions(prepared, noise))
-        learner.update_actor(prepared["obs"], noise)
-        learner.update_targets()
-    torch.save(
-        parameters | {name: flat.vector.detach() for name, flat in vectors.items()}, f"{path}.{world_size}.{rank}"
-    )
+    run: Any = SimpleNamespace(fabric=fabric, setup=fabric.setup, args=SACArgs(tau=0.5, policy_lr=0.1, q_lr=0.1))
+    with mock.patch.object(sac, "Adam", Descent):
+        learner = sac.setup(run, agent)
+    data = batch()[rank * ROWS // world_size : (rank + 1) * ROWS // world_size]
+
+    def vectors() -> dict[str, torch.Tensor]:
+        parts = {"critics": agent.critics, "actor": agent.actor, "targets": agent.target_critics}
+        found = {name: parameters_to_vector(part.parameters()).detach().clone() for name, part in parts.items()}
+        return found | {"temperature": agent.log_alpha.detach().clone()}
+
+    before = {f"{name}, before": vector for name, vector in vectors().items()}
+    with fabric.no_backward_sync(learner.actor), fabric.no_backward_sync(learner.critics):
+        for _ in range(2):
+            if kind == "sac":
+                sac.update_critics(run, learner, data, data.noise, True)
+                sac.update_actor(run, learner, data.obs, data.noise)
+            else:
+                droq.update_critics(run, learner, data, data.noise, [], [])
+                droq.update_actor(run, learner, data.obs, data.noise, [])
+    torch.save(before | vectors(), f"{path}.{world_size}.{rank}")
 
 
 @pytest.mark.parametrize("kind", ["sac", "droq"])

@@ -14,11 +14,10 @@ import torch
 
 from fabricrl.algos.droq import droq
 from fabricrl.algos.sac import sac
-from fabricrl.algos.sac.learner import Learner
+from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.utils.checkpoint import load_checkpoint, save_checkpoint, save_shard
 from fabricrl.utils.errors import CheckpointError, ConfigError
-from fabricrl.utils.launch import StopSignal
-from tests.process import Finished, call, differences, load, logged, run_folder, run_team, saved_steps
+from tests.process import Finished, call, differences, load, logged, run_folder, run_team, saved_steps, stopped_in
 
 SCRIPTS: dict[str, Any] = {"sac": sac, "droq": droq}
 RATIO = {"sac": "0.69", "droq": "1.3"}
@@ -90,7 +89,8 @@ def test_a_resumed_run_equals_the_straight_run_to_the_last_bit(
 ) -> None:
     whole = straight(algo, *BUFFERS[buffer])
     expected, before = content(whole.checkpoint), content(checkpoint(whole.folder, step))
-    parts = {"agent", "learner", "schedule", "generators", "episodes", "shard", "best_return", "global_step"}
+    parts = {"agent", "q_optimizer", "actor_optimizer", "schedule", "generators", "episodes", "shard"}
+    parts |= {"best_return", "global_step"}
     assert parts <= expected.keys()
     second = resumed(algo, whole, step, tmp_path)
     assert second.code == 0
@@ -113,15 +113,7 @@ def test_a_run_that_was_stopped_three_times_equals_the_straight_run_and_so_do_it
     whole = straight(algo)
     line: list[object] = [*FLAGS, *OWN[algo]]
     for iterations in (16, 32, 24):
-
-        class Stop(StopSignal):
-            left = iterations
-
-            def exit_code(self, fabric: Any) -> int:
-                self.left -= 1
-                return 143 if self.left == 0 else 0
-
-        with mock.patch.object(SCRIPTS[algo], "StopSignal", Stop):
+        with stopped_in(iterations):
             assert call(SCRIPTS[algo].main, *line, "--log-dir", tmp_path).code == 143
         line = ["--resume", run_folder(tmp_path)]
     last = call(SCRIPTS[algo].main, *line)
@@ -206,7 +198,7 @@ def due(ratio: str, steps: int) -> int:
 
 def taken(state: dict[str, Any]) -> tuple[int, int]:
     """Steps that the optimizers of the critics and of the actor have counted, Adam's own counts."""
-    optimizers = [state["learner"][name]["state"] for name in ("q_optimizer", "actor_optimizer")]
+    optimizers = [state[name]["state"] for name in ("q_optimizer", "actor_optimizer")]
     return tuple(int(optimizer[0]["step"]) if optimizer else 0 for optimizer in optimizers)  # type: ignore[return-value]
 
 
@@ -263,12 +255,12 @@ class Watch:
     def __init__(self, algo: str) -> None:
         self.iterations: list[dict[str, Any]] = []
         script = SCRIPTS[algo]
-        rollout, critics, actor = script.rollout, Learner.update_critics, Learner.update_actor
+        rollout, critics, actor = script.rollout, script.update_critics, script.update_actor
 
-        def watched_rollout(*given: Any) -> None:
-            self.iterations.append({"random": given[5], "critics": 0, "actor": 0})
-            rollout(*given)
-            self.iterations[-1]["size"] = given[2].size
+        def watched_rollout(run: Any, player: Any, envs: Any, rb: ReplayBuffer, explores: bool) -> None:
+            self.iterations.append({"random": explores, "critics": 0, "actor": 0})
+            rollout(run, player, envs, rb, explores)
+            self.iterations[-1]["size"] = rb.size
 
         def count(name: str, original: Callable) -> Callable:
             def counted(*given: Any) -> Any:
@@ -279,8 +271,8 @@ class Watch:
 
         self.patches = [
             mock.patch.object(script, "rollout", watched_rollout),
-            mock.patch.object(Learner, "update_critics", count("critics", critics)),
-            mock.patch.object(Learner, "update_actor", count("actor", actor)),
+            mock.patch.object(script, "update_critics", count("critics", critics)),
+            mock.patch.object(script, "update_actor", count("actor", actor)),
         ]
 
     def __enter__(self) -> "Watch":

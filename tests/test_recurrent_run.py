@@ -29,9 +29,8 @@ from fabricrl.envs.spaces import env_actions
 from fabricrl.envs.wrappers import MaskVelocities
 from fabricrl.utils.checkpoint import save_checkpoint
 from fabricrl.utils.errors import ConfigError
-from fabricrl.utils.launch import StopSignal
 from tests.envs import ODD_SPACES, Recall, vectors
-from tests.process import Finished, Team, call, differences, load, logged, run_team, saved_steps
+from tests.process import Finished, Team, call, differences, load, logged, run_team, saved_steps, stopped_in
 from tests.test_recurrent import cell
 from tests.test_resume import content
 from tests.test_run import TAGS
@@ -234,20 +233,11 @@ VARIANTS: dict[str, list[object]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_stopped_and_resumed_run_equals_the_straight_run_to_the_last_bit(
-    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_and_resumed_run_equals_the_straight_run_to_the_last_bit(variant: str, tmp_path: Path) -> None:
     flags = [*FLAGS, *VARIANTS[variant]]
     straight = call(script.main, *flags, "--log-dir", tmp_path / "straight")
     assert saved_steps(straight.folder) == [128, 256, 384, 512, 640]
-    iterations = iter([0, 0, 143])
-
-    class Stop(StopSignal):
-        def exit_code(self, fabric: Any) -> int:
-            return next(iterations)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "StopSignal", Stop)
+    with stopped_in(3):
         first = call(script.main, *flags, "--log-dir", tmp_path / "resumed")
     assert (first.code, first.result["steps"]) == (143, "192")
     second = call(script.main, "--resume", first.folder)

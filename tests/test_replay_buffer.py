@@ -14,18 +14,17 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
-from torch import Tensor
 
+from fabricrl.algos.sac.agent import make_agent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.sac import rollout
-from fabricrl.algos.sac.utils import make_agent
 from fabricrl.data import memory
 from fabricrl.data.buffers import ReplayBuffer, record_type
 from fabricrl.data.memory import GIB, available_memory, check_memory
 from fabricrl.envs import make_envs
+from fabricrl.utils.batch import Batch
 from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
-from fabricrl.utils.metric import EpisodeStatistics, Stopwatch
-from fabricrl.utils.utils import env_seeds
+from tests.conftest import BareRun
 from tests.envs import Counting, Fault
 
 VECTOR, IMAGE = Box(-np.inf, np.inf, (3,), np.float32), Box(0, 255, (2, 2), np.uint8)
@@ -98,9 +97,9 @@ class World:
         """The transitions that a ring of so many for each environment holds."""
         return {(env, t) for env, steps in enumerate(self.history) for t in range(len(steps))[-capacity:]}
 
-    def check(self, batch: dict[str, Tensor], capacity: int, n: int) -> set[tuple[int, int]]:
+    def check(self, batch: Batch, capacity: int, n: int) -> set[tuple[int, int]]:
         """Every row is a transition that happened and is not too old, in all its fields. Returns which there are."""
-        rows = {name: column.flatten(0, 1).numpy() for name, column in batch.items()}
+        rows = {name: column.flatten(0, 1).numpy() for name, column in batch.columns.items()}
         found = [self.where[obs.tobytes()] for obs in rows["obs"]]
         assert all(t >= len(self.history[env]) - capacity for env, t in found)
         rewards, discounts, next_obs, terminated = zip(*(self.expected(env, t, n) for env, t in found), strict=True)
@@ -132,8 +131,9 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def same(ours: Batch, theirs: Batch) -> bool:
+    names = ours.columns.keys()
+    return names == theirs.columns.keys() and all(torch.equal(ours.columns[n], theirs.columns[n]) for n in names)
 
 
 def stored(rb: ReplayBuffer) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def test_a_transition_and_its_returns_by_hand() -> None:
     rb.add(np.array([[0.3]]), np.array([[21.0]]), np.array([4.0]), no, no, nothing)
     finals[0] = np.array([22.0])
     rb.add(np.array([[0.4]]), np.array([[30.0]]), np.array([8.0]), yes, no, {"final_obs": finals})
-    batch = {name: column.squeeze(0) for name, column in rb.sample(1, 64, rng()).items()}
+    batch = {name: column.squeeze(0) for name, column in rb.sample(1, 64, rng()).columns.items()}
     columns = ("obs", "actions", "rewards", "discounts", "next_obs", "terminated")
     rows = {tuple(round(batch[name][i].item(), 3) for name in columns) for i in range(64)}
     assert rows == {
@@ -208,7 +208,7 @@ def test_batches_have_their_shapes_and_types(implicit: bool) -> None:
     for space, dtype in ((VECTOR, torch.float32), (IMAGE, torch.uint8), (Box(-1, 1, (3,), np.float64), torch.float32)):
         rb, _ = filled(20, space=space, implicit_next=implicit)
         batch = rb.sample(4, 7, rng())
-        assert {name: tuple(column.shape) for name, column in batch.items()} == {
+        assert {name: tuple(column.shape) for name, column in batch.columns.items()} == {
             "obs": (4, 7, *space.shape),
             "next_obs": (4, 7, *space.shape),
             "actions": (4, 7, NUM_ACTIONS),
@@ -216,7 +216,7 @@ def test_batches_have_their_shapes_and_types(implicit: bool) -> None:
             "terminated": (4, 7),
             "discounts": (4, 7),
         }
-        types = {name: column.dtype for name, column in batch.items()}
+        types = {name: column.dtype for name, column in batch.columns.items()}
         assert types.pop("obs") == types.pop("next_obs") == dtype
         assert set(types.values()) == {torch.float32}
 
@@ -226,14 +226,14 @@ def test_batches_have_their_shapes_and_types(implicit: bool) -> None:
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_all_stored_transitions_are_equally_likely(implicit: bool, n_step: int) -> None:
     rb, world = filled(70, capacity=100, n_step=n_step, implicit_next=implicit)  # the seam is in the middle
-    counts = Counter(world.where[obs.numpy().tobytes()] for obs in rb.sample(100, 400, rng(1))["obs"].flatten(0, 1))
+    counts = Counter(world.where[obs.numpy().tobytes()] for obs in rb.sample(100, 400, rng(1)).obs.flatten(0, 1))
     assert counts.keys() == world.stored(50)
     assert sum((count - 400) ** 2 / 400 for count in counts.values()) < 148.2  # 99 degrees of freedom
 
 
 def test_draws_do_not_depend_on_each_other() -> None:
     rb, world = filled(30, num_envs=1, capacity=5)
-    drawn = [world.where[obs.numpy().tobytes()][1] for obs in rb.sample(100, 100, rng(2))["obs"].flatten(0, 1)]
+    drawn = [world.where[obs.numpy().tobytes()][1] for obs in rb.sample(100, 100, rng(2)).obs.flatten(0, 1)]
     pairs = Counter(zip(drawn[::2], drawn[1::2], strict=True))
     assert len(pairs) == 25  # also twice the same: with replacement
     assert sum((count - 200) ** 2 / 200 for count in pairs.values()) < 51.2  # 24 degrees of freedom
@@ -254,10 +254,10 @@ def test_a_generator_in_the_same_state_gives_the_same_samples(implicit: bool) ->
 def test_samples_are_copies() -> None:
     rb, world = filled(20)
     batch = rb.sample(2, 8, rng())
-    before = {name: column.clone() for name, column in batch.items()}
+    before = Batch(**{name: column.clone() for name, column in batch.columns.items()})
     play(rb, world, 20)
     assert same(batch, before)
-    for column in rb.sample(2, 8, rng()).values():
+    for column in rb.sample(2, 8, rng()).columns.values():
         column.fill_(5)
     world.check(rb.sample(4, 50, rng()), 6, 1)
 
@@ -522,13 +522,13 @@ def test_what_real_environments_return_is_stored_as_it_happened(end: str, vector
     agent = make_agent(args, envs)
     buffers_ = [make(3, 30, n_step=n, implicit_next=implicit) for n in (1, 2) for implicit in (False, True)]
     for rb in buffers_:
-        obs, _ = envs.reset(seed=env_seeds(0, 0, 3))
+        obs, _ = envs.reset(seed=[0, 1, 2])
         first = obs[:, 1].copy()  # an episode of each environment
         rb.start(obs)
-        episodes, generator = EpisodeStatistics(3), rng()
+        run = BareRun(args, action_space=envs.single_action_space)
         for step in range(37):
-            rollout(agent, envs, rb, episodes, generator, step < 5, Stopwatch("act", "env"))
-        batch = {name: column.flatten(0, 1).numpy() for name, column in rb.sample(10, 100, rng(1)).items()}
+            rollout(run, agent, envs, rb, step < 5)
+        batch = {name: column.flatten(0, 1).numpy() for name, column in rb.sample(10, 100, rng(1)).columns.items()}
         seen = set()
         for i, (steps, number, seed) in enumerate(batch["obs"].astype(int).tolist()):
             length = 3 + seed % 3
@@ -540,12 +540,12 @@ def test_what_real_environments_return_is_stored_as_it_happened(end: str, vector
             assert batch["rewards"][i] == pytest.approx(steps + 1 + (GAMMA * (steps + 2) if m == 2 else 0.0))
             assert batch["discounts"][i] == pytest.approx(GAMMA**m)
         assert len(seen) == 30
-        episodes.flush(SimpleNamespace(world_size=1))
-        assert episodes.count == 37 // 3 + 37 // 4 + 37 // 5
+        run.episodes.flush(run.fabric)
+        assert run.episodes.count == 37 // 3 + 37 // 4 + 37 // 5
     envs.close()
 
 
-def test_actions_are_stored_in_minus_one_to_one_and_reach_the_environment_stretched(tmp_path: Path) -> None:
+def test_actions_are_stored_in_minus_one_to_one_and_reach_the_environment_rescaled(tmp_path: Path) -> None:
     args = SACArgs(env_id="tests.envs:Odd-v0", env_kwargs='{"action": "box_uneven"}', num_envs=2, hidden_sizes=(4,))
     envs = make_envs(args, 0, tmp_path)  # bounds [−1, 1] and [0, 10]; refuses others
     taken: list[np.ndarray] = []
@@ -553,21 +553,21 @@ def test_actions_are_stored_in_minus_one_to_one_and_reach_the_environment_stretc
     agent = make_agent(args, envs)
     rb = make(capacity=400)
     rb.start(envs.reset(seed=1)[0])
+    run = BareRun(args, action_space=envs.single_action_space)
     for random in (True, False):
         generator = rng(4)
         for _ in range(50):
             obs = rb.newest_obs().clone()
-            state = generator.get_state()
-            rollout(agent, envs, rb, EpisodeStatistics(2), generator, random, Stopwatch("act", "env"))
-            generator.set_state(state)
+            run.act_rng.set_state(generator.get_state())
+            rollout(run, agent, envs, rb, random)
             if random:
                 expected = 2 * torch.rand(2, 2, generator=generator) - 1
             else:
                 with torch.no_grad():
                     expected = agent.act(obs, agent.head.noise((2,), generator))
-            stretched = expected.numpy() * [1.0, 5.0] + [0.0, 5.0]
-            np.testing.assert_allclose(taken[-1], stretched, rtol=1e-6, atol=1e-6)
-    stored_actions = torch.cat(list(rb.sample(20, 100, rng())["actions"]))
+            rescaled = expected.numpy() * [1.0, 5.0] + [0.0, 5.0]
+            np.testing.assert_allclose(taken[-1], rescaled, rtol=1e-6, atol=1e-6)
+    stored_actions = torch.cat(list(rb.sample(20, 100, rng()).actions))
     assert -1 <= stored_actions.min() < -0.9
     assert 0.9 < stored_actions.max() <= 1
     envs.close()
@@ -589,10 +589,11 @@ def test_a_step_with_a_bad_number_ends_in_an_error_that_names_it(kind: str, mess
     envs = gym.vector.SyncVectorEnv(
         [lambda: build(0), lambda: build(1)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
     )
-    agent = make_agent(SACArgs(hidden_sizes=(4,)), envs)
+    args = SACArgs(hidden_sizes=(4,), num_envs=2)
+    agent = make_agent(args, envs)
     rb = ReplayBuffer(20, 2, envs.single_observation_space, 2)
     rb.start(envs.reset(seed=[0, 1])[0])
-    arguments = (agent, envs, rb, EpisodeStatistics(2), rng(), True, Stopwatch("act", "env"))
+    arguments = (BareRun(args, action_space=envs.single_action_space), agent, envs, rb, True)
     for _ in range(4):
         rollout(*arguments)
     with pytest.raises(NonFiniteError, match=message):

@@ -13,8 +13,20 @@ from fabricrl.algos.ppo import ppo
 from fabricrl.utils import run as run_module
 from fabricrl.utils.checkpoint import save_checkpoint
 from fabricrl.utils.errors import CheckpointError
-from fabricrl.utils.launch import StopSignal
-from tests.process import PPO, PYTHON, Finished, call, differences, files, load, logged, run, run_folder, saved_steps
+from tests.process import (
+    PPO,
+    PYTHON,
+    Finished,
+    call,
+    differences,
+    files,
+    load,
+    logged,
+    run,
+    run_folder,
+    saved_steps,
+    stopped_in,
+)
 
 # Episodes of 8 steps end with the rollouts of 32, so that a resumed environment is where it would have been. An
 # iteration takes 2 × 32 = 64 steps, the run 16 of them. Everything that has a state is on
@@ -35,14 +47,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def stopped(log_dir: Path, iterations: int, *flags: object) -> Finished:
     """The same run, stopped by a signal in its n-th iteration."""
-
-    class Stop(StopSignal):
-        def exit_code(self, fabric: Any) -> int:
-            nonlocal iterations
-            iterations -= 1
-            return 143 if iterations == 0 else 0
-
-    with mock.patch.object(ppo, "StopSignal", Stop):
+    with stopped_in(iterations):
         finished = call(ppo.main, *FLAGS, *flags, "--log-dir", log_dir)
     assert finished.code == 143
     return finished

@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from unittest import mock
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -25,34 +24,6 @@ from tests.process import PPO, Finished, call, command, run_folder, started, wai
 SMALL = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--update-epochs", 1]
 
 
-class Misbehaving(gym.Env):
-    """Exits, answers in odd types, pays too much, or writes all observations into one array."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-    action_space = gym.spaces.Discrete(2)
-
-    def __init__(self, kind: str = "") -> None:
-        self.kind, self.steps = kind, 0
-        self.obs = np.zeros(2, np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
-        super().reset(seed=seed)
-        self.steps, self.obs[:] = 0, 0.0
-        return self.obs, {}
-
-    def step(self, action: int) -> tuple:
-        self.steps += 1
-        self.obs[:] = self.steps
-        if self.kind == "exit":
-            raise SystemExit(0)
-        obs = self.obs[:1] if self.kind == "shape" else self.obs
-        reward = {"much": 1e25, "array": np.array([1.0])}.get(self.kind, 1.0)
-        return obs, reward, False, self.steps == 5, {}
-
-
-gym.register("Misbehaving-v0", entry_point=Misbehaving)
-
-
 @pytest.fixture
 def trained(tmp_path: Path) -> Finished:
     return call(ppo.main, *SMALL, "--total-timesteps", 64, "--log-dir", tmp_path)
@@ -62,7 +33,15 @@ def misbehave(kind: str, tmp_path: Path, *flags: object) -> Finished:
     kwargs = f'{{"kind": "{kind}"}}'
     with contextlib.redirect_stderr(io.StringIO()):
         return call(
-            ppo.main, "--env-id", "Misbehaving-v0", "--env-kwargs", kwargs, *SMALL, *flags, "--log-dir", tmp_path
+            ppo.main,
+            "--env-id",
+            "tests.envs:Misbehaving-v0",
+            "--env-kwargs",
+            kwargs,
+            *SMALL,
+            *flags,
+            "--log-dir",
+            tmp_path,
         )
 
 
@@ -85,7 +64,9 @@ def test_an_infinite_loss_ends_the_run_although_the_parameters_are_finite(tmp_pa
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_final_observations_survive_an_environment_that_reuses_its_array(vectorization: str, tmp_path: Path) -> None:
     envs = make_envs(
-        PPOArgs(env_id="Misbehaving-v0", num_envs=1, num_minibatches=1, vectorization=vectorization), 0, tmp_path
+        PPOArgs(env_id="tests.envs:Misbehaving-v0", num_envs=1, num_minibatches=1, vectorization=vectorization),
+        0,
+        tmp_path,
     )
     envs.reset(seed=0)
     for _ in range(5):

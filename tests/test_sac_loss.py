@@ -9,6 +9,7 @@ from torch import Tensor
 from fabricrl.algos.droq import loss as droq_loss
 from fabricrl.algos.sac import loss as sac_loss
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
+from fabricrl.models.distributions import TanhNormalHead
 
 
 def vector(*numbers: float) -> Tensor:
@@ -53,29 +54,31 @@ def test_targets_carry_no_gradient() -> None:
 def test_critic_loss_is_half_the_squared_error_averaged_over_rows_and_summed_over_critics() -> None:
     q = torch.tensor([[1.0, 2.0], [0.0, 5.0], [3.0, 3.0]], dtype=torch.float64)
     # y = (2, 3): ½ (1 + 1)/2 + ½ (4 + 4)/2 + ½ (1 + 0)/2
-    loss, grad = critic_loss(q, vector(2.0, 3.0))
+    q.requires_grad_()
+    loss = critic_loss(q, vector(2.0, 3.0))
     assert loss.item() == pytest.approx(0.5 + 2.0 + 0.25)
+    loss.backward()
     # The gradient of a critic is that of its own loss, however many there are: (Q − y)/B
-    assert grad.tolist() == [[-0.5, -0.5], [-1.0, 1.0], [0.5, 0.0]]
+    assert q.grad.tolist() == [[-0.5, -0.5], [-1.0, 1.0], [0.5, 0.0]]
 
 
 def test_actor_loss_weighs_log_probability_with_the_temperature() -> None:
-    q = torch.tensor([[1.0, 6.0], [3.0, 4.0]], dtype=torch.float64)
-    loss, grad_q, grad_logprobs = actor_loss(q, vector(-2.0, 3.0), vector(0.5)[0])
-    assert loss.item() == pytest.approx(((0.5 * -2 - 1) + (0.5 * 3 - 4)) / 2)  # the least of the critics
-    assert grad_q.tolist() == [[-0.5, 0.0], [0.0, -0.5]]  # up this one
-    assert grad_logprobs.item() == 0.25  # down the log-probability: towards entropy
-    loss, grad_q, grad_logprobs = actor_loss(q, vector(-2.0, 3.0), vector(0.5)[0], mean_over_critics=True)
-    assert loss.item() == pytest.approx(((0.5 * -2 - 2) + (0.5 * 3 - 5)) / 2)
-    assert grad_q.tolist() == [[-0.25, -0.25]] * 2
-    assert grad_logprobs.item() == 0.25
+    q, logprobs = vector(1.0, 4.0).requires_grad_(), vector(-2.0, 3.0).requires_grad_()
+    loss = actor_loss(q, logprobs, vector(0.5)[0])
+    assert loss.item() == pytest.approx(((0.5 * -2 - 1) + (0.5 * 3 - 4)) / 2)
+    loss.backward()
+    assert q.grad.tolist() == [-0.5, -0.5]  # up the critics
+    assert logprobs.grad.tolist() == [0.25, 0.25]  # down the log-probability: towards entropy
 
 
 def test_alpha_loss_by_hand() -> None:
     # −mean(log α (log π + H̄)) with log α = 0.3, log π = (−1, 4), so that H = −1.5, and H̄ = −2
-    loss, grad = alpha_loss(torch.tensor(0.3, dtype=torch.float64), -vector(-1.0, 4.0).mean(), -2.0)
+    log_alpha, logprobs = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), vector(-1.0, 4.0).requires_grad_()
+    loss = alpha_loss(log_alpha, -logprobs.mean(), -2.0)
     assert loss.item() == pytest.approx(-0.3 * ((-1 - 2) + (4 - 2)) / 2)
-    assert grad.item() == pytest.approx(0.5)  # −mean(log π + H̄), whatever α is
+    loss.backward()
+    assert log_alpha.grad.item() == pytest.approx(0.5)  # −mean(log π + H̄), whatever α is
+    assert logprobs.grad is None  # the temperature does not move the policy
 
 
 @pytest.mark.parametrize("log_alpha", [-5.0, 0.0, 2.0])
@@ -83,25 +86,35 @@ def test_alpha_loss_by_hand() -> None:
 def test_the_temperature_rises_below_the_target_entropy_and_falls_above(
     entropy: float, rises: bool, log_alpha: float
 ) -> None:
-    _, grad = alpha_loss(torch.tensor(log_alpha), torch.tensor(entropy), -2.0)
-    assert (grad.item() < 0) == rises
+    parameter = torch.tensor(log_alpha, requires_grad=True)
+    alpha_loss(parameter, torch.tensor(entropy), -2.0).backward()
+    assert (parameter.grad.item() < 0) == rises
     # A step is as long for small temperatures as for large ones
-    assert grad.item() == pytest.approx(entropy + 2.0, rel=1e-4)
+    assert parameter.grad.item() == pytest.approx(entropy + 2.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("mean_over_critics", [False, True])
-def test_the_gradients_that_are_written_out_are_those_of_the_losses(mean_over_critics: bool) -> None:
-    q = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+def test_gradients_equal_finite_differences() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 5, generator=rng, dtype=torch.float64, requires_grad=True)
     targets, logprobs = vector(1, -1, 0.5, 2, 0), vector(0.1, -0.2, 0.3, 2, -1).requires_grad_()
-    loss, grad = critic_loss(q, targets)
-    torch.testing.assert_close(grad, *torch.autograd.grad(loss, q))
-    loss, grad_q, grad_logprobs = actor_loss(q, logprobs, vector(0.7)[0], mean_over_critics)
-    found = torch.autograd.grad(loss, (q, logprobs))
-    torch.testing.assert_close(grad_q, found[0])
-    torch.testing.assert_close(grad_logprobs.expand(5), found[1])
-    log_alpha = torch.tensor(-0.4, dtype=torch.float64, requires_grad=True)
-    loss, grad = alpha_loss(log_alpha, vector(0.7)[0], -1.5)
-    torch.testing.assert_close(grad, *torch.autograd.grad(loss, log_alpha))
+    alpha, log_alpha = vector(0.7)[0], torch.tensor(-0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q: critic_loss(q, targets), (q,))
+    assert torch.autograd.gradcheck(lambda q, logprobs: actor_loss(q.amin(0), logprobs, alpha), (q, logprobs))
+    assert torch.autograd.gradcheck(lambda q, logprobs: actor_loss(q.mean(0), logprobs, alpha), (q, logprobs))
+    assert torch.autograd.gradcheck(lambda a: alpha_loss(a, vector(0.7)[0], -1.5), (log_alpha,))
+
+
+def test_the_policys_gradient_through_its_draw_and_the_least_of_the_critics_equals_finite_differences() -> None:
+    rng = torch.Generator().manual_seed(1)
+    obs, noise, slopes, weight = (
+        torch.randn(size, generator=rng, dtype=torch.float64) for size in ((6, 3), (6, 2), (3, 2), (4, 3))
+    )
+
+    def loss(weight: Tensor) -> Tensor:
+        actions, logprobs = TanhNormalHead(2).sample_with_logprob(0.5 * obs @ weight.T, noise)
+        return actor_loss((slopes @ actions.T).amin(0), logprobs, vector(0.3)[0])  # of three linear critics
+
+    assert torch.autograd.gradcheck(loss, (weight.requires_grad_(),))
 
 
 def test_a_policy_that_minimises_the_actor_loss_is_the_softmax_of_the_critic() -> None:
@@ -112,7 +125,7 @@ def test_a_policy_that_minimises_the_actor_loss_is_the_softmax_of_the_critic() -
     for _ in range(800):
         logprobs = logits.log_softmax(0)
         # The loss is a mean over samples: each action as often as its probability says
-        loss = 3 * actor_loss((logprobs.exp() * q)[None], logprobs.exp() * logprobs, alpha)[0]
+        loss = 3 * actor_loss(logprobs.exp() * q, logprobs.exp() * logprobs, alpha)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -361,7 +361,8 @@ def _inherited(kind: type[StandardArgs], state: dict[str, Any], found: Path) -> 
     Raises:
         CheckpointError: one is unknown, of another type, or not allowed, also beside the others.
     """
-    stored, own = state["args"], {field.name for field in dataclasses.fields(kind)}
+    older = {"player_device": "auto"} if state["args"].get("player_device", "") is None else {}  # its name was None
+    stored, own = state["args"] | older, {field.name for field in dataclasses.fields(kind)}
     twins = {field.name for field in dataclasses.fields(DecoupledArgs)}  # of the decoupled script, perhaps
     if unknown := sorted(stored.keys() - own - twins):
         raise CheckpointError(f"{found} has an argument that {state['algo']} does not know: {unknown[0]!r}")

@@ -32,6 +32,7 @@ from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
 from fabricrl.utils.errors import NonFiniteError, RunError
+from fabricrl.utils.hint import hint
 from fabricrl.utils.launch import StopSignal, check_ranks, launch, run_script
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
@@ -41,6 +42,7 @@ from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # updates
+WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
 
@@ -62,7 +64,8 @@ class Run:
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: draw action noise and what training draws, different on every rank.
         updates: compiles and captures what trains.
-        episodes, losses, clock: what is logged.
+        episodes, losses, clock: what is logged; charts: what else there is for the next entry alone.
+        generators: states for the next checkpoint, of all ranks; None: of those generators that this run has.
         exit_code: 0, or that of the signal that ends the run.
 
     Raises:
@@ -78,9 +81,13 @@ class Run:
         video_mode = "rgb_array" if args.capture_video else None
         self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
-        self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
+        with reading(self.path):
+            self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
         self.global_step = self.first_step = self.state.get("global_step", 0)
         self.exit_code, self._iteration_steps = 0, 0
+        self._is_last: bool | None = None  # undecided
+        self.charts: dict[str, float] = {}
+        self.generators: Tensor | None = None
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
         self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
@@ -92,6 +99,7 @@ class Run:
         self._contexts = ExitStack()
         self._envs: VectorEnv | None = None
         self._player: nn.Module | None = None
+        self._hinted = False
         self._folder: RunFolder | None = None
 
     def __enter__(self) -> "Run":
@@ -99,6 +107,8 @@ class Run:
         args, fabric = self.args, self.fabric
         steps = args.num_envs * getattr(args, "num_steps", 1) * fabric.world_size
         require(steps <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {steps}")
+        acts = args.player_device != "cuda" or fabric.device.type == "cuda"
+        require(acts, "player_device", args.player_device, "cpu or auto where the run trains on the CPU")
         if self.state:
             check_batch(self.state, args, fabric.world_size)
             check_spaces(self.state["spaces"], describe(self.obs_space, self.action_space))
@@ -122,15 +132,15 @@ class Run:
         if kind is None and self._envs is not None:
             self._envs.close()
         if kind is None and self._folder is not None:
-            self._folder.finish(self.global_step, self.episodes)
+            self._folder.finish(self.global_step, self.episodes, self.exit_code > 0)
 
     # --- before the loop
 
     def make_envs(self) -> VectorEnv:
-        """This rank's environments; makes the run's folder, too."""
-        self._folder = RunFolder(self.fabric, self.args, self.algo, self.path, self.first_step)
+        """This rank's environments, which may record videos in the run's folder."""
+        videos = self._made_folder().videos
         with self.together():
-            self._envs = make_envs(self.args, self.fabric.global_rank, self._folder.videos)
+            self._envs = make_envs(self.args, self.fabric.global_rank, videos)
         return self._envs
 
     @property
@@ -142,8 +152,12 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where the run writes; the same on every rank."""
-        assert self._folder is not None, "make_envs() comes first"
-        return self._folder.folder
+        return self._made_folder().folder
+
+    def _made_folder(self) -> RunFolder:
+        if self._folder is None:
+            self._folder = RunFolder(self.fabric, self.args, self.algo, self.path, self.first_step)
+        return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
         """What `fabric.setup` returns: the module and its optimizers, ready to train on this rank's device.
@@ -215,7 +229,7 @@ class Run:
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Undoes what an update inside changes: it is there to be compiled and captured."""
+        """Undoes what an update inside changes and notes: it is there to be compiled and captured."""
         with self.updates.rehearsal():
             yield
         self._noted.clear()
@@ -263,14 +277,16 @@ class Run:
     def iterations(self, steps: int) -> Iterator[int]:
         """Iterations of so many steps on each rank, up to `total_timesteps` or a signal: the steps before each."""
         self._iteration_steps = steps * self.fabric.world_size
-        while not self.exit_code and self.global_step + self._iteration_steps <= self.args.total_timesteps:
-            self.global_step += self._iteration_steps
+        while not self.is_last:
+            self.global_step, self._is_last = self.global_step + self._iteration_steps, None
             yield self.global_step - self._iteration_steps
 
     @property
     def is_last(self) -> bool:
-        """Whether no iteration follows."""
-        return self.exit_code > 0 or self.global_step + self._iteration_steps > self.args.total_timesteps
+        """Whether no iteration follows: decided when an iteration asks first, whatever signals come later."""
+        if self._is_last is None:
+            self._is_last = self.exit_code > 0 or self.global_step + self._iteration_steps > self.args.total_timesteps
+        return self._is_last
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -290,33 +306,42 @@ class Run:
             fault.told_by = next(rank for rank, code in enumerate(codes) if code)
             raise fault
 
+    def check_finite(self, what: str, values: Tensor) -> None:
+        """Raises NonFiniteError if one of the values is not finite; for what an environment might choke on."""
+        if not values.isfinite().all():
+            raise NonFiniteError(f"{what} are not finite")
+
     def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
         """Keeps the metrics of one update [tags], or of several [K, tags], until it is time to look at them."""
         self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
 
-    def record_rollout(self, rb: RolloutBuffer, heeds_signals: bool = True) -> None:
+    def record_rollout(self, rb: RolloutBuffer) -> None:
         """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
-        self.losses.update(self.look())
+        with self.together():
+            self.losses.update(self.look())
         self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped)
-        if heeds_signals:  # which may have come since the rollout
-            with self.together():
-                pass
         self.clock.lap("comm")
         self._advance()
 
     def record_step(self) -> None:
         """Ends an iteration of one step: does what `record_rollout` does now and then, as it costs what an update does.
 
+        Over ranks, signals are agreed on with the next step, unless this one looks.
+
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
+        if self.fabric.world_size == 1:
+            self.exit_code = max(self.exit_code, self._signals.code)
         if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
             self.episodes.flush(self.fabric)
-            self.losses.update(self.look())
+            with self.together():
+                self.losses.update(self.look())
+        self.clock.lap("comm")
         self._advance()
 
     @property
@@ -356,8 +381,23 @@ class Run:
         """Logs charts, and beside them episodes, losses, speed and where the time went since the last entry."""
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
+        self._hint()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
-        self._folder.log(charts | speed | numbers, self.global_step)
+        self._folder.log(charts | self.charts | speed | numbers, self.global_step)
+        self.charts = {}
+
+    def _hint(self) -> None:
+        """Says once, after the first seconds, what would make this run faster; nothing if nothing would."""
+        steps = (self.global_step - self.first_step) // (self.args.num_envs * self.fabric.world_size)
+        left = (self.args.total_timesteps - self.global_step) / max(self.global_step - self.first_step, 1)
+        seconds = self.clock.totals
+        worth = left * sum(seconds.values()) > WORTH_A_HINT or self.is_last
+        if self._hinted or self.fabric.global_rank > 0 or not worth:
+            return
+        text = hint(self.args, self.algo, self.fabric.device.type, self.fabric.world_size, seconds, steps)
+        if text is not None:
+            self._hinted = True
+            print(f"hint: {text}", file=sys.stderr, flush=True)
 
     @property
     def checkpoint_is_due(self) -> bool:
@@ -365,23 +405,20 @@ class Run:
         assert self._folder is not None
         return self._folder.wants_checkpoint(self.global_step, self.is_last)
 
-    def checkpoint(
-        self, rb: ReplayBuffer | None = None, generators: Tensor | None = None, shards: int = 0, **parts: Any
-    ) -> None:
+    def checkpoint(self, rb: ReplayBuffer | None = None, shards: int = 0, **parts: Any) -> None:
         """Saves what `restore` has named, if it is time to.
 
         Args:
             rb: this rank's replay buffer, which is saved unless the arguments say otherwise.
-            generators: the states of all ranks' generators; None: of those that this run has.
             shards: replay buffers that a decoupled script's trainers have saved.
             parts: what else there is with a `state_dict`.
         """
         if self.checkpoint_is_due:
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
-            values = {"shards": shards} if shards else {}
-            if generators is None:
-                generators = rank_generators(self.fabric, self.act_rng, self.train_rng)
-            state |= {"generators": generators} | values
+            values: dict[str, Any] = {"shards": shards} if shards else {}
+            if self.generators is None:
+                values["generators"] = rank_generators(self.fabric, self.act_rng, self.train_rng)
+            state |= {"generators": self.generators} | values
             self.save(state, rb.state_dict() if rb is not None and self.args.checkpoint_buffer else None)
         self.clock.lap("log")
 

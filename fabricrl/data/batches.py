@@ -44,10 +44,14 @@ def with_moments(fabric: Fabric, data: Batch, rows: Tensor) -> Batch:
     means = (values * counted).sum(-1) / totals.clamp(min=1.0)
     squares = ((values - means[..., None]).square() * counted).sum(-1)
     totals, means, squares = all_gather(fabric, torch.stack((totals, means, squares))).unbind(1)  # [W, E, M] each
-    total = totals.sum(0)
+    total = totals.sum(0).clamp(min=1.0)  # of rows that do not count, nothing is learned
     mean = (totals * means).sum(0) / total
     square = (squares + totals * (means - mean).square()).sum(0)  # Chan et al. 1979
-    moments = {"mean": mean, "deviation": (square / (total - 1)).sqrt(), "total": total / fabric.world_size}
+    moments = {
+        "mean": mean,
+        "deviation": (square / (total - 1).clamp(min=1.0)).sqrt(),
+        "total": total / fabric.world_size,
+    }
     return Batch(rows=rows, **{name: moment[..., None] for name, moment in moments.items()})
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from fabricrl.envs.guard import close_problem
 from fabricrl.envs.values import Part
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
 from fabricrl.utils.records import Records
@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "frame_stack": 1,
     "capture_video": False,
 }
+TIMEOUT = 10.0  # minutes that a call of an environment may take; 0: for ever
 ATARI_WORDS = {"repeat_action_probability", "full_action_space", "max_num_frames_per_episode", "frameskip", "obs_type"}
 # What EnvPool has for Atari games, too
 ATARI_OPTIONS = {"action_repeat", "noop_max", "life_loss", "grayscale", "resize", "frame_stack"}
@@ -48,7 +49,7 @@ ROUND_TRIP = 1.2e-4  # seconds that a step of an environment in another process 
 
 def option(args: Any, name: str) -> Any:
     """An argument of the environment, or what it is where there is none."""
-    return getattr(args, name, DEFAULTS[name])
+    return getattr(args, name, TIMEOUT if name == "timeout" else DEFAULTS[name])
 
 
 def check_backend(args: Any, env: gym.Env) -> None:
@@ -76,7 +77,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
                 "--vectorization native: steps that only reset are left out: num-envs × (num-steps // 2) must be at "
                 f"least {LEAST_ROWS} × num-minibatches = {LEAST_ROWS * args.num_minibatches}"
             )
-        NativeVectorEnv(args, env).close()
+        close_problem(NativeVectorEnv(args, env).close)
         return
     if importlib.util.find_spec("envpool") is None:
         raise ConfigError("--vectorization envpool needs a package that is not here: pip install -e '.[envpool]'")
@@ -104,10 +105,12 @@ def choose(args: Any, env: gym.Env) -> str:
     rollouts = hasattr(args, "num_steps") and _fills_minibatches(args)
     if rollouts and plain and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
         with contextlib.suppress(ConfigError, EnvError):  # its arguments or spaces are others: not for us
-            NativeVectorEnv(args, env).close()
+            close_problem(NativeVectorEnv(args, env).close)
             return "native"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if torch.distributed.is_initialized():  # ranks share them
+    import torch  # here, as workers start faster without
+
+    if torch.distributed.is_initialized():  # ranks share the cores
         cores = max(cores * (getattr(args, "num_nodes", None) or 1) // torch.distributed.get_world_size(), 1)
     if min(args.num_envs, cores) == 1:
         return "sync"

@@ -1,27 +1,43 @@
 """Vector environments: construction, and failures that name the environment."""
 
-import atexit
 import contextlib
 import difflib
 import importlib
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 from gymnasium.spaces import Space
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from fabricrl.envs.backends import DEFAULTS, EnvPoolVectorEnv, NativeVectorEnv, check_backend, choose, option
+from fabricrl.envs.backends import DEFAULTS, TIMEOUT, EnvPoolVectorEnv, NativeVectorEnv, check_backend, choose, option
+from fabricrl.envs.guard import (
+    GRACE,
+    VIDEO_GRACE,
+    Keeper,
+    Process,
+    Timeout,
+    Watch,
+    children,
+    close_problem,
+    end_processes,
+    generators_kept,
+    reset_signals_in_children,
+    seed_generators,
+    warn,
+    watched,
+)
 from fabricrl.envs.spaces import (
     check_action_space,
     check_bounded,
@@ -31,6 +47,7 @@ from fabricrl.envs.spaces import (
     left_out_texts,
     odd_images,
 )
+from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.envs.wrappers import (
     ActionRepeat,
     KeepPromises,
@@ -41,10 +58,11 @@ from fabricrl.envs.wrappers import (
     RecordEpisodes,
     is_atari,
     require_opencv,
-    shield_worker,
 )
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
 from fabricrl.utils.records import Records
+
+BUILD_STREAM = 3  # of the generators that environments draw from while they are built
 
 # Module that is missing -> extra that brings it
 EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d", "ale_py": "atari"}
@@ -120,87 +138,247 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     Raises:
         ConfigError, EnvError: as `make_env`; later, `reset` and `step` raise EnvError.
     """
+    from fabricrl.utils.utils import stream_seed  # here, as it brings torch, without which workers start faster
 
-    def thunk(index: int) -> Callable[[], gym.Env]:
-        def build() -> gym.Env:
-            if os.getpid() != script:
-                shield_worker()
-            record = args.capture_video and rank == 0 and index == 0
-            folder = video_folder if record and (kind == "sync" or os.getpid() != script) else None
-            mode = "rgb_array" if record else None  # also in the async dummy, whose spaces and modes must agree
-            env = make_env(args, mode, folder, video_every=args.video_every)
-            return NameFailures(env, index)
-
-        return build
-
-    script, kind = os.getpid(), args.vectorization
+    kind, seconds = args.vectorization, _limit(args)
     if kind == "auto":
-        with contextlib.closing(make_env(args)) as env:
+        with _passing(args, make_env) as env:
             kind = choose(args, env)
         if rank == 0:
             print(f"vectorization: {kind}", file=sys.stderr, flush=True)
+    record = args.capture_video and rank == 0
+    grace, resumed = VIDEO_GRACE if record else GRACE, getattr(args, "resume", None) is not None
+    settings: dict[str, Any] = {"timeout": seconds / 60, "rank": rank, "resumed": resumed, "grace": grace}
     if kind in ("native", "envpool"):
-        with contextlib.closing(make_env(args)) as env:
-            return ReportFailures(NativeVectorEnv(args, env) if kind == "native" else EnvPoolVectorEnv(args, env))
-    thunks = [thunk(index) for index in range(args.num_envs)]
-    # Without copies: the buffer copies each observation before the next step overwrites it.
-    vector_env = SyncVectorEnv if kind == "sync" else AsyncVectorEnv
+        with _passing(args, make_env) as env:
+            return ReportFailures(
+                NativeVectorEnv(args, env) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
+            )
+    plain, spec = SimpleNamespace(**vars(args)), None if ":" in args.env_id else gym.registry.get(args.env_id)
+    makers = [
+        partial(_numbered, plain, index, spec, video_folder if record and index == 0 else None)
+        for index in range(args.num_envs)
+    ]
+    seeds = [stream_seed(args.seed, rank, BUILD_STREAM, index) for index in range(args.num_envs)]
+    if kind == "sync":
+        return step_in_turn(makers, seeds, **settings)
+    threads = sys.modules["torch"].get_num_threads()
+    with watched(seconds, "environments"):
+        envs = WorkerVectorEnv(makers, seeds, _module_of(args.env_id, spec), threads, grace)
+    return ReportFailures(envs, **settings)
+
+
+def _limit(args: Any) -> float:
+    """Seconds that a call of an environment may take: half of what other ranks wait, if there are, so that it is told
+    of the environment and not of a rank."""
+    import torch  # here, as workers start faster without
+
+    return option(args, "timeout") * (30 if torch.distributed.is_initialized() else 60)
+
+
+def _numbered(args: Any, index: int, spec: Any, video_folder: Path | None) -> gym.Env:
+    """Environment `index` of a rank; `spec`: of its id, which the process that builds it may not know."""
+    if spec is not None:
+        gym.registry[spec.id] = spec
+    return NameFailures(make_env(args, None, video_folder, video_every=args.video_every), index)
+
+
+def _module_of(env_id: str, spec: Any) -> str:
+    """The module that has to be imported for an environment; empty: none that another process could find."""
+    if ":" in env_id:
+        return env_id.partition(":")[0]
+    if env_id.startswith("ALE/"):
+        return "ale_py"
+    entry = spec.entry_point if spec is not None else ""
+    module = entry.partition(":")[0] if isinstance(entry, str) else getattr(entry, "__module__", "")
+    return "" if module == "__main__" else module
+
+
+def step_in_turn(
+    makers: Sequence[Callable[[], gym.Env]], seeds: Sequence[int] | None = None, **settings: Any
+) -> "ReportFailures":
+    """Environments that one process steps one after the other.
+
+    Args:
+        seeds: of the global generators while each environment is built; None: they go on.
+        settings: of `ReportFailures`.
+
+    Raises:
+        ConfigError, EnvError: one could not be built; then nothing is left of the others.
+    """
+    before, built = children(), []
+    seconds = 60 * settings.get("timeout", TIMEOUT)
+
+    def build(index: int) -> gym.Env:
+        if seeds is not None:
+            seed_generators(seeds[index])
+        with watched(seconds, f"environment {index} failed in the constructor"):
+            built.append(makers[index]())
+        return built[-1]
+
     try:
-        envs = vector_env(thunks, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-    except Exception as error:
-        _kill(multiprocessing.active_children())  # workers ignore the signal that would end them at exit
-        if isinstance(error, ConfigError | EnvError):
+        with generators_kept():
+            # Without copies: the buffer copies each observation before the next step overwrites it.
+            thunks = [partial(build, index) for index in range(len(makers))]
+            envs = SyncVectorEnv(thunks, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    except BaseException as error:
+        for env in built:
+            close_problem(env.close)
+        end_processes(children() - before)
+        if isinstance(error, RunError) or not isinstance(error, Exception):
             raise
-        raise EnvError(f"environments of {args.env_id} cannot be built: {type(error).__name__}: {error}") from error
-    return ReportFailures(envs)
+        raise EnvError(f"environments cannot be built: {type(error).__name__}: {error}") from error
+    return ReportFailures(envs, started=children() - before, **settings)
 
 
 class ReportFailures(gym.vector.VectorWrapper):
-    """Turns the death of an environment's process, and observations that do not fit their space, into an EnvError."""
+    """Stands between a script and environments that may fail.
 
-    def __init__(self, env: VectorEnv) -> None:
+    What they raise becomes an EnvError, and so does a call that does not return in time. `close` ends them whatever
+    state they are in, with the processes that they have started; what goes wrong there costs a warning.
+
+    Args:
+        timeout: minutes that a call may take; 0: for ever.
+        rank: rank 0 warns of environments that begin alike.
+        resumed: whether torch's global generator has been restored, and is to go on.
+        grace: seconds that `close` of an environment may take.
+        started: processes that building the environments has started.
+        told: warnings that others have told; no warning is told twice.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        timeout: float = TIMEOUT,
+        rank: int = 0,
+        resumed: bool = False,
+        grace: float = GRACE,
+        started: Iterable[Process] = (),
+        told: set[str] | None = None,
+    ) -> None:
         super().__init__(env)
-        atexit.register(self.abandon)
+        self._rank, self._resumed, self._grace = rank, resumed, grace
+        self._started, self._told = set(started), set() if told is None else told
+        self._watch = Watch(60 * timeout, self._where, self._end_processes)
+        self._apart = isinstance(env, WorkerVectorEnv)
+        self._keeper: Keeper | None = None
+        _close_at_exit(self)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
+        """Begins new episodes; with seeds also global generators, from which some environments draw, begin anew."""
+        before = set() if self._apart else children()
+        if seed is not None:  # also where environments are elsewhere: a run is the same however they are stepped
+            seed_generators(seed, torch_too=not self._resumed)
         try:
-            return self.env.reset(seed=seed, options=options)
-        except Exception as error:
+            with self._watch:
+                obs, infos = self.env.reset(seed=seed, options=options)
+        except (Exception, Timeout) as error:
             raise self._failure("reset", error) from error
+        finally:
+            self._keep(set() if self._apart else children() - before)
+        if seed is not None:
+            self._compare(obs)
+        return obs, infos
 
     def step(self, actions: Any) -> tuple:
         try:
-            return self.env.step(actions)
-        except Exception as error:
+            with self._watch:
+                return self.env.step(actions)
+        except (Exception, Timeout) as error:
             raise self._failure("step", error) from error
 
-    def abandon(self) -> None:
-        """Ends the environments whatever state they are in; for the end of a process that may have failed."""
-        if isinstance(self.env, AsyncVectorEnv):
-            _kill(self.env.processes)
-            with contextlib.suppress(Exception), warnings.catch_warnings():  # their pipes are broken
-                warnings.simplefilter("ignore")
-                self.env.close(terminate=True)
-            self.env.closed = True  # or it would try again, and complain, when it is collected
-        elif not self.env.closed:
+    def close(self, **kwargs: Any) -> None:
+        """Closes all environments; also at the end of a process that has failed."""
+        _OPEN.discard(self)
+        self._watch.stop()
+        if self.env.closed:
+            return
+        if isinstance(self.env, WorkerVectorEnv):
             self.env.close()
+            problems = self.env.problems
+        else:
+            envs = {f"environment {index}": env.close for index, env in enumerate(getattr(self.env, "envs", ()))}
+            envs = envs or {"environments": self.env.close}
+            found = {name: close_problem(close, self._grace) for name, close in envs.items()}
+            problems = [f"{name} {problem}" for name, problem in found.items() if problem]
+            self.env.closed = True
+            self._end_processes()
+        if problems and problems[0] not in self._told:
+            self._told.add(problems[0])
+            warn(problems[0] + (f" ({len(problems) - 1} more likewise)" if problems[1:] else ""))
 
-    def _failure(self, call: str, error: Exception) -> RunError:
+    def _keep(self, started: set[Process]) -> None:
+        """Has what environments started end with this process, too, should that die."""
+        if (self._started or started) and not (self._keeper and started <= self._started):
+            self._started |= started
+            if self._keeper is not None:
+                self._keeper.stop()
+            self._keeper = Keeper(self._started)
+
+    def _end_processes(self) -> None:
+        end_processes(self._started)
+        if self._keeper is not None:
+            self._keeper.stop()
+
+    def _compare(self, obs: Any) -> None:
+        """Warns of environments that begin alike: they may go on alike, and be no more than one."""
+        first: dict[bytes, int] = {}
+        for index, row in enumerate(obs):
+            other = first.setdefault(row.tobytes(), index)
+            if other != index:
+                text = f"environments {other} and {index} start from equal observations; do they draw from their seeds?"
+                if self._rank == 0 and text not in self._told:
+                    warn(text)
+                self._told.add(text)
+                return
+
+    def _where(self) -> str:
+        """Names the environment that the main thread is in."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None:
+            if isinstance(env := frame.f_locals.get("self"), NameFailures):
+                return f"environment {env.index} failed in {frame.f_code.co_name}"
+            frame = frame.f_back
+        return "environments"
+
+    def _failure(self, call: str, error: BaseException) -> RunError:
         if isinstance(error, RunError):
             return error
-        for index, process in enumerate(getattr(self.env, "processes", [])):
-            process.join(0.1)
-            if process.exitcode is not None:
-                how = (
-                    signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
-                )
-                return EnvError(f"env worker {index} died in {call} ({how})")
         return EnvError(f"environments failed in {call}: {type(error).__name__}: {error}")
 
 
-def _kill(processes: Iterable[Any]) -> None:
-    for process in processes:
-        process.kill()
+_OPEN: set[ReportFailures] = set()
+
+
+def _close_at_exit(envs: ReportFailures) -> None:
+    """Has environments closed when the script is through, before Python waits for threads that they have started."""
+    if not _CLOSES:
+        _CLOSES.append(True)
+        threading._register_atexit(_close_all)  # type: ignore[attr-defined]
+    _OPEN.add(envs)
+
+
+def _close_all() -> None:
+    for envs in list(_OPEN):
+        envs.close()
+
+
+_CLOSES: list[bool] = []
+
+
+@contextlib.contextmanager
+def _passing(args: Any, make: Callable[[Any], gym.Env]) -> Iterator[gym.Env]:
+    """An environment that is needed for a moment, and of which nothing is left."""
+    before = children()
+    with generators_kept(), watched(_limit(args), f"an environment of {args.env_id} failed in a trial"):
+        env = None
+        try:
+            env = make(args)
+            yield env
+        finally:
+            if env is not None:
+                close_problem(env.close)  # what it says at its end does not matter yet
+            end_processes(children() - before)
 
 
 def check_env(
@@ -221,8 +399,7 @@ def check_env(
             no velocities that could be masked.
         EnvError: its constructor raised.
     """
-    env = _construct(args)
-    try:
+    with _passing(args, _construct) as env:
         env = _preprocessed(args, env)
         check_observation_space(env.observation_space, images)
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -242,12 +419,10 @@ def check_env(
             raise ConfigError("--norm-obs is set: it is for numbers, and there are only images among the observations")
         check_backend(args, env)
         return env.observation_space, env.action_space
-    finally:
-        with contextlib.suppress(Exception):  # what it says at its end does not matter yet
-            env.close()
 
 
 def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
+    reset_signals_in_children()
     env_id, env_kwargs = args.env_id, args.env_kwargs
     kwargs = json.loads(env_kwargs) | ({} if render_mode is None else {"render_mode": render_mode})
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:

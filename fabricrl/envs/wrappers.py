@@ -2,8 +2,6 @@
 
 import importlib.util
 import math
-import os
-import signal
 import sys
 import traceback
 import warnings
@@ -20,7 +18,6 @@ from numpy import ndarray
 from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
 from fabricrl.envs.values import INTERFACE, NUMBERS, Observation, as_array, flag, number
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
-from fabricrl.utils.launch import die_with_parent
 from fabricrl.utils.records import Records
 
 INFO = (dict, type(None), Mapping)  # what may stand beside an observation
@@ -381,16 +378,3 @@ def as_frame(picture: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     frame = frame[:height, :width]
     missing = height - frame.shape[0], width - frame.shape[1]
     return np.pad(frame, ((0, missing[0]), (0, missing[1]), (0, 0)), "edge") if any(missing) else frame
-
-
-def shield_worker() -> None:
-    """In the process of one asynchronous environment: leave signals to the script, and never outlive it.
-
-    It ignores them, so that the iteration can end when a whole job is told to stop; on Linux the kernel ends it with
-    its parent, however that died.
-    """
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        die_with_parent()

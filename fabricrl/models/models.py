@@ -156,7 +156,7 @@ class EnsembleMLP(nn.Module):
         """The ensemble's outputs [C, B] at inputs that are concatenated, such as observations and actions.
 
         Args:
-            dropped: for each hidden layer, which outputs dropout sets to zero, bool [C, B, H]; none: no dropout.
+            dropped: for each hidden layer, masks [C, B, H] of `draw_dropped`; none: no dropout.
         """
         x = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
         x = x.expand(self.count, *x.shape)
@@ -169,7 +169,7 @@ class EnsembleMLP(nn.Module):
         """Dropout and layer norm, as far as they are wanted."""
         keep = 1.0 - self.dropout if dropped else 1.0
         if dropped:
-            x = x.masked_fill(dropped[layer], 0.0)
+            x = torch.addcmul(x, x, dropped[layer].to(x.dtype), value=-1.0)  # exactly zero where the mask is 1
         if not self.layer_norm:
             return x / keep if dropped else x
         # What divides x by `keep` is divided out again, but for ε
@@ -178,21 +178,22 @@ class EnsembleMLP(nn.Module):
 
 
 def draw_dropped(rate: float, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A mask of this shape on the generator's device, each element true with probability `rate` above 0.
+    """A mask of this shape on the generator's device: 1 with probability `rate` above 0, else 0; float32.
+
+    Numbers, since a compiler does not vectorise what it fuses with a mask of truth values.
 
     On the CPU it draws the gaps from one to the next, which are geometric: exact, and the cost is that of the share
     dropped, where a draw for each element takes longer than the layer's product does.
     """
     if generator.device.type != "cpu":
-        return torch.rand(*shape, generator=generator, device=generator.device) < rate
+        return (torch.rand(*shape, generator=generator, device=generator.device) < rate).float()
     total = math.prod(shape)
     draws = math.ceil(total * rate + 6 * math.sqrt(total * rate) + 16)
     positions = torch.zeros(1, dtype=torch.float64)
     while positions[-1] <= total:  # nearly always once
         gaps = torch.empty(draws, dtype=torch.float64).geometric_(rate, generator=generator)
         positions = torch.cat((positions, positions[-1] + gaps.cumsum(0)))
-    mask = torch.zeros(int(positions[-1]), dtype=torch.bool)
-    return mask.index_fill_(0, positions[1:].long() - 1, True)[:total].view(*shape)
+    return torch.zeros(int(positions[-1])).index_fill_(0, positions[1:].long() - 1, 1.0)[:total].view(*shape)
 
 
 class RunningNormalizer(nn.Module):

@@ -1,0 +1,7 @@
+"""What scripts use of these modules."""
+
+from fabricrl.utils.model import frozen, polyak_update
+from fabricrl.utils.optimizer import Adam, average_gradients
+from fabricrl.utils.utils import anneal, explained_variance, gae
+
+__all__ = ["Adam", "anneal", "average_gradients", "explained_variance", "frozen", "gae", "polyak_update"]

@@ -231,7 +231,7 @@ def check_contents(state: Mapping[str, Any], path: Path) -> None:
         if key in state and not valid(state[key]):
             raise CheckpointError(f"{path} has no valid {key!r}")
     args, step = state["args"], state["global_step"]
-    for name in ("env_id", "num_envs", "total_timesteps", "seed"):
+    for name in ("env_id", "env_kwargs", "num_envs", "total_timesteps", "seed"):
         if name not in args:
             raise CheckpointError(f"{path} has no argument {name!r}")
     for name, valid in _VALID_ARGS.items():
@@ -337,7 +337,7 @@ _VALID_ARGS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("num_envs", "num_steps", "total_timesteps", "action_repeat", "frame_stack"), lambda value: _is_count(value, 1)
     ),
-    **dict.fromkeys(("mask_velocities", "life_loss", "grayscale"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("mask_velocities", "life_loss", "grayscale", "norm_obs"), lambda value: isinstance(value, bool)),
     "noop_max": _is_count,
     "resize": lambda value: value is None or _is_count(value, 1),
     "obs_keys": lambda value: isinstance(value, tuple) and _all(value, str),
@@ -374,37 +374,8 @@ def reading(path: str | Path | None) -> Iterator[None]:
             raise
         raise CheckpointError(f"{path}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, ConfigError) as error:
-        raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
-
-
-def restore_optimizer(optimizer: Any, stored: Mapping[str, Any]) -> None:
-    """Loads the state of Adam, but not its settings: those are what the arguments say.
-
-    Raises:
-        CheckpointError: it has not what Adam has, in the shapes of its parameters, which fused kernels do not check.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in stored["state"].items():
-        if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or index not in range(len(parameters)):
-            raise CheckpointError(f"the optimizer's state {index} has {', '.join(map(str, state))}")
-        for name, value in state.items():
-            ours, theirs = () if name == "step" else tuple(parameters[index].shape), tuple(value.shape)
-            if ours != theirs:
-                raise CheckpointError(f"the optimizer's {name} is {theirs} there and {ours} here")
-            if not (value.is_floating_point() and value.isfinite().all()) or (name != "exp_avg" and (value < 0).any()):
-                raise CheckpointError(f"the optimizer's {name} cannot be: not finite, or negative")
-    own, groups = optimizer.state_dict()["param_groups"], stored["param_groups"]
-    if [group["params"] for group in groups] != [group["params"] for group in own] or not all(map(_is_adam, groups)):
-        raise CheckpointError("the optimizer has other groups of parameters there than here, or cannot be Adam")
-    optimizer.load_state_dict({"state": stored["state"], "param_groups": own})
-
-
-def _is_adam(group: Mapping[str, Any]) -> bool:
-    """Whether a group of parameters has settings that Adam can have."""
-    numbers = [group["lr"], group["eps"], group["weight_decay"], *group["betas"]]
-    switches = (group.get(name) for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"))
-    scalars = all(_is_number(number) or (isinstance(number, torch.Tensor) and number.ndim == 0) for number in numbers)
-    return scalars and len(group["betas"]) == 2 and all(switch in (None, True, False) for switch in switches)
+        reason = " ".join(str(error).split("\n")[0].split())  # torch appends where it was in C++
+        raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {reason}") from error
 
 
 def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:

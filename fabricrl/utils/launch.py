@@ -444,11 +444,16 @@ def _threads(args: Any, fabric: Fabric) -> int:
     """Those asked for, else two if each rank here can have two cores: threads that share one spend it waiting."""
     if args.num_threads is not None:
         return args.num_threads
+    return 2 if available_cores() >= 2 * ranks_here(fabric) else 1
+
+
+def available_cores() -> float:
+    """The cores that this process may use: what the system says, and no more than its container has."""
     cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in each period
     if quota.exists() and not (text := quota.read_text()).startswith("max"):
         cores = min(cores, int(text.split()[0]) / int(text.split()[1]))
-    return 2 if cores >= 2 * ranks_here(fabric) else 1
+    return cores
 
 
 def ranks_here(fabric: Fabric) -> int:

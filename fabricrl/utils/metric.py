@@ -115,11 +115,13 @@ class Stopwatch:
 
     def __init__(self, *names: str) -> None:
         self._seconds = dict.fromkeys(names, 0.0)
+        self._before = dict.fromkeys(names, 0.0)  # up to the last call of `shares`
         self._last = perf_counter()
 
     def restart(self) -> None:
         """Forgets what has passed."""
         self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._before = dict.fromkeys(self._seconds, 0.0)
         self._last = perf_counter()
 
     def lap(self, name: str) -> None:
@@ -127,9 +129,15 @@ class Stopwatch:
         self._seconds[name] += now - self._last
         self._last = now
 
+    @property
+    def totals(self) -> dict[str, float]:
+        """Seconds charged to each name since the start."""
+        return {name: self._before[name] + seconds for name, seconds in self._seconds.items()}
+
     def shares(self) -> dict[str, float]:
         """`time/<name>` → share of the time since the last call, between 0 and 1; starts anew."""
         total = sum(self._seconds.values()) or 1.0
         shares = {f"time/{name}": seconds / total for name, seconds in self._seconds.items()}
+        self._before = self.totals
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return shares

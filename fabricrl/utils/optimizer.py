@@ -155,11 +155,21 @@ class Adam(torch.optim.Optimizer):
             CheckpointError: they are those of other parameters.
         """
         flat, zeros = self.flat, torch.zeros_like(self.flat.vector)
-        stored = state_dict["state"].get(0, {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())})
-        for name in ("exp_avg", "exp_avg_sq"):
-            ours, theirs = tuple(flat.vector.shape), tuple(stored[name].shape)
-            if ours != theirs:
-                raise CheckpointError(f"the optimizer's {name} is {theirs} there and {ours} here")
+        state, groups = state_dict["state"], state_dict["param_groups"]
+        if not set(state) <= {0} or [group["params"] for group in groups] != [[0]]:
+            raise CheckpointError("the optimizer has other groups of parameters there than here")
+        for name in ("betas", "eps"):
+            if (there := groups[0][name]) != (here := self.param_groups[0][name]):
+                raise CheckpointError(f"the optimizer's {name} is {there} there and {here} here")
+        stored = state.get(0, {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())})
+        if stored.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise CheckpointError(f"the optimizer's state has {', '.join(map(str, stored))}")
+        for name, value in stored.items():
+            ours, theirs = flat.steps.shape if name == "step" else flat.vector.shape, value.shape
+            if theirs != ours and not (name == "step" and theirs == ()):
+                raise CheckpointError(f"the optimizer's {name} is {tuple(theirs)} there and {tuple(ours)} here")
+            if not (value.is_floating_point() and value.isfinite().all()) or (name != "exp_avg" and (value < 0).any()):
+                raise CheckpointError(f"the optimizer's {name} cannot be: not finite, or negative")
         flat.load(stored["exp_avg"], stored["exp_avg_sq"], stored["step"])
 
     def tensors(self) -> list[Tensor]:

@@ -8,20 +8,27 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 FEW = 4  # ranks
+gather = torch.distributed.all_gather_into_tensor
 # The name that it has from PyTorch 2.13 on, and the one before
 _gather = getattr(functional_collectives, "all_gather_single", None) or functional_collectives.all_gather_tensor
 
 
 def all_gather(fabric: Fabric, tensor: Tensor) -> Tensor:
-    """[*shape] of every rank, stacked in rank order on the tensor's own device: [W, *shape]."""
+    """[*shape] of every rank, stacked in rank order on the tensor's own device: [W, *shape].
+
+    Without the barrier that Fabric has before its collectives.
+    """
     if fabric.world_size == 1:
         return tensor[None]
-    # A sum in which every rank has filled its own row only: exact, and one call on every back end
-    rows = torch.zeros(fabric.world_size, *tensor.shape, dtype=tensor.dtype, device=fabric.device)
-    rows[fabric.global_rank] = tensor
-    gathered = fabric.all_reduce(rows, reduce_op="sum")
-    assert isinstance(gathered, Tensor)
-    return gathered.to(tensor.device)
+    own = tensor.to(fabric.device).reshape(-1)
+    rows = own.new_empty(fabric.world_size * own.numel())
+    gather(rows, own, group_of(fabric))
+    return rows.view(fabric.world_size, *tensor.shape).to(tensor.device)
+
+
+def group_of(fabric: Fabric) -> Any:
+    """The process group of all ranks, or of those of a `Group`."""
+    return getattr(fabric, "process_group", None) or torch.distributed.group.WORLD
 
 
 def all_sum(fabric: Fabric, tensor: Tensor) -> Tensor:
@@ -54,7 +61,7 @@ def gather_rows(fabric: Fabric, rows: Tensor) -> Tensor:
 
 def mean_over_ranks(fabric: Fabric, vector: Tensor) -> Tensor:
     """The mean of a vector over all ranks, or over those of a `Group`, by one collective that can be compiled."""
-    group: Any = getattr(fabric, "process_group", None) or torch.distributed.group.WORLD
+    group = group_of(fabric)
     if fabric.world_size <= FEW and vector.device.type == "cpu":  # one message each way; a sum takes two rounds of them
         rows = _gather(vector, 0, group)
         return functional_collectives.wait_tensor(rows).view(fabric.world_size, -1).mean(0)

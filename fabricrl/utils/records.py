@@ -6,13 +6,16 @@ Buffers, messages and the shared memory of environments move records as they mov
 is known at both ends: to the wrapper that packs them, and to the encoder that looks at them, through views.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from gymnasium.spaces import Box
-from torch import Tensor
+
+if TYPE_CHECKING:  # processes that step environments start in a third of a second without torch
+    from torch import Tensor
 
 
 class Image(NamedTuple):
@@ -71,4 +74,6 @@ class Records(Box):
 
 def floats_of(records: Tensor, count: int) -> Tensor:
     """The first `count` float32 numbers of records [..., R], as a view [..., count]."""
+    import torch
+
     return records[..., : 4 * count].view(torch.float32)

@@ -122,13 +122,16 @@ class RunFolder:
             extra |= {"global_step": step, "world_size": self.fabric.world_size, "shard": shard}
             self.checkpoint = save_checkpoint(folder, step, extra | state, self.args.keep_checkpoints, best)
 
-    def finish(self, step: int, episodes: EpisodeStatistics) -> None:
-        """Closes the run and prints its result, one line that programs can read, on standard output."""
+    def finish(self, step: int, episodes: EpisodeStatistics, stopped: bool) -> None:
+        """Closes the run and prints its result, one line that programs can read, on standard output.
+
+        `stopped`: by a signal.
+        """
         self.close()
         if self.fabric.global_rank == 0:
             if self.args.upload_model:
                 self._upload()
-            if step == self.first_step:
+            if step == self.first_step and not stopped:
                 print(f"nothing to do: {step} of {self.args.total_timesteps} steps are done", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
             try:

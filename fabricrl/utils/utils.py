@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fabricrl.utils.errors import ConfigError
 
-ACT_STREAM, TRAIN_STREAM = 0, 1
+ACT_STREAM, TRAIN_STREAM, ENV_STREAM = 0, 1, 2
+HALF = 2**30  # seeds of environments in training start here, so that those below are for evaluation
 
 
 def gae(
@@ -39,14 +40,21 @@ def gae(
 
 def discounted_sums(deltas: Tensor, decay: Tensor) -> Tensor:
     """A_t = δ_t + c_t A_{t+1} for δ and c [T, N], from A_T = 0; [T, N]."""
-    if deltas.device.type == "cpu":
-        steps, factors = deltas.numpy(), decay.numpy()
-        sums, running = np.empty_like(steps), np.zeros_like(steps[0])
-        for t in range(len(steps) - 1, -1, -1):  # NumPy: a step costs a third of what it costs in torch at this size
-            running = steps[t] + factors[t] * running
-            sums[t] = running
-        return torch.from_numpy(sums)
-    # Doubling: after k rounds, sums reach over 2^k steps. log T rounds in place of T kernels one after the other
+    return _sums_by_steps(deltas, decay) if deltas.device.type == "cpu" else _sums_by_doubling(deltas, decay)
+
+
+def _sums_by_steps(deltas: Tensor, decay: Tensor) -> Tensor:
+    """In NumPy, where a step costs a third of what it costs in torch at this size."""
+    steps, factors = deltas.numpy(), decay.numpy()
+    sums, running = np.empty_like(steps), np.zeros_like(steps[0])
+    for t in range(len(steps) - 1, -1, -1):
+        running = steps[t] + factors[t] * running
+        sums[t] = running
+    return torch.from_numpy(sums)
+
+
+def _sums_by_doubling(deltas: Tensor, decay: Tensor) -> Tensor:
+    """After k rounds, sums reach over 2^k steps: log T rounds in place of T kernels one after the other."""
     reaching, left, reach = deltas.clone(), decay.clone(), 1
     while reach < len(deltas):
         reaching[:-reach] += left[:-reach] * reaching[reach:].clone()
@@ -105,11 +113,12 @@ def generators(seed: int, rank: int, global_step: int = 0) -> tuple[torch.Genera
 
 
 def env_seeds(seed: int, rank: int, num_envs: int, global_step: int = 0) -> list[int]:
-    """Environment i of a rank starts from `seed + rank * num_envs + i`; a resumed run moves on to unused seeds."""
-    first = seed + rank * num_envs
-    if global_step:
-        first = stream_seed(seed, global_step) // 2 + rank * num_envs
-    return [first + i for i in range(num_envs)]
+    """Seeds of a rank's environments, in [2^30, 2^31): those of a run differ, and share none with other runs.
+
+    They step through that half by a stride of the run's own. A resumed run moves on to unused ones.
+    """
+    first, stride = map(int, np.random.SeedSequence((seed, ENV_STREAM, global_step)).generate_state(2))
+    return [HALF + (first + (rank * num_envs + i) * (stride | 1)) % HALF for i in range(num_envs)]
 
 
 def freeze_gc() -> None:

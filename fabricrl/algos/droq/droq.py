@@ -21,8 +21,7 @@ from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, rollout, setup
 from fabricrl.data import Batch
-from fabricrl.utils.model import frozen, polyak_update
-from fabricrl.utils.optimizer import average_gradients
+from fabricrl.utils import average_gradients, frozen, polyak_update
 
 
 def update_critics(
@@ -99,7 +98,9 @@ def train(
 def main() -> int:
     args = parse(DroQArgs, "droq")
     with Run(args, "droq", ACTION_SPACES, bounded=True) as run:
+        # --- Schedule and buffer
         schedule = make_schedule(run)
+        rb = make_buffer(run)
 
         # --- Environments
         envs = run.make_envs()
@@ -113,7 +114,6 @@ def main() -> int:
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
 
         # --- Buffer
-        rb = make_buffer(run)
         restore_replay(run, rb, schedule)
 
         # --- Start

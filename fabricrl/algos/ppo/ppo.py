@@ -21,8 +21,7 @@ from fabricrl.algos.ppo.loss import entropy_loss, policy_loss, policy_metrics, v
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.data import Batch, RolloutBuffer, minibatches, shuffled
 from fabricrl.envs import env_actions
-from fabricrl.utils.optimizer import Adam, average_gradients
-from fabricrl.utils.utils import anneal, explained_variance, gae
+from fabricrl.utils import Adam, anneal, average_gradients, explained_variance, gae
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 METRICS = tuple(f"losses/{name}" for name in LOSSES)

@@ -125,6 +125,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)
             run.exit_code = max(run.exit_code, trainers.signal)
             saves = run.checkpoint_is_due
             run.clock.lap("train")
@@ -140,20 +141,18 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             run.clock.lap("train")
 
             # 4. Log
-            run.record_rollout(rb, heeds_signals=False)  # the trainers know already whether this is the end
+            run.record_rollout(rb)
             if run.log_is_due:
+                run.charts, lag = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}, 0
                 explained = explained_variance(data.values, data.returns, data.counts).item()
-                charts = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}
-                run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained} | charts)
-                lag = 0
+                run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint
             if saves:
                 stored = trainers.receive("O")  # <- [O]
                 optimizer.flat.load(**{name: stored.tensors[name] for name in ("exp_avg", "exp_avg_sq", "steps")})
-                states = with_player(stored["generators"], run.act_rng, args.seed, run.global_step)
-                run.checkpoint(generators=states)
-            run.clock.lap("log")
+                run.generators = with_player(stored["generators"], run.act_rng, args.seed, run.global_step)
+            run.checkpoint()
             rb.start()
 
         # --- Close

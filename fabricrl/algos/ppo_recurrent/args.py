@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fabricrl.algos.args import arg, num_weights, require_counts, require_widths
-from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo.args import PRESETS, PPOArgs
+
+__all__ = ["PRESETS", "RecurrentPPOArgs"]
 
 
 @dataclass(frozen=True)

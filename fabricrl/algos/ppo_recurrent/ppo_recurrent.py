@@ -19,16 +19,14 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from fabricrl.algos.ppo.args import PRESETS
 from fabricrl.algos.ppo.ppo import METRICS, shaped_rewards, update
 from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
-from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
+from fabricrl.algos.ppo_recurrent.args import PRESETS, RecurrentPPOArgs
 from fabricrl.algos.run import Run, parse, run_script
-from fabricrl.data import Batch, RecurrentRolloutBuffer, Stacks, minibatches, with_moments
+from fabricrl.data import Batch, RecurrentRolloutBuffer, minibatches, with_moments
 from fabricrl.envs import env_actions
 from fabricrl.models.recurrent import Layout, Sequences
-from fabricrl.utils.optimizer import Adam
-from fabricrl.utils.utils import anneal, explained_variance, gae
+from fabricrl.utils import Adam, anneal, explained_variance, gae
 
 
 @torch.inference_mode()
@@ -60,7 +58,7 @@ def returns_and_advantages(
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
     columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
     columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
-    obs = obs.rows(by_env) if isinstance(obs, Stacks) else obs[by_env]
+    obs = obs.rows(by_env) if args.frame_stack > 1 else obs[by_env]
     data = Batch(obs=obs, counts=None if counts is None else counts[by_env], **columns)
     with run.fabric.autocast():
         logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted

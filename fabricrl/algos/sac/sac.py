@@ -22,8 +22,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.data import Batch, ReplayBuffer
 from fabricrl.envs import rescale_actions
-from fabricrl.utils.model import frozen, polyak_update
-from fabricrl.utils.optimizer import Adam, average_gradients
+from fabricrl.utils import Adam, average_gradients, frozen, polyak_update
 
 CRITIC_METRICS = ("losses/qf_loss", "losses/qf_values")
 ACTOR_METRICS = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "losses/alpha")
@@ -39,6 +38,7 @@ def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: ReplayBuffer, explo
             noise = player.head.noise((rb.num_envs,), run.act_rng)
             obs = rb.newest_obs()  # [N, D]
             actions = player.act(obs.to(run.player_device), noise.to(run.player_device)).cpu()  # [N, A]
+            run.check_finite("the policy's actions", actions)
         run.clock.lap("act")
         env_actions = rescale_actions(run.action_space, actions.numpy())
         next_obs, rewards, terminated, truncated, infos = envs.step(env_actions)
@@ -137,7 +137,9 @@ def train(
 def main() -> int:
     args = parse(SACArgs, "sac")
     with Run(args, "sac", ACTION_SPACES, bounded=True) as run:
+        # --- Schedule and buffer
         schedule = make_schedule(run)
+        rb = make_buffer(run)
 
         # --- Environments
         envs = run.make_envs()
@@ -151,14 +153,13 @@ def main() -> int:
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
 
         # --- Buffer
-        rb = make_buffer(run)
         restore_replay(run, rb, schedule)
 
         # --- Start
         if run.records:
             with run.rehearsal():
-                batches = rb.sample(args.policy_frequency, args.batch_size, run.train_rng)
-                train(run, learner, step_critics, step_actor, batches, 1)
+                every_kind = args.policy_frequency * args.target_network_frequency  # of update: this one, and the next
+                train(run, learner, step_critics, step_actor, rb.sample(2, args.batch_size, run.train_rng), every_kind)
         rb.start(run.reset())
 
         for step in run.iterations(args.num_envs):

@@ -143,7 +143,9 @@ def collect(trainers: Trainers, most: int, learner: Learner, losses: MeanMetrics
 def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
     """sac.py's main(), whose line `train(...)` is messages."""
     with run:
+        # --- Schedule and buffer
         schedule = make_schedule(run)
+        rb = NewestStep(args.num_envs, args.num_envs, run.obs_space, int(np.prod(run.action_space.shape)))
 
         # --- Environments
         envs = run.make_envs()
@@ -153,9 +155,6 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
         learner = setup(run, agent)
 
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
-
-        # --- Buffer
-        rb = NewestStep(args.num_envs, args.num_envs, run.obs_space, agent.head.num_actions)
 
         # --- Start
         run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
@@ -193,18 +192,15 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
             # 4. Log
             run.record_step()
             if run.log_is_due:
-                charts = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}
-                run.log({"charts/learning_rate": args.policy_lr} | charts)
-                lag = 0
+                run.charts, lag = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}, 0
+                run.log({"charts/learning_rate": args.policy_lr})
 
             # 5. Checkpoint
             if saves:
                 received = trainers.receive("O")  # <- [O]
                 take_over(learner, received)
-                states = with_player(received["generators"], run.act_rng, args.seed, run.global_step)
-                shards = trainers.count if args.checkpoint_buffer else 0
-                run.checkpoint(generators=states, shards=shards, schedule=schedule)
-            run.clock.lap("log")
+                run.generators = with_player(received["generators"], run.act_rng, args.seed, run.global_step)
+            run.checkpoint(shards=trainers.count if args.checkpoint_buffer else 0, schedule=schedule)
 
         # --- Close
         trainers.dismiss(STOP, run.exit_code)  # -> [D]
@@ -256,7 +252,7 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
     count, speaks = fabric.world_size, fabric.global_rank == 0  # the first trainer speaks for all
     envs = args.num_envs // count
     rows = args.buffer_size // args.num_envs  # of each environment, as many as with any other number of trainers
-    run.args = replace(args, num_envs=envs, buffer_size=rows * envs, batch_size=args.batch_size // count)
+    args = replace(args, num_envs=envs, buffer_size=rows * envs, batch_size=args.batch_size // count)
 
     # --- Agent and optimizers
     spaces = {"single_observation_space": run.obs_space, "single_action_space": run.action_space}
@@ -264,8 +260,8 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
     learner = setup(run, agent)
     step_critics = run.captured(run.compiled(partial(update_critics, run, learner)))
     step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
-    messages = make_messages(learner, run, count, args)
-    iteration = 0
+    messages = make_messages(learner, run, count, run.args)
+    run.args, iteration = args, 0
 
     # --- Buffer and counters
     with before_the_player(channel):
@@ -280,13 +276,12 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
         rb = make_buffer(run, folder)
         if run.state:
             with run.together(), reading(run.path):
-                refill = not restore_buffer(rb, run.state, run.path, run.args, fabric)
+                refill = not restore_buffer(rb, run.state, run.path, args, fabric)
     rb.start(begun["obs"].numpy())
     if run.records:
         with run.rehearsal():
-            batches = rb.sample(args.policy_frequency, run.args.batch_size, run.train_rng)
-            train(run, learner, step_critics, step_actor, batches, 1)
-            run.look()
+            every_kind = args.policy_frequency * args.target_network_frequency  # of update: this one, and the next
+            train(run, learner, step_critics, step_actor, rb.sample(2, args.batch_size, run.train_rng), every_kind)
     if speaks:
         channel.send("B", messages["B"].fill(code=0, refill=refill), PLAYER, iteration)
 
@@ -302,25 +297,25 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
 
         with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER, iteration):
             # 2. Sample
-            updates = packet["updates"]
-            if updates:
-                batches = rb.sample(updates, run.args.batch_size, run.train_rng)
+            first, count = packet["first"], packet["updates"]
+            if count:
+                batches = rb.sample(count, args.batch_size, run.train_rng)
 
                 # 3. Update
-                train(run, learner, step_critics, step_actor, batches, packet["first"])
+                train(run, learner, step_critics, step_actor, batches, first)
 
             # 4. Log, 5. Checkpoint
+            answers = count > 0 or packet["note"]
             metrics: dict[str, Tensor] = {}
-            if updates or packet["note"]:
+            if answers:
                 with run.together():
-                    if packet["note"] or run.has_noted_much:
-                        metrics = run.look()
+                    metrics = run.look() if packet["note"] or run.has_noted_much else {}
             if packet["save"]:
                 rngs = rank_generators(fabric, run.train_rng)
             if packet["save"] and args.checkpoint_buffer:
                 with run.together():
                     save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, rb.state_dict())
-            if speaks and (updates or packet["note"]):
+            if speaks and answers:
                 told = report(channel, run.exit_code, metrics)
                 answer = messages["W"].fill(weights=learner.actor_optimizer.flat.vector, **told)
                 channel.send("W", answer, PLAYER, iteration)
