@@ -1,6 +1,7 @@
 """What is installed: the extras' promises, one version of each locked package, and a set-up that says what it does."""
 
 import os
+import re
 import shutil
 import subprocess
 import tomllib
@@ -145,3 +146,25 @@ def test_setup_says_what_it_does_before_it_takes_its_time(tmp_path: Path) -> Non
     assert "--group dev" in calls.read_text()
     again = subprocess.run(line, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, timeout=60)
     assert "run:" not in again.stdout, "what is installed is installed again"
+
+
+# --- Files around the code
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    recipe = (ROOT / "Makefile").read_text().split("\nlint: setup\n")[1].split("\n\n")[0]
+    linted = [line.strip().removeprefix("$(BIN)/") for line in recipe.splitlines()]
+    hooks = re.findall(
+        r"entry: \.venv/bin/([^,]+),(?: args: \[(.*?)\])?", (ROOT / ".pre-commit-config.yaml").read_text()
+    )
+    assert [f"{entry} {args.replace(', ', ' ')}".strip() for entry, args in hooks] == linted
+
+
+def test_type_checkers_find_the_types_of_what_is_installed() -> None:
+    assert (ROOT / "fabricrl/py.typed").exists()  # packages take along what lies in them
+
+
+def test_versions_agree() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {PROJECT['version']}\n" in citation
+    assert f"\n## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()

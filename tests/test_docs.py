@@ -1,0 +1,139 @@
+"""README and documentation agree with the code: the excerpt of PPO, commands, arguments, metrics, links."""
+
+import ast
+import csv
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from fabricrl.algos.args import StandardArgs, parse
+from fabricrl.algos.droq import droq
+from fabricrl.algos.droq.args import DroQArgs
+from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
+from fabricrl.algos.ppo_recurrent import ppo_recurrent
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
+from fabricrl.algos.sac import sac
+from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
+from tests.conftest import Trained
+from tests.process import PYTHON, ROOT, run
+
+README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+KINDS: dict[str, type[StandardArgs]] = {
+    "ppo": PPOArgs,
+    "ppo_decoupled": PPODecoupledArgs,
+    "ppo_recurrent": RecurrentPPOArgs,
+    "sac": SACArgs,
+    "sac_decoupled": SACDecoupledArgs,
+    "droq": DroQArgs,
+}
+SMALL_ROLLOUTS = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 96)
+SMALL_REPLAY = ("--total-timesteps", 230, "--learning-starts", 20, "--batch-size", 4, "--hidden-sizes", 4)
+# Page → main and a short run in which an episode ends
+RUNS: dict[str, tuple[Any, tuple[object, ...]]] = {
+    "ppo": (ppo, SMALL_ROLLOUTS),
+    "ppo_recurrent": (ppo_recurrent, SMALL_ROLLOUTS),
+    "sac": (sac, SMALL_REPLAY),
+    "droq": (droq, SMALL_REPLAY),
+}
+
+
+def commands() -> list[tuple[Path, list[str]]]:
+    """Each command in a page that starts a script, with what follows that script."""
+    found = []
+    for page, text in PAGES.items():
+        for line in re.findall(r"^(?:\$ )?(?:python|torchrun|fabric run|lightning run model) .*$", text, re.MULTILINE):
+            words = shlex.split(line.split("  #")[0])
+            starts = [i for i, word in enumerate(words) if word.endswith(".py")]
+            found.append((page, words[starts[0] :]))
+    return found
+
+
+# --- README
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_update_in_the_readme_is_that_of_ppo() -> None:
+    (excerpt,) = re.findall(r"^```python\n(new_logprobs.*?)^```", README, re.MULTILINE | re.DOTALL)
+    source = Path(ppo.__file__).read_text()
+    (update,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "update")
+    body = "\n".join(source.splitlines()[update.body[1].lineno - 1 : update.body[-2].end_lineno])
+    assert textwrap.dedent(body).strip() == excerpt.strip()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/environments.md"])
+def test_the_environment_of_a_page_trains(page: str, tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```python\n(# my_envs.py.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_envs.py").write_text(code)
+    (words,) = [words for where, words in commands() if str(where) == page and "my_envs:Target-v0" in words]
+    small = ["--total-timesteps", 1024, "--log-dir", tmp_path]
+    ended = run(*PYTHON, ROOT / words[0], *words[1:], *small, cwd=tmp_path)
+    assert ended.code == 0, ended.report()
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
+            if not link.startswith("http"):
+                assert ((ROOT / page).parent / link).resolve().exists(), f"{page}: {link}"
+
+
+# --- Commands, arguments, metrics
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), commands(), ids=lambda value: None if isinstance(value, list) else str(value)
+)
+def test_commands_name_scripts_that_exist_and_arguments_that_they_have(page: Path, words: list[str]) -> None:
+    name = Path(words[0]).stem
+    if name == "td3":  # run by tests/test_add_an_algorithm.py
+        return
+    assert (ROOT / words[0]).exists(), page
+    asks = {"--help", "--help-all", "--resume"} & set(words)
+    if name not in KINDS or asks or words[1:] == ["--num-minibatches", "3"]:  # the last shows an error
+        return
+    with mock.patch.object(sys, "argv", words):
+        parse(KINDS[name], name, PRESETS)
+
+
+def test_tables_of_arguments_are_what_the_code_says() -> None:
+    script = [sys.executable, str(ROOT / "docs/generate.py"), "--check"]
+    ended = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+
+
+def tags(page: str) -> set[str]:
+    return set(re.findall(r"^\| `((?:charts|losses|time)/\w+)` \|", (ROOT / "docs" / page).read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("algo", RUNS)
+def test_each_page_lists_the_metrics_that_its_algorithm_logs(algo: str, train: Callable[..., Trained]) -> None:
+    script, small = RUNS[algo]
+    env_id = "Pendulum-v1" if small is SMALL_REPLAY else "CartPole-v1"
+    every = ("--env-id", env_id, "--logger", "csv", "--log-every", 1, "--num-threads", 1)
+    trained = train(script.main, *small, *every)
+    assert trained.code == 0, trained.output
+    with (trained.folder / "metrics.csv").open() as file:
+        logged = set(next(csv.reader(file))) - {"step"}
+    assert tags("running.md") | tags(f"algorithms/{algo}.md") == logged
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
+        pytest.skip("needs the group docs")
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
