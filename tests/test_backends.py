@@ -171,7 +171,7 @@ def test_recurrent_ppo_remembers_nothing_of_another_episode_and_never_sees_a_ste
             order, layouts = sequences.minibatches(count, torch.Generator())
             assert sorted(order.flatten().tolist()) == list(range(NUM_STEPS * NUM_ENVS))
             for minibatch, layout in zip(order, layouts, strict=True):
-                begins = [*layout.first.tolist(), len(minibatch)]
+                begins = [*layout.first[: layout.size[1]].tolist(), len(minibatch)]
                 for first, end in itertools.pairwise(begins):
                     rows = minibatch[first:end].tolist()
                     if not set(rows) <= set(place):
