@@ -69,7 +69,7 @@ CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mask_velocities": (True, CARTPOLE),
     "obs_keys": (("picture", "gear"), PICTURES),
     "action_repeat": (2, {}),
-    "noop_max": (30, BREAKOUT),
+    "noop_max": (30, BREAKOUT | {"env_id": "ALE/Pong-v5"}),  # where something moves by itself
     "life_loss": (True, BREAKOUT),
     "grayscale": (True, PICTURE),
     "resize": (60, PICTURE),

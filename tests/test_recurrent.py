@@ -81,15 +81,16 @@ def cut(dones: Tensor, length: int) -> list[list[int]]:
 
 def laid_out(rows: list[int], layout: Layout) -> list[list[int]]:
     """The rows of a minibatch, sequence by sequence, as they stand side by side."""
-    columns = len(layout.first)
+    length, columns = layout.size.tolist()
     sequences: list[dict[int, int]] = [{} for _ in range(columns)]
     for row, place in zip(rows, layout.place.tolist(), strict=True):
         assert place // columns not in sequences[place % columns], "two rows in one place"
         sequences[place % columns][place // columns] = row
     for sequence in sequences:
         assert sorted(sequence) == list(range(len(sequence))), "padding before the end"
-    assert [sequence[0] for sequence in sequences] == [rows[i] for i in layout.first.tolist()]
-    assert layout.length == max(map(len, sequences))
+    assert [sequence[0] for sequence in sequences] == [rows[i] for i in layout.first[:columns].tolist()]
+    assert len(layout.first) == len(rows)  # a fixed shape
+    assert length == max(map(len, sequences))
     return [[sequence[step] for step in range(len(sequence))] for sequence in sequences]
 
 

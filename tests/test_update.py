@@ -25,6 +25,8 @@ from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo_recurrent import ppo_recurrent
+from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
@@ -32,7 +34,7 @@ from fabricrl.data import Batch, minibatches, shuffled
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.recording import recording
 from fabricrl.utils.update import Runner
-from tests.conftest import SINGLE, BareRun
+from tests.conftest import SINGLE, BareRun, Trained
 from tests.envs import vectors
 from tests.process import FORKSERVER, LIMIT, free_port, load
 from tests.test_optimizer import IN_TURN, LATE, RATE, SOMETIMES, Heads
@@ -74,9 +76,11 @@ class Updates:
 class PPOUpdates(Updates):
     """Of minibatches in which some rows do not count, with coefficients that vary."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, fabric: Any = None, **settings: Any) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, fabric: Any = None, sizes: tuple[int, ...] = (8,), **settings: Any
+    ) -> None:
         super().__init__(PPOArgs(**{"max_grad_norm": 0.1} | settings), fabric)
-        self.agent = PPOAgent(vectors(OBS), Discrete(4), (8,))
+        self.agent = PPOAgent(vectors(OBS), Discrete(4), sizes)
         self.optimizer = Adam(self.agent.parameters(), RATE, eps=1e-5)
         self.own = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
         self.wrapped = self.run.setup(self.agent, self.optimizer)
@@ -477,7 +481,7 @@ def compiled_on(rank: int, port: int, path: str) -> None:
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()
     torch.set_num_threads(1)
-    updates = PPOUpdates(rank, 2, fabric, compile=True)
+    updates = PPOUpdates(rank, 2, fabric, (), compile=True)  # linear: less to compile
     metrics = [updates.update(number) for number in range(3)]
     assert updates.run.updates.recordings == 1
     torch.save({"metrics": torch.stack(metrics), "vector": updates.optimizer.flat.vector}, f"{path}.{rank}")
@@ -488,7 +492,7 @@ def test_two_ranks_average_inside_the_compiled_update(tmp_path: Path) -> None:
     ranks = [FORKSERVER.Process(target=compiled_on, args=(rank, port, path)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
-    alone = PPOUpdates()
+    alone = PPOUpdates(sizes=())
     metrics = torch.stack([alone.update(number) for number in range(3)])
     for rank in ranks:
         rank.join(2 * LIMIT)
@@ -498,3 +502,63 @@ def test_two_ranks_average_inside_the_compiled_update(tmp_path: Path) -> None:
     for name, expected in (("metrics", metrics), ("vector", alone.optimizer.flat.vector)):
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=1e-5)
+
+
+# --- Runs
+
+ON_POLICY = ["--env-id", "CartPole-v1", "--num-envs", 2, "--num-steps", 16, "--total-timesteps", 192]
+OFF_POLICY = [
+    "--env-id", "Pendulum-v1", "--num-envs", 2, "--learning-starts", 32, "--batch-size", 16, "--total-timesteps", 96,
+    "--num-threads", 1, "--norm-obs",
+]  # fmt: skip
+RUNS: dict[str, tuple[Callable[[], int], list[Any]]] = {
+    "ppo": (
+        ppo.main,
+        [*ON_POLICY, "--anneal-clip", "--anneal-ent", "--target-kl", 0.01, "--norm-obs", "--norm-reward"],
+    ),
+    "ppo, skips": (ppo.main, [*ON_POLICY, "--vectorization", "native", "--num-minibatches", 2]),
+    "ppo_recurrent": (ppo_recurrent.main, [*ON_POLICY, "--sequence-length", 5, "--prev-action", "--anneal-clip"]),
+    "ppo_recurrent, skips": (ppo_recurrent.main, [*ON_POLICY, "--vectorization", "native", "--num-minibatches", 2]),
+    "sac": (sac.main, OFF_POLICY),
+    "sac, rare targets": (sac.main, [*OFF_POLICY, "--policy-frequency", 2, "--target-network-frequency", 5]),
+    "sac, rare actor": (sac.main, [*OFF_POLICY, "--policy-frequency", 5, "--target-network-frequency", 2]),
+    "droq": (droq.main, [*OFF_POLICY, "--replay-ratio", 1.5]),
+}
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_records_nothing_after_its_start(
+    name: str, train: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, flags = RUNS[name]
+    runs: list[tuple[Run, int]] = []
+    reset = Run.reset
+    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.updates.recordings)) or reset(run))
+    first = train(main, *flags, "--hidden-sizes", 8, "--compile", "--checkpoint-every", 64)
+    resumed = train(main, "--resume", sorted(first.folder.glob("checkpoints/step*"))[0], "--log-dir", tmp_path / "more")
+    assert first.code == resumed.code == 0
+    for run, at_start in runs:
+        assert run.updates.recordings == at_start > 0
+
+
+# Episodes of 8 steps: they end where iterations and checkpoints do
+ENDING = ["--env-id", "tests.envs:Deterministic-v0", "--env-kwargs", '{"continuous": true, "truncate": true}']
+STRAIGHT: dict[str, Callable[[], int]] = {
+    "ppo": ppo.main, "ppo_recurrent": ppo_recurrent.main, "sac": sac.main, "droq": droq.main,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("algo", STRAIGHT)
+def test_a_compiled_run_is_the_same_again_and_the_same_resumed(
+    algo: str, train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    flags = OFF_POLICY if algo in ("sac", "droq") else [*ON_POLICY, "--norm-reward"]
+    line = [*flags, *ENDING, "--hidden-sizes", 8, "--compile", "--checkpoint-every", 32, "--keep-checkpoints", 9]
+    straight, again = (train(STRAIGHT[algo], *line, "--log-dir", tmp_path / name) for name in ("first", "second"))
+    assert torch.equal(straight.weights, again.weights)
+    half = straight.folder / "checkpoints" / f"step_{64:012d}.ckpt"
+    resumed = train(STRAIGHT[algo], "--resume", half, "--log-dir", tmp_path / "more")
+    assert torch.equal(straight.weights, resumed.weights)
+    assert not torch.equal(load(half)["agent"]["actor.out.bias"], straight.state["agent"]["actor.out.bias"])
