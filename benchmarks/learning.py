@@ -43,7 +43,7 @@ CURVE_POINTS = 200  # of a seed
 
 @dataclass(frozen=True)
 class Task:
-    """What is run, what the mean over seeds has to reach, and what others have published.
+    """A command, the bar that its mean over seeds has to reach, and the published result.
 
     Attributes:
         command: the script and its arguments as a shell reads them, without seed and logger.

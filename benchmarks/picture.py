@@ -55,7 +55,7 @@ def draw_learning(axes: plt.Axes, task: str) -> None:
 
 
 def draw_speed(axes: plt.Axes) -> None:
-    """How many times as fast as each peer: the median of the pairs."""
+    """Speed as a multiple of each peer's: the median of the pairs."""
     ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows(RESULTS / "speed.csv"):
         if row["benchmark"] in SPEED and row["quantity"] in QUANTITIES:

@@ -36,7 +36,7 @@ PPO, RECURRENT, SAC, DROQ = (f"fabricrl/algos/{name}/{name}.py" for name in ("pp
 
 
 class Comparison(NamedTuple):
-    """What A and B are, how they are compared, and what the median of that has to be ("" if nothing)."""
+    """A and B, how they are compared, and the bar for the median ("": none)."""
 
     quantity: str
     a_is: str
@@ -256,7 +256,7 @@ def theirs(script: str, settings: dict[str, Any], options: argparse.Namespace) -
 
 
 def logged(folder: str) -> list[dict[str, str]]:
-    """What the only run below a folder has written with `--logger csv`."""
+    """Reads the metrics of the only run below a folder, made with `--logger csv`."""
     (metrics,) = Path(folder).rglob("metrics.csv")
     with metrics.open() as file:
         return list(csv.DictReader(file))
@@ -438,7 +438,7 @@ def bench_gpu(name: str, options: argparse.Namespace) -> bool:
 
 
 def bench_messages(name: str, options: argparse.Namespace) -> bool:
-    """Which share of an iteration is neither the player's work nor the trainer's, where they take turns."""
+    """Share of an iteration that is neither the player's work nor the trainer's, where they take turns."""
     script, arguments = MESSAGES[name]
     comparisons = [Comparison("share of an iteration", "communication", "all", "a / b", "<= 0.05")]
 

@@ -47,7 +47,7 @@ def arg(default: Any, help: str, group: str | None = None, advanced: bool = Fals
 
 @dataclass(frozen=True)
 class StandardArgs:
-    """What every script accepts. Checked when it is made: see `__post_init__`."""
+    """Arguments of every script. Checked when made: see `__post_init__`."""
 
     # --- environment
     env_id: str = arg("CartPole-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
@@ -59,7 +59,9 @@ class StandardArgs:
     )
     obs_keys: tuple[str, ...] = arg((), "parts of a Dict observation to use; none: all", advanced=True)
     action_repeat: int = arg(
-        1, "times that each action is taken; of the last two frames of an Atari game the maximum", advanced=True
+        1,
+        "steps that each action is taken for; Atari observations are the maximum of the last two frames",
+        advanced=True,
     )
     vectorization: Literal["auto", "sync", "async", "native", "envpool"] = arg(
         "auto",
@@ -68,59 +70,57 @@ class StandardArgs:
     )
     check_spaces: bool = arg(
         False,
-        "check the bounds of all numbers of observations in every step; without: those of integers, and at resets",
+        "check the bounds of all observations at every step; off: those of integers, and of floats at resets",
         advanced=True,
     )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
-    video_every: int = arg(100, "record every so many episodes of that environment", advanced=True)
+    video_every: int = arg(100, "episodes of that environment between recordings", advanced=True)
 
     # --- run
-    exp_name: str = arg("", "name of the run; empty: that of the algorithm", "run, logging and checkpoints")
+    exp_name: str = arg("", "name of the run; empty: the algorithm's", "run, logging and checkpoints")
     log_dir: str = arg("logs", "folder of all runs")
     logger: Literal["tensorboard", "csv", "wandb"] = arg(
         "tensorboard", "where metrics go; wandb needs the extra of that name"
     )
     log_every: int = arg(2_000, "environment steps between log entries, rounded up to whole iterations", advanced=True)
-    track: bool = arg(False, "the same as --logger wandb", advanced=True)
+    track: bool = arg(False, "short for --logger wandb", advanced=True)
     wandb_project_name: str = arg("fabricrl", "project on Weights & Biases", advanced=True)
     wandb_entity: str | None = arg(None, "user or team on Weights & Biases", advanced=True)
-    save_model: bool = arg(True, "write checkpoints, the last at the end or when the run is stopped", advanced=True)
+    save_model: bool = arg(True, "write checkpoints, the last one when the run ends or is stopped", advanced=True)
     checkpoint_every: int = arg(100_000, "environment steps between checkpoints; 0: only the last")
     keep_checkpoints: int = arg(3, "newest checkpoints to keep, besides the best", advanced=True)
     upload_model: bool = arg(
         False, "upload the run's folder to the Hugging Face Hub at the end; needs huggingface_hub", advanced=True
     )
     hf_entity: str | None = arg(
-        None, "user or organisation on the Hugging Face Hub; None: whose token it is", advanced=True
+        None, "user or organisation on the Hugging Face Hub; None: the owner of the token", advanced=True
     )
     resume: str | None = arg(
-        None, "checkpoint or run folder to go on from, with its arguments; flags given beside it win"
+        None, "checkpoint or run folder to continue, with its arguments; flags given beside it win"
     )
 
     # --- hardware
     accelerator: Literal["cpu", "cuda", "gpu", "mps", "auto"] | None = arg(
         None, "cpu, cuda or auto; None: cpu, which is faster for small networks", "hardware and launching"
     )
-    cuda: bool = arg(False, "the same as --accelerator cuda", advanced=True)
+    cuda: bool = arg(False, "short for --accelerator cuda", advanced=True)
     devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; None: 1")
     strategy: Literal["auto", "ddp"] | None = arg(None, "auto or ddp; None: ddp with several devices")
     num_nodes: int | None = arg(None, "machines; None: 1", advanced=True)
     node_rank: int = arg(0, "number of this machine, from 0", advanced=True)
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
-    main_port: int = arg(29400, "port on machine 0 that the ranks meet at; used with several machines", advanced=True)
+    main_port: int = arg(29400, "port on machine 0 where ranks meet; for several machines", advanced=True)
     precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
-    num_threads: int | None = arg(1, "threads of PyTorch per rank; small networks are slower with more than one")
+    num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
         "highest",
         "float32 products: medium is faster for wide networks on some processors, slower for narrow ones",
         advanced=True,
     )
-    compile: bool = arg(
-        False, "compile the whole update: several times faster for small networks, after up to a minute's wait"
-    )
+    compile: bool = arg(False, "compile the whole update: faster for small networks, after up to a minute's wait")
     cuda_graphs: bool = arg(True, "capture updates as CUDA graphs; on a GPU only", advanced=True)
     player_device: Literal["auto", "cpu", "cuda"] = arg(
         "auto", "where the policy acts; auto: the faster of the CPU and the GPU that trains", advanced=True
@@ -189,7 +189,7 @@ class StandardArgs:
 
 
 def _exists(path: Path) -> bool:
-    """Whether something has this name, also a link that leads nowhere. Raises OSError if the system cannot look."""
+    """Tells if something has this name, even a dangling link. Raises OSError if the system cannot look."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -201,16 +201,14 @@ def _exists(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class DecoupledArgs:
-    """What a decoupled script accepts besides what its coupled one does; its arguments extend both."""
+    """Arguments that a decoupled script adds to those of its coupled sibling; its class extends both."""
 
     max_lag: int = arg(
         1,
-        "iterations that playing is ahead of training: 0 waits for fresh weights, 1 plays the next rollout meanwhile",
+        "iterations by which playing is ahead of training; 0: wait for fresh weights",
         "decoupling",
     )
-    timeout: float = arg(
-        5.0, "minutes that a rank waits for a message of another before all of them end", advanced=True
-    )
+    timeout: float = arg(5.0, "minutes to wait for a message before giving up, which ends all ranks", advanced=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
@@ -307,7 +305,7 @@ def _in_words(hint: Any) -> str:
 
 @REGISTRY.primitive_rule
 def _integers(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-    """How tyro reads integers: also 1e6, as people write them."""
+    """Makes tyro read integers as people write them: 1e6, too."""
     if kind.type is not int:
         return None
     return PrimitiveConstructorSpec(
@@ -375,7 +373,7 @@ def _inherited(kind: type[StandardArgs], state: dict[str, Any], found: Path) -> 
 
 
 def _early(flag: str) -> str | None:
-    """What is given for a flag that the defaults of the others depend on."""
+    """Value given for a flag that the defaults of others depend on."""
     words = sys.argv[1:]
     given = [after for word, after in itertools.pairwise(words) if word == flag]
     given += [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]

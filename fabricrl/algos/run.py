@@ -1,4 +1,4 @@
-"""What a run needs around its algorithm: `Run`, which every script drives.
+"""Everything that a run needs around its algorithm: `Run`, which every script drives.
 
 with Run(args, "ppo", ACTION_SPACES) as run:
     envs = run.make_envs()
@@ -50,21 +50,21 @@ __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
 class Run:
     """One run of a script: ranks, environments, seeds, the run's folder, faults, signals, logs and checkpoints.
 
-    It never calls the script. What it does together with other ranks, all ranks have to ask for.
+    It never calls the script. All ranks have to call whatever involves other ranks.
 
     Args:
         algo: the algorithm, which checkpoints have to be of.
         action_spaces: those that it can act in.
-        bounded: whether actions must be a Box with finite bounds; images: whether observations may have images.
+        bounded: actions must be a Box with finite bounds; images: observations may have images.
 
     Attributes:
         args: the arguments; fabric: Lightning's, or the `Group` of a decoupled script.
         obs_space, action_space: of a single environment.
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
-        act_rng, train_rng: draw action noise and what training draws, different on every rank.
-        updates: compiles and captures what trains.
-        episodes, losses, clock: what is logged; charts: what else there is for the next entry alone.
+        act_rng, train_rng: generators of action noise and of training, different on every rank.
+        updates: compiles and captures updates.
+        episodes, losses, clock: statistics for the log; charts: further ones for the next entry alone.
         generators: states for the next checkpoint, of all ranks; None: of those generators that this run has.
         exit_code: 0, or that of the signal that ends the run.
 
@@ -103,7 +103,7 @@ class Run:
         self._folder: RunFolder | None = None
 
     def __enter__(self) -> "Run":
-        """Checks what depends on the ranks that there are, and seeds this one's generators."""
+        """Checks the arguments against the number of ranks, and seeds this rank's generators."""
         args, fabric = self.args, self.fabric
         steps = args.num_envs * getattr(args, "num_steps", 1) * fabric.world_size
         require(steps <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {steps}")
@@ -145,13 +145,13 @@ class Run:
 
     @property
     def skips(self) -> bool:
-        """Whether the environments have steps that only reset them, and belong to no episode."""
+        """True if some steps only reset an environment, and belong to no episode."""
         assert self._envs is not None
         return self._envs.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP
 
     @property
     def folder(self) -> Path:
-        """Where the run writes; the same on every rank."""
+        """The run's folder; the same on every rank."""
         return self._made_folder().folder
 
     def _made_folder(self) -> RunFolder:
@@ -160,7 +160,7 @@ class Run:
         return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
-        """What `fabric.setup` returns: the module and its optimizers, ready to train on this rank's device.
+        """Calls `fabric.setup`, which returns the module and its optimizers, ready to train on this rank's device.
 
         Over ranks it leaves gradients alone: `average_gradients` averages them.
         """
@@ -171,7 +171,7 @@ class Run:
         return wrapped
 
     def restore(self, **parts: Any) -> None:
-        """Names what checkpoints hold, modules and optimizers, and takes their state from the one that is resumed."""
+        """Names the modules and optimizers that checkpoints hold, and loads their state if the run resumes one."""
         self._parts |= parts
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
         if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and hasattr(self.args, "num_steps"):
@@ -186,7 +186,7 @@ class Run:
                     part.load_state_dict(self.state[name])
 
     def restore_generators(self) -> None:
-        """Goes on drawing where the checkpoint that is resumed has stopped, if there is one."""
+        """Continues the generators from the checkpoint, if the run resumes one."""
         if self.state:
             with reading(self.path):
                 rank = self.fabric.global_rank
@@ -216,7 +216,7 @@ class Run:
 
     @property
     def records(self) -> bool:
-        """Whether updates are compiled or captured, which is done before the clock starts."""
+        """True if updates are compiled or captured, which happens before the clock starts."""
         return self.updates.records
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,7 +224,7 @@ class Run:
         return self.updates.compiled(function)
 
     def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What trains as one CUDA graph on a GPU, else as it is."""
+        """Training as one CUDA graph on a GPU, else as it is."""
         return self.updates.captured(function)
 
     @contextmanager
@@ -235,13 +235,13 @@ class Run:
         self._noted.clear()
 
     def numbers(self, *values: float) -> tuple[Any, ...]:
-        """Coefficients that vary: scalar tensors where updates are recorded, which would keep a number as it is."""
+        """Coefficients that vary, as scalar tensors where updates are recorded: a recording freezes plain numbers."""
         if not self.records:
             return values
         return tuple(torch.full((), value, device=self.fabric.device) for value in values)
 
     def player(self, agent: nn.Module) -> Any:
-        """What acts in the coming rollout: the agent, or its copy where acting is faster, with the newest weights."""
+        """The policy of the coming rollout: the agent, or its copy where acting is faster, with the newest weights."""
         if self.player_device == self.fabric.device:
             return agent
         if self._player is None:
@@ -275,7 +275,7 @@ class Run:
     # --- in the loop
 
     def iterations(self, steps: int) -> Iterator[int]:
-        """Iterations of so many steps on each rank, up to `total_timesteps` or a signal: the steps before each."""
+        """Yields the steps taken before each iteration of `steps` a rank, up to `total_timesteps` or a signal."""
         self._iteration_steps = steps * self.fabric.world_size
         while not self.is_last:
             self.global_step, self._is_last = self.global_step + self._iteration_steps, None
@@ -283,7 +283,7 @@ class Run:
 
     @property
     def is_last(self) -> bool:
-        """Whether no iteration follows: decided when an iteration asks first, whatever signals come later."""
+        """True if no iteration follows: decided when an iteration asks first, whatever signals come later."""
         if self._is_last is None:
             self._is_last = self.exit_code > 0 or self.global_step + self._iteration_steps > self.args.total_timesteps
         return self._is_last
@@ -312,7 +312,7 @@ class Run:
             raise NonFiniteError(f"{what} are not finite")
 
     def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
-        """Keeps the metrics of one update [tags], or of several [K, tags], until it is time to look at them."""
+        """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
         self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
 
     def record_rollout(self, rb: RolloutBuffer) -> None:
@@ -328,7 +328,7 @@ class Run:
         self._advance()
 
     def record_step(self) -> None:
-        """Ends an iteration of one step: does what `record_rollout` does now and then, as it costs what an update does.
+        """Ends an iteration of one step: looks and counts only now and then, since that costs as much as an update.
 
         Over ranks, signals are agreed on with the next step, unless this one looks.
 
@@ -346,11 +346,11 @@ class Run:
 
     @property
     def has_noted_much(self) -> bool:
-        """Whether so many updates have been noted that it is time to look."""
+        """True if enough updates have been noted to be worth a look."""
         return sum(map(len, self._noted.values())) >= LOOK_EVERY
 
     def look(self) -> dict[str, Tensor]:
-        """What was noted since the last call, [K] under each tag; this waits for a GPU.
+        """Returns the metrics noted since the last call, [K] under each tag; this waits for a GPU.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite, as it is once a gradient was not.
@@ -373,7 +373,7 @@ class Run:
 
     @property
     def log_is_due(self) -> bool:
-        """Whether this iteration is logged; the last one always is."""
+        """True if this iteration is logged; the last one always is."""
         assert self._folder is not None
         return self._folder.wants_log(self.global_step, self.is_last)
 
@@ -401,12 +401,12 @@ class Run:
 
     @property
     def checkpoint_is_due(self) -> bool:
-        """Whether this iteration ends in a checkpoint; the last one does."""
+        """True if this iteration ends in a checkpoint; the last one does."""
         assert self._folder is not None
         return self._folder.wants_checkpoint(self.global_step, self.is_last)
 
     def checkpoint(self, rb: ReplayBuffer | None = None, shards: int = 0, **parts: Any) -> None:
-        """Saves what `restore` has named, if it is time to.
+        """Saves the parts that `restore` has named, if a checkpoint is due.
 
         Args:
             rb: this rank's replay buffer, which is saved unless the arguments say otherwise.

@@ -94,7 +94,7 @@ class RolloutBuffer:
             self._rows[t] = rows * self.num_envs + np.arange(self.num_envs)[:, None]
 
     def seen(self, t: int) -> Tensor:
-        """What the policy sees at step t: [N, R], or [N, S, R] if frames are stacked."""
+        """Observations as the policy sees them at step t: [N, R], or [N, S, R] if frames are stacked."""
         return self.obs_rows[t] if self.frame_stack == 1 else Stacks(self.frames.flatten(0, 1), self.stacks[t])[:]
 
     def add(
@@ -138,7 +138,7 @@ class RolloutBuffer:
         return (~self.skipped).flatten().to(device, torch.float32) if self.skips else None
 
     def inputs(self, prepare: Callable[[Tensor], Tensor], device: torch.device) -> "tuple[Tensor | Stacks, Tensor]":
-        """What the policy saw, on the device and prepared for it: [T N, ...], and what it sees next, [N, ...]."""
+        """Prepared observations on the device: those of the rollout [T N, ...], and the next ones [N, ...]."""
         frames = prepare(self.frames.to(device))
         if self.frame_stack == 1:
             return frames[:-1].flatten(0, 1), frames[-1]
@@ -152,7 +152,7 @@ class RolloutBuffer:
 
     @property
     def has_truncated(self) -> bool:
-        """Whether an episode was truncated and not terminated."""
+        """True if an episode was truncated and not terminated."""
         return bool(self._final)
 
     def truncated_episodes(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +177,7 @@ class RolloutBuffer:
                 raise NonFiniteError(problem)
 
     def first_bad(self) -> str | None:
-        """Where NaN or infinity came from the environment first, in words; None if nowhere."""
+        """Finds the first NaN or infinity from an environment, in words; None if all is finite."""
         obs = self.vectors(self.obs)
         if obs.sum().isfinite() and self.rewards.sum().isfinite() and not self._final:
             return None  # a finite sum has finite terms: one cheap test instead of the masks below
@@ -193,7 +193,7 @@ class RolloutBuffer:
 
 
 class Stacks:
-    """Observations of S frames each, which are put side by side where they are asked for, and stored once.
+    """Observations of S frames each, stored once and stacked on demand.
 
     Args:
         frames: [F, R]; places: [B, S], which of them each observation is made of.
@@ -259,7 +259,7 @@ class RecurrentRolloutBuffer(RolloutBuffer):
             row[torch.from_numpy(ended).to(memory.device)] = 0.0
 
     def final_memory(self) -> Tensor:
-        """What was remembered at the final observations of `truncated_episodes`, [E, M]."""
+        """Memory at the final observations of `truncated_episodes`, [E, M]."""
         return torch.stack(self._final_memory)
 
 
@@ -399,7 +399,7 @@ class ReplayBuffer:
         )
 
     def newest_obs(self) -> Tensor:
-        """What the next step starts from, [N, *obs_shape]; a view."""
+        """Observations that the next step starts from, [N, *obs_shape]; a view."""
         return torch.from_numpy(self._columns["obs"][self.position])
 
     def check_finite(self) -> None:
@@ -408,7 +408,7 @@ class ReplayBuffer:
             raise NonFiniteError(problem)
 
     def first_bad(self) -> str | None:
-        """Where the newest step brought NaN or infinity, in words; None if nowhere."""
+        """Finds NaN or infinity in the newest step, in words; None if all is finite."""
         row = self.position - 1
         seen = (("reward", self._columns["rewards"][row]), ("observation", self._columns["obs"][self.position]))
         for name, values in seen:
@@ -419,7 +419,7 @@ class ReplayBuffer:
         return f"final observation of environment {bad[0]} is not finite" if bad else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores: records without a copy, so save it before the next `add`."""
+        """State for a checkpoint: records without a copy, so save it before the next `add`."""
         used = self._rows if self.size == self.capacity else self.position + 1
         records = torch.from_numpy(self._records[:used].reshape(-1).view(np.uint8))
         state = {"records": records, "position": self.position, "size": self.size, "layout": self._layout()}
@@ -467,7 +467,7 @@ class ReplayBuffer:
         return f"{self.capacity} × {self.num_envs if num_envs is None else num_envs} of {self._records.dtype.descr}"
 
     def _differs(self, stored: str, num_envs: int) -> str:
-        """What is to be done about a stored layout that is not this one's, for so many environments."""
+        """Advice about a stored layout that differs from this one, for so many environments."""
         (there, fields), (here, own) = (layout.split(" of ", 1) for layout in (stored, self._layout(num_envs)))
         if fields != own:
             return f"the replay buffer there has records of {fields}, here {own}: keep the arguments it had"
@@ -514,7 +514,7 @@ def _place(record: np.dtype, name: str) -> tuple[torch.dtype, int, tuple[int, ..
 
 
 def record_type(obs_space: Box, num_actions: int, implicit_next: bool) -> np.dtype:
-    """What one transition takes in a ReplayBuffer."""
+    """Layout of one transition in a ReplayBuffer."""
     obs = ("u1" if obs_space.dtype == np.uint8 else "f4", obs_space.shape)
     fields: list[tuple] = [("obs", *obs), ("actions", "f4", (num_actions,)), ("rewards", "f4")]
     fields += [("terminated", "?"), ("ended", "?")]

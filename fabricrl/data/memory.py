@@ -1,4 +1,4 @@
-"""Whether a buffer fits into this machine, and buffers in files."""
+"""Memory of this machine, and buffers in files."""
 
 import math
 import os
@@ -26,7 +26,7 @@ def check_memory(num_bytes: int, count: int, implicit_next: bool) -> None:
 
 
 def map_file(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray:
-    """Zeros in a file without a name, which ends with the process, however that ends; its room is taken at once.
+    """Zeros in a temporary memory-mapped file, which disappears with the process; its space is allocated at once.
 
     Raises:
         ConfigError: the disk has too little room.

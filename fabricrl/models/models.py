@@ -116,7 +116,7 @@ class RecordEncoder(nn.Module):
 
 
 def make_encoder(space: Box, frame_stack: int, cnn_features: int) -> RecordEncoder | None:
-    """What looks at observations with images; None for vectors, which need none."""
+    """Encoder of observations with images; None for vectors, which need none."""
     return RecordEncoder(space, frame_stack, cnn_features) if isinstance(space, Records) else None
 
 

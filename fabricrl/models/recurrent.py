@@ -21,7 +21,7 @@ CORES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class Layout(NamedTuple):
-    """Where the rows of a minibatch stand when its sequences lie side by side as [L, S], the shorter ones padded.
+    """Places of a minibatch's rows when its sequences lie side by side as [L, S], the shorter ones padded.
 
     Its tensors have fixed shapes, however the sequences fall.
 

@@ -1,4 +1,4 @@
-"""What scripts use of these modules."""
+"""The parts of these modules that scripts use."""
 
 from fabricrl.utils.model import frozen, polyak_update
 from fabricrl.utils.optimizer import Adam, average_gradients

@@ -96,7 +96,7 @@ def save_shard(folder: Path, step: int, rank: int, shard: dict[str, Any]) -> Non
 
 
 def load_shard(state: Mapping[str, Any], path: Path, rank: int) -> dict[str, Any]:
-    """What this rank stored with the checkpoint `state`, read from `path`; rank 0's is in the checkpoint itself.
+    """Reads what this rank stored with the checkpoint `state`, read from `path`; rank 0's is in the checkpoint itself.
 
     Raises:
         CheckpointError: there is none, or it belongs to another checkpoint.
@@ -171,12 +171,12 @@ def _locate(given: str | Path) -> tuple[Path, bool]:
 
 
 def is_one_line(text: str | Path) -> bool:
-    """Whether a text can be printed as part of a line: without control characters and bytes that are no characters."""
+    """Tells if a text can be printed in one line: no control characters, no bytes that are no characters."""
     return re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", str(text)) is None
 
 
 def is_json_object(text: str) -> bool:
-    """Whether a text is a JSON object that names everything once, of a size and depth that nothing chokes on."""
+    """Tells if a text is a JSON object of harmless size and depth, without duplicate names."""
     try:
         value = json.loads(text, object_pairs_hook=_named_once) if len(text) <= 100_000 else None
     except (ValueError, RecursionError):
@@ -250,7 +250,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_table(value: Any, kind: type) -> bool:
-    """Whether it is a dict from text to this kind."""
+    """Tells if it is a dict from text to this kind."""
     return isinstance(value, dict) and all(isinstance(key, str) for key in value) and _all(value.values(), kind)
 
 
@@ -265,7 +265,7 @@ def _are_episodes(value: Any) -> bool:
 
 
 def _are_generators(value: Any) -> bool:
-    """Whether it is [W, G, bytes]."""
+    """Tells if it is [W, G, bytes]."""
     return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 3 and len(value) > 0
 
 
@@ -278,7 +278,7 @@ def _is_schedule(value: Any) -> bool:
 
 
 def _is_shard(value: Any) -> bool:
-    """Whether a replay buffer's state holds together: as many records, of which as many in use, as it says."""
+    """Tells if a replay buffer's state is consistent: its records, and those in use, are as many as it says."""
     if not _is_table(value, object) or "layout" not in value:
         return isinstance(value, dict)  # of another kind; whoever reads it misses what is not there
     layout = re.fullmatch(r"(\d+) × (\d+) of (\[.*\])", str(value["layout"]))
@@ -300,7 +300,7 @@ def _is_bytes(value: Any) -> bool:
 
 
 def _is_kept_apart(shard: Mapping[str, Any], records: torch.Tensor, record: np.dtype) -> bool:
-    """Whether next observations outside the ring are there, each either free or in use by a record."""
+    """Tells if next observations outside the ring are there, each either free or used by a record."""
     finals, free = shard.get("finals"), shard.get("free")
     if not (isinstance(finals, torch.Tensor) and isinstance(free, list) and all(map(_is_count, free))):
         return False
@@ -366,7 +366,7 @@ def check_batch(state: Mapping[str, Any], args: Any, world_size: int) -> None:
 
 @contextmanager
 def reading(path: str | Path | None) -> Iterator[None]:
-    """Whatever does not fit while a checkpoint's contents are used becomes a CheckpointError that names the file."""
+    """Turns errors in using a checkpoint's contents into a CheckpointError that names the file."""
     try:
         yield
     except CheckpointError as error:

@@ -249,12 +249,12 @@ class Trainers:
             yield answer
 
     def receive(self, letter: str) -> Packet:
-        """What else the first trainer sends in the newest iteration."""
+        """Receives what else the first trainer sends in the newest iteration."""
         assert self.messages is not None
         return self.channel.receive(letter, self.messages[letter], FIRST_TRAINER, max(self.iteration - 1, 0))
 
     def share_waited(self) -> float:
-        """Which share of the time the first trainer has waited for data since the last call."""
+        """Share of the time that the first trainer has waited for data since the last call."""
         share, self._waited, self._passed = self._waited / max(self._passed, 1e-9), 0.0, 0.0
         return share
 
@@ -276,7 +276,7 @@ def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchC
     """All ranks on the CPU, for messages, and the trainers on their devices; every rank calls it.
 
     Args:
-        timeout: minutes after which who waits for a message gives up.
+        timeout: minutes to wait for a message before giving up.
 
     Raises:
         ConfigError: there is nobody but the player.
@@ -295,7 +295,7 @@ def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchC
 
 
 def player_device(args: Any, fabric: Fabric) -> torch.device:
-    """Where the player acts.
+    """Device on which the player acts.
 
     Raises:
         ConfigError: on a GPU that is not there.
@@ -319,7 +319,7 @@ def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step
 
 @contextmanager
 def telling(tell: Callable[[int], None], first_rank: int = PLAYER, iteration: int = 0) -> Iterator[None]:
-    """What goes wrong with a rank is reported at once and ends its peers, too, rather than leave them waiting for it.
+    """Reports an error of this rank at once, which ends its peers, too, rather than leave them waiting.
 
     `first_rank` is that of the group that has agreed on who reports the error.
 
@@ -349,7 +349,7 @@ def telling(tell: Callable[[int], None], first_rank: int = PLAYER, iteration: in
 
 @contextmanager
 def before_the_player(channel: "Channel") -> Iterator[None]:
-    """What goes wrong with a trainer before [H] has often gone wrong with the player, too: [H] is taken first."""
+    """Takes [H] before it reports a trainer's early error: the player has often had the same."""
     try:
         yield
     except RunError:

@@ -40,7 +40,7 @@ STORE_IS_KEPT = "TORCHELASTIC_USE_AGENT_STORE"  # tells PyTorch that the store w
 
 
 class _Place:
-    """What this process knows of itself.
+    """This process's knowledge of itself.
 
     Attributes:
         pid: its own.
@@ -97,7 +97,7 @@ def launch(args: Any) -> Fabric:
 
 
 def _options(args: Any) -> dict[str, Any]:
-    """What Fabric's constructor is given: the user's choices, and what the launcher has chosen.
+    """Arguments for Fabric's constructor: the user's choices, and the launcher's.
 
     Raises:
         ConfigError: a choice made twice, or that these scripts do not offer.
@@ -267,7 +267,7 @@ def report(message: str, code: int, told_by: int = 0) -> None:
 
 
 def _asks_first() -> bool:
-    """Whether no other of srun's ranks has asked this, in the store where they would have met; in doubt none has.
+    """Tells if no other of srun's ranks has asked this, in the store where they would have met; in doubt none has.
 
     Rank 0 opens the store if it fails before it would have.
     """
@@ -293,7 +293,7 @@ def _wait_for_askers() -> None:
 
 
 def _under_srun() -> bool:
-    """Whether Slurm has started the ranks, as Fabric sees it."""
+    """Tells if Slurm has started the ranks, as Fabric sees it."""
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return "SLURM_NTASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and not interactive
 
@@ -410,7 +410,7 @@ def _outlive_launcher(launcher: int) -> None:
 
 
 def is_communication_error(error: RuntimeError) -> bool:
-    """Whether a collective has failed because another rank is gone or late."""
+    """Tells if a collective has failed because another rank is gone or late."""
     return torch.distributed.is_initialized() and _is_of_peers(error)
 
 
@@ -494,7 +494,7 @@ def check_address(address: str, name: str) -> None:
 
 
 def _means_loopback(address: str) -> bool:
-    """Whether it says so itself, wherever it is read."""
+    """Tells if an address means this machine wherever it is read."""
     return address == "localhost" or address == "::1" or address.startswith("127.")
 
 

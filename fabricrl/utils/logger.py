@@ -1,4 +1,4 @@
-"""Where metrics go: TensorBoard, a CSV file, or Weights & Biases. A resumed run goes on in what it has written."""
+"""Loggers: TensorBoard, a CSV file, or Weights & Biases. A resumed run appends to its own log."""
 
 import contextlib
 import csv

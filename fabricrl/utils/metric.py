@@ -1,4 +1,4 @@
-"""What a run counts and times: episodes, losses, and where the seconds go."""
+"""Counters and clocks of a run: episodes, losses, and where the seconds go."""
 
 from collections import defaultdict, deque
 from time import perf_counter

@@ -1,4 +1,4 @@
-"""Whether an update is being recorded for a compiler, for the few places that then have to be written another way."""
+"""Flag for an update being recorded for a compiler, for the few places that have to be written another way then."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,5 +18,5 @@ def recording() -> Iterator[None]:
 
 
 def is_recording() -> bool:
-    """Whether this is inside `recording`."""
+    """True inside `recording`."""
     return _recording

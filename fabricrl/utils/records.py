@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # processes that step environments start in a third of a seco
 
 
 class Image(NamedTuple):
-    """Where an image lies in a record, and how.
+    """Place and layout of an image in a record.
 
     Attributes:
         start: its first byte.

@@ -66,7 +66,7 @@ class RunFolder:
 
     @property
     def videos(self) -> Path:
-        """Where episodes are recorded; a run that goes on counts them anew, in a folder of its own."""
+        """Folder of recorded episodes; a resumed run counts them anew, in a folder of its own."""
         return self.folder / "videos" / (f"from_step_{self.first_step}" if self.first_step else "")
 
     def advance(self, step: int, mean_return: float) -> None:
@@ -81,7 +81,7 @@ class RunFolder:
         return (step - self.first_step) / max(self._stopped - self._started, 1e-9)
 
     def wants_log(self, step: int, last: bool) -> bool:
-        """Whether `log_every` steps have passed since the last entry; the last iteration is always logged."""
+        """True if `log_every` steps have passed since the last entry; the last iteration is always logged."""
         return last or step - self._logged_step >= self.args.log_every
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -94,7 +94,7 @@ class RunFolder:
             self._stop_logging(error)
 
     def wants_checkpoint(self, step: int, last: bool) -> bool:
-        """Whether a multiple of `checkpoint_every` has been passed since the last checkpoint, or the run ends."""
+        """True if a multiple of `checkpoint_every` has been passed since the last checkpoint, or the run ends."""
         every = self.args.checkpoint_every
         due = every > 0 and step // every > self._saved_step // every
         return self.args.save_model and (last or due)
@@ -194,7 +194,7 @@ class RunFolder:
         )
 
     def _make_folder(self, resumed: Path | None) -> Path:
-        """That of the run that is resumed, if it was named or its newest checkpoint was; else a new one."""
+        """Takes the resumed run's folder, if it or its newest checkpoint was named; else makes a new one."""
         if resumed is not None and (resumed.parent.parent / "args.json").exists():
             newest = max(resumed.parent.glob("step_*.ckpt"), default=None)
             if newest == resumed or Path(self.args.resume).expanduser().is_dir():

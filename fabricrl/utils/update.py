@@ -61,7 +61,7 @@ class Runner:
 
     @property
     def records(self) -> bool:
-        """Whether anything is compiled or captured."""
+        """True if anything is compiled or captured."""
         return self._compile or self._capture
 
     @contextlib.contextmanager
@@ -90,7 +90,7 @@ class Runner:
 
     @property
     def branches(self) -> tuple[bool, ...]:
-        """What optimizers decide on that is no tensor."""
+        """Decisions of the optimizers that are no tensors."""
         return tuple(optimizer.flat.equal_steps for optimizer in self._optimizers)
 
     @branches.setter

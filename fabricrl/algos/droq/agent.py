@@ -20,8 +20,11 @@ class DroQAgent(SACAgent):
     """
 
     def drop(self, passes: int, rows: int, generator: torch.Generator) -> list[list[Tensor]]:
-        """What each of so many forward passes of the critics over batches of so many rows drops: a mask [C, B, H] for
-        each hidden layer."""
+        """Draws the dropout masks of several forward passes of the critics over batches of `rows`.
+
+        Returns:
+            for each pass, a mask [C, B, H] for each hidden layer.
+        """
         critics, device = self.critics, self.log_alpha.device
         if critics.dropout == 0 or not critics.hidden_sizes:
             return [[] for _ in range(passes)]

@@ -14,11 +14,11 @@ class DroQArgs(EntropyArgs):
     # temperature of 1, which one update a step takes thousands of steps to bring down. HalfCheetah-v4 at step 8 000:
     # -32 as there, 1 167 from 0.1, 3 190 from 0.1 and after 1 000 steps (training episodes, a single seed)
     learning_starts: int = arg(
-        1_000, "environment steps over all ranks, with random actions, before the first update; at least a batch"
+        1_000, "random environment steps over all ranks before the first update; at least a batch"
     )
-    alpha: float = arg(0.1, "entropy temperature: the first one if --autotune, else the only one")
+    alpha: float = arg(0.1, "entropy temperature α: initial with --autotune, else constant")
     replay_ratio: float = arg(20.0, "critic updates per environment step, over all environments and ranks")
-    dropout: float = arg(0.01, "share of the critics' hidden units that each update drops", "networks")
+    dropout: float = arg(0.01, "dropout: share of the critics' hidden units set to zero", "networks")
     layer_norm: bool = arg(True, "normalise the critics' hidden layers", advanced=True)
     q_lr: float = arg(3e-4, "Adam's learning rate for the critics")
 

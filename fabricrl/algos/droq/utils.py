@@ -1,4 +1,4 @@
-"""What evaluation needs of DroQ."""
+"""Names that evaluate.py looks for, of DroQ."""
 
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.sac.utils import make_policy

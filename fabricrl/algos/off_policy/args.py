@@ -26,40 +26,42 @@ class OffPolicyArgs(StandardArgs):
     env_id: str = arg("Pendulum-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
     vectorization: Literal["auto", "sync", "async", "envpool"] = arg(
         "auto",
-        "sync: one process steps all; async: a process each; envpool: C++ threads, by the extra of that name; "
+        "sync: one process steps all; async: a process each; envpool: C++ threads, needs the extra of that name; "
         "auto: the faster of sync and async",
     )
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
     num_threads: int | None = arg(
-        None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Beside other work take 1"
+        None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Use 1 beside other work"
     )
-    buffer_size: int = arg(1_000_000, "transitions that a rank keeps, over its environments", "replay")
+    buffer_size: int = arg(1_000_000, "transitions that each rank keeps", "replay")
     learning_starts: int = arg(
-        5_000, "environment steps over all ranks, with random actions, before the first update; at least a batch"
+        5_000, "random environment steps over all ranks before the first update; at least a batch"
     )
-    batch_size: int = arg(256, "transitions that a rank draws per update")
+    batch_size: int = arg(256, "transitions per update, on each rank")
     replay_ratio: float = arg(1.0, "critic updates per environment step, over all environments and ranks")
-    n_step: int = arg(1, "rewards summed into a transition's return, without correction for the policy they came from")
+    n_step: int = arg(1, "rewards summed into a transition's return, without off-policy correction")
     implicit_next_obs: bool = arg(
         False,
-        "do not store next observations but read them from the step after: takes less, half where they are large",
+        "read next observations from the step after instead of storing them: up to half the memory",
         advanced=True,
     )
     buffer_memmap: bool = arg(
-        False, "keep the buffer in a file of the run folder, for one larger than memory", advanced=True
+        False,
+        "keep the buffer in a temporary memory-mapped file in the run folder, for one larger than memory",
+        advanced=True,
     )
     checkpoint_buffer: bool = arg(
         True,
-        "store the buffer in checkpoints; without it a resumed run first refills one, --learning-starts steps",
+        "save the buffer in checkpoints; without it, a resumed run first plays --learning-starts steps to fill one",
         advanced=True,
     )
     allow_empty_buffer: bool = arg(
         False,
-        "resume with an empty buffer where the checkpoint's is missing or does not fit, and refill it first",
+        "if the checkpoint's buffer is missing or does not fit, resume with an empty one and fill it first",
         advanced=True,
     )
     gamma: float = arg(0.99, "discount γ")
-    norm_obs: bool = arg(False, "normalise observations by running mean and deviation")
+    norm_obs: bool = arg(False, "normalise observations by their running mean and deviation")
     hidden_sizes: tuple[int, ...] = arg(
         (256, 256), "widths of the hidden layers of actor and critics, such as 256 256; none: linear", "networks"
     )
@@ -67,7 +69,7 @@ class OffPolicyArgs(StandardArgs):
     num_critics: int = arg(2, "critics of the ensemble", advanced=True)
     policy_lr: float = arg(3e-4, "Adam's learning rate for actor and temperature", "update")
     q_lr: float = arg(1e-3, "Adam's learning rate for the critics")
-    tau: float = arg(0.005, "share of the critics that moves into their targets at each update of those")
+    tau: float = arg(0.005, "τ: step of the target critics towards the critics at each of their updates")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,10 +111,10 @@ class OffPolicyArgs(StandardArgs):
 class EntropyArgs(OffPolicyArgs):
     """The temperature of an algorithm that rewards entropy."""
 
-    alpha: float = arg(1.0, "entropy temperature: the first one if --autotune, else the only one", "update")
+    alpha: float = arg(1.0, "entropy temperature α: initial with --autotune, else constant", "update")
     autotune: bool = arg(True, "learn the temperature so that the policy's entropy approaches the target")
     target_entropy: float | None = arg(
-        None, "entropy that the temperature aims at, of actions in [-1, 1]; None: minus their number"
+        None, "entropy that the temperature aims at, of actions in [-1, 1]; None: minus the number of actions"
     )
 
     def __post_init__(self) -> None:

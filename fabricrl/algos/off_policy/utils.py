@@ -1,4 +1,4 @@
-"""What off-policy algorithms share: their replay buffers, and when updates are due."""
+"""Replay buffers of off-policy algorithms, and the schedule of their updates."""
 
 import sys
 from fractions import Fraction
@@ -20,7 +20,7 @@ from fabricrl.utils.utils import require
 
 
 def make_schedule(run: Run) -> "UpdateSchedule":
-    """When updates are due.
+    """Makes the schedule of updates.
 
     Raises:
         ConfigError: learning would never start, or the buffers of this machine's ranks do not fit into its memory.
@@ -42,7 +42,7 @@ def make_buffer(run: Run, folder: Path | None = None) -> ReplayBuffer:
     """The replay buffer of this rank; rank 0 prints what it takes. `folder`: the run's, where another rank has made it.
 
     Raises:
-        ConfigError: there is no room for it.
+        ConfigError: it does not fit into memory or onto the disk.
     """
     args, folder = run.args, (folder or run.folder) if run.args.buffer_memmap else None
     shape = args.buffer_size, args.num_envs, run.obs_space, int(np.prod(run.action_space.shape))
@@ -114,7 +114,7 @@ def load_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, fabric: Fab
 
 
 class UpdateSchedule:
-    """Which critic updates are due: exactly `replay_ratio` times the steps since learning started, resumed or not.
+    """Critic updates that are due: exactly `replay_ratio` times the steps since learning started, resumed or not.
 
     Attributes:
         starts: environment steps, over all ranks, after which updates are due.
@@ -135,7 +135,7 @@ class UpdateSchedule:
         require(int(self.ratio * steps) > 0, "replay_ratio", args.replay_ratio, allowed)
 
     def explores(self, step: int) -> bool:
-        """Whether actions are drawn uniformly: before a policy has learned anything."""
+        """Tells if actions are drawn uniformly: before the first update."""
         return self.done == 0 and step < self.starts
 
     def take(self, step: int) -> tuple[int, int]:

@@ -69,7 +69,7 @@ class PPOAgent(nn.Module):
         return obs if self.obs_normalizer is None else normalized(self.obs_normalizer, obs)
 
     def features(self, inputs: Tensor) -> Tensor:
-        """What actor and critic see of prepared observations."""
+        """Inputs of actor and critic, from prepared observations."""
         return inputs if self.encoder is None else self.encoder(inputs)
 
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:

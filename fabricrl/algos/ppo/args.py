@@ -61,46 +61,46 @@ class PPOArgs(StandardArgs):
     num_envs: int = arg(4, "environments per rank")
     total_timesteps: int = arg(500_000, "environment steps over all environments and ranks, in whole iterations")
     noop_max: int = arg(
-        0, "Atari: up to so many steps without action begin an episode", "images and Atari", advanced=True
+        0, "Atari: an episode begins with up to this many steps without action", "images and Atari", advanced=True
     )
     life_loss: bool = arg(
-        False, "Atari: what is learned ends with each life, and the episode with the game", advanced=True
+        False, "Atari: treat the loss of a life as the end of an episode; logs count whole games", advanced=True
     )
-    grayscale: bool = arg(False, "images without colour", advanced=True)
-    resize: int | None = arg(None, "height and width that images are brought to; None: left as they are", advanced=True)
-    frame_stack: int = arg(1, "observations with images are seen together with those before, so many in all")
+    grayscale: bool = arg(False, "turn images grey", advanced=True)
+    resize: int | None = arg(
+        None, "resize images to this height and width; None: leave them as they are", advanced=True
+    )
+    frame_stack: int = arg(1, "number of stacked frames, for observations with images")
     preset: Literal["classic", "mujoco", "atari"] = arg(
         "classic", "defaults for a family of tasks; --help --preset mujoco shows those of mujoco", "rollout and returns"
     )
     num_steps: int = arg(128, "steps of each environment per iteration")
     gamma: float = arg(0.99, "discount γ")
     gae_lambda: float = arg(0.95, "λ of generalised advantage estimation")
-    bootstrap_truncated: bool = arg(
-        True, "add γ V(final observation) where a time limit, not the task, ended an episode", advanced=True
-    )
-    norm_obs: bool = arg(False, "normalise observations by running mean and deviation")
-    clip_reward: bool = arg(
-        False, "learn from the sign of each reward; the log tells the rewards themselves", advanced=True
-    )
+    bootstrap_truncated: bool = arg(True, "bootstrap truncated episodes with γ V(final observation)", advanced=True)
+    norm_obs: bool = arg(False, "normalise observations by their running mean and deviation")
+    clip_reward: bool = arg(False, "learn from the sign of each reward; logs show the unclipped rewards", advanced=True)
     norm_reward: bool = arg(False, "divide rewards by the running deviation of the discounted return")
     hidden_sizes: tuple[int, ...] = arg(
         (64, 64), "widths of the hidden layers of actor and critic, such as 64 64; none: linear", "networks"
     )
     activation: Literal["tanh", "relu", "elu", "silu"] = arg("tanh", "activation of the hidden layers", advanced=True)
-    cnn_features: int = arg(512, "width of the layer that ends the encoder of each image", advanced=True)
+    cnn_features: int = arg(512, "width of the last layer of each image encoder", advanced=True)
     log_std_init: float = arg(0.0, "initial logarithm of the standard deviation of Box actions", advanced=True)
     learning_rate: float = arg(2.5e-4, "Adam's learning rate", "update")
-    anneal_lr: bool = arg(True, "learning rate falls linearly to zero over the run")
+    anneal_lr: bool = arg(True, "let the learning rate fall linearly to zero over the run")
     num_minibatches: int = arg(4, "minibatches per epoch, on each rank")
     update_epochs: int = arg(4, "passes over each rollout")
     norm_adv: bool = arg(True, "normalise advantages in each minibatch, over all ranks", advanced=True)
-    clip_coef: float = arg(0.2, "ε: ratios are clipped to 1 ± ε")
-    anneal_clip: bool = arg(False, "ε falls linearly to zero over the run", advanced=True)
-    clip_vloss: bool = arg(True, "clip the change of the value by ε as well", advanced=True)
+    clip_coef: float = arg(0.2, "ε: clip ratios to 1 ± ε")
+    anneal_clip: bool = arg(False, "let ε fall linearly to zero over the run", advanced=True)
+    clip_vloss: bool = arg(True, "clip the change of the value to ±ε as well", advanced=True)
     ent_coef: float = arg(0.01, "weight of the entropy bonus")
-    anneal_ent: bool = arg(False, "the weight of the entropy bonus falls linearly to zero over the run", advanced=True)
+    anneal_ent: bool = arg(
+        False, "let the weight of the entropy bonus fall linearly to zero over the run", advanced=True
+    )
     vf_coef: float = arg(0.5, "weight of the value loss", advanced=True)
-    max_grad_norm: float = arg(0.5, "gradients are clipped to this norm; 0: they are not", advanced=True)
+    max_grad_norm: float = arg(0.5, "clip gradients to this norm; 0: do not", advanced=True)
     target_kl: float | None = arg(
         None, "stop the epochs of an iteration once the approximate KL divergence passes this"
     )

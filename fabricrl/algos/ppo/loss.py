@@ -69,6 +69,6 @@ def clip_fraction(logratio: Tensor, clip_coef: Any, weights: Tensor | None = Non
 
 @torch.no_grad()
 def policy_metrics(logratio: Tensor, clip_coef: Any, weights: Tensor | None = None) -> Tensor:
-    """How far the policy has moved: the mean of −log r, its `approx_kl`, and its `clip_fraction`; [3]."""
+    """Measures of how far the policy has moved: the mean of −log r, `approx_kl`, and `clip_fraction`; [3]."""
     kl, clipfrac = approx_kl(logratio, weights), clip_fraction(logratio, clip_coef, weights)
     return torch.stack((-mean(logratio, weights), kl, clipfrac))

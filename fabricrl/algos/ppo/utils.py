@@ -1,4 +1,4 @@
-"""What evaluation needs of PPO."""
+"""Names that evaluate.py looks for, of PPO."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["ACTION_SPACES", "make_agent", "make_policy"]  # what evaluate.py loo
 
 
 class FrameStack:
-    """What an agent sees of the observations that it is shown one by one: the last S of the episode, or the last."""
+    """Stacks observations that come one by one: the last S of the episode, or the newest alone if S is 1."""
 
     def __init__(self, agent: Any) -> None:
         self.depth, self.dtype = agent.frame_stack, agent.obs_dtype

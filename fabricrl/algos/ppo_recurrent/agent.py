@@ -102,7 +102,7 @@ class RecurrentPPOAgent(nn.Module):
         return obs if self.obs_normalizer is None else normalized(self.obs_normalizer, obs)
 
     def features(self, obs: Tensor) -> Tensor:
-        """What the cores see of prepared observations."""
+        """Inputs of the cores, from prepared observations."""
         return obs if self.encoder is None else self.encoder(obs)
 
     def inputs(self, features: Tensor, previous: Tensor) -> Tensor:
@@ -110,11 +110,11 @@ class RecurrentPPOAgent(nn.Module):
         return torch.cat((features, previous), -1) if self.num_prev else features
 
     def previous(self, memory: Tensor) -> Tensor:
-        """The part of memories [*, M] that the cores are told: the action and the reward before, as far as wanted."""
+        """Part of memories [*, M] that holds the previous action and reward, if the cores take them."""
         return memory[..., : self.num_prev]
 
     def states(self, memory: Tensor) -> Tensor:
-        """The part of memories [*, M] that is the cores'."""
+        """Part of memories [*, M] that holds the cores' states."""
         return memory[..., self.num_prev :]
 
     def act(self, obs: Tensor, memory: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,12 @@ class RecurrentPPOArgs(PPOArgs):
     rnn_type: Literal["lstm", "gru"] = arg("lstm", "kind of the recurrent core", "memory")
     rnn_hidden_size: int = arg(64, "width of the core")
     rnn_layers: int = arg(1, "layers of the core", advanced=True)
-    shared_core: bool = arg(False, "one core for actor and critic, in place of one each", advanced=True)
+    shared_core: bool = arg(False, "share one core between actor and critic", advanced=True)
     encoder_sizes: tuple[int, ...] = arg(
-        (), "widths of the layers before the core; none: it takes the observation", advanced=True
+        (), "widths of the layers before the core; none: the core takes the observation", advanced=True
     )
-    prev_action: bool = arg(False, "tell the core the action before, discrete ones as one-hot", advanced=True)
-    prev_reward: bool = arg(False, "tell the core the reward before, as the environment gave it", advanced=True)
+    prev_action: bool = arg(False, "feed the previous action to the core, discrete ones as one-hot", advanced=True)
+    prev_reward: bool = arg(False, "feed the previous reward to the core, as the environment gave it", advanced=True)
     sequence_length: int = arg(128, "longest sequence of steps that gradients flow through")
 
     def __post_init__(self) -> None:

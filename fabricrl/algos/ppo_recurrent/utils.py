@@ -1,4 +1,4 @@
-"""What evaluation needs of recurrent PPO."""
+"""Names that evaluate.py looks for, of recurrent PPO."""
 
 from collections.abc import Callable
 from typing import Any

@@ -12,7 +12,7 @@ class SACArgs(EntropyArgs):
 
     policy_frequency: int = arg(
         2,
-        "updates of actor and temperature come every so many critic updates, and then as many at once",
+        "critic updates per actor update; the actor and the temperature then take as many steps",
         "update",
         advanced=True,
     )
@@ -29,6 +29,6 @@ class SACDecoupledArgs(DecoupledArgs, SACArgs):
     """SAC's arguments; environments, buffer and batch are the player's and the trainers' together."""
 
     exp_name: str = arg("sac_decoupled", "name of the run", "run, logging and checkpoints")
-    num_envs: int = arg(1, "environments, all of them the player's; the trainers share what they bring")
-    buffer_size: int = arg(1_000_000, "transitions that the trainers keep together", "replay")
-    batch_size: int = arg(256, "transitions that the trainers draw together per update")
+    num_envs: int = arg(1, "environments, all of them the player's; trainers share their steps")
+    buffer_size: int = arg(1_000_000, "transitions that all trainers keep together", "replay")
+    batch_size: int = arg(256, "transitions per update, of all trainers together")

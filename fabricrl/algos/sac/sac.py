@@ -50,7 +50,7 @@ def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: ReplayBuffer, explo
 
 
 class Learner(NamedTuple):
-    """What learns: the networks as Fabric has wrapped them, and their optimizers."""
+    """The networks as Fabric has wrapped them, and their optimizers."""
 
     agent: SACAgent
     actor: nn.Module

@@ -103,7 +103,7 @@ def make_messages(learner: Learner, run: Run, count: int, args: SACDecoupledArgs
 
 
 class NewestStep(ReplayBuffer):
-    """What the player keeps: the step that it is about to send.
+    """The step that the player is about to send, in place of a replay buffer.
 
     Attributes:
         newest: actions [N, A] and what `envs.step` answered.
@@ -117,7 +117,7 @@ class NewestStep(ReplayBuffer):
 
 
 def shares(actions: np.ndarray, step: tuple, normalizer: Any, count: int) -> list[dict[str, Tensor]]:
-    """What each trainer gets to know of a step: that of its environments, side by side, and the normaliser."""
+    """The parts of a step for each trainer: its environments side by side, and the normaliser."""
     obs, rewards, terminated, truncated, infos = step
     final_obs = np.zeros_like(obs)
     for env in np.flatnonzero(terminated | truncated):
@@ -227,7 +227,7 @@ def start(trainers: Trainers, folder: Path, obs: np.ndarray) -> bool:
 
 
 def hand_over(learner: Learner) -> dict[str, Tensor]:
-    """What a checkpoint holds that the player lacks, for [O]: critics, targets, and the optimizers' moments."""
+    """Collects for [O] what the player lacks for a checkpoint: critics, targets, and the optimizers' moments."""
     stored = {"critics": learner.q_optimizer.flat.vector}
     stored["target_critics"] = parameters_to_vector(learner.agent.target_critics.parameters()).detach()
     for name in OPTIMIZERS:
@@ -238,7 +238,7 @@ def hand_over(learner: Learner) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def take_over(learner: Learner, stored: Packet) -> None:
-    """What the first trainer has handed over, into the player's."""
+    """Loads into the player's what the first trainer has handed over."""
     learner.q_optimizer.flat.vector.copy_(stored["critics"])
     targets = stored["target_critics"].clone().to(learner.agent.log_alpha.device)
     vector_to_parameters(targets, learner.agent.target_critics.parameters())
@@ -325,7 +325,7 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
 
 
 def report(channel: Channel, signal: int, metrics: dict[str, Tensor]) -> dict[str, Any]:
-    """What [W] tells besides weights; losses as sums and counts, if there are any."""
+    """The contents of [W] besides weights; losses as sums and counts, if there are any."""
     waited, passed = channel.lap()
     told = {"code": 0, "signal": signal, "waited": waited, "passed": passed, "noted": len(metrics)}
     if not metrics:

@@ -1,4 +1,4 @@
-"""What evaluation needs of SAC."""
+"""Names that evaluate.py looks for, of SAC."""
 
 from collections.abc import Callable
 
