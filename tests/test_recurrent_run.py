@@ -395,11 +395,12 @@ def test_greedy_results_equal_a_loop_written_by_hand(cartpole: Finished) -> None
     assert len(set(returns)) > 1, "all episodes alike: nothing is compared"
     assert returns != forgetful, "whether episodes begin without memory makes no difference"
     result = played(cartpole.checkpoint, "--episodes", 7, "--num-envs", 3, "--seed", 50)["greedy"]
-    assert result == {
+    expected = {
         "return_mean": np.mean(returns), "return_std": np.std(returns), "return_min": min(returns),
         "return_max": max(returns), "length_mean": np.mean(returns), "length_std": np.std(returns),
         "length_min": min(returns), "length_max": max(returns), "episodes": 7,
     }  # fmt: skip
+    assert result == pytest.approx(expected)
 
 
 def test_both_modes_are_played_and_play_the_same_when_repeated(cartpole: Finished) -> None:
@@ -447,7 +448,11 @@ def test_every_tag_of_the_design_is_logged_and_checkpoints_are_written_as_often_
     assert saved_steps(cartpole.folder) == [2048, 4096, 6144]
     scalars = logged(cartpole.folder)
     for tag in TAGS:
-        assert [step for step, _ in scalars[tag]] == list(range(512, 6145, 512)), tag
+        steps = [step for step, _ in scalars[tag]]
+        if tag.startswith("charts/episodic"):  # where one has ended
+            assert set(range(512, 2049, 512)) <= set(steps) <= set(range(512, 6145, 512))
+        else:
+            assert steps == list(range(512, 6145, 512)), tag
         assert all(math.isfinite(value) for _, value in scalars[tag]), tag
     shares = [values for tag, values in scalars.items() if tag.startswith("time/")]
     for entry in zip(*shares, strict=True):

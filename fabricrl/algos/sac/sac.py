@@ -151,8 +151,6 @@ def main() -> int:
         step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
 
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
-
-        # --- Buffer
         restore_replay(run, rb, schedule)
 
         # --- Start
