@@ -24,6 +24,7 @@ from tests.pixel_envs import Catch
 MOST = 15  # lines
 
 IMPORTS = "import torch\nfrom gymnasium"
+ENVS = "from fabricrl.envs import rescale_actions\n"
 AGENT = "        agent = make_agent(args, envs)\n"
 CRITICS = """\
         agent.critics = {}
@@ -31,7 +32,7 @@ CRITICS = """\
 """
 QUANTILES = [
     (IMPORTS, f"import copy\n{IMPORTS}"),
-    ("from fabricrl.utils.model ", "from fabricrl.models.models import MLP\nfrom fabricrl.utils.model "),
+    (ENVS, f"{ENVS}from fabricrl.models.models import MLP\n"),
     (
         "class Learner",
         """\
@@ -68,10 +69,7 @@ class Learner""",
 ]
 ENCODER = [
     (IMPORTS, f"import copy\n{IMPORTS}"),
-    (
-        "from fabricrl.utils.model ",
-        "from fabricrl.models.models import MLP, EnsembleMLP, make_encoder\nfrom fabricrl.utils.model ",
-    ),
+    (ENVS, f"{ENVS}from fabricrl.models.models import MLP, EnsembleMLP, make_encoder\n"),
     (
         "class Learner",
         """\

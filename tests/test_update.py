@@ -31,6 +31,7 @@ from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import Batch, minibatches, shuffled
+from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.recording import recording
 from fabricrl.utils.update import Runner
@@ -396,6 +397,16 @@ def test_the_graph_that_stands_in_notices_what_goes_stale_and_what_asks_for_a_va
     assert recorded(torch.full((1,), 5.0)).item() == 10.0  # the number that was there when it was captured
     with pytest.raises(RuntimeError, match="not permitted"):
         record(lambda x: x * x.sum().item())(torch.ones(1))
+
+
+def test_a_parameter_of_two_optimizers_is_refused_rather_than_moved_where_nobody_looks() -> None:
+    module = nn.Linear(2, 1)
+    optimizers = [Adam(module.parameters(), RATE), Adam(module.parameters(), RATE)]
+    with (
+        pytest.raises(ConfigError, match="belongs to two optimizers"),
+        Runner(True, False, [module], optimizers).rehearsal(),
+    ):
+        pass
 
 
 def test_nothing_is_recorded_unless_it_is_asked_for() -> None:
