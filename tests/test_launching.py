@@ -464,7 +464,7 @@ PPO_DECOUPLED, SAC = "fabricrl.algos.ppo.ppo_decoupled", "fabricrl.algos.sac.sac
 
 @pytest.mark.parametrize("prepare", [as_srun, as_nodes])
 def test_a_trainer_of_another_node_whose_parameters_overflow_says_so(prepare: Any, tmp_path: Path) -> None:
-    flags = ["--num-nodes", 2, "--num-envs", 2, "--num-steps", 16, "--learning-rate", 1e38, "--log-dir", tmp_path]
+    flags = ["--num-nodes", 2, "--num-envs", 2, "--num-steps", 16, "--learning-rate", 1e30, "--log-dir", tmp_path]
     if prepare is as_nodes:
         flags += ["--node-rank", "{rank}", "--main-port", free_port()]
     ended = run_team(PPO_DECOUPLED, *flags, folder=tmp_path, code=5, prepare=prepare)
