@@ -247,7 +247,7 @@ def require_widths(args: StandardArgs, *names: str) -> None:
 
 
 def require_memory(flags: str, what: str, num_bytes: int) -> None:
-    """Raises ConfigError, with the figures, if what takes so many bytes at least does not fit into this machine."""
+    """Raises ConfigError, with the figures, if something of `num_bytes` or more does not fit into memory."""
     if num_bytes > (free := available_memory()):
         raise ConfigError(
             f"{flags}: the memory that is free, {free / GIB:.2f} GiB, is too little for {what}, "
@@ -261,7 +261,7 @@ def num_weights(inputs: int, *sizes: int) -> int:
 
 
 def check_types(args: StandardArgs) -> None:
-    """Raises ConfigError unless each argument is of its type, whoever has made it: a checkpoint can say anything."""
+    """Raises ConfigError unless each argument has its declared type: a checkpoint can hold anything."""
     for name, hint in _hints(type(args)).items():
         value = getattr(args, name)
         require(_fits(value, hint), name, repr(value), _in_words(hint))
@@ -438,7 +438,7 @@ def _sections(kind: type[StandardArgs], defaults: dict[str, Any], advanced: bool
 
 
 def _complain(text: str) -> NoReturn:
-    """One line out of tyro's box: what is wrong, and the flag that was probably meant."""
+    """Raises ConfigError with one line out of tyro's box: the mistake, and the flag that was probably meant."""
     boxed = "╭" in text  # elsewhere, on terminals without such characters, a title and a rule come first
     lines = [line.strip("│ ") for line in text.splitlines() if line.strip() and line[0] not in "╭╰"]
     lines = lines if boxed else lines[2:]

@@ -130,7 +130,7 @@ class RolloutBuffer:
 
     @property
     def dones(self) -> Tensor:
-        """[T, N], bool: where what is learned from one step does not reach the next."""
+        """[T, N], bool: steps across which no return and no advantage flows."""
         return self.terminated | self.truncated | self.skipped
 
     def counts(self, device: torch.device) -> Tensor | None:

@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 def check_memory(num_bytes: int, count: int, implicit_next: bool) -> None:
-    """Raises ConfigError, with the figures, unless `count` replay buffers of so many bytes fit into this machine."""
+    """Raises ConfigError, with the figures, unless `count` replay buffers of this size fit into memory."""
     free = available_memory()
     if num_bytes * count > free:
         need = f"{count} × {num_bytes / GIB:.2f} GiB" if count > 1 else f"{num_bytes / GIB:.2f} GiB"

@@ -517,7 +517,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def go_without(call: str, path: Path, loss: str) -> None:
-    """Warns, once in a run for each call, that a file system lacks it, and of what is lost by that."""
+    """Warns once per run and call that the file system lacks it, and of the loss."""
     first = not (
         torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
     )

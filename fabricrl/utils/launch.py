@@ -124,7 +124,7 @@ def _options(args: Any) -> dict[str, Any]:
 
 
 def keep_memory() -> None:
-    """Has glibc keep what is freed, instead of asking the kernel for it page by page again.
+    """Makes glibc keep freed memory instead of asking the kernel for it again, page by page.
 
     Each minibatch of images frees and takes some hundred megabytes: this is a tenth to a fourth of its time.
     """

@@ -161,7 +161,7 @@ class RunFolder:
         self._logger = None
 
     def _upload(self) -> None:
-        """Sends the run's folder to a model repository named after environment and run; a failure is told, no more."""
+        """Sends the run's folder to a model repository named after environment and run; a failure is only reported."""
         from huggingface_hub import HfApi
 
         name = "-".join(self.folder.parts[-2:])

@@ -100,7 +100,7 @@ def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: An
 
 
 def load_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, fabric: Fabric) -> None:
-    """This rank's environments out of a checkpoint, which as many ranks may have stored, or others.
+    """Loads this rank's environments from a checkpoint of as many ranks, or of another number.
 
     Raises:
         CheckpointError: a part is missing, or of another layout.
