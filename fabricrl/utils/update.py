@@ -70,9 +70,7 @@ class Runner:
         for optimizer in self._optimizers:
             optimizer.follow()
         if not all(optimizer.flat.is_joined for optimizer in self._optimizers):  # each has taken it from the other
-            raise ConfigError(
-                "a parameter belongs to two optimizers: such an update cannot be compiled or captured"
-            )
+            raise ConfigError("a parameter belongs to two optimizers: such an update cannot be compiled or captured")
         tensors = [tensor for optimizer in self._optimizers for tensor in optimizer.tensors()]
         tensors += [tensor for module in self._modules for tensor in (*module.parameters(), *module.buffers())]
         before = [tensor.detach().clone() for tensor in tensors]
