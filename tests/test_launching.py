@@ -475,7 +475,7 @@ def test_a_trainer_of_another_node_whose_parameters_overflow_says_so(prepare: An
 def without_memory(rank: int) -> None:
     as_srun(rank)
     if rank == 1:
-        from fabricrl.algos.sac import utils
+        from fabricrl.algos.off_policy import utils
 
         mock.patch.object(utils, "check_memory", side_effect=ConfigError("node 1 has too little memory")).start()
 

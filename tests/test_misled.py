@@ -167,7 +167,7 @@ def test_a_name_that_a_package_has_not_is_no_missing_package(tmp_path: Path, mon
     assert "not here" not in message
 
 
-@pytest.mark.parametrize("env_id", ["Target-v0", "Warehouse-v0", "MyEnv-v3"])
+@pytest.mark.parametrize("env_id", ["Target-v0", "Depot-v0", "MyEnv-v3"])
 def test_an_id_without_its_module_is_told_how_to_name_one(env_id: str) -> None:
     message = complaint(env_id)
     assert f"as my_envs:{env_id}" in message

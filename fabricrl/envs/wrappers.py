@@ -15,6 +15,7 @@ from gymnasium.spaces import Dict, flatdim, flatten
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 from numpy import ndarray
 
+from fabricrl.envs.guard import Timeout
 from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
 from fabricrl.envs.values import INTERFACE, NUMBERS, Observation, as_array, flag, number
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
@@ -253,14 +254,14 @@ class NameFailures(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         try:
             obs, _ = self.env.reset(seed=seed, options=options)
-        except (Exception, SystemExit) as error:  # an environment does not end a run quietly; Ctrl-C does
+        except (Exception, SystemExit, Timeout) as error:  # an environment does not end a run quietly; Ctrl-C does
             raise self._named("reset", error) from error
         return obs, {}
 
     def step(self, action: Any) -> tuple:
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, Timeout) as error:
             raise self._named("step", error) from error
         # What an environment tells besides is for people: names such as `final_obs` mean something to buffers
         told = {"life_lost": info["life_lost"]} if self._tells_lives else {}
