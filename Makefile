@@ -35,8 +35,9 @@ $(VENV)/.done: pyproject.toml
 train: setup
 	$(BIN)/python fabricrl/algos/ppo/ppo.py --env-id CartPole-v1 $(ARGS)
 
+# Three files at a time: many tests wait for processes to end
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
