@@ -35,9 +35,8 @@ $(VENV)/.done: pyproject.toml
 train: setup
 	$(BIN)/python fabricrl/algos/ppo/ppo.py --env-id CartPole-v1 $(ARGS)
 
-# Three files at a time: many tests wait for processes to end
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .

@@ -108,7 +108,7 @@ def test_no_simulator_outlives_its_environment(
     envs.close()
     assert noted(tmp_path, "closed") == noted(tmp_path, "started")
     assert not any(alive(pid) for pid in simulators)
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 9  # a grace of seconds, not the ten of those that are given time
     problem = {"raise": "failed in close: RuntimeError: not connected", "hang": "has not returned from close for 0.5"}
     assert problem.get(close, "") in (told := capsys.readouterr().err)
     assert told.count("\n") == (close in problem)
@@ -245,7 +245,7 @@ def test_a_worker_that_was_stopped_is_named_and_does_not_stay(build: Callable, t
         envs.step(ACTIONS)
     begin = time.monotonic()
     envs.close()
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 9  # a grace of seconds, not the ten of those that are given time
     assert not any(alive(int(one)) for one in [pid, *noted(tmp_path, "started")])
     assert len(noted(tmp_path, "closed")) == 1, "the other one was closed"
 
@@ -288,9 +288,9 @@ envs.step(np.zeros(2, np.int64))
 def test_a_hanging_environment_ends_all_ranks_with_code_4_and_one_line(tmp_path: Path) -> None:
     settings = json.dumps({"hang": "step", "only": env_seeds(1, 0, 2)[1], "start": "command"})
     flags = [*SMALL, "--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", settings]
-    flags += ["--vectorization", "async", "--timeout", 0.1, "--log-dir", tmp_path / "logs"]
+    flags += ["--vectorization", "async", "--timeout", 0.5, "--log-dir", tmp_path / "logs"]
     ended = run_team(ppo_decoupled.__name__, *flags, folder=tmp_path, code=4)
-    text = "error: environment 1 failed in step: it has not returned for 3 seconds (see --timeout)"
+    text = "error: environment 1 failed in step: it has not returned for 15 seconds (see --timeout)"
     assert ended.errors == [text], "half of the time: no rank gives up on another before"
 
 
