@@ -542,7 +542,7 @@ def assert_newest_loads(algo: str, tmp_path: Path) -> Path:
 
 
 # Trainers that average something among themselves may not know which of them is gone
-LOST = re.compile(r"error: rank (\d) lost (?:rank (\d): message [A-Z] (?:to|from) it|.+) in iteration (\d+): \S.*")
+LOST = re.compile(r"error: rank (\d) lost (?:rank (\d): message \w+ (?:to|from) it|.+) in iteration (\d+): \S.*")
 
 
 def losses_told(running: Team) -> dict[int, str | None]:

@@ -1,11 +1,12 @@
 """Rollouts, replay, and the batches that are drawn from them."""
 
 from fabricrl.data.batches import minibatches, shuffled, with_moments
-from fabricrl.data.buffers import RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, Stacks
+from fabricrl.data.buffers import NewestStep, RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, Stacks
 from fabricrl.utils.batch import Batch
 
 __all__ = [
     "Batch",
+    "NewestStep",
     "RecurrentRolloutBuffer",
     "ReplayBuffer",
     "RolloutBuffer",

@@ -506,6 +506,39 @@ class ReplayBuffer:
         self._columns["final"][row, env] = slot
 
 
+class NewestStep(ReplayBuffer):
+    """The newest step alone, for who sends it on to those that keep it.
+
+    Attributes:
+        newest: what was added last, by name; after `start`, the observations.
+    """
+
+    def __init__(self, num_envs: int, obs_space: Box, num_actions: int) -> None:
+        super().__init__(num_envs, num_envs, obs_space, num_actions)
+        self.newest: dict[str, Tensor] = {}
+
+    def start(self, obs: np.ndarray) -> None:
+        super().start(obs)
+        self.newest = {"next_obs": self.newest_obs()}
+
+    def add(
+        self,
+        actions: np.ndarray,
+        next_obs: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        infos: dict[str, Any],
+    ) -> None:
+        super().add(actions, next_obs, rewards, terminated, truncated, infos)
+        final_obs = np.zeros_like(self._columns["obs"][self.position])
+        for env, obs in self._ended:
+            final_obs[env] = obs
+        step = {"actions": actions, "rewards": rewards, "terminated": terminated, "truncated": truncated}
+        step |= {"next_obs": self._columns["obs"][self.position], "final_obs": final_obs}
+        self.newest = {name: torch.from_numpy(column) for name, column in step.items()}
+
+
 def _place(record: np.dtype, name: str) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
     """A field's type, where it stands in a record that is looked at as a row of that type, its shape and strides."""
     kind, offset = record.fields[name][:2]  # type: ignore[index]
