@@ -99,7 +99,7 @@ def trainers_on_gpu(rank: int) -> None:
     decoupled.Group = group  # type: ignore[attr-defined,assignment]
 
 
-@pytest.mark.parametrize("algo", ["ppo", "sac"])
+@pytest.mark.parametrize("algo", ["ppo", "ppo_recurrent", "sac", "droq"])
 def test_player_on_the_cpu_and_trainer_on_the_gpu(algo: str, train: Callable[..., Any], tmp_path: Path) -> None:
     main, flags = RUNS[algo]
     here = train(main, *COMMON, *flags, "--checkpoint-every", 32)

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, before_hello, telling
+from fabricrl.algos.droq import droq_decoupled
 from fabricrl.algos.ppo import ppo_decoupled
+from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo_recurrent import ppo_recurrent_decoupled
 from fabricrl.algos.sac import sac_decoupled
 from fabricrl.data import Batch, Stacks
 from fabricrl.utils.decoupled import (
@@ -43,9 +46,11 @@ from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.optimizer import Adam, average_gradients
 from fabricrl.utils.ranks import all_gather, all_max
 from fabricrl.utils.utils import generators
+from tests.conftest import BareRun
 from tests.process import FORKSERVER, LIMIT, call, free_port, load
 
-SCRIPTS: dict[str, Any] = {"ppo": ppo_decoupled, "sac": sac_decoupled}
+SCRIPTS: dict[str, Any] = {"ppo": ppo_decoupled, "ppo_recurrent": ppo_recurrent_decoupled}
+SCRIPTS |= {"sac": sac_decoupled, "droq": droq_decoupled}
 
 # --- Packets
 
@@ -102,7 +107,7 @@ def test_none_arrives_as_none_and_the_next_record_is_whole_again() -> None:
     "other",
     [
         record(table=torch.zeros(3, 2)),
-        record()._replace(batch=Batch(none=torch.zeros(0, 4), actions=torch.zeros(5, 1))),
+        record()._replace(batch=Batch(none=torch.zeros(0, 4))),
         record()._replace(parts={}),
     ],
 )
@@ -418,6 +423,22 @@ def test_everything_that_training_changes_comes_back_for_a_checkpoint_and_weight
         assert own.flat.steps.tolist() == [1, 1]
 
 
+def test_weights_reach_a_policy_that_has_moved_since_its_optimizer_was_made() -> None:
+    """As to a GPU, where it gets parameters of its own."""
+    agent = torch.nn.Linear(1, 1)
+    optimizer = Adam(agent.parameters(), 1e-3)
+    messages = Messages(Data(0), (), agent.double(), optimizer)
+    messages.weights.copy_(torch.tensor([5.0, 6.0]))
+    assert (agent.weight.item(), agent.bias.item()) == (5, 6)
+
+
+def test_a_trainer_does_not_ask_where_the_policy_acts_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = BareRun(PPOArgs())
+    monkeypatch.setattr(run, "_faster_device", lambda agent: pytest.fail("it has no environments"))
+    run.fabric = SimpleNamespace(device=torch.device("cuda"))
+    run.restore(agent=torch.nn.Linear(1, 1))
+
+
 def test_generators_are_stored_as_the_coupled_script_stores_those_of_its_ranks() -> None:
     act, _ = generators(3, 0, 64)
     torch.rand(5, generator=act)
@@ -685,7 +706,7 @@ def no_run_in(folder: Path) -> bool:
 def test_what_cannot_be_run_is_told_in_one_line_before_anything_starts(
     algo: str, flags: list[object], words: str, tmp_path: Path
 ) -> None:
-    env = "CartPole-v1" if algo == "ppo" else "Pendulum-v1"
+    env = "CartPole-v1" if "ppo" in algo else "Pendulum-v1"
     with pytest.raises(ConfigError) as caught:
         call(SCRIPTS[algo].main, "--env-id", env, *flags, "--log-dir", tmp_path)
     assert caught.value.exit_code == 2

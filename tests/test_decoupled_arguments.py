@@ -4,12 +4,19 @@ import dataclasses
 
 import pytest
 
+from fabricrl.algos.droq.args import DroQArgs, DroQDecoupledArgs
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs, RecurrentPPODecoupledArgs
 from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
 from fabricrl.utils.errors import ConfigError
 from tests import test_decoupled_run
 
-TWINS = {"ppo": (PPOArgs, PPODecoupledArgs), "sac": (SACArgs, SACDecoupledArgs)}
+TWINS = {
+    "ppo": (PPOArgs, PPODecoupledArgs),
+    "ppo_recurrent": (RecurrentPPOArgs, RecurrentPPODecoupledArgs),
+    "sac": (SACArgs, SACDecoupledArgs),
+    "droq": (DroQArgs, DroQDecoupledArgs),
+}
 # Where tests show what the two do; the others reach the same functions as in the coupled script, whose runs are equal
 OWN = {"max_lag": test_decoupled_run, "timeout": test_decoupled_run}
 

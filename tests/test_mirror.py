@@ -164,10 +164,10 @@ def without(lines: list[str], some: list[str]) -> list[str]:
     return left
 
 
-def test_every_folder_has_a_script_and_every_twin_a_coupled_one() -> None:
+def test_every_folder_has_a_script_and_every_script_its_twin() -> None:
     folders = {path.parent.name for path in ALGOS.glob("*/agent.py")}
     assert folders == {SCRIPTS[name].parent.name for name in COUPLED} >= {"ppo", "sac"}
-    assert {twin.removesuffix("_decoupled") for twin in TWINS} <= set(COUPLED)
+    assert {twin.removesuffix("_decoupled") for twin in TWINS} == set(COUPLED)
 
 
 @pytest.mark.parametrize("name", COUPLED)

@@ -164,7 +164,7 @@ class Packet:
         self._present, *self.tensors = views
 
     def fill(self, record: Any) -> "Packet":
-        """Writes a record into the buffer; its fields have to be those that were declared."""
+        """Writes a record into the buffer, with the fields and shapes, and in the types that were declared."""
         leaves, spec = pytree.tree_flatten(record)
         assert spec == self._spec, f"{self.name} has other fields than declared: {spec}"
         self._present.copy_(torch.tensor([leaf is not None for leaf in leaves]))
