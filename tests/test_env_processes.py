@@ -62,6 +62,12 @@ def noted(folder: Path, what: str) -> list[str]:
 # --- Torch and threads inside
 
 
+def test_processes_of_environments_start_without_torch() -> None:
+    """It takes seconds to import and starts threads, which do not survive the fork of a worker."""
+    ended = run(*PYTHON, "-c", "import sys, fabricrl.envs.workers; print({'torch', 'lightning'} & sys.modules.keys())")
+    assert ended.out == "set()\n", ended.report()
+
+
 def test_environments_that_compute_with_torch_step_in_processes(build: Callable) -> None:
     """Although the script has computed on two threads before, which a forked process does not have."""
     multiply()
