@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.spaces import Space
+from gymnasium.spaces import Box, Space
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fabricrl.envs.backends import DEFAULTS, TIMEOUT, EnvPoolVectorEnv, NativeVectorEnv, check_backend, choose, option
@@ -387,7 +387,7 @@ def check_env(
     render_mode: str | None,
     bounded: bool = False,
     images: bool = False,
-) -> tuple[Space, Space]:
+) -> tuple[Box, Space]:
     """Builds one environment and throws it away, so that mistakes are told before anything starts.
 
     `bounded`: actions must be a Box with finite bounds; `images`: observations may have images.
@@ -415,10 +415,11 @@ def check_env(
             raise ConfigError(f"{args.env_id} cannot be rendered as {render_mode!r}, only as {modes}")
         env = _as_row(args, env)
         space = env.observation_space
+        assert isinstance(space, Box)
         if getattr(args, "norm_obs", False) and isinstance(space, Records) and not space.num_floats:
             raise ConfigError("--norm-obs is set: it is for numbers, and there are only images among the observations")
         check_backend(args, env)
-        return env.observation_space, env.action_space
+        return space, env.action_space
 
 
 def _construct(args: Any, render_mode: str | None = None) -> gym.Env:

@@ -10,6 +10,7 @@ B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a r
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -44,7 +45,7 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
 
 
 @torch.no_grad()
-def shaped_rewards(run: Run, agent: PPOAgent, rb: RolloutBuffer) -> Tensor:
+def shaped_rewards(run: Run, agent: Any, rb: RolloutBuffer) -> Tensor:
     """The rewards that the critic learns, [T, N]: clipped to their sign, or scaled, if that is wanted."""
     rewards = rb.rewards.sign() if run.args.clip_reward else rb.rewards.clone()
     if agent.reward_normalizer is None:
