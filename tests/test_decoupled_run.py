@@ -31,6 +31,7 @@ from fabricrl.data.buffers import record_type
 from fabricrl.utils.checkpoint import load_checkpoint
 from tests.envs import Deterministic
 from tests.process import (
+    FORKED,
     LIMIT,
     PPO_DECOUPLED,
     PYTHON,
@@ -777,7 +778,7 @@ def test_a_launcher_leaves_the_checkpoint_that_forked_ranks_leave(
 def killed(algo: str, rank: int, tmp_path: Path) -> Running:
     """A run that Fabric has launched, of which one rank is killed once it has a checkpoint."""
     script = {"ppo": PPO_DECOUPLED, "sac": SAC_DECOUPLED}[algo]
-    with started(*PYTHON, script, *endless(algo, tmp_path), "--devices", 2) as running:
+    with started(*FORKED, script, *endless(algo, tmp_path), "--devices", 2) as running:
         wait_for(lambda: checkpoints(tmp_path), running)
         os.kill(running.rank_pid(rank), signal.SIGKILL)
         return running.finish(30)

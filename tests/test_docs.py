@@ -25,7 +25,7 @@ from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
 from tests.conftest import Trained
-from tests.process import PYTHON, ROOT, run
+from tests.process import FORKED, ROOT, run
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.relative_to(ROOT): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
@@ -80,7 +80,7 @@ def test_the_environment_of_a_page_trains(page: str, tmp_path: Path) -> None:
     (tmp_path / "my_envs.py").write_text(code)
     (words,) = [words for where, words in commands() if str(where) == page and "my_envs:Target-v0" in words]
     small = ["--total-timesteps", 1024, "--log-dir", tmp_path]
-    ended = run(*PYTHON, ROOT / words[0], *words[1:], *small, cwd=tmp_path)
+    ended = run(*FORKED, ROOT / words[0], *words[1:], *small, cwd=tmp_path)
     assert ended.code == 0, ended.report()
 
 

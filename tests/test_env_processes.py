@@ -25,7 +25,7 @@ from fabricrl.envs import check_env, guard, make_envs, vector
 from fabricrl.utils.errors import EnvError
 from fabricrl.utils.launch import StopSignal
 from fabricrl.utils.utils import env_seeds
-from tests.process import PPO, PYTHON, call, run, run_team, started, wait_for
+from tests.process import FORKED, PPO, PYTHON, call, run, run_team, started, wait_for
 from tests.process_envs import multiply
 
 KINDS = ["sync", "async"]
@@ -174,7 +174,7 @@ def test_simulators_do_not_outlive_a_script_that_is_killed(kind: str, tmp_path: 
     notes.mkdir()
     settings = json.dumps({"start": "command", "close": "leave", "folder": str(notes), "sleep": 0.01})
     flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", settings, "--vectorization", kind]
-    with started(*PYTHON, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs", "--checkpoint-every", 16) as running:
+    with started(*FORKED, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs", "--checkpoint-every", 16) as running:
         wait_for(lambda: list(tmp_path.rglob("step_*.ckpt")), running)
         running.process.kill()
         running.finish(30)  # asserts that no process is left
@@ -185,7 +185,7 @@ def test_simulators_do_not_outlive_a_script_that_is_killed(kind: str, tmp_path: 
 def test_a_thread_that_nobody_ends_does_not_keep_a_run_from_its_end(tmp_path: Path) -> None:
     flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", '{"start": "thread"}']
     flags += ["--vectorization", "sync", "--total-timesteps", 32, "--log-dir", tmp_path]
-    with started(*PYTHON, PPO, *SMALL, *flags) as running:
+    with started(*FORKED, PPO, *SMALL, *flags) as running:
         running.finish(40)
     assert (running.code, running.result["steps"]) == (0, "32")
 
@@ -303,7 +303,7 @@ def test_a_hanging_environment_ends_all_ranks_with_code_4_and_one_line(tmp_path:
 def test_a_second_signal_ends_a_run_whose_environment_hangs(tmp_path: Path) -> None:
     settings = json.dumps({"hang": "step", "only": env_seeds(1, 0, 2)[1], "start": "command", "folder": str(tmp_path)})
     flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", settings, "--vectorization", "sync"]
-    with started(*PYTHON, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs") as running:
+    with started(*FORKED, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs") as running:
         wait_for(lambda: len(noted(tmp_path, "started")) == 3, running)
         time.sleep(1)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -12,7 +12,7 @@ from fabricrl.algos.ppo.ppo import main
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
 from fabricrl.utils.utils import env_seeds
-from tests.process import PPO, PYTHON, call, load, run, run_folder, saved_steps
+from tests.process import FORKED, PPO, call, load, run, run_folder, saved_steps
 
 # An iteration is 2 environments × 16 steps; a checkpoint after each. The fault comes in the third
 SMALL = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 3200]
@@ -99,7 +99,7 @@ def test_an_environment_fails_alike_in_a_process_of_its_own(tmp_path: Path, kind
 def test_a_killed_environment_process_is_named_and_ends_the_run_with_code_4(tmp_path: Path) -> None:
     kwargs = f'{{"kind": "die", "at_step": {AT_STEP}{SECOND}}}'
     flags = ["--env-kwargs", kwargs, "--vectorization", "async", "--log-dir", tmp_path]
-    ended = run(*PYTHON, PPO, *SMALL, *flags)
+    ended = run(*FORKED, PPO, *SMALL, *flags)
     assert ended.code == 4, ended.report()
     assert ended.errors == ["error: env worker 1 died in step (SIGKILL)"]
     assert_last_checkpoint_is_good(tmp_path, [32, 64])
@@ -157,7 +157,7 @@ def test_a_fault_on_one_of_two_ranks_ends_both_with_its_code_and_one_line(
 ) -> None:
     kwargs = f'{{"kind": "{kind}", "at_step": {AT_STEP}, "only_seed": {env_seeds(1, 1, 2)[0]}}}'
     flags = ["--env-kwargs", kwargs, "--devices", 2, "--strategy", "ddp", "--log-dir", tmp_path]
-    ended = run(*PYTHON, PPO, *SMALL, *flags)
+    ended = run(*FORKED, PPO, *SMALL, *flags)
     assert ended.code == code, ended.report()
     assert len(ended.errors) == 1, ended.report()
     assert words in ended.errors[0]
