@@ -34,7 +34,6 @@ from tests.process import (
     FORKED,
     LIMIT,
     PPO_DECOUPLED,
-    PYTHON,
     SAC_DECOUPLED,
     Finished,
     Running,
@@ -752,7 +751,7 @@ def test_arguments_that_do_not_fit_the_ranks_end_all_of_them_with_one_line(
 
 
 LAUNCHES: dict[str, tuple[str, list[object]]] = {
-    "python": ("ppo", [*PYTHON, PPO_DECOUPLED, "--devices", 2]),
+    "python": ("ppo", [*FORKED, PPO_DECOUPLED, "--devices", 2]),
     "lightning run model": ("sac", [command("lightning"), "run", "model", "--accelerator=cpu", "--strategy=ddp",
                                     "--devices=2", SAC_DECOUPLED]),
 }  # fmt: skip

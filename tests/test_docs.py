@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[Any, tuple[object, ...]]] = {
     "ppo": (ppo, SMALL_ROLLOUTS),
     "ppo_recurrent": (ppo_recurrent, SMALL_ROLLOUTS),
     "sac": (sac, SMALL_REPLAY),
-    "droq": (droq, SMALL_REPLAY),
+    "droq": (droq, (*SMALL_REPLAY, "--replay-ratio", 1)),
 }
 
 
@@ -110,9 +110,8 @@ def test_commands_name_scripts_that_exist_and_arguments_that_they_have(page: Pat
 
 
 def test_tables_of_arguments_are_what_the_code_says() -> None:
-    script = [sys.executable, str(ROOT / "docs/generate.py"), "--check"]
-    ended = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, timeout=60)
-    assert ended.returncode == 0, ended.stderr
+    ended = run(*FORKED, ROOT / "docs/generate.py", "--check")
+    assert ended.code == 0, ended.report()
 
 
 def tags(page: str) -> set[str]:
@@ -122,7 +121,7 @@ def tags(page: str) -> set[str]:
 @pytest.mark.parametrize("algo", RUNS)
 def test_each_page_lists_the_metrics_that_its_algorithm_logs(algo: str, train: Callable[..., Trained]) -> None:
     script, small = RUNS[algo]
-    env_id = "Pendulum-v1" if small is SMALL_REPLAY else "CartPole-v1"
+    env_id = "Pendulum-v1" if "--learning-starts" in small else "CartPole-v1"
     every = ("--env-id", env_id, "--logger", "csv", "--log-every", 1, "--num-threads", 1)
     trained = train(script.main, *small, *every)
     assert trained.code == 0, trained.output

@@ -27,6 +27,7 @@ from fabricrl.utils.errors import ConfigError, EnvError, LostPeerError, NonFinit
 from fabricrl.utils.launch import failing_together, launch, own_rank, report
 from tests.conftest import on_ranks
 from tests.process import (
+    FORKED,
     FORKSERVER,
     LAUNCHERS,
     PYTHON,
@@ -368,7 +369,7 @@ def test_gloo_and_nccl_are_kept_on_one_machine_unless_the_user_has_chosen(enviro
 @pytest.mark.skipif(outer_address() is None, reason="this machine has no address but loopback")
 def test_the_ranks_of_two_nodes_listen_at_the_given_address_only(small: str) -> None:
     address = outer_address()
-    words = [*PYTHON, small, "meet", "devices=1", "num_nodes=2", f"main_address={address}", f"main_port={free_port()}"]
+    words = [*FORKED, small, "meet", "devices=1", "num_nodes=2", f"main_address={address}", f"main_port={free_port()}"]
     with (
         started(*words, "node_rank=0") as first,
         started(*words, "node_rank=1") as second,

@@ -1,4 +1,4 @@
-"""What environments return, checked against what their spaces promise and converted to it where nothing is lost."""
+"""Checks that environments return what their spaces promise, and converts it where that loses nothing."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ def number(value: Any, what: str) -> float:
 
 
 def flag(value: Any, what: str) -> bool:
-    """Whether `value` is true; None is not.
+    """Returns True if `value` is true; None is not.
 
     Raises:
         EnvError: there are several values, or it is text.

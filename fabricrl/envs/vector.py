@@ -107,7 +107,7 @@ def _as_row(args: Any, env: gym.Env) -> gym.Env:
 
 
 def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
-    """What comes before observations become one row."""
+    """Preprocesses one environment, up to where observations become one row."""
     repeat, noop_max = option(args, "action_repeat"), option(args, "noop_max")
     if option(args, "mask_velocities"):
         env = MaskVelocities(env)
@@ -308,7 +308,7 @@ class ReportFailures(gym.vector.VectorWrapper):
             warn(problems[0] + (f" ({len(problems) - 1} more likewise)" if problems[1:] else ""))
 
     def _keep(self, started: set[Process]) -> None:
-        """Has what environments started end with this process, too, should that die."""
+        """Ends the processes that environments have started if this process dies."""
         if (self._started or started) and not (self._keeper and started <= self._started):
             self._started |= started
             if self._keeper is not None:
@@ -321,7 +321,7 @@ class ReportFailures(gym.vector.VectorWrapper):
             self._keeper.stop()
 
     def _compare(self, obs: Any) -> None:
-        """Warns of environments that begin alike: they may go on alike, and be no more than one."""
+        """Warns if environments start from equal observations: they may stay equal, and count as one."""
         first: dict[bytes, int] = {}
         for index, row in enumerate(obs):
             other = first.setdefault(row.tobytes(), index)
@@ -351,7 +351,7 @@ _OPEN: set[ReportFailures] = set()
 
 
 def _close_at_exit(envs: ReportFailures) -> None:
-    """Has environments closed when the script is through, before Python waits for threads that they have started."""
+    """Closes environments at the end of the script, before Python waits for threads that they have started."""
     if not _CLOSES:
         _CLOSES.append(True)
         threading._register_atexit(_close_all)  # type: ignore[attr-defined]
@@ -368,7 +368,7 @@ _CLOSES: list[bool] = []
 
 @contextlib.contextmanager
 def _passing(args: Any, make: Callable[[Any], gym.Env]) -> Iterator[gym.Env]:
-    """An environment that is needed for a moment, and of which nothing is left."""
+    """Builds an environment for a moment and leaves nothing of it behind."""
     before = children()
     with generators_kept(), watched(_limit(args), f"an environment of {args.env_id} failed in a trial"):
         env = None
@@ -388,15 +388,15 @@ def check_env(
     bounded: bool = False,
     images: bool = False,
 ) -> tuple[Box, Space]:
-    """Builds one environment and throws it away, so that mistakes are told before anything starts.
+    """Builds one environment and discards it, so that mistakes are reported before anything starts.
 
     `bounded`: actions must be a Box with finite bounds; `images`: observations may have images.
 
     Returns the observation and the action space that `make_envs` will give each environment.
 
     Raises:
-        ConfigError: the environment cannot be had, or has spaces that are not supported, or cannot be rendered, or has
-            no velocities that could be masked.
+        ConfigError: the environment does not exist, has spaces that are not supported, cannot be rendered, or has no
+            velocities to mask.
         EnvError: its constructor raised.
     """
     with _passing(args, _construct) as env:
@@ -452,7 +452,7 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
 
 
 def _make(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
-    """`gym.make`; a constructor without `render_mode` is not given it, and `render` is called all the same."""
+    """Calls `gym.make`, without `render_mode` if the constructor does not take it; `render` is called all the same."""
     mode = kwargs.get("render_mode")
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
@@ -470,14 +470,14 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
 
 
 def _draws_nowhere(env_id: str) -> bool:
-    """Whether this is one of Gymnasium's MuJoCo environments, on Linux without a screen and without a word on how."""
+    """Returns True for Gymnasium's MuJoCo environments on Linux without a screen and without MUJOCO_GL."""
     spec = gym.registry.get(env_id)
     mujoco = spec is not None and str(spec.entry_point).startswith("gymnasium.envs.mujoco")
     return mujoco and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & os.environ.keys()
 
 
 def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
-    """What to tell a user whose environment could not be built."""
+    """Explains to the user why an environment could not be built."""
     text = " ".join(str(error).split())
     missing = error if isinstance(error, ImportError) else error.__cause__
     if isinstance(missing, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
@@ -498,13 +498,13 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
 
 
 def _is_of_the_call(error: BaseException) -> bool:
-    """Whether a constructor could not be called at all, rather than failed; Gymnasium raises it anew."""
+    """Returns True if the constructor rejected its arguments, rather than failed; Gymnasium raises the error anew."""
     frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
     return Path(frames[-1].filename).parent == Path(gym.envs.registration.__file__).parent
 
 
 def _newest(env_id: str) -> str:
-    """The newest version of an environment, if that is another one."""
+    """Names the newest version of an environment, if it is another."""
     name = env_id.rpartition("-v")[0]
     versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == name and spec.version]
     newest = f"{name}-v{max(versions, default=0)}"
@@ -512,7 +512,7 @@ def _newest(env_id: str) -> str:
 
 
 def _nearest(env_id: str) -> str:
-    """What may have been meant by an id that is not known."""
+    """Suggests known ids that resemble an unknown one."""
     if importlib.util.find_spec("ale_py") is not None:
         importlib.import_module("ale_py")  # registers its games
     names = {known.rpartition("/")[2]: known for known in gym.registry} | {known: known for known in gym.registry}
