@@ -365,7 +365,7 @@ class Team:
             rank.join()
 
     def printed(self, kind: str) -> str:
-        """What all ranks have printed, in rank order; kind is out or err."""
+        """Output of all ranks, in rank order; kind is out or err."""
         return "".join((self.folder / f"{kind}.{rank}").read_text() for rank in range(len(self.ranks)))
 
     @property

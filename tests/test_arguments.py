@@ -490,7 +490,7 @@ class FabricStub:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """What Fabric is given for a command line."""
+    """Arguments of Fabric's constructor for a command line."""
     monkeypatch.setattr(launching, "Fabric", FabricStub)
     for name in ("LT_CLI_USED", "LT_ACCELERATOR", "TORCHELASTIC_RUN_ID", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -551,7 +551,7 @@ def test_compile_compiles_the_update(algo: str, run: Train, base: Callable, monk
 
 
 def watched_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often each of the programs ran that a compiler was asked for, which is not called."""
+    """Counts the runs of each program that a compiler was asked for; the compiler itself is not called."""
     calls: list[int] = []
 
     def compile_variant(runner: Runner, function: Callable[..., Any], inputs: list[torch.Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""What `--vectorization` may be: whichever back end steps the environments, what is learned from truly happened."""
+"""Back ends of `--vectorization`: with each of them, a script learns from what truly happened."""
 
 import contextlib
 import csv
@@ -803,7 +803,7 @@ PENDULUM += ["--hidden-sizes", 16, "--replay-ratio", 0.05, "--learning-starts", 
 
 
 def swung(obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """What follows from actions in [-1, 1], by the equation of motion of a rod of length and mass 1 where g is 10."""
+    """Observations after actions in [-1, 1], by the equation of motion of a rod of length and mass 1, g = 10."""
     angle, speed, dt = np.arctan2(obs[:, 1], obs[:, 0]), obs[:, 2], 0.05
     speed = (speed + (15 * np.sin(angle) + 3 * 2 * actions[:, 0]) * dt).clip(-8, 8)
     angle = angle + speed * dt

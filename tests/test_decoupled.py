@@ -1,4 +1,4 @@
-"""What decoupled scripts are made of: packets, messages between ranks, groups of ranks, and orders to them."""
+"""Parts of decoupled scripts: packets, messages between ranks, groups of ranks, and commands to them."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ import torch
 
 from fabricrl.algos.ppo import ppo_decoupled
 from fabricrl.algos.sac import sac_decoupled
-from fabricrl.data import Batch, Stacks
+from fabricrl.data import Batch, StackedFrames
 from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
@@ -99,7 +99,7 @@ def test_fields_do_not_overlap_and_lie_where_their_type_can_be_read() -> None:
 
 
 def test_filling_copies() -> None:
-    """What is sent must not change with what it was made from."""
+    """Messages are copies: they do not change with the tensors they were made from."""
     source = torch.ones(2, 3)
     packet = Packet(FIELDS).fill(table=source)
     source += 1
@@ -108,7 +108,7 @@ def test_filling_copies() -> None:
 
 def test_shares_are_the_rollout_each_row_once_as_it_is_seen() -> None:
     frames, places = torch.arange(20.0).view(10, 2), torch.randint(10, (9, 4))
-    rows = Batch(obs=Stacks(frames, places), advantages=torch.arange(9.0), counts=None)
+    rows = Batch(obs=StackedFrames(frames, places), advantages=torch.arange(9.0), counts=None)
     first, second, third = ppo_decoupled.divide(rows, 3)
     assert [share["advantages"].tolist() for share in (first, second, third)] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     assert torch.equal(second["obs"], frames[places[1::3]])  # frames put together
@@ -265,7 +265,7 @@ def test_generators_are_stored_as_the_coupled_script_stores_those_of_its_ranks()
 
 
 def ranks(task: Callable, world_size: int, path: Path, timeout: float = 1.0) -> list[Any]:
-    """What `task(fabric, world, team, path)` returns on each forked rank, in rank order."""
+    """Results of `task(fabric, world, team, path)` on each forked rank, in rank order."""
     port = free_port()
     processes = [
         FORKSERVER.Process(target=work, args=(task, rank, world_size, port, path, timeout))

@@ -108,7 +108,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 def content(path: Path | str) -> dict[str, Any]:
-    """What a checkpoint and the buffers beside it say about the run, without where and how it was started.
+    """Contents of a checkpoint and its shards, without those that depend on how the run was started.
 
     A coupled script keeps the buffer of its first rank within the checkpoint, a decoupled one beside it.
     """
@@ -302,7 +302,7 @@ def sha(*tensors: torch.Tensor) -> str:
 
 
 def acting(module: torch.nn.Module) -> str:
-    """What the player acts with: all of PPO's parameters, all of SAC's but the critics'."""
+    """Parameters that the player acts with: all of PPO's, all of SAC's but the critics'."""
     return sha(*(value for name, value in module.named_parameters() if "critics" not in name))
 
 

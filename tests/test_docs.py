@@ -91,6 +91,22 @@ def test_links_lead_somewhere() -> None:
                 assert ((ROOT / page).parent / link).resolve().exists(), f"{page}: {link}"
 
 
+# --- Docstrings
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    """Those that open with What or Whether tell a reader too late what they are about."""
+    indirect = re.compile(r"(What|Whatever|Whether|Where|Which|Whose|Who|How)\b")
+    found = []
+    for folder in ("fabricrl", "tests", "benchmarks", "docs", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    text = ast.get_docstring(node) or ""
+                    found += [f"{path.relative_to(ROOT)}: {text}"] if indirect.match(text) else []
+    assert found == []
+
+
 # --- Commands, arguments, metrics
 
 

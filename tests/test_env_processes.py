@@ -317,7 +317,7 @@ def test_a_second_signal_ends_a_run_whose_environment_hangs(tmp_path: Path) -> N
 
 
 def rollout(envs: VectorEnv, seeds: list[int]) -> np.ndarray:
-    """What environments show after a reset and three steps, and the reward, which is drawn when they are built."""
+    """Observations of a reset and three steps, and the reward, which is drawn when the environments are built."""
     obs = [envs.reset(seed=seeds)[0].copy()]
     for _ in range(3):
         step = envs.step(ACTIONS)

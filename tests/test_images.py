@@ -26,7 +26,7 @@ from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo.ppo import main, returns_and_advantages, rollout
 from fabricrl.algos.ppo.utils import ACTION_SPACES, FrameStack, make_agent, make_policy
 from fabricrl.algos.sac import sac
-from fabricrl.data import Batch, RolloutBuffer, Stacks
+from fabricrl.data import Batch, RolloutBuffer, StackedFrames
 from fabricrl.envs import check_env, make_env, make_envs
 from fabricrl.envs.wrappers import ActionRepeat, PackImages
 from fabricrl.models.models import NatureCNN, RecordEncoder, make_normalizer, normalized
@@ -61,7 +61,7 @@ def image_of(env: gym.Env, record: np.ndarray, key: str = "image") -> np.ndarray
 
 
 def side_by_side(first: gym.Env, second: gym.Env, steps: int, seed: int = 3) -> Iterator[tuple[Any, Any]]:
-    """What both return, on the same seed and actions, resets included."""
+    """Results of both on the same seed and actions, resets included."""
     actions = np.random.default_rng(seed)
     yield first.reset(seed=seed)[0], second.reset(seed=seed)[0]
     for _ in range(steps):
@@ -388,7 +388,7 @@ def test_stacks_are_those_of_gymnasium_whatever_ends_where(tmp_path: Path, kind:
             after = np.stack([reference.now for reference in references])
             np.testing.assert_array_equal(as_stacks(space, torch.stack(player.seen)), expected)
             inputs, next_inputs = rb.inputs(lambda obs: obs, torch.device("cpu"))
-            assert isinstance(inputs, Stacks)
+            assert isinstance(inputs, StackedFrames)
             assert len(inputs) == steps * num
             rows = torch.randperm(steps * num)
             minibatches = np.concatenate([as_stacks(space, inputs[part]) for part in rows.split(5)])
@@ -397,7 +397,7 @@ def test_stacks_are_those_of_gymnasium_whatever_ends_where(tmp_path: Path, kind:
             some = rows[:6]
             np.testing.assert_array_equal(as_stacks(space, inputs.rows(some)[torch.arange(6)]), flat[some])
             np.testing.assert_array_equal(as_stacks(space, next_inputs), after)
-            np.testing.assert_array_equal(as_stacks(space, rb.seen(steps)), after)
+            np.testing.assert_array_equal(as_stacks(space, rb.stacked_obs(steps)), after)
             assert rb.has_truncated == bool(limits)
             for (t, i, final), *ours in zip(limits, *(rb.truncated_episodes() if limits else ()), strict=True):
                 assert (ours[0], ours[1]) == (t, i)
@@ -435,7 +435,7 @@ def test_stacks_span_no_row_that_only_resets(seed: int) -> None:
         assert {(t, i) for t in range(steps) for i in range(num) if not rb.skipped[t, i]} == expected.keys()
         inputs, next_inputs = rb.inputs(lambda obs: obs, torch.device("cpu"))
         for (t, i), stack in expected.items():
-            np.testing.assert_array_equal(as_stacks(space, rb.seen(t)[i]), stack)
+            np.testing.assert_array_equal(as_stacks(space, rb.stacked_obs(t)[i]), stack)
             np.testing.assert_array_equal(as_stacks(space, inputs[torch.tensor(t * num + i)]), stack)
         for i in np.flatnonzero(~ended):
             np.testing.assert_array_equal(as_stacks(space, next_inputs[i]), references[i].now)
@@ -471,8 +471,8 @@ def test_a_stack_of_one_is_the_observation_itself() -> None:
     rb = RolloutBuffer(4, 2, space, 1, torch.int64)
     assert rb.frames.shape == (5, 2, 1296)
     rb.start(np.full((2, 1296), 7, np.uint8))
-    assert rb.seen(0).shape == (2, 1296)
-    assert rb.seen(0).data_ptr() == rb.frames.data_ptr()
+    assert rb.stacked_obs(0).shape == (2, 1296)
+    assert rb.stacked_obs(0).data_ptr() == rb.frames.data_ptr()
     inputs, next_inputs = rb.inputs(lambda obs: obs, torch.device("cpu"))
     assert (inputs.shape, next_inputs.shape) == ((8, 1296), (2, 1296))
 
@@ -690,11 +690,11 @@ def test_a_number_beside_images_that_is_not_finite_is_found_at_a_time_limit_and_
     rb.start(good)
     rb.add(0, **quiet, next_obs=good, truncated=np.ones(1, bool), infos={"final_obs": good})
     rb.add(1, **quiet, next_obs=good, truncated=np.zeros(1, bool), infos={})
-    assert rb.first_bad() is None
+    assert rb.find_nonfinite() is None
     rb.add(0, **quiet, next_obs=good, truncated=np.ones(1, bool), infos={"final_obs": bad})
-    assert rb.first_bad() == "final observation of environment 0 is not finite after step 0 of the rollout"
+    assert rb.find_nonfinite() == "final observation of environment 0 is not finite after step 0 of the rollout"
     rb.start(bad)
-    assert rb.first_bad() == "first observation is not finite"
+    assert rb.find_nonfinite() == "first observation is not finite"
 
 
 def test_bytes_of_images_are_never_taken_for_numbers() -> None:
@@ -706,12 +706,12 @@ def test_bytes_of_images_are_never_taken_for_numbers() -> None:
     for t in range(2):
         ends = {"terminated": np.zeros(1, bool), "truncated": np.ones(1, bool), "infos": {"final_obs": record}}
         rb.add(t, np.zeros((1, 1)), record, np.zeros(1), **ends)
-    assert rb.first_bad() is None
+    assert rb.find_nonfinite() is None
     only = RolloutBuffer(2, 1, Records({}, {"image": (36, 36, 1)}), 1, torch.int64)
     only.start(np.full((1, 1296), 255, np.uint8))
-    assert only.first_bad() is None
+    assert only.find_nonfinite() is None
     only.rewards[1] = np.nan
-    assert only.first_bad() == "reward of environment 0 is not finite after step 1 of the rollout"
+    assert only.find_nonfinite() == "reward of environment 0 is not finite after step 1 of the rollout"
 
 
 # --- Arguments
@@ -925,10 +925,10 @@ def test_values_that_are_not_allowed_are_refused(settings: dict[str, Any], allow
 WRONG = {
     ("last", "shape"): "(35, 40, 3)",
     ("last", "transposed"): "(40, 36, 3)",  # as many bytes
-    ("last", "fraction"): "no integer",
+    ("last", "fraction"): "not an integer",
     ("last", "brighter"): "256, which is out of range",
     ("dict", "shape"): "camera",
-    ("dict", "fraction"): "no integer",
+    ("dict", "fraction"): "not an integer",
 }
 
 

@@ -90,7 +90,7 @@ ARGS |= {"node_rank": 0, "main_address": "127.0.0.1", "main_port": 29400}
 
 
 def refused(**args: Any) -> str:
-    """What is told of a launch that fails before any process is started."""
+    """Message of a launch that fails before any process is started."""
     with pytest.raises(ConfigError) as caught:
         launch(SimpleNamespace(**ARGS | args))
     assert len(str(caught.value).splitlines()) == 1

@@ -61,7 +61,7 @@ class World:
         return self.obs
 
     def step(self) -> tuple:
-        """What `ReplayBuffer.add` takes."""
+        """Arguments of `ReplayBuffer.add`."""
         for final in self.finals:
             final[...] = 77
         before, infos = self.obs.copy(), {"final_obs": np.full(self.num_envs, None, dtype=object)}
@@ -470,11 +470,11 @@ def test_numbers_that_are_not_finite_are_found_and_named(bad: float, implicit: b
         rb, world = filled(8, implicit_next=implicit)
         world.ends = 0.0
         play(rb, world, 1)
-        assert rb.first_bad() is None
+        assert rb.find_nonfinite() is None
         step = world.step()
         change(step)
         rb.add(*step)
-        return rb.first_bad()
+        return rb.find_nonfinite()
 
     def reward(step: tuple) -> None:
         step[2][1] = bad
@@ -494,11 +494,11 @@ def test_numbers_that_are_not_finite_are_found_and_named(bad: float, implicit: b
 
 def test_images_are_always_finite() -> None:
     rb, world = filled(8, space=IMAGE)
-    assert rb.first_bad() is None
+    assert rb.find_nonfinite() is None
     rewards = np.array([0.0, np.nan])
     step = world.step()
     rb.add(step[0], step[1], rewards, *step[3:])
-    assert rb.first_bad() == "reward of environment 1 is not finite"
+    assert rb.find_nonfinite() == "reward of environment 1 is not finite"
 
 
 class CountingBox(Counting):

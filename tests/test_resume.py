@@ -36,7 +36,7 @@ FLAGS += ["--log-every", 64, "--checkpoint-every", 192, "--keep-checkpoints", 10
 
 
 def content(path: Path | str) -> dict[str, Any]:
-    """What a checkpoint says about the run, without where and how it was started."""
+    """Contents of a checkpoint, without those that depend on how the run was started."""
     return {name: value for name, value in load(path).items() if name != "args"}
 
 

@@ -1,4 +1,4 @@
-"""What wore earlier versions down: launchers that die, environments that exit, files that lie, disks that fill up."""
+"""Robustness against dying launchers, exiting environments, lying files and full disks."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, metrics, result line, progress bar and videos."""
+"""Output of a run: its folder, metrics, result line, progress bar and videos."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""What environments return: taken where it can be what the space promises, refused by name where it cannot."""
+"""Values from environments: converted where they fit the space's promise, refused by name where they do not."""
 
 import contextlib
 import json
@@ -131,10 +131,10 @@ MISFITS: dict[str, tuple[Space, Any, str]] = {  # space, what is returned, and w
     "text": (PAIR, "ab", "of type str"),
     "texts": (PAIR, ["1.0", "2.0"], "of type list"),
     "none": (PAIR, None, "of type NoneType"),
-    "complex": (PAIR, np.zeros(2, complex), "no array of numbers"),
+    "complex": (PAIR, np.zeros(2, complex), "not an array of numbers"),
     "mapping": (PAIR, {"a": 1.0, "b": 2.0}, "of type dict"),
-    "fractions": (Box(0, 1, (3,), np.int64), np.array([0.3, 0.6, 0.9]), "0.3, which is no integer"),
-    "not a number": (Box(0, 1, (3,), np.int64), np.array([0.0, np.nan, 1.0]), "nan, which is no integer"),
+    "fractions": (Box(0, 1, (3,), np.int64), np.array([0.3, 0.6, 0.9]), "0.3, which is not an integer"),
+    "not a number": (Box(0, 1, (3,), np.int64), np.array([0.0, np.nan, 1.0]), "nan, which is not an integer"),
     "infinite": (Box(0, 1, (3,), np.int64), np.array([0.0, 1.0, np.inf]), "inf, which is out of range"),
     "large bytes": (BYTES, np.array([300, 0, 3, 4]), "300, which is out of range"),
     "negative bytes": (BYTES, np.array([3, -5, 3, 4]), "-5, which is out of range"),
@@ -143,7 +143,7 @@ MISFITS: dict[str, tuple[Space, Any, str]] = {  # space, what is returned, and w
     "choice below": (Discrete(5), -1, "-1, which is out of range"),
     "choice above": (Discrete(5), np.int64(5), "5, which is out of range"),
     "choice before its start": (Discrete(5, start=3), 2, "2, which is out of range"),
-    "half a choice": (Discrete(5), 1.5, "1.5, which is no integer"),
+    "half a choice": (Discrete(5), 1.5, "1.5, which is not an integer"),
     "two choices": (Discrete(5), np.array([1, 2]), "shape (2,)"),
     "one of many choices": (MultiDiscrete([2, 3]), np.array([2, 0]), "2, which is out of range"),
     "before their start": (MultiDiscrete([2, 3], start=[1, -1]), np.array([0, 0]), "0, which is out of range"),
@@ -200,7 +200,7 @@ def zeros(envs: VectorEnv) -> np.ndarray:
 
 
 def played(vectorization: str, **kwargs: Any) -> list[tuple[np.ndarray, ...]]:
-    """What twelve steps of two environments returned, final observations among it."""
+    """Results of twelve steps of two environments, with final observations."""
     with environments(2, vectorization, **kwargs) as envs:
         answers = [(envs.reset(seed=[1, 2])[0].copy(),)]
         for _ in range(12):
@@ -339,7 +339,7 @@ def test_every_script_ends_with_code_4_and_one_line(
     module, flags = SCRIPTS[algo]
     kwargs = json.dumps({"late": "fractions", "at": 3})
     line = ["--env-id", "tests.test_values:Answering-v0", "--env-kwargs", kwargs, *flags, "--log-dir", tmp_path]
-    with pytest.raises(EnvError, match=r"0\.3, which is no integer") as caught:
+    with pytest.raises(EnvError, match=r"0\.3, which is not an integer") as caught:
         script(module.main, *line)
     assert caught.value.exit_code == 4
     err = capsys.readouterr().err
@@ -453,7 +453,11 @@ gym.register("Integers-v0", entry_point=OneOfThem, vector_entry_point=Integers)
 
 def test_native_environments_are_checked_and_converted_too() -> None:
     assert Integers().mode == AutoresetMode.NEXT_STEP
-    for late, words in (("", ""), ("fraction", "0.5, which is no integer"), ("beyond", "10, which is out of range")):
+    for late, words in (
+        ("", ""),
+        ("fraction", "0.5, which is not an integer"),
+        ("beyond", "10, which is out of range"),
+    ):
         args = PPOArgs(
             env_id="tests.test_values:Integers-v0",
             env_kwargs=json.dumps({"late": late}),
@@ -492,7 +496,7 @@ def test_text_is_left_out_with_a_notice_that_names_the_keys_which_silence_it(
 ) -> None:
     check_env(args_for(space="dict_text"), ACTION_SPACES, None)
     assert capsys.readouterr().err == (
-        "notice: text in observations is left out ('hint'); --obs-keys gear speed says so\n"
+        "notice: text in observations is left out ('hint'); --obs-keys gear speed silences this\n"
     )
     check_env(args_for(space="dict_text", flags={"obs_keys": ("gear", "speed")}), ACTION_SPACES, None)
     assert capsys.readouterr().err == ""
@@ -513,7 +517,7 @@ def test_ppo_trains_on_the_observations_of_blackjack(train: Callable[..., Traine
 
 
 def test_checkpoints_from_before_know_their_spaces() -> None:
-    """What `describe` has written for each kind of space that was supported then."""
+    """Descriptions that `describe` wrote for each kind of space that was supported then."""
     texts = {
         "box": "Box(-1.0, 1.0, (3,), float32)",
         "box_2d": "Box(-1.0, 1.0, (6,), float32)",

@@ -71,7 +71,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
     if args.vectorization == "native":
         if not _is_native(args.env_id):
             ids = sorted(spec.id for spec in gym.registry.values() if _is_native(spec.id))
-            raise ConfigError(f"--vectorization native: {args.env_id} has no native form; there is {', '.join(ids)}")
+            raise ConfigError(f"--vectorization native: {args.env_id} has no native form, unlike {', '.join(ids)}")
         if not _fills_minibatches(args):
             raise ConfigError(
                 "--vectorization native: steps that only reset are left out: num-envs × (num-steps // 2) must be at "
@@ -80,14 +80,14 @@ def check_backend(args: Any, env: gym.Env) -> None:
         close_problem(NativeVectorEnv(args, env).close)
         return
     if importlib.util.find_spec("envpool") is None:
-        raise ConfigError("--vectorization envpool needs a package that is not here: pip install -e '.[envpool]'")
+        raise ConfigError("--vectorization envpool needs a package that is not installed: pip install -e '.[envpool]'")
     import envpool  # here, as it takes a moment and few runs need it
 
     name = _envpool_id(args.env_id)
     if name not in envpool.list_all_envs():
         close = difflib.get_close_matches(name, envpool.list_all_envs(), n=3, cutoff=0.5)
         hint = f"; nearest are {', '.join(close)}" if close else ""
-        raise ConfigError(f"--vectorization envpool: {args.env_id} is none of EnvPool's environments{hint}")
+        raise ConfigError(f"--vectorization envpool: {args.env_id} is not an EnvPool environment{hint}")
     if atari and (option(args, "resize") is None or option(args, "action_repeat") < 2):
         raise ConfigError(
             "--vectorization envpool resizes and repeats actions of Atari games: give --resize and --action-repeat, or "
@@ -97,8 +97,8 @@ def check_backend(args: Any, env: gym.Env) -> None:
 
 
 def choose(args: Any, env: gym.Env) -> str:
-    """Chooses for `--vectorization auto`: native if it exists and pays off, else the faster of sync and async, for which
-    it steps `env` for a moment. An environment that fails here will fail again later, where that is reported."""
+    """Chooses for `--vectorization auto`: native if it exists and pays off, else the faster of sync and async, for
+    which it steps `env` for a moment. An environment that fails here will fail again later, where that is reported."""
     wrapped = env.unwrapped.observation_space.shape != env.observation_space.shape  # packed or flattened
     plain = not wrapped and all(option(args, name) == default for name, default in DEFAULTS.items())
     # A replay buffer, which has no `num_steps`, has no room for rows that only reset
@@ -166,7 +166,7 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
 
     Raises:
         ConfigError: the arguments do not fit, or the native form has other spaces.
-        EnvError: it cannot be built; later, from `reset` and `step`, it returned something else than its spaces promise.
+        EnvError: it cannot be built; later, `reset` or `step` returned what its spaces do not allow.
     """
 
     def __init__(self, args: Any, env: gym.Env) -> None:
@@ -271,10 +271,10 @@ class EnvPoolVectorEnv(VectorEnv):
         space = self.single_observation_space
         self._padding = math.prod(space.shape or ()) - math.prod(shape)
         if self._padding not in (range(4) if isinstance(space, Records) else (0,)):
-            raise ConfigError(f"--vectorization envpool: observations of {args.env_id} are {shape} there")
+            raise ConfigError(f"--vectorization envpool: EnvPool's observations of {args.env_id} are {shape}")
         same = theirs.n == env.action_space.n if isinstance(env.action_space, Discrete) else True  # type: ignore[union-attr]
         if not same or theirs.shape != env.action_space.shape:
-            raise ConfigError(f"--vectorization envpool: actions of {args.env_id} are {theirs} there")
+            raise ConfigError(f"--vectorization envpool: EnvPool's actions of {args.env_id} are {theirs}")
         self._channels_first = len(shape) == 3 and shape[0] < shape[-1]
         self._action_type = theirs.dtype if isinstance(theirs, Box) else np.dtype(np.int32)
         self._pool: Any = None

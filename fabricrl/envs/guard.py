@@ -144,7 +144,7 @@ def warn(text: str) -> None:
 
 
 def reset_signals_in_children() -> None:
-    """Gives processes forked from now on the default handlers of SIGINT and SIGTERM, so that `terminate()` ends them."""
+    """Gives later forks the default handlers of SIGINT and SIGTERM, so that `terminate()` ends them."""
     if not _FORKS_RESET:
         _FORKS_RESET.append(True)
         os.register_at_fork(after_in_child=_begin_afresh)

@@ -21,9 +21,7 @@ def check_observation_space(space: Space, images: bool = True) -> None:
     _check_origin("observation", space)
     if not images and (found := image_keys(space)):
         what = f"its part {found[0]!r} is an image" if found[0] else "it is an image"
-        raise ConfigError(
-            f"observation space {text_of(space)} is not supported: {what}, which PPO takes and this does not"
-        )
+        raise ConfigError(f"observation space {text_of(space)} is not supported: {what}, which only PPO supports")
     if isinstance(space, Dict):
         good = [str(key) for key, part in space.spaces.items() if isinstance(part, VECTOR_SPACES)]
         advice = f"--obs-keys {' '.join(good)} leaves it out" if good else SUPPORTED
@@ -119,7 +117,7 @@ def left_out_texts(names: list[Any], space: Space) -> list[str]:
         return []
     keys = " ".join(map(str, space.spaces)) if isinstance(space, Dict) else ""
     which = ", ".join(repr(name) for name in names)
-    return [f"notice: text in observations is left out ({which}); --obs-keys {keys} says so"]
+    return [f"notice: text in observations is left out ({which}); --obs-keys {keys} silences this"]
 
 
 def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:

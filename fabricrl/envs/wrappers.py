@@ -112,7 +112,7 @@ class MaskVelocities(gym.ObservationWrapper):
         env_id = env.spec.id if env.spec is not None else str(env)
         name = env_id.rpartition("-v")[0]
         if name not in VELOCITIES:
-            raise ConfigError(f"--mask-velocities is set: it can be for {', '.join(VELOCITIES)}, not for {env_id}")
+            raise ConfigError(f"--mask-velocities is set: it works with {', '.join(VELOCITIES)}, not with {env_id}")
         self._masked = list(VELOCITIES[name])
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
@@ -147,7 +147,7 @@ class LifeLoss(gym.Wrapper):
         super().__init__(env)
         self._lives = 0
         if not is_atari(env):
-            raise ConfigError("--life-loss is set: it can be for Atari games, which count lives")
+            raise ConfigError("--life-loss is set: it needs an Atari game, which counts lives")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         obs, info = self.env.reset(seed=seed, options=options)
@@ -234,7 +234,7 @@ def is_atari(env: gym.Env) -> bool:
 def require_opencv(what: str, extra: str = "images") -> None:
     """Raises ConfigError, with the command that installs it, unless OpenCV is installed."""
     if importlib.util.find_spec("cv2") is None:
-        raise ConfigError(f"{what} needs a package that is not here: pip install -e '.[{extra}]'")
+        raise ConfigError(f"{what} needs a package that is not installed: pip install -e '.[{extra}]'")
 
 
 class NameFailures(gym.Wrapper):
@@ -370,7 +370,7 @@ def as_frame(picture: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     if frame.ndim == 3 and frame.shape[-1] not in (1, 3, 4) and frame.shape[0] in (1, 3, 4):
         frame = np.moveaxis(frame, 0, -1)
     if frame.ndim != 3 or frame.shape[-1] not in (1, 3, 4) or not frame.size or frame.dtype.kind not in NUMBERS:
-        raise ValueError(f"render returned a {type(picture).__name__} of shape {frame.shape}, which is no picture")
+        raise ValueError(f"render returned a {type(picture).__name__} of shape {frame.shape}, which is not a picture")
     frame = frame[..., [0, 0, 0] if frame.shape[-1] == 1 else [0, 1, 2]]
     if frame.dtype != np.uint8:
         share = frame.dtype.kind in "bf" and np.nanmax(frame) <= 1  # of full light

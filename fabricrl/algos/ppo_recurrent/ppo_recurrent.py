@@ -36,7 +36,7 @@ def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentR
     noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs = rb.seen(t).to(device)  # [N, R]
+            obs = rb.stacked_obs(t).to(device)  # [N, R]
             drawn, states = player.act(obs, rb.memory_rows[t], noise[t])
             actions = drawn.cpu().numpy()  # [N, A]
             run.clock.lap("act")
