@@ -192,7 +192,7 @@ def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
     assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
 
 
-def test_what_is_shown_with_ppo_alone_is_read_by_the_same_lines(
+def test_arguments_tested_with_ppo_alone_are_read_by_the_same_lines(
     run: Train, algo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert AS_IN_PPO.issubset(CHANGES_SOMETHING_ELSE)

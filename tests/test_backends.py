@@ -667,7 +667,7 @@ def test_envpool_names_the_nearest_of_its_environments(complaint: Callable, pool
 
 
 @pytest.mark.parametrize("script", [ppo, sac])
-def test_envpool_that_is_not_here_is_told_with_the_command_that_brings_it(
+def test_a_missing_envpool_is_reported_with_the_command_that_installs_it(
     script: ModuleType, complaint: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(monkeypatch, "envpool")
@@ -676,7 +676,7 @@ def test_envpool_that_is_not_here_is_told_with_the_command_that_brings_it(
     assert "pip install -e '.[envpool]'" in message
 
 
-def test_ale_that_is_not_here_is_told_with_the_command_that_brings_it(
+def test_a_missing_ale_is_reported_with_the_command_that_installs_it(
     complaint: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(monkeypatch, "ale_py")
@@ -687,7 +687,9 @@ def test_ale_that_is_not_here_is_told_with_the_command_that_brings_it(
 
 @pytest.mark.parametrize("flag", ["--mask-velocities", "--capture-video", "--action-repeat=2"])
 @pytest.mark.parametrize("kind", ["native", "envpool"])
-def test_what_is_done_to_single_environments_is_refused_elsewhere(flag: str, kind: str, complaint: Callable) -> None:
+def test_options_for_single_environments_are_refused_by_vector_back_ends(
+    flag: str, kind: str, complaint: Callable
+) -> None:
     if kind == "envpool":
         pytest.importorskip("envpool")
     if flag == "--capture-video":
@@ -943,7 +945,7 @@ def test_mujoco_without_a_screen_says_what_to_set(monkeypatch: pytest.MonkeyPatc
         make_env(PPOArgs(env_id="Hopper-v5"), "rgb_array")
 
 
-def test_images_that_are_not_uint8_are_told_of() -> None:
+def test_images_that_are_not_uint8_are_reported() -> None:
     images = {"camera": Box(0, 1, (40, 40, 3), np.float32), "right": Box(0, 255, (40, 40, 3), np.uint8)}
     (text,) = odd_images(Dict(images | {"speed": Box(0, 1, (3,)), "grid": Box(0, 1, (7, 7, 3))}))
     assert "'camera' float32 (40, 40, 3) is taken as a vector" in text

@@ -208,7 +208,7 @@ def test_a_flag_that_resembles_none_and_a_stray_word_are_refused() -> None:
     assert "CartPole-v1" in complaint("CartPole-v1")
 
 
-def test_mistakes_are_told_whatever_characters_the_terminal_can_print() -> None:
+def test_mistakes_are_reported_whatever_characters_the_terminal_can_print() -> None:
     for flag in ("--learning-rat", "--zzz"):
         with pytest.raises(ConfigError, match=flag):
             call(ppo.main, flag, 1, encoding="ascii")

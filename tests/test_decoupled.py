@@ -72,7 +72,7 @@ def filled() -> Packet:
     )
 
 
-def test_what_is_filled_in_on_one_side_is_there_on_the_other_once_the_bytes_have_come() -> None:
+def test_fields_filled_in_on_one_side_arrive_on_the_other() -> None:
     sent, received = filled(), Packet(FIELDS)
     received.buffer.copy_(sent.buffer)
     assert received["number"] == -(2**62)
@@ -496,7 +496,7 @@ def no_run_in(folder: Path) -> bool:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("algo", SCRIPTS)
-def test_what_cannot_be_run_is_told_in_one_line_before_anything_starts(
+def test_an_impossible_run_is_refused_in_one_line_before_anything_starts(
     algo: str, flags: list[object], words: str, tmp_path: Path
 ) -> None:
     env = "CartPole-v1" if algo == "ppo" else "Pendulum-v1"

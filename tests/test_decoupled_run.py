@@ -368,7 +368,7 @@ BEFORE, PER_ITERATION = {"ppo": 0, "sac": 32}, {"ppo": 32, "sac": 2}
 
 
 @pytest.mark.parametrize(("lag", "world_size"), [(1, 3), (3, 2)])  # without lag, runs equal the coupled script's
-def test_the_player_is_as_far_ahead_as_it_may_be_and_never_further_whatever_takes_how_long(
+def test_the_player_is_as_far_ahead_as_allowed_and_never_further_whichever_side_is_slow(
     algo: str, lag: int, world_size: int, decoupled: Callable, tmp_path: Path
 ) -> None:
     """The rollout of iteration i is played with the parameters after update i - lag, or those of the last checkpoint.
@@ -633,7 +633,7 @@ def test_a_gradient_that_is_not_finite_on_one_trainer_ends_all_ranks_without_a_c
     assert_newest_loads(algo, tmp_path)
 
 
-def test_parameters_that_overflow_end_all_ranks_and_are_told_once(tmp_path: Path) -> None:
+def test_parameters_that_overflow_end_all_ranks_and_are_reported_once(tmp_path: Path) -> None:
     """All trainers notice, since they have the same parameters."""
     flags = endless("ppo", tmp_path, "--learning-rate", 1e30)
     ended = run_team(MODULE["ppo"], *flags, folder=tmp_path, code=5, world_size=3)

@@ -200,7 +200,7 @@ def test_an_image_task_and_its_masked_form_pass_the_check_of_gymnasium() -> None
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_who_goes_to_the_column_of_the_ball_always_catches_it(masked: bool) -> None:
+def test_moving_to_the_column_of_the_ball_always_catches_it(masked: bool) -> None:
     env = Catch(masked)
     starts = set()
     for seed in range(300):
@@ -217,7 +217,7 @@ def test_who_goes_to_the_column_of_the_ball_always_catches_it(masked: bool) -> N
     assert len(starts) == 27
 
 
-def test_what_is_seen_after_the_first_image_of_the_masked_task_does_not_depend_on_the_ball() -> None:
+def test_images_after_the_first_of_the_masked_task_do_not_depend_on_the_ball() -> None:
     env = Catch(masked=True)
     actions = np.random.default_rng(0).integers(3, size=(50, 8))
     for ways in actions:

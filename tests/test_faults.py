@@ -67,7 +67,9 @@ def test_numbers_that_are_not_finite_end_the_run_before_they_are_learned(
         ("multi_arg_error", ["environment 1", "TwoArgumentError: code 17: this environment is out of order"]),
     ],
 )
-def test_what_an_environment_raises_ends_the_run_and_is_told(tmp_path: Path, kind: str, words: list[str]) -> None:
+def test_an_exception_of_an_environment_ends_the_run_and_is_reported(
+    tmp_path: Path, kind: str, words: list[str]
+) -> None:
     error = fault(tmp_path, kind, extra=SECOND)
     assert isinstance(error, EnvError)
     assert error.exit_code == 4

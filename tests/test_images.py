@@ -194,7 +194,7 @@ def test_the_atari_preset_sees_the_bytes_of_gymnasiums_preprocessing() -> None:
     theirs.close()
 
 
-def test_lives_that_a_game_counts_are_told_when_they_are_lost() -> None:
+def test_lives_that_a_game_counts_are_reported_when_they_are_lost() -> None:
     ale_py = pytest.importorskip("ale_py")
     gym.register_envs(ale_py)
     settings = {"env_id": "ALE/Breakout-v5", "action_repeat": 4, "resize": 36, "grayscale": True, "life_loss": True}
@@ -215,7 +215,7 @@ def test_lives_that_a_game_counts_are_told_when_they_are_lost() -> None:
 
 
 @pytest.mark.parametrize("obs", [name for name in SPACES if not name.startswith(("small", "nested", "vectors"))])
-def test_what_is_packed_is_what_views_of_the_record_give_back(obs: str) -> None:
+def test_views_of_a_record_give_back_what_was_packed(obs: str) -> None:
     env, raw = make_env(args_for(obs)), Pictures(obs)
     space = env.observation_space
     assert isinstance(space, Records)
@@ -363,7 +363,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("depth", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stacks_are_those_of_gymnasium_whatever_ends_where(tmp_path: Path, kind: str, depth: int) -> None:
+def test_stacks_equal_those_of_gymnasium_wherever_episodes_end(tmp_path: Path, kind: str, depth: int) -> None:
     steps, num = 7, 3
     for seed in (0, 10, 20) if kind.startswith("random") else (0,):
         args = stack_args(depth, num, steps, **KINDS[kind])
@@ -759,7 +759,7 @@ def returns_in(trained: Trained) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_turning_it_changes_what_is_learned(name: str, ppo: Callable[..., Trained]) -> None:
+def test_turning_it_changes_the_parameters_that_are_learned(name: str, ppo: Callable[..., Trained]) -> None:
     value, extra = CHANGES[name]
     if extra is PONG:
         pytest.importorskip("ale_py")
@@ -889,7 +889,7 @@ def test_keys_that_are_not_there_are_refused_with_those_that_are() -> None:
     ("flag", "value"), [("--frame-stack", 4), ("--grayscale", True), ("--resize", 84)], ids=lambda value: str(value)
 )
 @pytest.mark.parametrize("obs", ["vectors_only", "dict"])
-def test_what_is_for_images_is_refused_where_there_are_none(obs: str, flag: str, value: Any) -> None:
+def test_options_for_images_are_refused_without_images(obs: str, flag: str, value: Any) -> None:
     settings = {flag[2:].replace("-", "_"): value, "obs_keys": ("speed",)}
     message = complaint(args_for(obs, **settings))
     assert flag in message
@@ -904,7 +904,7 @@ def test_what_is_for_images_is_refused_where_there_are_none(obs: str, flag: str,
     ],
     ids=["life_loss", "noop_max"],
 )
-def test_what_is_for_atari_games_is_refused_elsewhere(settings: dict[str, Any], words: str) -> None:
+def test_options_for_atari_games_are_refused_elsewhere(settings: dict[str, Any], words: str) -> None:
     message = complaint(args_for("last", **settings))
     assert words in message
     assert "Atari" in message
@@ -959,7 +959,7 @@ def test_a_vector_beside_images_that_is_not_as_its_space_says_ends_the_run_by_na
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR")
-def test_a_wrong_image_in_a_process_of_its_own_is_told_as_well(tmp_path: Path) -> None:
+def test_a_wrong_image_in_a_process_of_its_own_is_reported_as_well(tmp_path: Path) -> None:
     kwargs = {"fault": "shape", "only_seed": 1}
     envs: VectorEnv = make_envs(args_for(kwargs=kwargs, num_envs=2, vectorization="async"), 0, tmp_path)
     envs.reset(seed=[0, 1])
@@ -968,7 +968,7 @@ def test_a_wrong_image_in_a_process_of_its_own_is_told_as_well(tmp_path: Path) -
     envs.close()
 
 
-def test_without_opencv_the_command_that_brings_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_opencv_is_reported_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "cv2" else find_spec(name))
     for settings in ({"grayscale": True}, {"resize": 48}):

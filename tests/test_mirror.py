@@ -243,7 +243,7 @@ def main():
 '''
 
 
-def test_what_is_counted() -> None:
+def test_counts() -> None:
     assert body(EXAMPLE, "update") == ["return x + 1"]
     assert body(EXAMPLE, "main")[:3] == ['a = "#1"', "for i in range(3):", "if i:"]
     assert depth(functions(ast.parse(EXAMPLE))["main"]) == 2

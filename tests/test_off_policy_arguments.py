@@ -151,7 +151,7 @@ def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
     assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
 
 
-def test_what_is_taken_from_the_tests_of_ppo_is_read_by_the_same_lines(
+def test_arguments_tested_with_ppo_are_read_by_the_same_lines(
     algo: str, run: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert AS_IN_PPO.issubset(field.name for field in dataclasses.fields(StandardArgs))

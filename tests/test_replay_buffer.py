@@ -387,14 +387,14 @@ def test_implicit_next_observations_take_about_half_the_memory() -> None:
         assert 0.5 < implicit / explicit < 0.53
 
 
-def test_what_is_kept_apart_is_used_again() -> None:
+def test_slots_of_observations_kept_apart_are_reused() -> None:
     rb, world = make(num_envs=2, capacity=80, implicit_next=True), World(2, ends=1.0)
     rb.start(world.reset())
     play(rb, world, 1000)
     assert 41 * 2 <= len(rb.state_dict()["finals"]) <= 2 * 64  # one for each record, from a room that doubles
 
 
-def test_what_is_kept_apart_keeps_its_place_over_a_resume() -> None:
+def test_observations_kept_apart_keep_their_slots_over_a_resume() -> None:
     rb, world = make(num_envs=1, capacity=200, implicit_next=True), World(1, ends=1.0)
     rb.start(world.reset())
     for _ in range(5):  # each time more room is needed than there was

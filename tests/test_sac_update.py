@@ -313,7 +313,7 @@ def test_the_update_of_the_actor_leaves_the_critics_alone() -> None:
 
 
 @pytest.mark.parametrize("autotune", [True, False])
-def test_what_is_averaged_for_the_actor_is_its_gradient_and_that_of_the_temperature(
+def test_the_actor_averages_its_gradient_and_that_of_the_temperature(
     autotune: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one message, with the metrics."""

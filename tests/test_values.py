@@ -268,7 +268,7 @@ def test_what_fits_is_passed_on_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ODD_SPACES if "sequence" not in kind and kind != "text"])
-def test_whatever_is_in_a_space_is_taken(kind: str) -> None:
+def test_every_element_of_a_space_is_accepted(kind: str) -> None:
     space, take = ODD_SPACES[kind], Observation(ODD_SPACES[kind])
     for _ in range(50):
         take(space.sample(), True)
@@ -307,7 +307,7 @@ def test_integers_are_taken_exactly_where_they_are_in_the_space(space: Space) ->
 
 @pytest.mark.parametrize("kind", MISFITS)
 @pytest.mark.parametrize("at", [0, 2])
-def test_an_observation_that_does_not_fit_its_space_is_told_in_one_line(kind: str, at: int) -> None:
+def test_an_observation_that_does_not_fit_its_space_is_reported_in_one_line(kind: str, at: int) -> None:
     with environments(discrete=True, late=kind, at=at) as envs:
         if at:
             envs.reset(seed=[1])
@@ -350,7 +350,7 @@ def test_every_script_ends_with_code_4_and_one_line(
 
 
 @pytest.mark.parametrize("late", ["beyond", "beyond in a list", "beyond in a part"])
-def test_real_numbers_beyond_their_bounds_are_told_at_resets_and_in_every_step_if_that_is_wanted(late: str) -> None:
+def test_real_numbers_beyond_their_bounds_are_reported_at_resets_and_if_asked_in_every_step(late: str) -> None:
     with environments(late=late) as envs, pytest.raises(EnvError, match=r"reset .*observation with 9\.5"):
         envs.reset(seed=[1])
     with environments(late=late, at=1) as envs:
@@ -399,7 +399,7 @@ def test_a_reward_of_one_number_is_that_number(reward: str) -> None:
     ("reward", "words"),
     [("two", r"shape \(2,\)"), ("empty", r"shape \(0,\)"), ("none", "NoneType"), ("text", "str")],
 )
-def test_a_reward_that_is_not_one_number_is_told_with_its_shape_or_type(reward: str, words: str) -> None:
+def test_a_reward_that_is_not_one_number_is_reported_with_its_shape_or_type(reward: str, words: str) -> None:
     with environments(reward=reward) as envs:
         envs.reset(seed=[1])
         with pytest.raises(EnvError, match=f"environment 0 returned from step a reward of .*{words}"):
@@ -407,7 +407,7 @@ def test_a_reward_that_is_not_one_number_is_told_with_its_shape_or_type(reward: 
 
 
 @pytest.mark.parametrize("end", [name for name in ENDS if name != "two"])
-def test_ends_of_episodes_are_told_in_any_form(end: str) -> None:
+def test_ends_of_episodes_are_accepted_in_any_form(end: str) -> None:
     for cut in (False, True):
         assert equal(played("sync", end=end, cut=cut), played("sync", cut=cut))
 
