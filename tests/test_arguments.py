@@ -330,7 +330,7 @@ def test_streams_differ_by_seed_rank_purpose_and_the_step_of_resumption() -> Non
 
 
 def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train) -> None:
-    settings = {"env_id": "tests.test_values:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
+    settings = {"env_id": "tests.value_envs:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
     assert run(**settings).code == 0
     with pytest.raises(EnvError, match=r"returned from step an observation with 9\.5, which is out of range"):
         run(**settings, check_spaces=True)

@@ -221,7 +221,7 @@ def test_the_seed_reaches_parameters_environments_action_noise_and_sampling(
 
 
 def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train) -> None:
-    settings = {"env_id": "tests.test_values:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
+    settings = {"env_id": "tests.value_envs:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
     assert run(**settings).code == 0
     with pytest.raises(EnvError, match=r"returned from step an observation with 9\.5, which is out of range"):
         run(**settings, check_spaces=True)
