@@ -28,7 +28,7 @@ def main() -> None:
         print(USAGE, file=sys.stdout if arguments in (["--help"], ["-h"]) else sys.stderr)
         sys.exit(0 if arguments in (["--help"], ["-h"]) else 2)
     rest = arguments[2:] if arguments[1:2] == ["model"] else arguments[1:]
-    static_tcp_rendezvous.TCPStore = _store  # the launcher's own would listen on all addresses of the machine
+    static_tcp_rendezvous.TCPStore = _store  # type: ignore[assignment, misc]  # the launcher's own would listen on all addresses of the machine
     try:
         fabric_cli(["run", *rest], prog_name="lightning")
     except ChildFailedError as error:

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a run folder that goes away, and a script's `main` called in this process."""
+"""Shared by all tests: one thread, a temporary run folder, and a script's `main` called in this process."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def isolated() -> Iterator[None]:
 
 
 class Ranks:
-    """What Fabric is to the collectives in `fabricrl.utils.ranks`, for threads that play the ranks."""
+    """Stands for Fabric in the collectives of `fabricrl.utils.ranks`, for threads that play the ranks."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -138,7 +138,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Trained:
-    """What a training in this process left behind."""
+    """Results of a training in this process."""
 
     def __init__(self, code: int, line: str, output: str) -> None:
         self.code, self.line, self.output = code, line, output

@@ -197,7 +197,7 @@ def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
     assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
 
 
-def test_what_is_shown_with_ppo_alone_is_read_by_the_same_lines(
+def test_arguments_tested_with_ppo_alone_are_read_by_the_same_lines(
     run: Train, algo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert AS_IN_PPO.issubset(CHANGES_SOMETHING_ELSE)
@@ -335,7 +335,7 @@ def test_streams_differ_by_seed_rank_purpose_and_the_step_of_resumption() -> Non
 
 
 def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train) -> None:
-    settings = {"env_id": "tests.test_values:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
+    settings = {"env_id": "tests.value_envs:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
     assert run(**settings).code == 0
     with pytest.raises(EnvError, match=r"returned from step an observation with 9\.5, which is out of range"):
         run(**settings, check_spaces=True)
@@ -519,7 +519,7 @@ class FabricStub:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """What Fabric is given for a command line."""
+    """Arguments of Fabric's constructor for a command line."""
     monkeypatch.setattr(launching, "Fabric", FabricStub)
     for name in ("LT_CLI_USED", "LT_ACCELERATOR", "TORCHELASTIC_RUN_ID", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -580,7 +580,7 @@ def test_compile_compiles_the_update(algo: str, run: Train, base: Callable, monk
 
 
 def watched_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often each of the programs ran that a compiler was asked for, which is not called."""
+    """Counts the runs of each program that a compiler was asked for; the compiler itself is not called."""
     calls: list[int] = []
 
     def compile_variant(runner: Runner, function: Callable[..., Any], inputs: list[torch.Tensor]) -> Any:

@@ -27,6 +27,7 @@ from fabricrl.utils.errors import ConfigError, EnvError, LostPeerError, NonFinit
 from fabricrl.utils.launch import failing_together, launch, own_rank, report
 from tests.conftest import on_ranks
 from tests.process import (
+    FORKED,
     FORKSERVER,
     LAUNCHERS,
     PYTHON,
@@ -89,7 +90,7 @@ ARGS |= {"node_rank": 0, "main_address": "127.0.0.1", "main_port": 29400}
 
 
 def refused(**args: Any) -> str:
-    """What is told of a launch that fails before any process is started."""
+    """Message of a launch that fails before any process is started."""
     with pytest.raises(ConfigError) as caught:
         launch(SimpleNamespace(**ARGS | args))
     assert len(str(caught.value).splitlines()) == 1
@@ -209,7 +210,7 @@ def test_ranks_do_not_outlive_a_launcher_that_dies_while_they_start_and_leaves_t
     assert "has met" not in running.out, "the launcher has ended too late for this test"
 
 
-def test_a_process_whose_parent_has_ended_is_told_so_whoever_takes_it_in() -> None:
+def test_a_process_notices_that_its_parent_has_ended_whoever_adopts_it() -> None:
     read, write = os.pipe()
     middle = os.fork()
     if middle == 0:
@@ -280,7 +281,7 @@ def test_a_level_of_debugging_that_crashes_pytorch_is_refused(environ: None) -> 
 
 
 @pytest.mark.parametrize("name", ["MASTER_PORT", "STANDALONE_PORT", "--main-port"])
-def test_a_port_in_use_is_told_before_another_rank_starts(environ: None, name: str) -> None:
+def test_a_port_in_use_is_reported_before_another_rank_starts(environ: None, name: str) -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -368,7 +369,7 @@ def test_gloo_and_nccl_are_kept_on_one_machine_unless_the_user_has_chosen(enviro
 @pytest.mark.skipif(outer_address() is None, reason="this machine has no address but loopback")
 def test_the_ranks_of_two_nodes_listen_at_the_given_address_only(small: str) -> None:
     address = outer_address()
-    words = [*PYTHON, small, "meet", "devices=1", "num_nodes=2", f"main_address={address}", f"main_port={free_port()}"]
+    words = [*FORKED, small, "meet", "devices=1", "num_nodes=2", f"main_address={address}", f"main_port={free_port()}"]
     with (
         started(*words, "node_rank=0") as first,
         started(*words, "node_rank=1") as second,
@@ -401,7 +402,7 @@ def ranks_of(launcher: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "--num-nodes"])
 @pytest.mark.parametrize("code", [2, 3])
-def test_a_mistake_in_arguments_is_told_once_on_each_terminal_before_the_ranks_have_met(
+def test_a_mistake_in_arguments_is_reported_once_on_each_terminal_before_the_ranks_have_met(
     environ: None, capsys: pytest.CaptureFixture, launcher: str, code: int
 ) -> None:
     told = []
@@ -480,7 +481,7 @@ def without_memory(rank: int) -> None:
         mock.patch.object(utils, "check_memory", side_effect=ConfigError("node 1 has too little memory")).start()
 
 
-def test_too_little_memory_on_another_node_is_told_by_it(tmp_path: Path) -> None:
+def test_too_little_memory_on_another_node_is_reported_by_it(tmp_path: Path) -> None:
     flags = ["--num-nodes", 2, "--env-id", "Pendulum-v1", "--log-dir", tmp_path]
     ended = run_team(SAC, *flags, folder=tmp_path, code=2, prepare=without_memory)
     assert ended.errors == ["error: node 1 has too little memory"], ended.report()
@@ -515,6 +516,6 @@ def test_before_srun_s_ranks_have_met_one_of_those_that_fail_says_so(failing: li
     assert [line for line in lines if line.startswith("error:")] == ["error: no such file"]
 
 
-def test_a_mistake_in_arguments_under_srun_is_told_once(tmp_path: Path) -> None:
+def test_a_mistake_in_arguments_under_srun_is_reported_once(tmp_path: Path) -> None:
     ended = run_team(SAC, "--gamma", 7, folder=tmp_path, code=2, prepare=as_srun)
     assert len(ended.errors) == 1, ended.report()

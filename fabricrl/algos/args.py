@@ -162,12 +162,10 @@ class StandardArgs:
         given, name = self.env_kwargs, self.exp_name
         allowed = """a JSON object such as '{"continuous": true}', of at most 100 000 characters and 50 levels"""
         require(is_json_object(given), "env_kwargs", repr(given if len(given) < 500 else f"{given[:500]}..."), allowed)
-        fits = (
-            re.fullmatch(r"[\w.-]*", name) is not None and len(name.encode()) <= 220
-        )  # of 255 that names of files have
+        fits = re.fullmatch(r"[\w.-]*", name) is not None and len(name.encode()) <= 220  # file names may have 255
         require(fits, "exp_name", repr(name), "at most 220 letters, digits, . _ or -")
-        for field in ("resume", "log_dir"):
-            require(getattr(self, field) != "", field, "empty", "a path")
+        for name in ("resume", "log_dir"):
+            require(getattr(self, name) != "", name, "empty", "a path")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for text in value if isinstance(value, tuple) else (value,):
@@ -278,13 +276,14 @@ def num_weights(inputs: int, *sizes: int) -> int:
 
 def check_types(args: StandardArgs) -> None:
     """Raises ConfigError unless each argument has its declared type: a checkpoint can hold anything."""
-    for name, hint in _hints(type(args)).items():
+    kind: Any = type(args)
+    for name, hint in _hints(kind).items():
         value = getattr(args, name)
         require(_fits(value, hint), name, repr(value), _in_words(hint))
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
@@ -443,7 +442,7 @@ def _sections(kind: type[StandardArgs], defaults: dict[str, Any], advanced: bool
         title = re.sub(r"\W+", "_", field.metadata["group"] or title)
         if field.metadata["advanced"] and not advanced:
             continue
-        kind_and_help = Annotated[field.type, tyro.conf.arg(help=field.metadata["help"])]
+        kind_and_help = Annotated[field.type, tyro.conf.arg(help=field.metadata["help"])]  # type: ignore[name-defined]
         default = dataclasses.field(default=defaults.get(field.name, field.default))
         sections.setdefault(title, []).append((field.name, kind_and_help, default))
     standard = [

@@ -83,7 +83,9 @@ class Run:
         if args.compile:
             check_compiler()
         video_mode = "rgb_array" if args.capture_video else None
+        self.action_space: Any  # one of `action_spaces`
         self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
+        self.path: Path | None
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
         with reading(self.path):
             self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
@@ -220,7 +222,8 @@ class Run:
                     self._is_last = True if self._folder.has_stopped else None
         self._folder.start()
         with self.together():
-            obs, _ = self._envs.reset(seed=env_seeds(args.seed, rank, args.num_envs, self.first_step))
+            seeds: Any = env_seeds(args.seed, rank, args.num_envs, self.first_step)  # Gymnasium's types know no list
+            obs, _ = self._envs.reset(seed=seeds)
             if obs.dtype.kind == "f" and not np.isfinite(obs).all():
                 raise NonFiniteError("first observation is not finite")
         check_ranks(self.fabric, self._parts["agent"], torch.as_tensor(obs))
@@ -270,7 +273,7 @@ class Run:
         assert self._envs is not None
         copies, seconds = {device: copy.deepcopy(agent).to(device) for device in ("cpu", self.fabric.device)}, {}
         num_envs, rng = self.args.num_envs, torch.Generator().manual_seed(0)
-        shape = (num_envs, *getattr(agent, "obs_shape", self._envs.single_observation_space.shape))
+        shape = (num_envs, *getattr(agent, "obs_shape", self.obs_space.shape))
         inputs = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", torch.float32))]
         inputs += [torch.zeros(num_envs, agent.memory_size)] if hasattr(agent, "memory_size") else []
         inputs.append(agent.head.noise((num_envs,), rng))

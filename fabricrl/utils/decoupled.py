@@ -26,7 +26,7 @@ from fabricrl.utils.utils import generators, require
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
 TRAIN, STOP, ABORT = 0, 1, 2  # what the header of an iteration commands
 TO_EACH = "DS"  # letters of the messages that go to every trainer: data, start
-Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape and type
+Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape and type
 INTEGER, REAL = ((), torch.int64), ((), torch.float64)
 HEADER: Fields = {"command": INTEGER, "code": INTEGER}  # the head of [H] and of every [D]
 HELLO: Fields = {**HEADER, "hash": INTEGER}  # [H]

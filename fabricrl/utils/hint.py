@@ -1,4 +1,4 @@
-"""A hint for who waits: where a run's time goes, and the flag that would save some of it."""
+"""A hint for slow runs: the share of time of each part, and the flag that would save some of it."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""Small collectives over all ranks; with one rank nothing happens."""
+"""Small collectives over all ranks; no-ops with one rank."""
 
 from typing import Any
 

@@ -54,9 +54,9 @@ class RunFolder:
         self.folder = Path(fabric.broadcast(folder))
 
     def start(self) -> None:
-        """Just before the first reset: opens the logs, and counts steps per second from here. All ranks call it.
+        """Opens the logs and starts the clock of steps per second, just before the first reset. All ranks call it.
 
-        Until then nothing of a run that is resumed has been touched.
+        Until then nothing of a resumed run has been changed.
         """
         with failing_together(self.fabric):
             if self.fabric.global_rank == 0:
@@ -71,7 +71,7 @@ class RunFolder:
         return self.folder / "videos" / (f"from_step_{self.first_step}" if self.first_step else "")
 
     def advance(self, step: int, mean_return: float) -> None:
-        """After an iteration: moves the bar, and the moment up to which steps per second are counted."""
+        """Moves the progress bar and the end of the time over which steps per second are counted."""
         self._stopped = time.perf_counter()
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
@@ -153,7 +153,7 @@ class RunFolder:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
-        """Flushes what is still held back; harmless when called again."""
+        """Flushes the logs; harmless when called again."""
         if self._bar is not None:
             self._bar.close()
         if self._logger is not None:
@@ -205,7 +205,7 @@ class RunFolder:
         )
 
     def _make_folder(self, resumed: Path | None) -> Path:
-        """Takes the resumed run's folder, if it or its newest checkpoint was named; else makes a new one."""
+        """Returns the resumed run's folder, if it or its newest checkpoint was named; else makes a new one."""
         if resumed is not None and (resumed.parent.parent / "args.json").exists():
             newest = max(resumed.parent.glob("step_*.ckpt"), default=None)
             if newest == resumed or Path(self.args.resume).expanduser().is_dir():
@@ -259,7 +259,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _fresh_folder(parent: Path, name: str) -> Path:
-    """Makes a folder that nobody else has, also when two runs start in the same second."""
+    """Makes a new folder, also when two runs start in the same second."""
     parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(1000):
         folder = parent / (name if attempt == 0 else f"{name}-{attempt}")

@@ -10,6 +10,7 @@ B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a r
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -34,7 +35,7 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
     noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs = rb.seen(t).to(device)  # [N, R]
+            obs = rb.stacked_obs(t).to(device)  # [N, R]
             actions = player.act(obs, noise[t]).cpu().numpy()  # [N, A]
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
@@ -44,7 +45,7 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
 
 
 @torch.no_grad()
-def shaped_rewards(run: Run, agent: PPOAgent, rb: RolloutBuffer) -> Tensor:
+def shaped_rewards(run: Run, agent: Any, rb: RolloutBuffer) -> Tensor:
     """The rewards that the critic learns, [T, N]: clipped to their sign, or scaled, if that is wanted."""
     rewards = rb.rewards.sign() if run.args.clip_reward else rb.rewards.clone()
     if agent.reward_normalizer is None:

@@ -131,7 +131,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             run.clock.lap("train")
             collect(trainers, max(args.max_lag, 1) - 1, optimizer, run.losses)  # <- [W]
             run.clock.lap("wait_player")
-            coefs = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
+            coefs: dict[str, Any] = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
             trainers.send(divide(data, trainers.count), save=saves, skips=rb.skips, **coefs)  # -> [D]
             run.clock.lap("comm")
             collect(trainers, 0 if run.is_last or saves else args.max_lag, optimizer, run.losses)  # <- [W]

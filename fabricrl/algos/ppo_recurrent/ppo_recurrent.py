@@ -36,7 +36,7 @@ def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentR
     noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs = rb.seen(t).to(device)  # [N, R]
+            obs = rb.stacked_obs(t).to(device)  # [N, R]
             drawn, states = player.act(obs, rb.memory_rows[t], noise[t])
             actions = drawn.cpu().numpy()  # [N, A]
             run.clock.lap("act")
@@ -58,7 +58,7 @@ def returns_and_advantages(
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
     columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
     columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
-    obs = obs.rows(by_env) if args.frame_stack > 1 else obs[by_env]
+    obs = obs[by_env] if isinstance(obs, Tensor) else obs.rows(by_env)
     data = Batch(obs=obs, counts=None if counts is None else counts[by_env], **columns)
     with run.fabric.autocast():
         logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted
