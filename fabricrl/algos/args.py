@@ -78,6 +78,13 @@ class StandardArgs:
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
     video_every: int = arg(100, "episodes of that environment between recordings", advanced=True)
+    eval_every: int = arg(
+        0, "environment steps between evaluations, which choose best.ckpt: greedy, on other environments; 0: none"
+    )
+    eval_episodes: int = arg(10, "episodes of an evaluation; ranks share them", advanced=True)
+    stop_at_return: float | None = arg(
+        None, "end the run, with success, once the mean return of an evaluation reaches this", advanced=True
+    )
 
     # --- run
     exp_name: str = arg("", "name of the run; empty: the algorithm's", "run, logging and checkpoints")
@@ -134,13 +141,22 @@ class StandardArgs:
         require_counts(self, 2**63 - 1, "num_envs", "video_every", "log_every", "keep_checkpoints")
         require_counts(self, 1000, "action_repeat")
         require_counts(self, 10_000, "num_threads", "num_nodes")
+        require_counts(self, 1_000_000, "eval_episodes")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        require(0 <= self.eval_every <= MAX_STEPS, "eval_every", self.eval_every, f"between 0 and {MAX_STEPS}")
+        self._check_stop()
         require(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2^31 - 1")
         require(0 <= self.node_rank < (self.num_nodes or 1), "node_rank", self.node_rank, "from 0 to num-nodes - 1")
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
         clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
         require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
         self._check_texts()
+
+    def _check_stop(self) -> None:
+        if self.stop_at_return is not None:
+            require_between(self, -LARGEST, LARGEST, "stop_at_return")
+            allowed = "left out, or given beside --eval-every, since evaluations decide"
+            require(self.eval_every > 0, "stop_at_return", self.stop_at_return, allowed)
 
     def _check_texts(self) -> None:
         given, name = self.env_kwargs, self.exp_name

@@ -168,6 +168,26 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     return ReportFailures(envs, **settings)
 
 
+def make_eval_envs(args: Any, rank: int, num_envs: int, like: VectorEnv) -> VectorEnv:
+    """Makes `num_envs` environments that are played beside those in training, `like`, and have nothing in common with
+    them: other seeds, and global generators that are put back.
+
+    They are stepped in processes if those in training are, else in turn.
+
+    Raises:
+        ConfigError, EnvError: as `make_envs`; `reset` and `step` do what they do there.
+    """
+    from fabricrl.utils.utils import EVAL_STREAM, stream_seed  # here, as it brings torch
+
+    kind = "async" if isinstance(like.unwrapped, WorkerVectorEnv) else "sync"
+    changed = {"num_envs": num_envs, "vectorization": kind, "capture_video": False, "resume": None}
+    changed["seed"] = stream_seed(args.seed, EVAL_STREAM)
+    with generators_kept():
+        envs = make_envs(SimpleNamespace(**vars(args) | changed), rank, Path())
+    envs.told = like.told  # type: ignore[attr-defined]  # one warning is enough
+    return envs
+
+
 def _limit(args: Any) -> float:
     """Seconds for a call of an environment: with several ranks at most half of what they wait for each other, so that
     the error names the environment and not a rank."""
@@ -258,7 +278,7 @@ class ReportFailures(gym.vector.VectorWrapper):
     ) -> None:
         super().__init__(env)
         self._rank, self._resumed, self._grace = rank, resumed, grace
-        self._started, self._told = set(started), set() if told is None else told
+        self._started, self.told = set(started), set() if told is None else told
         self._watch = Watch(60 * timeout, self._where, self._end_processes)
         self._apart = isinstance(env, WorkerVectorEnv)
         self._keeper: Keeper | None = None
@@ -303,8 +323,8 @@ class ReportFailures(gym.vector.VectorWrapper):
             problems = [f"{name} {problem}" for name, problem in found.items() if problem]
             self.env.closed = True
             self._end_processes()
-        if problems and problems[0] not in self._told:
-            self._told.add(problems[0])
+        if problems and problems[0] not in self.told:
+            self.told.add(problems[0])
             warn(problems[0] + (f" ({len(problems) - 1} more likewise)" if problems[1:] else ""))
 
     def _keep(self, started: set[Process]) -> None:
@@ -327,9 +347,9 @@ class ReportFailures(gym.vector.VectorWrapper):
             other = first.setdefault(row.tobytes(), index)
             if other != index:
                 text = f"environments {other} and {index} start from equal observations; do they draw from their seeds?"
-                if self._rank == 0 and text not in self._told:
+                if self._rank == 0 and text not in self.told:
                     warn(text)
-                self._told.add(text)
+                self.told.add(text)
                 return
 
     def _where(self) -> str:

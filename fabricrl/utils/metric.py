@@ -111,7 +111,10 @@ class MeanMetrics:
 
 
 class Stopwatch:
-    """Splits wall-clock time into named shares: each `lap(name)` charges the time since the last one to `name`."""
+    """Splits wall-clock time into named shares: each `lap(name)` charges the time since the last one to `name`.
+
+    A name that is not given here has a share from its first lap on.
+    """
 
     def __init__(self, *names: str) -> None:
         self._seconds = dict.fromkeys(names, 0.0)
@@ -126,13 +129,13 @@ class Stopwatch:
 
     def lap(self, name: str) -> None:
         now = perf_counter()
-        self._seconds[name] += now - self._last
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
 
     @property
     def totals(self) -> dict[str, float]:
         """Seconds charged to each name since the start."""
-        return {name: self._before[name] + seconds for name, seconds in self._seconds.items()}
+        return {name: self._before.get(name, 0.0) + seconds for name, seconds in self._seconds.items()}
 
     def shares(self) -> dict[str, float]:
         """`time/<name>` → share of the time since the last call, between 0 and 1; starts anew."""

@@ -31,7 +31,8 @@ class RunFolder:
 
     Attributes:
         folder: the run's folder, the same on every rank.
-        best_return: the best mean return at a checkpoint so far.
+        best_return: the best mean return so far, of the last episodes at a checkpoint, or of an evaluation if there
+            are some.
 
     Raises:
         ConfigError: the folder cannot be made, or the logger's package is missing.
@@ -80,6 +81,11 @@ class RunFolder:
         """Environment steps per second of all ranks, from the first reset to the last update of this process."""
         return (step - self.first_step) / max(self._stopped - self._started, 1e-9)
 
+    @property
+    def has_stopped(self) -> bool:
+        """True if an evaluation has reached `stop_at_return`, in this run or in the one that is resumed."""
+        return self.args.stop_at_return is not None and self.best_return >= self.args.stop_at_return
+
     def wants_log(self, step: int, last: bool) -> bool:
         """True if `log_every` steps have passed since the last entry; the last iteration is always logged."""
         return last or step - self._logged_step >= self.args.log_every
@@ -102,6 +108,7 @@ class RunFolder:
     def save(self, step: int, mean_return: float, state: dict[str, Any], shard: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint, also as the best if the mean return has never been higher at one. All ranks call it.
 
+        `mean_return` is NaN if it is not known: such a checkpoint is the best only if there is no other.
         `state` is the same on all ranks; `shard` is what each has of its own, such as a replay buffer.
 
         Raises:
@@ -122,20 +129,24 @@ class RunFolder:
             extra |= {"global_step": step, "world_size": self.fabric.world_size, "shard": shard}
             self.checkpoint = save_checkpoint(folder, step, extra | state, self.args.keep_checkpoints, best)
 
-    def finish(self, step: int, episodes: EpisodeStatistics, stopped: bool) -> None:
+    def finish(self, step: int, episodes: EpisodeStatistics, evaluated: float | None, stopped: bool) -> None:
         """Closes the run and prints its result, one line that programs can read, on standard output.
 
-        `stopped`: by a signal.
+        `evaluated`: mean return of the last evaluation, if there was one; `stopped`: by a signal.
         """
         self.close()
         if self.fabric.global_rank == 0:
             if self.args.upload_model:
                 self._upload()
             if step == self.first_step and not stopped:
-                print(f"nothing to do: {step} of {self.args.total_timesteps} steps are done", file=sys.stderr)
+                done = f"{step} of {self.args.total_timesteps} steps are done"
+                done += ", and --stop-at-return is reached" * self.has_stopped
+                print(f"nothing to do: {done}", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
+            fields += f" episodes={episodes.count}"
+            fields += "" if evaluated is None else f" eval_return_mean={evaluated:.2f}"
             try:
-                print(f"result {fields} episodes={episodes.count} checkpoint={self.checkpoint}", flush=True)
+                print(f"result {fields} checkpoint={self.checkpoint}", flush=True)
             except OSError as error:  # no reason to fail after the work is done
                 if not isinstance(error, BrokenPipeError):  # else nobody reads it
                     print(f"warning: the result is not printed: {error.strerror}", file=sys.stderr, flush=True)

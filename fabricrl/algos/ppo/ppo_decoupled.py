@@ -142,6 +142,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
                 run.charts, lag = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}, 0
                 explained = explained_variance(data.values, data.returns, data.counts).item()

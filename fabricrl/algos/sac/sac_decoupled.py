@@ -192,6 +192,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
 
             # 4. Log
             run.record_step()
+            run.evaluate(agent)
             if run.log_is_due:
                 run.charts, lag = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}, 0
                 run.log({"charts/learning_rate": args.policy_lr})
