@@ -180,6 +180,17 @@ class Dicey(gym.Env):
         return self._obs
 
 
+class Scaled(Deterministic):
+    """Observations around 500, as of a position in millimetres."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(-1e4, 1e4, self.observation_space.shape, np.float32)
+
+    def _obs(self) -> np.ndarray:
+        return 500 + 100 * super()._obs()
+
+
 class Picture(gym.Env):
     """A picture [40, 44, 3] of noise that a bright square crosses, and rewards of many sizes and both signs.
 
@@ -356,6 +367,7 @@ for _kind in ("Discrete", "MultiDiscrete", "MultiBinary", "Box"):
     gym.register(f"Identity{_kind}-v0", entry_point=Identity, kwargs={"kind": _kind})
 gym.register("Counting-v0", entry_point=Counting)
 gym.register("Deterministic-v0", entry_point=Deterministic)
+gym.register("Scaled-v0", entry_point=Scaled)
 gym.register("Fault-v0", entry_point=Fault)
 gym.register("Odd-v0", entry_point=Odd)
 gym.register("Recall-v0", entry_point=Recall)

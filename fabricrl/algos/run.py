@@ -334,6 +334,16 @@ class Run:
         """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
         self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
 
+    def observe(self, agent: Any, rb: RolloutBuffer) -> None:
+        """Adds what all ranks have seen in a rollout to the agent's running statistics, if it has any.
+
+        The first rollout's belong before its losses. Its actions have been taken without statistics; they hardly depend
+        on what they see, as the last layer of a new policy is near zero.
+        """
+        if agent.obs_normalizer is not None:
+            seen = rb.vectors(rb.obs[:-1][~rb.skipped])
+            agent.obs_normalizer.update(seen.to(self.fabric.device), self.fabric)
+
     def record_rollout(self, rb: RolloutBuffer) -> None:
         """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.
 
