@@ -30,8 +30,8 @@ from fabricrl.envs.spaces import describe
 from fabricrl.envs.vector import step_in_turn
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpoint, reading, restore
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
-from fabricrl.utils.launch import run_script
 from fabricrl.utils.records import Records
 from fabricrl.utils.utils import HALF, require, stream_seed
 

@@ -18,9 +18,10 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.collectives import TorchCollective
 from torch import Tensor, nn
 
+from fabricrl.utils.ending import is_communication_error, one_line, report
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
-from fabricrl.utils.launch import is_communication_error, one_line, own_rank, report
 from fabricrl.utils.model import parameter_hash
+from fabricrl.utils.process import own_rank
 from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks

@@ -18,8 +18,8 @@ from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
 from fabricrl.utils.checkpoint import LACKING, go_without, save_checkpoint, save_shard
+from fabricrl.utils.ending import failing_together
 from fabricrl.utils.errors import ConfigError, OutputError
-from fabricrl.utils.launch import failing_together
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.ranks import all_gather
