@@ -33,6 +33,7 @@ from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpo
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
 from fabricrl.utils.records import Records
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import HALF, require, stream_seed
 
 Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
@@ -136,6 +137,7 @@ def main() -> int:
     require(0 <= options.seed < seeds, "seed", options.seed, f"between 0 and {seeds - 1}")
     if options.render and options.capture_video:
         raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
+    StopSignal(raises=True)
     torch.set_num_threads(1)
     options.told = set()  # warnings, so that both modes tell each once
 

@@ -55,7 +55,7 @@ def main():
     numbers["num_nodes"] = place["num_nodes"] and int(place["num_nodes"])
     fabric = launch(types.SimpleNamespace(
         accelerator=None, strategy="ddp", precision=None, cuda=False, num_threads=1, matmul_precision="highest",
-        torch_deterministic=True, seed=1, **place | numbers,
+        torch_deterministic=True, seed=1, timeout=float(place.pop("timeout", 1)), **place | numbers,
     ))
     fabric.barrier()
     print(f"rank {fabric.global_rank} of {fabric.world_size} has met the others", flush=True)
@@ -84,12 +84,12 @@ def environ() -> Iterator[None]:
     with mock.patch.dict(os.environ), mock.patch.object(Fabric, "launch", side_effect=AssertionError("started")):
         for name in [name for name in os.environ if LAUNCHERS.fullmatch(name) or "SOCKET_IFNAME" in name]:
             del os.environ[name]
-        with mock.patch.multiple(PLACE, rank=None, store=None):
+        with mock.patch.multiple(PLACE, rank=None, store=None, peers=None):
             yield
 
 
 ARGS = {"accelerator": "cpu", "strategy": None, "devices": "2", "num_nodes": None, "precision": None, "cuda": False}
-ARGS |= {"node_rank": 0, "main_address": "127.0.0.1", "main_port": 29400}
+ARGS |= {"timeout": 10.0, "node_rank": 0, "main_address": "127.0.0.1", "main_port": 29400}
 
 
 def refused(**args: Any) -> str:

@@ -92,6 +92,7 @@ class Run:
         self.generators: Tensor | None = None
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
+        self._signals.can_save = True
         self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}

@@ -1,6 +1,7 @@
 """How a script ends: errors that all ranks agree on, told in one line by one of them, with the right exit code."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from fabricrl.utils.process import (
     under_srun,
 )
 from fabricrl.utils.ranks import all_gather
+from fabricrl.utils.signals import Stopped
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
@@ -38,6 +40,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except RunError as error:
         code = error.exit_code
         report(str(error), code, error.told_by)
+    except Stopped as error:
+        code = error.exit_code
     except KeyboardInterrupt:  # before StopSignal took over
         code = 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
@@ -47,14 +51,30 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         if not is_communication_error(error):
             raise
         code = LostPeerError.exit_code
-        report(f"rank {own_rank()} lost a peer: {one_line(error)}", code)
+        report(f"rank {own_rank()} has lost a peer: {reason(error)}", code)
     if code and STARTED_BY in os.environ:
         outlive_launcher(int(os.environ[STARTED_BY]))
     sys.exit(code)
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """Why a message of another rank has failed, in one line, without what helps PyTorch's own developers alone."""
+    line = re.sub(r"^\[[^\]]*\] ", "", one_line(error)).partition(". This is typically")[0]
+    if PLACE.peers is not None and re.search("(?i)timed? ?out", line):
+        return f"no answer {PLACE.peers.waited}"
+    return line
+
+
 def _part() -> None:
     """All ranks let go of each other at the same time: one that is gone early looks like a fault to the others."""
+    if PLACE.peers is not None:
+        PLACE.peers.close()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -84,16 +104,20 @@ def report(message: str, code: int, told_by: int = 0) -> None:
     """One line on standard error; mistakes in arguments, which ranks make alike, are told by the first to make them.
 
     Before the ranks have met nobody knows whether another node has made it, too. There the first of each node tells;
-    under srun, which shows the output of all nodes together, whoever asks first.
+    under srun, which shows the output of all nodes together, whoever asks first. Of ranks that have lost another, the
+    first to ask tells, too, and which one is missing.
     """
     alike, srun = code in (2, 3), PLACE.rank is None and under_srun() and (environ_number("SLURM_NTASKS") or 1) > 1
-    if PLACE.rank is None and not srun:
+    if message and code == LostPeerError.exit_code and PLACE.peers is not None:
+        missing, speaks = PLACE.peers.roll_call()
+        message, alike = f"{message}; {missing}" if missing else message, True
+    elif PLACE.rank is None and not srun:
         speaks = environ_number("LOCAL_RANK") in (None, told_by)
     else:
         speaks = _asks_first() if alike and srun else own_rank() == told_by
     if message and (speaks or not alike):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    if alike and srun:
+    if alike and srun and code != LostPeerError.exit_code:
         _wait_for_askers()
 
 
@@ -133,9 +157,3 @@ def is_of_peers(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and any(word in str(error) for word in ("gloo", "Connection", "NCCL", "Timed out", "peer"))
     )
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,10 +15,11 @@ from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from fabricrl.utils.ending import is_of_peers, one_line
+from fabricrl.utils.ending import is_of_peers, one_line, reason
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.network import LOOPBACK, check_address, open_store, prepare_network
+from fabricrl.utils.peers import Peers, patience
 from fabricrl.utils.process import (
     PLACE,
     STARTED_BY,
@@ -51,13 +52,16 @@ def launch(args: Any) -> Fabric:
     keep_memory()
     options = _options(args)
     with _explaining(options):
+        strategy = DDPStrategy(timeout=patience(args.timeout))
         if "LT_CLI_USED" in os.environ:  # its constructor has the ranks meet, and it forbids `launch`
-            prepare_network(os.environ["MASTER_ADDR"], os.environ["WORLD_SIZE"] == os.environ["LOCAL_WORLD_SIZE"])
-            fabric = Fabric(**options)
+            if several := _prepare_meeting(args.timeout):
+                os.environ.pop("LT_STRATEGY", None)  # a strategy is given once
+            fabric = Fabric(**options | ({"strategy": strategy} if several else {}))
         else:
             fabric = Fabric(**options)
             if isinstance(fabric.strategy, DDPStrategy):
-                _meet(fabric.strategy)
+                fabric = Fabric(**options | {"strategy": strategy})
+                _meet(strategy, args.timeout)
             fabric.launch()
     PLACE.rank = fabric.global_rank
     torch.set_num_threads(_threads(args, fabric))  # after launch(): launchers set it too, and wrongly
@@ -120,20 +124,37 @@ def _set_nodes(args: Any) -> None:
     check_address(args.main_address, "--main-address")
 
 
-def _meet(strategy: DDPStrategy) -> None:
+def _prepare_meeting(minutes: float) -> bool:
+    """Prepares how ranks meet that `fabric run` has started; tells if there are several."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    prepare_network(address, world_size == int(os.environ["LOCAL_WORLD_SIZE"]))
+    if world_size > 1:
+        PLACE.peers = Peers(address, port, rank, world_size, minutes, keeps_store=False)
+    return world_size > 1
+
+
+def _meet(strategy: DDPStrategy, minutes: float) -> None:
     """Prepares how the ranks find each other: the first of all listens for them, before it starts any other.
 
     Raises:
         ConfigError: the port is in use, the address is not this machine's, or variables for PyTorch make no sense.
+        LostPeerError: nobody listens.
     """
     ranks, one_node = strategy.cluster_environment, strategy.num_nodes == 1
     assert ranks is not None
     launched = STARTED_BY in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not (launched and os.environ.get(STORE_IS_KEPT) == "True"):
+    kept = launched and os.environ.get(STORE_IS_KEPT) == "True"
+    if not kept:
         _open_store(ranks, one_node)
     if isinstance(ranks, LightningEnvironment) and not ranks.creates_processes_externally:
         os.environ[STARTED_BY] = str(os.getpid())
     prepare_network(ranks.main_address, one_node)
+    if (world_size := strategy.num_nodes * strategy.num_processes) > 1:
+        here = isinstance(ranks, LightningEnvironment)  # it knows the number among all only when it has launched
+        rank = ranks.node_rank() * strategy.num_processes + ranks.local_rank() if here else ranks.global_rank()
+        by_agent = kept and STARTED_BY not in os.environ
+        PLACE.peers = Peers(ranks.main_address, ranks.main_port, rank, world_size, minutes, not by_agent)
 
 
 def _open_store(ranks: ClusterEnvironment, one_node: bool) -> None:
@@ -168,7 +189,7 @@ def _explaining(options: dict[str, Any]) -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         if is_of_peers(error):
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise LostPeerError(f"rank {own_rank()} has not met the others at {place}: {one_line(error)}") from error
+            raise LostPeerError(f"rank {own_rank()} has not met the others at {place}: {reason(error)}") from error
         given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
         raise ConfigError(f"{given} cannot be had here: {one_line(error)}") from error
 

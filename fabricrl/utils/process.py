@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from fabricrl.utils.errors import ConfigError, LostPeerError
+from fabricrl.utils.peers import Peers
 
 PR_SET_PDEATHSIG = 1
 SI_KERNEL = 0x80
@@ -27,12 +28,14 @@ class _Place:
         parent: the process that started it, also once that has ended.
         rank: among all, once they have met.
         store: where they meet, if this process keeps it.
+        peers: the other ranks, if there are.
     """
 
     def __init__(self) -> None:
         self.pid, self.parent = os.getpid(), os.getppid()
         self.rank: int | None = None
         self.store: TCPStore | None = None
+        self.peers: Peers | None = None
 
     def forked(self) -> None:
         self.pid, self.parent = os.getpid(), self.pid
@@ -47,6 +50,8 @@ def own_rank() -> int:
     """This process's number among all ranks; before they have met, the one that its launcher gives it."""
     if PLACE.rank is not None:
         return PLACE.rank
+    if PLACE.peers is not None:
+        return PLACE.peers.rank
     launcher = "RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID" if under_srun() else "LOCAL_RANK"
     return environ_number(launcher) or 0
 

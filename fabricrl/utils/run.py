@@ -131,6 +131,8 @@ class RunFolder:
         if self.fabric.global_rank == 0:
             if self.args.upload_model:
                 self._upload()
+            if stopped and self.checkpoint is not None:
+                print(f"stopped at step {step}; --resume {self.folder} goes on", file=sys.stderr, flush=True)
             if step == self.first_step and not stopped:
                 print(f"nothing to do: {step} of {self.args.total_timesteps} steps are done", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
