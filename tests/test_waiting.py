@@ -1,5 +1,6 @@
 """No rank waits for ever: for one that was stopped, a node that never comes, a store that does not answer."""
 
+import json
 import os
 import re
 import signal
@@ -15,14 +16,16 @@ from unittest import mock
 import pytest
 from torch.distributed import TCPStore
 
+from fabricrl import evaluate
 from fabricrl.algos.ppo import ppo
 from fabricrl.utils import launch as launching
 from fabricrl.utils import peers as peers_module
+from fabricrl.utils.checkpoint import load_checkpoint, save_checkpoint
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import LostPeerError
 from fabricrl.utils.network import open_store
 from fabricrl.utils.peers import Peers, patience, process_state
-from tests.process import FORKSERVER, LAUNCHERS, Team, free_port, team
+from tests.process import FORKSERVER, LAUNCHERS, Team, call, free_port, team
 
 ENDLESS = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 1, "--update-epochs", 1, "--vectorization", "sync"]
 ENDLESS += ["--total-timesteps", 1_000_000_000, "--checkpoint-every", 3200, "--keep-checkpoints", 2]
@@ -80,6 +83,44 @@ def test_two_signals_end_a_rank_that_waits_for_one_that_was_stopped(tmp_path: Pa
         os.kill(ranks.ranks[0].pid, signal.SIGTERM)
         ranks.ranks[0].join(30)
         assert ranks.ranks[0].exitcode == 143, ranks.report()
+
+
+def play(checkpoint: Path, printed: Path) -> None:
+    os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = ["evaluate.py", str(checkpoint)]
+    run_script(evaluate.main)
+
+
+@pytest.mark.parametrize(
+    ("hang", "numbers", "code"), [("step", [signal.SIGTERM], 143), ("stubborn", [signal.SIGTERM, signal.SIGINT], 130)]
+)
+def test_evaluation_ends_by_a_signal_whose_environment_hangs(
+    hang: str, numbers: list[int], code: int, tmp_path: Path
+) -> None:
+    """The second case is a call that swallows whatever interrupts it."""
+    flags = ["--env-id", "tests.process_envs:Simulated-v0", "--num-envs", 1, "--num-steps", 8, "--total-timesteps", 8]
+    trained = call(ppo.main, *flags, "--vectorization", "sync", "--log-dir", tmp_path / "logs")
+    state, _ = load_checkpoint(trained.checkpoint)
+    state["args"]["env_kwargs"] = json.dumps({"hang": hang, "start": "command", "folder": str(tmp_path)})
+    del state["format"]
+    bad, printed = save_checkpoint(tmp_path / "run" / "checkpoints", 8, state, keep=1), tmp_path / "err"
+    process = FORKSERVER.Process(target=play, args=(bad, printed))
+    process.start()
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("*.started"))) < 2 and time.monotonic() < deadline:  # one only to look at
+            time.sleep(0.01)
+        time.sleep(1)
+        for number in numbers:
+            assert process.is_alive(), printed.read_text()
+            os.kill(process.pid, number)
+            time.sleep(1.2)
+        process.join(20)
+        assert process.exitcode == code, printed.read_text()
+    finally:
+        process.kill()
+        process.join()
+    assert printed.read_text().splitlines()[-1] == "stopping; again to stop now"
 
 
 # --- A node that never comes
