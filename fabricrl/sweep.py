@@ -23,8 +23,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fabricrl.compare import group_logs, markdown, plot, read_log, summarise
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
-from fabricrl.utils.launch import run_script
 from fabricrl.utils.utils import require
 
 ALGOS = Path(__file__).parent / "algos"

@@ -390,7 +390,7 @@ class Team:
 def _rank(
     rank: int, arguments: list[str], folder: Path, prepare: Callable[[int], None] | None, variables: dict[str, str]
 ) -> None:
-    from fabricrl.utils.launch import run_script
+    from fabricrl.utils.ending import run_script
 
     os.chdir(ROOT)
     for kind, stream in (("out", sys.stdout), ("err", sys.stderr)):

@@ -23,7 +23,7 @@ from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.envs import check_env, guard, make_envs, vector
 from fabricrl.utils.errors import EnvError
-from fabricrl.utils.launch import StopSignal
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import env_seeds
 from tests.process import FORKED, PPO, PYTHON, call, run, run_team, started, wait_for
 from tests.process_envs import multiply

@@ -95,7 +95,7 @@ def test_arguments_that_do_not_fit_end_the_sweep(script: Path, tmp_path: Path) -
 def test_a_sweep_that_is_stopped_lets_its_runs_save(script: Path, tmp_path: Path, number: int, code: int) -> None:
     starter = tmp_path / "starter.py"
     starter.write_text(
-        f"import pathlib\nfrom fabricrl import sweep\nfrom fabricrl.utils.launch import run_script\n"
+        f"import pathlib\nfrom fabricrl import sweep\nfrom fabricrl.utils.ending import run_script\n"
         f"sweep.scripts = lambda: {{'stub': pathlib.Path({str(script)!r})}}\nrun_script(sweep.main)\n"
     )
     flags = ["--wait", "--seeds", 4, "--jobs", 2, "--log-dir", tmp_path / "logs"]

@@ -34,13 +34,15 @@ from fabricrl.data import ReplayBuffer, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
-from fabricrl.utils.launch import StopSignal, check_ranks, launch, run_script
+from fabricrl.utils.launch import check_ranks, launch
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
@@ -96,6 +98,7 @@ class Run:
         self.generators: Tensor | None = None
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
+        self._signals.can_save = True
         self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}
