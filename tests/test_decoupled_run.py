@@ -33,9 +33,9 @@ from fabricrl.data.buffers import record_type
 from fabricrl.utils.checkpoint import load_checkpoint
 from tests.envs import Deterministic
 from tests.process import (
+    FORKED,
     LIMIT,
     PPO_DECOUPLED,
-    PYTHON,
     SAC_DECOUPLED,
     Finished,
     Running,
@@ -134,7 +134,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 def content(path: Path | str) -> dict[str, Any]:
-    """What a checkpoint and the buffers beside it say about the run, without where and how it was started.
+    """Contents of a checkpoint and its shards, without those that depend on how the run was started.
 
     A coupled script keeps the buffer of its first rank within the checkpoint, a decoupled one beside it.
     """
@@ -338,7 +338,7 @@ def sha(*tensors: torch.Tensor) -> str:
 
 
 def acting(module: torch.nn.Module) -> str:
-    """What the player acts with: all of PPO's parameters, all of SAC's but the critics'."""
+    """Parameters that the player acts with: all of PPO's, all of SAC's but the critics'."""
     return sha(*(value for name, value in module.named_parameters() if "critics" not in name))
 
 
@@ -419,7 +419,7 @@ PER_ITERATION = {"ppo": 32, "ppo_recurrent": 32, "sac": 2, "droq": 2}
     ("algo", "lag", "world_size"),
     [("ppo", 1, 3), ("ppo", 3, 2), ("ppo_recurrent", 2, 3), ("sac", 1, 3), ("sac", 3, 2), ("droq", 2, 3)],
 )
-def test_the_player_is_as_far_ahead_as_it_may_be_and_never_further_whatever_takes_how_long(
+def test_the_player_is_as_far_ahead_as_allowed_and_never_further_whichever_side_is_slow(
     algo: str, lag: int, world_size: int, decoupled: Callable, tmp_path: Path
 ) -> None:
     """The rollout of iteration i is played with the parameters after update i - lag, or those of the last checkpoint.
@@ -554,14 +554,15 @@ ENDLESS: dict[str, list[object]] = {
     "ppo": ["--num-steps", 8, "--num-minibatches", 1, "--update-epochs", 1, "--checkpoint-every", 640],
     "sac": ["--learning-starts", 32, "--buffer-size", 48, "--batch-size", 8, "--checkpoint-every", 80],
 }
+ENDLESS |= {"ppo_recurrent": [*ENDLESS["ppo"], "--rnn-hidden-size", 8], "droq": [*ENDLESS["sac"], "--replay-ratio", 2]}
 for _flags in ENDLESS.values():
     _flags += ["--env-id", "tests.envs:Fault-v0", "--num-envs", 2, "--hidden-sizes", 16, "--num-threads", 1]
     _flags += ["--keep-checkpoints", 3, "--total-timesteps", 1_000_000_000]
-CONTINUOUS = {"ppo": "", "sac": ', "continuous": true'}
 
 
 def endless(algo: str, tmp_path: Path, *flags: object, kind: str = "none", at_step: int = 0) -> list[object]:
-    kwargs = f'{{"kind": "{kind}", "at_step": {at_step}{CONTINUOUS[algo]}}}'
+    continuous = "" if algo in ON_POLICY else ', "continuous": true'
+    kwargs = f'{{"kind": "{kind}", "at_step": {at_step}{continuous}}}'
     return [*ENDLESS[algo], "--env-kwargs", kwargs, "--log-dir", tmp_path / "logs", *flags]
 
 
@@ -611,7 +612,7 @@ def losses_told(running: Team) -> dict[int, str | None]:
 
 @pytest.mark.parametrize(
     ("algo", "victim", "world_size"),
-    [("ppo", 0, 3), ("ppo", 1, 3), ("ppo", 2, 3), ("sac", 2, 3)],  # an only trainer is killed below
+    [("ppo", 0, 3), ("ppo_recurrent", 1, 3), ("ppo", 2, 3), ("droq", 2, 3)],  # an only trainer is killed below
 )
 def test_a_killed_rank_ends_the_others_with_code_7_and_a_line(
     algo: str, victim: int, world_size: int, tmp_path: Path
@@ -686,7 +687,7 @@ def test_a_gradient_that_is_not_finite_on_one_trainer_ends_all_ranks_without_a_c
     assert_newest_loads(algo, tmp_path)
 
 
-def test_parameters_that_overflow_end_all_ranks_and_are_told_once(tmp_path: Path) -> None:
+def test_parameters_that_overflow_end_all_ranks_and_are_reported_once(tmp_path: Path) -> None:
     """All trainers notice, since they have the same parameters."""
     flags = endless("ppo", tmp_path, "--learning-rate", 1e30)
     ended = run_team(MODULE["ppo"], *flags, folder=tmp_path, code=5, world_size=3)
@@ -755,6 +756,7 @@ def test_an_exception_that_nobody_expects_shows_its_traceback_and_ends_the_other
         ("ppo", [0], signal.SIGTERM, 143),
         ("ppo", [0, 1, 2], signal.SIGINT, 130),
         ("sac", [2], signal.SIGTERM, 143),
+        ("droq", [1], signal.SIGTERM, 143),
     ],
 )
 def test_a_signal_to_any_rank_ends_all_with_a_checkpoint_that_resumes(
@@ -804,7 +806,7 @@ def test_arguments_that_do_not_fit_the_ranks_end_all_of_them_with_one_line(
 
 
 LAUNCHES: dict[str, tuple[str, list[object]]] = {
-    "python": ("ppo", [*PYTHON, PPO_DECOUPLED, "--devices", 2]),
+    "python": ("ppo", [*FORKED, PPO_DECOUPLED, "--devices", 2]),
     "lightning run model": ("sac", [command("lightning"), "run", "model", "--accelerator=cpu", "--strategy=ddp",
                                     "--devices=2", SAC_DECOUPLED]),
 }  # fmt: skip
@@ -830,7 +832,7 @@ def test_a_launcher_leaves_the_checkpoint_that_forked_ranks_leave(
 def killed(algo: str, rank: int, tmp_path: Path) -> Running:
     """A run that Fabric has launched, of which one rank is killed once it has a checkpoint."""
     script = {"ppo": PPO_DECOUPLED, "sac": SAC_DECOUPLED}[algo]
-    with started(*PYTHON, script, *endless(algo, tmp_path), "--devices", 2) as running:
+    with started(*FORKED, script, *endless(algo, tmp_path), "--devices", 2) as running:
         wait_for(lambda: checkpoints(tmp_path), running)
         os.kill(running.rank_pid(rank), signal.SIGKILL)
         return running.finish(30)

@@ -44,11 +44,12 @@ from fabricrl.utils.decoupled import (
     player_device,
     with_player,
 )
+from fabricrl.utils.ending import is_communication_error, reason, report
 from fabricrl.utils.errors import LostPeerError, RunError
-from fabricrl.utils.launch import is_communication_error, one_line, own_rank, report
 from fabricrl.utils.metric import Stopwatch
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.optimizer import Adam
+from fabricrl.utils.process import own_rank
 from fabricrl.utils.run import rank_generators
 from fabricrl.utils.utils import freeze_gc, require
 
@@ -205,7 +206,8 @@ class Trainers:
         run.generators = with_player(state.generators, run.act_rng, run.args.seed, run.global_step)
 
     def stop(self) -> None:
-        """→ Order, the last one: the run is over."""
+        """← Answer of what is still under way, as before an early end; → Order, the last one: the run is over."""
+        self.collect(0)
         self._dismiss(STOP, self.run.exit_code)
 
     def tell(self, code: int) -> None:
@@ -377,7 +379,7 @@ def telling(end: End, first_rank: int = PLAYER) -> Iterator[None]:
         if not is_communication_error(error):
             raise
         lost = f"rank {own_rank()} lost another trainer in iteration {end.iteration}"
-        report(f"{lost}: {one_line(error)}", LostPeerError.exit_code)
+        report(f"{lost}: {reason(error)}", LostPeerError.exit_code)
         end.tell(LostPeerError.exit_code)
         raise EndedByPeerError(LostPeerError.exit_code) from error
 

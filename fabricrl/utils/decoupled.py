@@ -11,7 +11,6 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -21,7 +20,9 @@ from lightning.fabric.plugins.collectives import TorchCollective
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fabricrl.utils.ending import reason
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
+from fabricrl.utils.peers import patience
 from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
@@ -251,10 +252,8 @@ class Channel:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise LostPeerError(
-                f"rank {self.rank} lost rank {peer}: message {name} {way} it in iteration {iteration}: {reason}"
-            ) from error
+            what = f"message {name} {way} it in iteration {iteration}"
+            raise LostPeerError(f"rank {self.rank} lost rank {peer}: {what}: {reason(error)}") from error
 
 
 def tag(name: str) -> int:
@@ -266,7 +265,7 @@ def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchC
     """All ranks on the CPU, for messages, and the trainers on their devices; every rank calls it.
 
     Args:
-        timeout: minutes to wait for a message before giving up.
+        timeout: minutes to wait for a message before giving up; 0: for ever.
 
     Raises:
         ConfigError: there is nobody but the player.
@@ -277,7 +276,7 @@ def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchC
             "add --devices 2, or take the script of the same name without _decoupled"
         )
     world, trainers = TorchCollective(), TorchCollective()
-    limit = timedelta(minutes=timeout)
+    limit = patience(timeout)
     backend = "gloo" if fabric.device.type == "cpu" else None  # None: that of the devices
     world.create_group(backend="gloo", timeout=limit)
     trainers.create_group(ranks=list(range(FIRST_TRAINER, fabric.world_size)), backend=backend, timeout=limit)

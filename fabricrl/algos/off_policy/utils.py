@@ -68,7 +68,7 @@ def restore_replay(run: Run, rb: ReplayBuffer, schedule: "UpdateSchedule | None"
         CheckpointError: as `restore_buffer`.
     """
     refill = False
-    if run.state:
+    if run.state and run.path:
         with run.together(), reading(run.path):
             if run.trainers is None:
                 refill = not restore_buffer(rb, run.state, run.path, run.args, run.fabric)

@@ -13,12 +13,12 @@ Normalisers stay with the player, who alone sees raw observations and rewards. S
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, run_ranks
-from fabricrl.algos.ppo.agent import ACTION_SPACES, PPOAgent, make_agent
+from fabricrl.algos.ppo.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.ppo.args import PRESETS, PPODecoupledArgs
 from fabricrl.algos.ppo.ppo import METRICS, returns_and_advantages, rollout, train, train_epoch, update
 from fabricrl.algos.run import Run, parse, run_script
@@ -36,9 +36,8 @@ class Rollout(NamedTuple):
     data: Batch  # [B, ...]; frame stacks are put together
 
 
-def declare_share(args: PPODecoupledArgs, agent: PPOAgent, count: int) -> Batch:
-    """The share of each of `count` trainers in names, shapes and types."""
-    rows = args.num_steps * args.num_envs // count  # B
+def declare_share(agent: Any, rows: int) -> Batch:
+    """A trainer's share of a rollout in names, shapes and types; `rows`: B."""
     names = ("counts", "logprobs", "values", "advantages", "returns")
     return Batch(
         obs=torch.zeros(rows, *agent.obs_shape, dtype=agent.obs_dtype),
@@ -67,7 +66,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
 
         run.restore(agent=agent, optimizer=optimizer)
-        share = Rollout(0.0, 0.0, 0.0, declare_share(args, agent, trainers.count))
+        share = Rollout(0.0, 0.0, 0.0, declare_share(agent, args.num_steps * args.num_envs // trainers.count))
         trainers.begin(Messages(share, METRICS, agent, optimizer))  # → Hello, ← Ready
 
         # --- Buffer
@@ -80,6 +79,8 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
 
             # 2. Returns and advantages
             data = returns_and_advantages(run, model, agent, rb)
@@ -92,14 +93,15 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
             shares = (data[rank :: trainers.count] for rank in range(trainers.count))
             trainers.train(Rollout(learning_rate, clip_coef, ent_coef, share) for share in shares)  # → Order, ← Answer
-            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint
@@ -121,7 +123,7 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
     run.restore(agent=agent, optimizer=optimizer)
 
     # --- Start
-    share = Rollout(0.0, 0.0, 0.0, declare_share(args, agent, run.fabric.world_size))
+    share = Rollout(0.0, 0.0, 0.0, declare_share(agent, args.num_steps * args.num_envs // run.fabric.world_size))
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
     if run.records:
         with run.rehearsal():

@@ -36,7 +36,7 @@ def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentR
     noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs = rb.seen(t).to(device)  # [N, R]
+            obs = rb.stacked_obs(t).to(device)  # [N, R]
             drawn, states = player.act(obs, rb.memory_rows[t], noise[t])
             actions = drawn.cpu().numpy()  # [N, A]
             run.clock.lap("act")
@@ -56,7 +56,7 @@ def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRoll
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
     columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
     columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
-    obs = obs.rows(by_env) if args.frame_stack > 1 else obs[by_env]
+    obs = obs[by_env] if isinstance(obs, Tensor) else obs.rows(by_env)
     data = Batch(obs=obs, counts=None if counts is None else counts[by_env], **columns)
     with run.fabric.autocast():
         logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted
@@ -127,6 +127,8 @@ def main() -> int:
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
 
             # 2. Returns and advantages
             data, sequences = returns_and_advantages(run, agent, rb)
@@ -138,14 +140,15 @@ def main() -> int:
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
             run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
-            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

@@ -43,26 +43,23 @@ class Rollout(NamedTuple):
     ends: Tensor  # [B], rows that no sequence goes beyond
 
 
-def declare_rollout(args: RecurrentPPODecoupledArgs, agent: RecurrentPPOAgent, count: int) -> Rollout:
-    """The share of each of `count` trainers in names, shapes and types."""
-    data = declare_share(args, agent, count)
-    rows = len(data.advantages)  # B
-    memory = {
-        "previous": torch.zeros(rows, agent.num_prev),
-        "states": torch.zeros(rows, agent.memory_size - agent.num_prev),
-    }
-    return Rollout(0.0, 0.0, 0.0, data.with_columns(**memory), torch.zeros(rows, dtype=torch.bool))
+def declare_rollout(agent: RecurrentPPOAgent, rows: int) -> Rollout:
+    """A trainer's share in names, shapes and types; `rows`: B."""
+    memory = {"previous": torch.zeros(rows, agent.num_prev)}
+    memory["states"] = torch.zeros(rows, agent.memory_size - agent.num_prev)
+    data = declare_share(agent, rows).with_columns(**memory)
+    return Rollout(0.0, 0.0, 0.0, data, torch.zeros(rows, dtype=torch.bool))
 
 
-def divide(data: Batch, ends: Tensor, count: int, *coefs: float) -> Iterator[Rollout]:
-    """The rollout [N T, ...] in equal parts, environment by environment; `ends` [N T].
+def divide(data: Batch, ends: Tensor, count: int) -> Iterator[tuple[Batch, Tensor]]:
+    """The rollout, environment by environment, and its `ends` [N T], in equal parts.
 
-    A sequence that two trainers share is cut there.
+    A sequence that lies in two of them is cut there.
     """
     rows = len(ends) // count
     for first in range(0, len(ends), rows):
         part = slice(first, first + rows)
-        yield Rollout(*coefs, data[part], ends[part])
+        yield data[part], ends[part]
 
 
 def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int:
@@ -76,7 +73,7 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
         _, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
 
         run.restore(agent=agent, optimizer=optimizer)
-        share = declare_rollout(args, agent, trainers.count)
+        share = declare_rollout(agent, args.num_steps * args.num_envs // trainers.count)
         trainers.begin(Messages(share, METRICS, agent, optimizer))  # → Hello, ← Ready
 
         # --- Buffer
@@ -89,6 +86,8 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
 
             # 2. Returns and advantages
             data, sequences = returns_and_advantages(run, agent, rb)
@@ -99,16 +98,17 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
-            shares = divide(data, sequences.ends, trainers.count, learning_rate, clip_coef, ent_coef)
-            trainers.train(shares)  # → Order, ← Answer
-            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+            shares = divide(data, sequences.ends, trainers.count)
+            trainers.train(Rollout(learning_rate, clip_coef, ent_coef, *share) for share in shares)  # → Order, ← Answer
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint
@@ -130,7 +130,7 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     run.restore(agent=agent, optimizer=optimizer)
 
     # --- Start
-    share = declare_rollout(args, agent, run.fabric.world_size)
+    share = declare_rollout(agent, args.num_steps * args.num_envs // run.fabric.world_size)
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
     if run.records:
         with run.rehearsal():

@@ -68,6 +68,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
 
             # 4. Log
             run.record_step()
+            run.evaluate(agent)
             if run.log_is_due:
                 run.log({"charts/learning_rate": args.policy_lr})
 
