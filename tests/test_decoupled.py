@@ -8,17 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, before_hello, telling
 from fabricrl.algos.droq import droq_decoupled
+from fabricrl.algos.off_policy import decoupled as off_policy
+from fabricrl.algos.off_policy import utils as off_policy_utils
 from fabricrl.algos.ppo import ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent_decoupled
 from fabricrl.algos.sac import sac_decoupled
-from fabricrl.data import Batch, StackedFrames
+from fabricrl.data import Batch, NewestSteps, ReplayBuffer, StackedFrames
 from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
@@ -48,6 +51,7 @@ from fabricrl.utils.ranks import all_gather, all_max
 from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import generators
 from tests.conftest import BareRun
+from tests.envs import vectors
 from tests.process import FORKSERVER, LIMIT, call, free_port, load
 
 SCRIPTS: dict[str, Any] = {"ppo": ppo_decoupled, "ppo_recurrent": ppo_recurrent_decoupled}
@@ -152,7 +156,9 @@ def test_a_packet_is_used_again_only_after_all_that_may_be_on_their_way() -> Non
     """With lag K, K + 1 iterations may be on their way, each with a packet for every trainer."""
     for count, max_lag in itertools.product((1, 3), (0, 2)):
         trainers, _ = watched(count, max_lag=max_lag)
-        packets = [trainers._orders.pack(Order(TRAIN, 0, 0, True, True, False, Data(0))) for _ in range(100)]
+        packets = [
+            trainers._orders[False].pack(Order(TRAIN, 0, 0, 0, True, True, False, False, Data(0))) for _ in range(100)
+        ]
         again = packets[1:].index(packets[0]) + 1
         assert again > count * (max_lag + 1)
         assert len({packet.buffer.data_ptr() for packet in packets[:again]}) == again
@@ -168,6 +174,10 @@ def test_messages_travel_under_different_tags() -> None:
 
 class Data(NamedTuple):
     row: int
+
+
+class Bulk(NamedTuple):
+    rows: Tensor
 
 
 class Notes:
@@ -206,20 +216,22 @@ def some_run(max_lag: int = 2, rank: int = 0) -> Any:
     return run
 
 
-def some_messages() -> Messages:
+def some_messages(most: int = 1) -> Messages:
     torch.manual_seed(3)
     agent = torch.nn.Linear(1, 1)
-    return Messages(Data(0), ("losses/a", "losses/b"), agent, Adam(agent.parameters(), 1e-3))
+    bulk = Bulk(torch.zeros(most)) if most > 1 else None
+    optimizer = Adam(agent.parameters(), 1e-3)
+    return Messages(Data(0), ("losses/a", "losses/b"), agent, optimizer, bulk=bulk, most=most)
 
 
 def answered(iteration: int, weight: float = 0.0, **fields: Any) -> tuple[int, Answer]:
     return iteration, Answer(0, 0, 0.0, 1.0, None, torch.full((2,), weight))._replace(**fields)
 
 
-def watched(count: int, *answers: tuple[int, Answer], max_lag: int = 2) -> tuple[Trainers, Notes]:
+def watched(count: int, *answers: tuple[int, Answer], max_lag: int = 2, most: int = 1) -> tuple[Trainers, Notes]:
     notes = Notes(PLAYER, count, [(0, Ready()), *answers])
     trainers = Trainers(some_run(max_lag), notes)  # type: ignore[arg-type]
-    trainers.begin(some_messages())
+    trainers.begin(some_messages(most))
     return trainers, notes
 
 
@@ -234,7 +246,7 @@ def test_each_trainer_is_sent_its_share_and_all_the_same_order() -> None:
     trainers.train(shares(2, 10))
     trainers.run.log_is_due = False
     trainers.train(shares(2, 20), due=False)
-    expected = [("Order", rank, i, Order(TRAIN, 0, 64, not i, not i, False, Data(10 * (i + 1) + rank - 1)))
+    expected = [("Order", rank, i, Order(TRAIN, 0, i, 64, not i, not i, False, False, Data(10 * (i + 1) + rank - 1)))
                 for i in (0, 1) for rank in (1, 2)]  # fmt: skip
     assert notes.sent[2:] == expected
     assert list(trainers.ahead) == [0]
@@ -266,6 +278,72 @@ def test_answers_are_taken_oldest_first_until_the_player_is_no_further_ahead_tha
     trainers.train(shares(1, 0))  # after whose rollout the one before is taken
     assert run.charts["charts/lag"] == 1
     assert list(trainers.ahead) == [5]
+
+
+def test_data_that_may_wait_travels_with_what_follows_until_something_is_due_or_it_is_enough() -> None:
+    trainers, notes = watched(1, max_lag=9, most=3)
+
+    def train(bulk: bool, due: bool = False) -> None:
+        trainers.train([Bulk(torch.ones(3)) if trainers.bulk else Data(7)], due=due, bulk=bulk)  # type: ignore[list-item]
+
+    trainers.send([Data(1)], bulk=True)
+    for _ in range(3):
+        train(bulk=True)  # 1, 2, 3: enough
+    train(bulk=True)  # 4
+    trainers.run.log_is_due = True
+    train(bulk=True)  # 5: the log
+    trainers.run.log_is_due = False
+    train(bulk=False)  # 6: no more
+    train(bulk=False, due=True)  # 7
+    sent = [sent for _, _, _, sent in notes.sent[1:]]
+    assert [order.iteration for order in sent] == [0, 3, 5, 6, 7]
+    assert [order.bulk for order in sent] == [True, True, True, False, False], "the next one is of another form"
+    assert [type(order.data) for order in sent] == [Data, Bulk, Bulk, Bulk, Data]
+    assert [order.answers for order in sent] == [False, False, True, False, True]
+    trainers.tell(5)
+    assert type(notes.sent[-1][3].data) is Data
+
+
+def test_a_trainer_expects_the_form_that_the_order_before_has_announced() -> None:
+    messages = some_messages(3)
+    rows = Bulk(torch.arange(3.0))
+    player, _ = obeying(
+        hello(messages), order(row=1, bulk=True), order(bulk=True, data=rows), order(data=rows), order(STOP)
+    )
+    player.meet(messages)
+    assert [type(each.data) for each in player.orders()] == [Data, Bulk, Bulk]
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 5), (2, 5), (2, 64)])
+def test_steps_that_travel_in_blocks_fill_replay_buffers_as_if_they_had_been_added_there(
+    count: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (off_policy, off_policy_utils):
+        monkeypatch.setattr(module, "BLOCK", most)
+    rng, space, agent = np.random.default_rng(0), vectors(3), SimpleNamespace(obs_normalizer=None)
+    newest, trainers = NewestSteps(most, 4, space, 2), SimpleNamespace(count=count, bulk=True)
+    size = 4 // count
+    whole, parts = ReplayBuffer(80, 4, space, 2), [ReplayBuffer(20 * size, size, space, 2) for _ in range(count)]
+
+    def send() -> None:
+        for part, steps in zip(parts, off_policy.divide(newest, agent, trainers), strict=True):  # type: ignore[arg-type]
+            off_policy.store(part, agent, steps)
+
+    start = rng.normal(size=(4, 3))
+    whole.start(start)
+    newest.start(start)
+    send()
+    for step in range(13):
+        ended = rng.random((2, 4)) < 0.2
+        obs, final_obs = rng.normal(size=(2, 4, 3))
+        for rb in (whole, newest):
+            rb.add(np.full((4, 2), step), obs, rng.random(4) * 0 + step, *ended, {"final_obs": final_obs})
+        if newest.waiting == most or step in (6, 12):
+            send()
+    for number, part in enumerate(parts):
+        envs = slice(number * size, (number + 1) * size)
+        assert (part.size, part.position) == (13, 13)
+        assert (part._records == whole._records[:, envs]).all()
 
 
 def test_the_share_of_the_time_that_trainers_have_waited_is_logged_and_counted_anew() -> None:
@@ -335,8 +413,8 @@ def hello(messages: Messages, command: int = TRAIN, code: int = 0) -> Hello:
     return Hello(command, code, int(parameter_hash(messages.agent)))
 
 
-def order(command: int = TRAIN, code: int = 0, row: int = 0) -> Order:
-    return Order(command, code, 0, True, False, False, Data(row))
+def order(command: int = TRAIN, code: int = 0, row: int = 0, bulk: bool = False, data: Any = None) -> Order:
+    return Order(command, code, 0, 0, True, False, False, bulk, data or Data(row))
 
 
 def test_a_trainer_obeys_until_the_player_stops_and_the_first_one_speaks_for_all() -> None:

@@ -65,10 +65,22 @@ class Messages:
         agent: what is trained.
         acting: the optimizer of the parameters that the policy acts with, which come back after each update.
         others: the other optimizers.
+        bulk: the record in which data of several iterations travel together, if there are such.
+        most: how many iterations these may be.
     """
 
-    def __init__(self, data: Any, metrics: tuple[str, ...], agent: nn.Module, acting: Adam, *others: Adam) -> None:
-        self.data, self.metrics, self.agent, self.acting = data, metrics, agent, acting
+    def __init__(
+        self,
+        data: Any,
+        metrics: tuple[str, ...],
+        agent: nn.Module,
+        acting: Adam,
+        *others: Adam,
+        bulk: Any = None,
+        most: int = 1,
+    ) -> None:
+        self.metrics, self.agent, self.acting, self.most = metrics, agent, acting, most
+        self._data = {False: data} if bulk is None else {False: data, True: bulk}
         self.optimizers = (acting, *others)
         for optimizer in self.optimizers:
             optimizer.follow()
@@ -94,8 +106,9 @@ class Messages:
         for optimizer in self.optimizers:
             optimizer.flat.compare_steps()
 
-    def order(self) -> Order:
-        return Order(TRAIN, 0, 0, False, False, False, self.data)
+    def orders(self) -> dict[bool, Order]:
+        """By whether they are of many iterations."""
+        return {bulk: Order(TRAIN, 0, 0, 0, False, False, False, False, data) for bulk, data in self._data.items()}
 
     def answer(self) -> Answer:
         return Answer(0, 0, 0.0, 0.0, torch.zeros(2, len(self.metrics), dtype=torch.float64), self.weights)
@@ -111,13 +124,15 @@ class Trainers:
         count: how many.
         ahead: iterations whose data have been sent and whose weights have not come back: what the policy lags behind.
         iteration: the next.
+        bulk: True if the next order is of many iterations.
         refill: True if a run that is resumed has to fill a new replay buffer first.
     """
 
     def __init__(self, run: Run, channel: Channel) -> None:
         self.run, self.channel, self.count = run, channel, channel.world_size - FIRST_TRAINER
         self.ahead: deque[int] = deque()
-        self.iteration, self.refill = 0, False
+        self.iteration, self.bulk, self.refill = 0, False, False
+        self._held = 0  # iterations whose data wait
         self._messages: Messages | None = None
         self._lag = 0  # the most since the last log entry
         self._waited = self._passed = 0.0
@@ -134,7 +149,8 @@ class Trainers:
         folder = torch.frombuffer(bytearray(name.ljust(PATH_MAX, b"\0")), dtype=torch.uint8)
         self._each(Outbox(Hello(), self.count), Hello(hash=int(parameter_hash(messages.agent)), folder=folder))
         self._messages = messages
-        self._orders = Outbox(messages.order(), self.count * (run.args.max_lag + 2))
+        turns = self.count * (run.args.max_lag + 2)
+        self._orders = {bulk: Outbox(order, turns) for bulk, order in messages.orders().items()}
         self._answer, self._state = Packet(messages.answer()), Packet(messages.state(self.count))
         run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
         ready = self.channel.receive(Packet(Ready()), FIRST_TRAINER, self.iteration)
@@ -142,14 +158,15 @@ class Trainers:
             raise EndedByPeerError(ready.code)
         self.refill = ready.refill
 
-    def train(self, shares: Iterable[Any], due: bool = True) -> None:
+    def train(self, shares: Iterable[Any], due: bool = True, bulk: bool = False) -> None:
         """The line `train(...)` of the coupled script, done by others: → Order, ← Answer.
 
         Notes losses, takes weights, and, where a checkpoint is due, everything that it holds.
 
         Args:
-            shares: the record for each trainer.
+            shares: the record for each trainer; not asked for where data may wait.
             due: whether updates are.
+            bulk: whether data may wait for those of further iterations, as long as nothing is due.
 
         Raises:
             RunError: without text, if an update failed; the trainer has said why.
@@ -157,11 +174,14 @@ class Trainers:
         run, max_lag = self.run, self.run.args.max_lag
         saves, logs = run.checkpoint_is_due, run.log_is_due
         looks = saves or logs or hasattr(run.args, "num_steps")  # as a coupled run: after a rollout, or now and then
-        self._lag = max(self._lag, len(self.ahead))
+        self._lag, self._held = max(self._lag, len(self.ahead)), self._held + 1
+        if bulk and not (due or looks) and self._messages is not None and self._held < self._messages.most:
+            self.iteration += 1
+            return
         run.clock.lap("train")
         self.collect(max(max_lag, 1) - 1)
         run.clock.lap("wait_player")
-        self.send(shares, answers=due or looks, looks=looks, saves=saves)
+        self.send(shares, bulk, answers=due or looks, looks=looks, saves=saves)
         run.clock.lap("comm")
         self.collect(0 if run.is_last or saves else max_lag)
         if saves:
@@ -171,14 +191,15 @@ class Trainers:
             self._lag, self._waited, self._passed = 0, 0.0, 0.0
         run.clock.lap("wait_player")
 
-    def send(self, shares: Iterable[Any], answers: bool = False, looks: bool = False, saves: bool = False) -> None:
-        """→ Order: its record to each trainer."""
-        order = Order(TRAIN, 0, self.run.global_step, answers, looks, saves, None)
+    def send(self, shares: Iterable[Any], bulk: bool = False, **wanted: bool) -> None:
+        """→ Order: its record to each trainer, and what is `wanted` of it. `bulk`: the next one is of many."""
+        order = self._orders[self.bulk].record._replace(step=self.run.global_step, iteration=self.iteration, bulk=bulk)
         for rank, share in enumerate(shares, FIRST_TRAINER):
-            self.channel.send(self._orders.pack(order._replace(data=share)), rank, self.iteration)
-        if answers:
+            packet = self._orders[self.bulk].pack(order._replace(data=share, **wanted))
+            self.channel.send(packet, rank, self.iteration)
+        if wanted.get("answers"):
             self.ahead.append(self.iteration)
-        self.iteration += 1
+        self.iteration, self.bulk, self._held = self.iteration + 1, bulk, 0
 
     def collect(self, most: int) -> None:
         """← Answer of the oldest iterations, until the player is `most` ahead."""
@@ -219,7 +240,8 @@ class Trainers:
             if self._messages is None:
                 self._each(Outbox(Hello(), self.count), Hello(command, code))
             else:
-                self._each(self._orders, self._orders.record._replace(command=command, code=code))
+                orders = self._orders[self.bulk]
+                self._each(orders, orders.record._replace(command=command, code=code))
             if code != LostPeerError.exit_code:  # there one may not be listening
                 self.channel.flush()
 
@@ -243,7 +265,7 @@ class Player:
         self.iteration = self.exit_code = 0
         self.folder = Path()
         self._messages: Messages | None = None
-        self._dismissed = self._ready = False
+        self._dismissed = self._ready = self._bulk = False
 
     def meet(self, messages: Messages) -> Path:
         """← Hello: waits until the player is ready; the run's folder.
@@ -256,7 +278,7 @@ class Player:
         hello = self._receive(Packet(Hello()))
         self.folder = Path(bytes(hello.folder.tolist()).rstrip(b"\0").decode())
         self._messages, max_lag = messages, run.args.max_lag
-        self._order = Packet(messages.order())
+        self._orders = {bulk: Packet(order) for bulk, order in messages.orders().items()}
         self._answers, self._states = (
             Outbox(messages.answer(), max_lag + 2),
             Outbox(messages.state(run.fabric.world_size), 1),
@@ -279,7 +301,8 @@ class Player:
         if self.speaks:
             self.channel.send(Packet(Ready()).fill(Ready(refill=refill)), PLAYER, self.iteration)
         self._ready = True
-        while (order := self._receive(self._order)).command == TRAIN:
+        while (order := self._receive_order()).command == TRAIN:
+            self.iteration = order.iteration
             yield order
             self.iteration += 1
         self.channel.flush()
@@ -324,7 +347,7 @@ class Player:
             elif self.speaks:
                 self.channel.send(Packet(Ready()).fill(Ready(code)), PLAYER, self.iteration)
                 self.channel.flush()
-            while self._messages is not None and self._receive(self._order).command == TRAIN:
+            while self._messages is not None and self._receive_order().command == TRAIN:
                 pass
 
     def await_hello(self) -> None:
@@ -336,6 +359,12 @@ class Player:
         if self._messages is None and not self._dismissed:
             with contextlib.suppress(LostPeerError):
                 self._receive(Packet(Hello()))
+
+    def _receive_order(self) -> Order:
+        """← Order."""
+        order = self._receive(self._orders[self._bulk])
+        self._bulk = order.bulk
+        return order
 
     def _receive(self, packet: Packet) -> Any:
         """← Hello or Order, unless it is to end at once."""

@@ -509,20 +509,33 @@ class ReplayBuffer:
         self._columns["final"][row, env] = slot
 
 
-class NewestStep(ReplayBuffer):
-    """The newest step alone, for who sends it on to those that keep it.
+class NewestSteps(ReplayBuffer):
+    """Only the newest steps, on their way to those who keep them.
+
+    Args:
+        most: how many may wait, S.
 
     Attributes:
-        newest: what was added last, by name; after `start`, the observations.
+        steps: what was added since `sent` was called, by name, [S, N, ...] each; the first `waiting` count.
+        waiting: how many these are; none: the environments were reset, and `next_obs` [0] are their observations.
     """
 
-    def __init__(self, num_envs: int, obs_space: Box, num_actions: int) -> None:
+    def __init__(self, most: int, num_envs: int, obs_space: Box, num_actions: int) -> None:
         super().__init__(num_envs, num_envs, obs_space, num_actions)
-        self.newest: dict[str, Tensor] = {}
+        shape, obs = (most, num_envs), torch.zeros(most, *self.newest_obs().shape, dtype=self.newest_obs().dtype)
+        self.steps = {"actions": torch.zeros(*shape, num_actions), "rewards": torch.zeros(shape)}
+        self.steps |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("terminated", "truncated")}
+        self.steps |= {"next_obs": obs, "final_obs": obs.clone()}
+        self._arrays = {name: column.numpy() for name, column in self.steps.items()}
+        self.waiting = 0
+
+    def sent(self) -> None:
+        """Forgets the steps that were waiting."""
+        self.waiting = 0
 
     def start(self, obs: np.ndarray) -> None:
         super().start(obs)
-        self.newest = {"next_obs": self.newest_obs()}
+        self._arrays["next_obs"][0] = self._columns["obs"][self.position]
 
     def add(
         self,
@@ -534,12 +547,15 @@ class NewestStep(ReplayBuffer):
         infos: dict[str, Any],
     ) -> None:
         super().add(actions, next_obs, rewards, terminated, truncated, infos)
-        final_obs = np.zeros_like(self._columns["obs"][self.position])
-        for env, obs in self._ended:
-            final_obs[env] = obs
-        step = {"actions": actions, "rewards": rewards, "terminated": terminated, "truncated": truncated}
-        step |= {"next_obs": self._columns["obs"][self.position], "final_obs": final_obs}
-        self.newest = {name: torch.from_numpy(column) for name, column in step.items()}
+        arrays, row = self._arrays, self.waiting
+        arrays["actions"][row] = actions
+        arrays["rewards"][row] = rewards
+        arrays["terminated"][row] = terminated
+        arrays["truncated"][row] = truncated
+        arrays["next_obs"][row] = self._columns["obs"][self.position]
+        for env, final_obs in self._ended:
+            arrays["final_obs"][row, env] = final_obs
+        self.waiting += 1
 
 
 def _place(record: np.dtype, name: str) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:

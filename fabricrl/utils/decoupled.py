@@ -52,10 +52,12 @@ class Order(NamedTuple):
 
     command: int  # TRAIN, STOP or ABORT
     code: int  # exit code to end with
+    iteration: int  # of the run, from 0
     step: int  # environment steps so far
     answers: bool  # an Answer is awaited
     looks: bool  # with the losses since the last look
     saves: bool  # and a State, for a checkpoint
+    bulk: bool  # the next Order has the record of many iterations
     data: Any  # the script's record
 
 

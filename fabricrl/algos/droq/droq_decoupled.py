@@ -7,7 +7,7 @@ Each trainer owns the replay buffer of its share of the environments, and draws 
 transition travels once, however often it is learned from. An iteration's messages; with --max-lag 0 the player waits
 for Answer, with K it is up to K iterations ahead of it:
 
-    Order     player → each trainer    a Step of its environments, the normaliser, and which updates are due
+    Order     player → each trainer    Steps of its environments, the normaliser, and which updates are due
     Answer    trainer 1 → player       parameters of the actor, and the temperature; losses, faults and signals
     State     trainer 1 → player       critics, targets, optimizers and generators, if a checkpoint is due
 
@@ -46,7 +46,7 @@ def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
 
         # --- Start
         rb.start(run.reset())
-        trainers.send(divide(rb, agent, trainers.count))  # → Order
+        trainers.send(divide(rb, agent, trainers), bulk=schedule.explores(run.global_step))  # → Order
 
         for step in run.iterations(args.num_envs):
             # 1. Rollout
@@ -59,7 +59,8 @@ def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
             _, count = schedule.take(run.global_step)
 
             # 3. Update
-            trainers.train(divide(rb, agent, trainers.count, (count, steps)), due=steps > 0)  # → Order, ← Answer
+            shares = divide(rb, agent, trainers, (count, steps))
+            trainers.train(shares, steps > 0, schedule.explores(run.global_step))  # → Order, ← Answer
             run.clock.lap("train")
 
             # 4. Log

@@ -8,53 +8,58 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from fabricrl.algos.decoupled import Trainers
+from fabricrl.algos.off_policy.utils import BLOCK
 from fabricrl.algos.run import Run
-from fabricrl.data import NewestStep, ReplayBuffer
+from fabricrl.data import NewestSteps, ReplayBuffer
 from fabricrl.utils.utils import require
 
 
-class Step(NamedTuple):
-    """A step of a trainer's environments; without actions: the observations that they start from."""
+class Steps(NamedTuple):
+    """Steps of a trainer's environments: one, or a block of S where nothing is learned yet.
+
+    Without steps `next_obs` [0] are the observations that the environments start from.
+    """
 
     due: tuple[int, int]  # updates, as the script counts them
+    filled: int  # how many of the S steps are there
     normalizer: dict[str, Tensor]  # running statistics of observations, if there are any
-    next_obs: Tensor  # [n, ...]
-    actions: Tensor | None = None  # [n, A]
-    rewards: Tensor | None = None  # [n]
-    terminated: Tensor | None = None  # [n]
-    truncated: Tensor | None = None  # [n]
-    final_obs: Tensor | None = None  # where an episode has ended [n, ...]
+    actions: Tensor  # [S, n, A]
+    rewards: Tensor  # [S, n]
+    terminated: Tensor  # [S, n]
+    truncated: Tensor  # [S, n]
+    next_obs: Tensor  # [S, n, ...]
+    final_obs: Tensor  # [S, n, ...], where an episode has ended
 
 
-def declare_step(run: Run, agent: Any, num_envs: int) -> Step:
-    """A step of `num_envs` environments in names, shapes and types."""
-    rb = NewestStep(num_envs, run.obs_space, agent.head.num_actions)
-    obs, flags, statistics = rb.newest_obs(), torch.zeros(num_envs, dtype=torch.bool), normalizer_state(agent)
-    actions = torch.zeros(num_envs, agent.head.num_actions)
-    return Step((0, 0), statistics, obs, actions, torch.zeros(num_envs), flags, flags, obs)
+def declare_steps(run: Run, agent: Any, num_envs: int, count: int) -> Steps:
+    """`count` steps of `num_envs` environments in names, shapes and types."""
+    rb = NewestSteps(count, num_envs, run.obs_space, agent.head.num_actions)
+    return Steps((0, 0), 0, normalizer_state(agent), **rb.steps)
 
 
-def divide(rb: ReplayBuffer, agent: Any, count: int, due: tuple[int, int] = (0, 0)) -> Iterator[Step]:
-    """The newest step, or what a reset has answered, for each of `count` trainers: its environments side by side."""
-    assert isinstance(rb, NewestStep)
-    size, statistics = rb.num_envs // count, normalizer_state(agent)
-    for first in range(0, rb.num_envs, size):
-        yield Step(due, statistics, **{name: column[first : first + size] for name, column in rb.newest.items()})
+def divide(rb: ReplayBuffer, agent: Any, trainers: Trainers, due: tuple[int, int] = (0, 0)) -> Iterator[Steps]:
+    """The waiting steps for each trainer, with its environments side by side; they have been sent then."""
+    assert isinstance(rb, NewestSteps)
+    envs, size = rb.num_envs // trainers.count, BLOCK if trainers.bulk else 1
+    for first in range(0, rb.num_envs, envs):
+        columns = {name: column[:size, first : first + envs] for name, column in rb.steps.items()}
+        yield Steps(due, rb.waiting, normalizer_state(agent), **columns)
+    rb.sent()
 
 
-def store(rb: ReplayBuffer, agent: Any, step: Step) -> None:
-    """Puts a step into a trainer's buffer, and takes the player's statistics of observations."""
+def store(rb: ReplayBuffer, agent: Any, steps: Steps) -> None:
+    """Puts steps into a trainer's buffer, and takes the player's statistics of observations."""
     if agent.obs_normalizer is not None:
-        agent.obs_normalizer.load_state_dict(step.normalizer)
-    _, _, next_obs, *rest = step
-    if step.actions is None:
-        rb.start(next_obs.numpy())
-        return
-    actions, rewards, terminated, truncated, final_obs = (column.numpy() for column in rest if column is not None)
-    rb.add(actions, next_obs.numpy(), rewards, terminated, truncated, {"final_obs": final_obs})
+        agent.obs_normalizer.load_state_dict(steps.normalizer)
+    if steps.filled == 0:
+        rb.start(steps.next_obs[0].numpy())
+    names = ("actions", "next_obs", "rewards", "terminated", "truncated")
+    columns, final_obs = {name: getattr(steps, name).numpy() for name in names}, steps.final_obs.numpy()
+    for i in range(steps.filled):
+        rb.add(**{name: column[i] for name, column in columns.items()}, infos={"final_obs": final_obs[i]})
 
 
 def normalizer_state(agent: Any) -> dict[str, Tensor]:

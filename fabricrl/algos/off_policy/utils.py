@@ -10,13 +10,15 @@ from lightning.fabric import Fabric
 
 from fabricrl.algos.off_policy.args import EntropyArgs, OffPolicyArgs
 from fabricrl.algos.run import Run
-from fabricrl.data.buffers import NewestStep, ReplayBuffer, record_type
+from fabricrl.data.buffers import NewestSteps, ReplayBuffer, record_type
 from fabricrl.data.memory import GIB, check_memory
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
 from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.launch import ranks_here
 from fabricrl.utils.ranks import all_max
 from fabricrl.utils.utils import require
+
+BLOCK = 64  # steps of exploration that travel together
 
 
 def make_schedule(run: Run) -> "UpdateSchedule":
@@ -41,7 +43,7 @@ def make_schedule(run: Run) -> "UpdateSchedule":
 def make_buffer(run: Run, folder: Path | None = None) -> ReplayBuffer:
     """The replay buffer of this rank; rank 0 prints what it takes. `folder`: the run's, where another rank has made it.
 
-    A decoupled player has only the newest step: each trainer keeps the transitions of its environments.
+    A decoupled player has only the newest steps: each trainer keeps the transitions of its environments.
 
     Raises:
         ConfigError: it does not fit into memory or onto the disk.
@@ -49,7 +51,7 @@ def make_buffer(run: Run, folder: Path | None = None) -> ReplayBuffer:
     args, folder = run.args, (folder or run.folder) if run.args.buffer_memmap else None
     shape = args.num_envs, run.obs_space, int(np.prod(run.action_space.shape))
     if run.trainers is not None:
-        return NewestStep(*shape)
+        return NewestSteps(BLOCK, *shape)
     with run.together():
         rb = ReplayBuffer(args.buffer_size, *shape, args.gamma, args.n_step, args.implicit_next_obs, folder)
     if run.fabric.global_rank == 0:

@@ -7,7 +7,7 @@ Each trainer owns the replay buffer of its share of the environments, and draws 
 transition travels once, however often it is learned from. An iteration's messages; with --max-lag 0 the player waits
 for Answer, with K it is up to K iterations ahead of it:
 
-    Order     player → each trainer    a Step of its environments, the normaliser, and which updates are due
+    Order     player → each trainer    Steps of its environments, the normaliser, and which updates are due
     Answer    trainer 1 → player       parameters of the actor, and the temperature; losses, faults and signals
     State     trainer 1 → player       critics, targets, optimizers and generators, if a checkpoint is due
 
@@ -17,7 +17,7 @@ Shapes as in sac.py.
 import torch
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, run_ranks
-from fabricrl.algos.off_policy.decoupled import check_division, declare_step, divide, divided, store
+from fabricrl.algos.off_policy.decoupled import BLOCK, check_division, declare_steps, divide, divided, store
 from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, make_agent
@@ -27,8 +27,9 @@ from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, make_
 
 def make_messages(run: Run, learner: Learner, num_envs: int) -> Messages:
     """Declares what a trainer of `num_envs` environments and the player exchange."""
-    step, metrics = declare_step(run, learner.agent, num_envs), (*CRITIC_METRICS, *ACTOR_METRICS)
-    return Messages(step, metrics, learner.agent, learner.actor_optimizer, learner.q_optimizer)
+    agent, metrics = learner.agent, (*CRITIC_METRICS, *ACTOR_METRICS)
+    one, block = (declare_steps(run, agent, num_envs, count) for count in (1, BLOCK))
+    return Messages(one, metrics, agent, learner.actor_optimizer, learner.q_optimizer, bulk=block, most=BLOCK)
 
 
 def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
@@ -51,7 +52,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
 
         # --- Start
         rb.start(run.reset())
-        trainers.send(divide(rb, agent, trainers.count))  # → Order
+        trainers.send(divide(rb, agent, trainers), bulk=schedule.explores(run.global_step))  # → Order
 
         for step in run.iterations(args.num_envs):
             # 1. Rollout
@@ -63,7 +64,8 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
             first, count = schedule.take(run.global_step)
 
             # 3. Update
-            trainers.train(divide(rb, agent, trainers.count, (first, count)), due=count > 0)  # → Order, ← Answer
+            shares = divide(rb, agent, trainers, (first, count))
+            trainers.train(shares, count > 0, schedule.explores(run.global_step))  # → Order, ← Answer
             run.clock.lap("train")
 
             # 4. Log
