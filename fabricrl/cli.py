@@ -13,8 +13,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
+from fabricrl.utils.ending import one_line, report
 from fabricrl.utils.errors import LostPeerError, RunError
-from fabricrl.utils.launch import check_address, one_line, open_store, report
+from fabricrl.utils.network import check_address, open_store
 
 USAGE = """usage: lightning run model [--accelerator A] [--strategy S] [--devices D] [--num-nodes N] ... SCRIPT [ARGS]
 

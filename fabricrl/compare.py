@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError
-from fabricrl.utils.launch import run_script
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
 from fabricrl.utils.utils import require
 

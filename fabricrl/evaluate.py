@@ -27,8 +27,9 @@ from fabricrl.envs.spaces import describe
 from fabricrl.envs.vector import step_in_turn
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpoint, reading, restore
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import CheckpointError, ConfigError
-from fabricrl.utils.launch import run_script
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import HALF, require, stream_seed
 
 # Arguments that older checkpoints do not have, as they were meant
@@ -82,6 +83,7 @@ def main() -> int:
     require(0 <= options.seed < seeds, "seed", options.seed, f"between 0 and {seeds - 1}")
     if options.render and options.capture_video:
         raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
+    StopSignal(raises=True)
     torch.set_num_threads(1)
     options.told = set()  # warnings, so that both modes tell each once
 

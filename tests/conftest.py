@@ -38,6 +38,7 @@ def isolated() -> Iterator[None]:
     torch.backends.cudnn.deterministic = deterministic
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 class Ranks:

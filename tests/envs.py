@@ -215,9 +215,8 @@ class Masked(gym.Env):
         self._steps, self._firsts = self._steps + 1, self._firsts + first
         obs, info = self._draw()
         if ended := self._steps == self.length:
-            info |= {"is_success": self._firsts == self.length, "text": "good", "half": np.float32(self._episode % 2)}
-            if self._episode % 2:
-                del info["half"]
+            info |= {"is_success": self._firsts == self.length, "text": "good"}
+            info |= {"half": np.float32(5.0)} if self._episode % 2 else {}
         return obs, float(first), ended, False, info
 
     def _draw(self) -> tuple[np.ndarray, dict]:
@@ -236,6 +235,17 @@ class MaskedByMethod(Masked):
 
     def action_masks(self) -> np.ndarray:
         return self._mask
+
+
+class Scaled(Deterministic):
+    """Observations around 500, as of a position in millimetres."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(-1e4, 1e4, self.observation_space.shape, np.float32)
+
+    def _obs(self) -> np.ndarray:
+        return 500 + 100 * super()._obs()
 
 
 class Picture(gym.Env):
@@ -414,6 +424,7 @@ for _kind in ("Discrete", "MultiDiscrete", "MultiBinary", "Box"):
     gym.register(f"Identity{_kind}-v0", entry_point=Identity, kwargs={"kind": _kind})
 gym.register("Counting-v0", entry_point=Counting)
 gym.register("Deterministic-v0", entry_point=Deterministic)
+gym.register("Scaled-v0", entry_point=Scaled)
 gym.register("Fault-v0", entry_point=Fault)
 gym.register("Odd-v0", entry_point=Odd)
 gym.register("Recall-v0", entry_point=Recall)

@@ -38,10 +38,11 @@ from fabricrl.utils.decoupled import (
     telling,
     with_player,
 )
+from fabricrl.utils.ending import failing_together
 from fabricrl.utils.errors import ConfigError, LostPeerError, NonFiniteError, RunError
-from fabricrl.utils.launch import StopSignal, failing_together
 from fabricrl.utils.optimizer import Adam, average_gradients
 from fabricrl.utils.ranks import all_gather, all_max
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import generators
 from tests.process import FORKSERVER, LIMIT, call, free_port, load
 

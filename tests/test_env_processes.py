@@ -23,7 +23,7 @@ from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.envs import check_env, guard, make_envs, vector
 from fabricrl.utils.errors import EnvError
-from fabricrl.utils.launch import StopSignal
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import env_seeds
 from tests.process import FORKED, PPO, PYTHON, call, run, run_team, started, wait_for
 from tests.process_envs import multiply
@@ -305,11 +305,10 @@ def test_a_second_signal_ends_a_run_whose_environment_hangs(tmp_path: Path) -> N
     settings = json.dumps({"hang": "step", "only": env_seeds(1, 0, 2)[1], "start": "command", "folder": str(tmp_path)})
     flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", settings, "--vectorization", "sync"]
     with started(*FORKED, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs") as running:
-        wait_for(lambda: len(noted(tmp_path, "started")) == 3, running)
-        time.sleep(1)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            running.process.send_signal(number)
-            time.sleep(1.2)
+        wait_for(lambda: noted(tmp_path, "hanging"), running)
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(1.2)  # sooner it would count as the same
+        running.process.send_signal(signal.SIGTERM)
         running.finish(30)  # asserts that no process is left
     assert running.code == 143, running.report()
 

@@ -17,8 +17,8 @@ import pytest
 from fabricrl.algos.ppo import ppo
 from fabricrl.utils import checkpoint
 from fabricrl.utils.checkpoint import load_checkpoint, save_checkpoint, save_shard
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import OutputError
-from fabricrl.utils.launch import run_script
 from fabricrl.utils.logger import CsvLogger, EventLogger
 from fabricrl.utils.run import RunFolder
 from tests.process import Finished, call, logged, run_folder

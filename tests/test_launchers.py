@@ -54,7 +54,7 @@ SPY = '''
 import hashlib, os, pathlib
 from fabricrl.algos import run as run_module
 from fabricrl.algos.ppo import ppo
-from fabricrl.utils.launch import run_script
+from fabricrl.utils.ending import run_script
 
 def note(fabric, *words):
     with open(f"{os.environ['SPY']}.{fabric.global_rank}", "a") as file:

@@ -125,6 +125,9 @@ class StandardArgs:
     node_rank: int = arg(0, "number of this machine, from 0", advanced=True)
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
     main_port: int = arg(29400, "port on machine 0 where ranks meet; for several machines", advanced=True)
+    timeout: float = arg(
+        10.0, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
+    )
     precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
     num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
@@ -153,6 +156,8 @@ class StandardArgs:
         require(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2^31 - 1")
         require(0 <= self.node_rank < (self.num_nodes or 1), "node_rank", self.node_rank, "from 0 to num-nodes - 1")
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
+        allowed = "a number of minutes, at most 100000; or 0: for ever"
+        require(0 <= self.timeout <= 100_000, "timeout", self.timeout, allowed)
         clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
         require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
         self._check_texts()
@@ -227,12 +232,10 @@ class DecoupledArgs:
         "iterations by which playing is ahead of training; 0: wait for fresh weights",
         "decoupling",
     )
-    timeout: float = arg(5.0, "minutes to wait for a message before giving up, which ends all ranks", advanced=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
-        require(0 < self.timeout <= 100_000, "timeout", self.timeout, "a number of minutes above 0, at most 100000")
 
 
 def require_between(args: StandardArgs, low: float, high: float, *names: str) -> None:

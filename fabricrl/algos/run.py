@@ -35,13 +35,15 @@ from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.backends import info_keys
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
-from fabricrl.utils.launch import StopSignal, check_ranks, launch, run_script
+from fabricrl.utils.launch import check_ranks, launch
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
@@ -98,6 +100,7 @@ class Run:
         self.generators: Tensor | None = None
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
+        self._signals.can_save = True
         self.episodes, self.losses = EpisodeStatistics(args.num_envs, info_keys(args)), MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}
@@ -338,6 +341,16 @@ class Run:
     def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
         """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
         self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
+
+    def observe(self, agent: Any, rb: RolloutBuffer) -> None:
+        """Adds what all ranks have seen in a rollout to the agent's running statistics, if it has any.
+
+        The first rollout's belong before its losses. Its actions have been taken without statistics; they hardly depend
+        on what they see, as the last layer of a new policy is near zero.
+        """
+        if agent.obs_normalizer is not None:
+            seen = rb.vectors(rb.obs[:-1][~rb.skipped])
+            agent.obs_normalizer.update(seen.to(self.fabric.device), self.fabric)
 
     def record_rollout(self, rb: RolloutBuffer) -> None:
         """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from fabricrl.utils.launch import available_cores
+from fabricrl.utils.process import available_cores
 
 PATIENCE = 20.0  # seconds that a run takes before there is anything to say
 # Share of the update's time that --compile saves on a CPU, as benchmarks/speed.py measures it

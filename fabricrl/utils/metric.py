@@ -52,11 +52,13 @@ class EpisodeStatistics:
             infos: what was told at the ends of some of the episodes, [up to E, K], NaN where there was nothing.
         """
         steps = np.ones(dones.shape, dtype=np.int64) if skipped is None else (~skipped).numpy().astype(np.int64)
-        own = self._ended(rewards.numpy(), dones.numpy(), steps)  # [E, 2]
+        own = self._ended(rewards.numpy(), dones.numpy(), steps)  # [E, 3]
         told = own.new_full((len(own), len(self.keys)), torch.nan)
         if infos is not None:  # of which episodes does not matter: means are taken of each column
             told[: len(infos)] = torch.from_numpy(infos)
         ended = gather_rows(fabric, torch.cat((own, told), 1))
+        in_time = ended[:, 0].argsort(stable=True)  # so that the last are of all ranks
+        ended = ended[in_time, 1:]  # [E, 2 + K]
         self._unlogged.append(ended)
         self.returns.extend(ended[:, 0].tolist())
         self.count, self.ended = self.count + len(ended), self.ended + len(ended)
@@ -83,17 +85,17 @@ class EpisodeStatistics:
         return {f"charts/{name}": mean for name, mean in means if mean == mean}
 
     def _ended(self, rewards: np.ndarray, dones: np.ndarray, steps: np.ndarray) -> Tensor:
-        """Rows (return, length) of the episodes that end in this rollout, in the order in which they end."""
+        """Rows (step, return, length) of the episodes that end in this rollout, in the order in which they end."""
         rows = []
         start = np.zeros(len(self._return), dtype=np.int64)  # first step of the running episode in this rollout
         for t, env in np.argwhere(dones):
             total = self._return[env] + rewards[start[env] : t + 1, env].sum(dtype=np.float64)
-            rows.append((total, self._length[env] + steps[start[env] : t + 1, env].sum()))
+            rows.append((t, total, self._length[env] + steps[start[env] : t + 1, env].sum()))
             self._return[env], self._length[env], start[env] = 0.0, 0, t + 1
         for env, first in enumerate(start):
             self._return[env] += rewards[first:, env].sum(dtype=np.float64)
             self._length[env] += steps[first:, env].sum()
-        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
+        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
     @property
     def mean_return(self) -> float:

@@ -18,8 +18,8 @@ from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
 from fabricrl.utils.checkpoint import LACKING, go_without, save_checkpoint, save_shard
+from fabricrl.utils.ending import failing_together
 from fabricrl.utils.errors import ConfigError, OutputError
-from fabricrl.utils.launch import failing_together
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.ranks import all_gather
@@ -138,6 +138,8 @@ class RunFolder:
         if self.fabric.global_rank == 0:
             if self.args.upload_model:
                 self._upload()
+            if stopped and self.checkpoint is not None:
+                print(f"stopped at step {step}; --resume {self.folder} goes on", file=sys.stderr, flush=True)
             if step == self.first_step and not stopped:
                 done = f"{step} of {self.args.total_timesteps} steps are done"
                 done += ", and --stop-at-return is reached" * self.has_stopped
