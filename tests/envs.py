@@ -150,7 +150,8 @@ class Recall(gym.Env):
 class Dicey(gym.Env):
     """Draws from the global generators of Python, NumPy and, if `torch_too`, torch: when built, at resets, in steps.
 
-    An action earns more the nearer it is to the first number seen.
+    An action earns more the nearer it is to the first number seen. At an episode's end infos have `bias`, one number
+    an environment, and `is_success`, whether that is above a half.
     """
 
     def __init__(self, continuous: bool = False, length: int = 6, torch_too: bool = True) -> None:
@@ -168,7 +169,8 @@ class Dicey(gym.Env):
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         self._steps += 1
         reward = self.bias - abs(float(np.asarray(action).reshape(-1)[0]) - float(self._obs[0]))
-        return self._draw(), reward, False, self._steps >= self.length, {}
+        info = {"is_success": self.bias > 0.5, "bias": self.bias} if self._steps == self.length else {"bias": -1e9}
+        return self._draw(), reward, False, self._steps >= self.length, info
 
     def _draw(self) -> np.ndarray:
         numbers = [random.random(), np.random.rand(), 0.0]
