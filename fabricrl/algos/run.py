@@ -382,7 +382,7 @@ class Run:
         self._advance()
 
     def _take_infos(self) -> np.ndarray | None:
-        """What environments have told at the ends of the episodes since the last call, [E, K]."""
+        """Numbers that environments have told at the ends of the episodes since the last call, [E, K]."""
         return None if self._envs is None else self._envs.take_episode_infos()  # type: ignore[attr-defined]
 
     @property
