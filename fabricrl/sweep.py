@@ -34,7 +34,7 @@ GRACE = 30.0  # seconds for a run to save when the sweep is interrupted
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run has ended.
+    """The end of a run.
 
     Attributes:
         folder: the run's folder; None if it did not come to a checkpoint.

@@ -54,7 +54,7 @@ class Evaluation:
         return torch.from_numpy(np.stack((episodes.returns, episodes.lengths), 1).astype(np.float64))
 
     def charts(self, played: Tensor) -> dict[str, float]:
-        """What to log of the episodes [E, 2] of all ranks, which call it together."""
+        """Charts of the episodes [E, 2] of all ranks, which call it together."""
         returns, lengths = gather_rows(self._fabric, played).T.numpy()
         summary = Episodes(returns, lengths).summary()
         names = ("return_mean", "return_std", "return_min", "return_max", "length_mean")

@@ -75,7 +75,7 @@ class Peers:
 
     @property
     def waited(self) -> str:
-        """How long a rank waits, in words."""
+        """Time that a rank waits, in words."""
         long = f"{self.seconds / 60:g} minutes" if self.seconds >= 60 else f"{self.seconds:g} seconds"
         return f"for {long} (see --timeout)"
 
