@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import io
 import itertools
@@ -16,14 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
+import torch
 import tyro
+from gymnasium.spaces import Box, Space
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound="StandardArgs")
@@ -128,7 +133,7 @@ class StandardArgs:
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
     main_port: int = arg(29400, "port on machine 0 where ranks meet; for several machines", advanced=True)
     timeout: float = arg(
-        10.0, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
+        MINUTES, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
     )
     precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
     num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
@@ -278,6 +283,31 @@ def require_memory(flags: str, what: str, num_bytes: int) -> None:
             f"{flags}: the memory that is free, {free / GIB:.2f} GiB, is too little for {what}, "
             f"{num_bytes / GIB:.2f} GiB or more"
         )
+
+
+def check_sizes(args: StandardArgs, algo: str, obs_space: Box, action_space: Space) -> None:
+    """Raises ConfigError, with the figures, if what these spaces make of a run does not fit into memory.
+
+    That is the observations of a step, of a rollout and of those on their way to trainers, and the networks, which are
+    built without memory, to be counted.
+    """
+    row, num_steps = obs_space.shape[0] * obs_space.dtype.itemsize, getattr(args, "num_steps", 1)
+    flags, steps = "--num-envs", args.num_envs * num_steps
+    if num_steps > 1:
+        flags, what = f"{flags} × --num-steps", f"rollouts of {steps} observations of {row} bytes"
+    else:
+        what = f"{steps} observations of {row} bytes"
+    if isinstance(args, DecoupledArgs):
+        flags, what, row = f"{flags} × --max-lag", f"{args.max_lag + 3} {what}", row * (args.max_lag + 3)
+    require_memory(flags, what, steps * row)
+    if importlib.util.find_spec(f"fabricrl.algos.{algo}.utils") is None:
+        return
+    make_agent = importlib.import_module(f"fabricrl.algos.{algo}.utils").make_agent
+    spaces = {"single_observation_space": obs_space, "single_action_space": action_space}
+    with torch.device("meta"):
+        weights = sum(part.numel() for part in make_agent(args, SimpleNamespace(**spaces)).parameters())
+    what = f"networks of {weights} weights for these observations and actions"
+    require_memory("--env-id, --hidden-sizes", what, weights * WEIGHT_BYTES)
 
 
 def num_weights(inputs: int, *sizes: int) -> int:
