@@ -8,7 +8,8 @@ from torch.utils import _pytree as pytree
 
 
 class Batch:
-    """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`.
+    """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`. None stands for a column that is not
+    there.
 
     Not a dict, since in half precision Fabric rounds every tensor that it finds in a module's inputs: old
     log-probabilities and targets, too.

@@ -153,6 +153,7 @@ class Packet:
     def __init__(self, record: Any) -> None:
         leaves, self._spec = pytree.tree_flatten(record)
         self.name = type(record).__name__
+        leaves = [torch.zeros(0) if leaf is None else leaf for leaf in leaves]
         self._numbers = [not isinstance(leaf, Tensor) for leaf in leaves]
         examples = [torch.ones(len(leaves), dtype=torch.bool)]  # which are not None
         examples += [

@@ -36,12 +36,14 @@ class Rollout(NamedTuple):
     data: Batch  # [B, ...]; frame stacks are put together
 
 
-def declare_share(agent: Any, rows: int) -> Batch:
-    """A trainer's share of a rollout in names, shapes and types; `rows`: B."""
+def declare_share(run: Run, agent: Any, count: int) -> Batch:
+    """The share of each of `count` trainers in names, shapes and types."""
+    rows = run.args.num_steps * run.args.num_envs // count  # B
     names = ("counts", "logprobs", "values", "advantages", "returns")
     return Batch(
         obs=torch.zeros(rows, *agent.obs_shape, dtype=agent.obs_dtype),
         actions=torch.zeros(rows, agent.head.num_actions, dtype=agent.head.dtype),
+        masks=torch.zeros(rows, run.mask_size, dtype=torch.bool) if run.mask_size else None,
         **dict.fromkeys(names, torch.zeros(rows)),
     )
 
@@ -66,15 +68,15 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
 
         run.restore(agent=agent, optimizer=optimizer)
-        share = Rollout(0.0, 0.0, 0.0, declare_share(agent, args.num_steps * args.num_envs // trainers.count))
+        share = Rollout(0.0, 0.0, 0.0, declare_share(run, agent, trainers.count))
         trainers.begin(Messages(share, METRICS, agent, optimizer))  # → Hello, ← Ready
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RolloutBuffer(*shape, args.frame_stack, run.skips)
+        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.mask_size)
 
         # --- Start
-        rb.start(run.reset())
+        rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
@@ -123,11 +125,12 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
     run.restore(agent=agent, optimizer=optimizer)
 
     # --- Start
-    share = Rollout(0.0, 0.0, 0.0, declare_share(agent, args.num_steps * args.num_envs // run.fabric.world_size))
+    share = Rollout(0.0, 0.0, 0.0, declare_share(run, agent, run.fabric.world_size))
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
     if run.records:
         with run.rehearsal():
-            train(run, epoch, share.data.to(run.fabric.device), *run.numbers(0.0, 0.0))
+            data = share.data.with_columns(counts=None).to(run.fabric.device)
+            train(run, epoch, data, *run.numbers(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order
         # 3. Update

@@ -43,12 +43,13 @@ class Rollout(NamedTuple):
     ends: Tensor  # [B], rows that no sequence goes beyond
 
 
-def declare_rollout(agent: RecurrentPPOAgent, rows: int) -> Rollout:
-    """A trainer's share in names, shapes and types; `rows`: B."""
+def declare_rollout(run: Run, agent: RecurrentPPOAgent, count: int) -> Rollout:
+    """The share of each of `count` trainers in names, shapes and types."""
+    data = declare_share(run, agent, count)
+    rows = len(data.actions)  # B
     memory = {"previous": torch.zeros(rows, agent.num_prev)}
     memory["states"] = torch.zeros(rows, agent.memory_size - agent.num_prev)
-    data = declare_share(agent, rows).with_columns(**memory)
-    return Rollout(0.0, 0.0, 0.0, data, torch.zeros(rows, dtype=torch.bool))
+    return Rollout(0.0, 0.0, 0.0, data.with_columns(**memory), torch.zeros(rows, dtype=torch.bool))
 
 
 def divide(data: Batch, ends: Tensor, count: int) -> Iterator[tuple[Batch, Tensor]]:
@@ -73,15 +74,16 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
         _, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
 
         run.restore(agent=agent, optimizer=optimizer)
-        share = declare_rollout(agent, args.num_steps * args.num_envs // trainers.count)
+        share = declare_rollout(run, agent, trainers.count)
         trainers.begin(Messages(share, METRICS, agent, optimizer))  # → Hello, ← Ready
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RecurrentRolloutBuffer(*shape, agent.memory_size, args.frame_stack, run.skips, run.player_device)
+        rest = agent.memory_size, args.frame_stack, run.skips, run.player_device, run.mask_size
+        rb = RecurrentRolloutBuffer(*shape, *rest)
 
         # --- Start
-        rb.start(run.reset())
+        rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
@@ -130,11 +132,12 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     run.restore(agent=agent, optimizer=optimizer)
 
     # --- Start
-    share = declare_rollout(agent, args.num_steps * args.num_envs // run.fabric.world_size)
+    share = declare_rollout(run, agent, run.fabric.world_size)
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
     if run.records:
         with run.rehearsal():
-            data, sequences = share.data.to(run.fabric.device), Sequences(share.ends[:, None], args.sequence_length)
+            data = share.data.with_columns(counts=None).to(run.fabric.device)
+            sequences = Sequences(share.ends[:, None], args.sequence_length)
             train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order
