@@ -73,6 +73,11 @@ class StandardArgs:
         "check the bounds of all observations at every step; off: those of integers, and of floats at resets",
         advanced=True,
     )
+    info_keys: tuple[str, ...] = arg(
+        (),
+        "numbers in an environment's infos at the end of an episode whose means are logged, beside is_success",
+        advanced=True,
+    )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
