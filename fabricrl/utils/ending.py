@@ -1,4 +1,4 @@
-"""The end of a script: an error that all ranks agree on, reported in one line by one of them, with its exit code."""
+"""The end of a script: errors that all ranks agree on, told in one line by one of them, with the right exit code."""
 
 import os
 import re
