@@ -560,7 +560,7 @@ def test_several_nodes_are_told_where_they_stand_and_where_to_meet(
 def test_messages_between_ranks_have_the_time_that_was_asked_for(
     told: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What happens then is in test_waiting.py; environments' time is in test_env_processes.py."""
+    """Their effect is in test_waiting.py; environments' time is in test_env_processes.py."""
     limits: list[timedelta] = []
 
     class Strategy(DDPStrategy):
