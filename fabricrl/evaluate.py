@@ -7,13 +7,11 @@ python fabricrl/evaluate.py <checkpoint or run folder> --json
 """
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -26,22 +24,21 @@ from tqdm import tqdm
 from fabricrl.envs import check_env, make_env
 from fabricrl.envs.backends import option
 from fabricrl.envs.guard import GRACE, VIDEO_GRACE
-from fabricrl.envs.spaces import describe
+from fabricrl.envs.rows import floats_in
+from fabricrl.envs.structure import check_spaces
 from fabricrl.envs.vector import step_in_turn
 from fabricrl.envs.wrappers import NameFailures
-from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpoint, reading, restore
-from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
+from fabricrl.policy import Policy, algorithm, run_args
+from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading
+from fabricrl.utils.errors import ConfigError, NonFiniteError
 from fabricrl.utils.launch import run_script
-from fabricrl.utils.records import Records
-from fabricrl.utils.utils import HALF, require, stream_seed
+from fabricrl.utils.utils import HALF, require
 
-Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
-# Arguments that older checkpoints do not have, as they were meant
-OLDER = {"mask_velocities": False, "frame_stack": 1, "cnn_features": 512}
+Act = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
 
 
-def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns and lengths of `episodes` episodes, [E] each.
+def play(envs: VectorEnv, act: Act, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths of `episodes` episodes, [E] each; `act`: observations, rewards and dones [N, ...] → actions.
 
     Every environment plays its share to the end. Were the first to finish taken instead, short episodes would count
     too often.
@@ -59,7 +56,7 @@ def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.
     rewards, dones = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     bar = tqdm(total=episodes, desc="episodes", disable=None, leave=False)  # none without a terminal
     while quota.any():
-        obs, rewards, terminated, truncated, _ = envs.step(policy(obs, rewards, dones))
+        obs, rewards, terminated, truncated, _ = envs.step(act(obs, rewards, dones))
         _check_finite(obs, rewards, envs.single_observation_space)
         dones = terminated | truncated
         running, steps = running + rewards, steps + 1
@@ -75,8 +72,7 @@ def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.
 
 def _check_finite(obs: np.ndarray, rewards: np.ndarray, space: Space) -> None:
     """Raises NonFiniteError if there is NaN or infinity: the returns would be worth nothing."""
-    floats = obs[:, : 4 * space.num_floats].view(np.float32) if isinstance(space, Records) else obs
-    for name, values in (("reward", rewards), ("observation", floats)):
+    for name, values in (("reward", rewards), ("observation", floats_in(obs, space))):
         if not np.isfinite(values).all():
             bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
             raise NonFiniteError(f"{name} of environment {np.flatnonzero(bad)[0]} is not finite")
@@ -91,17 +87,14 @@ def summary(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float | int]:
     return result | {"episodes": len(returns)}
 
 
-def evaluate(
-    state: dict[str, Any], args: Any, greedy: bool, options: argparse.Namespace, video_folder: Path
-) -> dict[str, Any]:
+def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Plays one mode, greedy or sampled, on environments of its own."""
-    utils = importlib.import_module(f"fabricrl.algos.{state['algo']}.utils")
+    args, mode = policy.args, "greedy" if greedy else "sampled"
     one = options.render or options.capture_video  # one environment is watched, so it plays all episodes
-    mode = "greedy" if greedy else "sampled"
     num_envs = 1 if one else min(options.episodes, options.num_envs)
 
     def build(index: int) -> gym.Env:
-        folder = video_folder if options.capture_video else None
+        folder = video_folder(policy) if options.capture_video else None
         shown = "human" if options.render else None
         env = make_env(args, shown, folder, mode, video_episodes=options.episodes)
         return NameFailures(env, index)
@@ -109,14 +102,15 @@ def evaluate(
     makers = [partial(build, index) for index in range(num_envs)]
     grace = VIDEO_GRACE if options.capture_video else GRACE
     envs = step_in_turn(makers, timeout=option(args, "timeout"), grace=grace, told=options.told)
-    with reading(options.path):
-        agent = utils.make_agent(args, envs)
-        restore(agent, state["agent"])
-    policy = utils.make_policy(agent.eval(), envs, greedy, stream_seed(options.seed, int(greedy)))
     try:
-        return summary(*play(envs, policy, options.episodes, options.seed))
+        return summary(*play(envs, policy.act, options.episodes, options.seed))
     finally:
         envs.close()
+
+
+def video_folder(policy: Policy) -> Path:
+    """The folder for videos of a checkpoint, in that of its run."""
+    return policy.path.parent.parent / "videos" / policy.path.stem
 
 
 def main() -> int:
@@ -141,28 +135,26 @@ def main() -> int:
 
     state, found = load_checkpoint(options.path)
     check_contents(state, found)
-    try:
-        utils = importlib.import_module(f"fabricrl.algos.{state['algo']}.utils")
-    except ModuleNotFoundError as error:
-        raise CheckpointError(f"{found} was made by {state['algo']}, which this version does not have") from error
-    mode = "human" if options.render else "rgb_array" if options.capture_video else None
+    utils, args = algorithm(state, found), run_args(state)
+    drawn = "human" if options.render else "rgb_array" if options.capture_video else None
+    spaces = check_env(args, utils.ACTION_SPACES, drawn, images=True)
     with reading(found):
-        args = SimpleNamespace(**OLDER | state["args"] | {"vectorization": "sync"})
-        env_id = args.env_id
-    check_spaces(state["spaces"], describe(*check_env(args, utils.ACTION_SPACES, mode, images=True)))
-    video_folder = found.parent.parent / "videos" / found.stem
-    modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
-    results = {mode: evaluate(state, args, mode == "greedy", options, video_folder) for mode in modes}
+        check_spaces(state, spaces)
+    results = {}
+    for mode in ("greedy", "sampled") if options.mode == "both" else (options.mode,):
+        greedy = mode == "greedy"
+        policy = Policy(state, found, deterministic=greedy, seed=options.seed, spaces=spaces)
+        results[mode] = evaluate(policy, greedy, options)
     if options.json:
         print(json.dumps(results))
         return 0
-    lines = [f"{env_id}, {found}, {state['global_step']} steps, {options.episodes} episodes"]
+    lines = [f"{args.env_id}, {found}, {state['global_step']} steps, {options.episodes} episodes"]
     for mode, r in results.items():
         spread = f"± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
         length = f"{r['length_mean']:.1f} ± {r['length_std']:.1f}"
         lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}")
-    if options.capture_video and any(video_folder.glob("*.mp4")):
-        lines.append(f"  videos in {video_folder}")
+    if options.capture_video and any(video_folder(policy).glob("*.mp4")):
+        lines.append(f"  videos in {video_folder(policy)}")
     print(_printable("\n".join(lines)))
     return 0
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from fabricrl.algos.args import parse
 from fabricrl.data import ReplayBuffer, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.spaces import describe
-from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
+from fabricrl.envs.structure import check_spaces, structure_of
+from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
 from fabricrl.utils.launch import StopSignal, check_ranks, launch, run_script
@@ -59,7 +59,7 @@ class Run:
 
     Attributes:
         args: the arguments; fabric: Lightning's, or the `Group` of a decoupled script.
-        obs_space, action_space: of a single environment.
+        spaces: of a single environment; obs_space, action_space: those that the agent knows.
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: generators of action noise and of training, different on every rank.
@@ -79,7 +79,8 @@ class Run:
         if args.compile:
             check_compiler()
         video_mode = "rgb_array" if args.capture_video else None
-        self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
+        self.spaces = check_env(args, action_spaces, video_mode, bounded, images)
+        self.obs_space, self.action_space = self.spaces.obs, self.spaces.actions
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
         with reading(self.path):
             self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
@@ -111,7 +112,8 @@ class Run:
         require(acts, "player_device", args.player_device, "cpu or auto where the run trains on the CPU")
         if self.state:
             check_batch(self.state, args, fabric.world_size)
-            check_spaces(self.state["spaces"], describe(self.obs_space, self.action_space))
+            with reading(self.path):
+                check_spaces(self.state, self.spaces)
         self.join(fabric)
         return self
 
@@ -425,5 +427,6 @@ class Run:
     def save(self, state: dict[str, Any], shard: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint now, of this state and what every run has."""
         assert self._folder is not None
-        own = {"spaces": describe(self.obs_space, self.action_space), "episodes": self.episodes.state_dict()}
+        spaces = {"obs": structure_of(self.spaces.given), "actions": structure_of(self.action_space)}
+        own = {"spaces": spaces, "episodes": self.episodes.state_dict()}
         self._folder.save(self.global_step, self.episodes.mean_return, own | state, shard)

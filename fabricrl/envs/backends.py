@@ -24,6 +24,7 @@ from gymnasium.vector.utils import batch_space
 from fabricrl.envs.guard import close_problem
 from fabricrl.envs.values import Part
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
+from fabricrl.utils.extras import missing
 from fabricrl.utils.records import Records
 
 # What an environment is made with where an algorithm, or an older checkpoint, does not have the argument
@@ -80,7 +81,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
         close_problem(NativeVectorEnv(args, env).close)
         return
     if importlib.util.find_spec("envpool") is None:
-        raise ConfigError("--vectorization envpool needs a package that is not here: pip install -e '.[envpool]'")
+        raise missing("--vectorization envpool", "envpool")
     import envpool  # here, as it takes a moment and few runs need it
 
     name = _envpool_id(args.env_id)

@@ -1,6 +1,6 @@
 """Which observation and action spaces are supported, and how actions reach the environment."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, flatdim
@@ -11,6 +11,20 @@ SMALLEST_IMAGE = 36  # sides that three layers of NatureCNN leave something of
 LARGEST_GRID = 16  # sides from which on an array with channels is an image
 VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
 SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
+
+
+class Spaces(NamedTuple):
+    """Spaces of one environment.
+
+    Attributes:
+        obs: of the rows that agents take.
+        actions: as the environment has them.
+        given: of observations as the environment gives them, an Atari game as AtariPreprocessing does.
+    """
+
+    obs: Any
+    actions: Any
+    given: Any
 
 
 def check_observation_space(space: Space, images: bool = True) -> None:
@@ -151,11 +165,6 @@ def rescale_actions(space: Box, actions: np.ndarray) -> np.ndarray:
     _check_finite(actions)
     share = (actions.astype(np.float64).reshape(-1, *space.shape) + 1) / 2
     return np.clip((1 - share) * space.low + share * space.high, space.low, space.high).astype(space.dtype)
-
-
-def describe(observation_space: Space, action_space: Space) -> dict[str, str]:
-    """A single environment's spaces as a checkpoint stores them and as messages print them."""
-    return {"obs": text_of(observation_space), "actions": text_of(action_space)}
 
 
 def text_of(space: Any) -> str:

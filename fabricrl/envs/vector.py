@@ -39,6 +39,7 @@ from fabricrl.envs.guard import (
     watched,
 )
 from fabricrl.envs.spaces import (
+    Spaces,
     check_action_space,
     check_bounded,
     check_observation_space,
@@ -57,9 +58,9 @@ from fabricrl.envs.wrappers import (
     PackImages,
     RecordEpisodes,
     is_atari,
-    require_opencv,
 )
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
+from fabricrl.utils.extras import missing, require_opencv
 from fabricrl.utils.records import Records
 
 BUILD_STREAM = 3  # of the generators that environments draw from while they are built
@@ -111,7 +112,7 @@ def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
     repeat, noop_max = option(args, "action_repeat"), option(args, "noop_max")
     if option(args, "mask_velocities"):
         env = MaskVelocities(env)
-    if is_atari(env) and (repeat > 1 or noop_max > 0):
+    if _is_prepared_game(args, env):
         grayscale, size = option(args, "grayscale"), option(args, "resize")
         require_opencv("an Atari game with --action-repeat or --noop-max", "atari")
         screen = (160, 210) if size is None else size
@@ -126,6 +127,11 @@ def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is set: {args.env_id} has no images among its observations")
     return LifeLoss(env) if option(args, "life_loss") else env
+
+
+def _is_prepared_game(args: Any, env: gym.Env) -> bool:
+    """Tells if Gymnasium's AtariPreprocessing makes the observations: each is of two frames of the game."""
+    return is_atari(env) and (option(args, "action_repeat") > 1 or option(args, "noop_max") > 0)
 
 
 def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
@@ -387,12 +393,10 @@ def check_env(
     render_mode: str | None,
     bounded: bool = False,
     images: bool = False,
-) -> tuple[Space, Space]:
+) -> Spaces:
     """Builds one environment and throws it away, so that mistakes are told before anything starts.
 
     `bounded`: actions must be a Box with finite bounds; `images`: observations may have images.
-
-    Returns the observation and the action space that `make_envs` will give each environment.
 
     Raises:
         ConfigError: the environment cannot be had, or has spaces that are not supported, or cannot be rendered, or has
@@ -401,6 +405,7 @@ def check_env(
     """
     with _passing(args, _construct) as env:
         env = _preprocessed(args, env)
+        given = env.observation_space if _is_prepared_game(args, env) else env.get_wrapper_attr("given")
         check_observation_space(env.observation_space, images)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             texts = [f"warning: {text}" for text in odd_images(env.observation_space)]
@@ -418,7 +423,7 @@ def check_env(
         if getattr(args, "norm_obs", False) and isinstance(space, Records) and not space.num_floats:
             raise ConfigError("--norm-obs is set: it is for numbers, and there are only images among the observations")
         check_backend(args, env)
-        return env.observation_space, env.action_space
+        return Spaces(env.observation_space, env.action_space, given)
 
 
 def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
@@ -427,7 +432,7 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
     kwargs = json.loads(env_kwargs) | ({} if render_mode is None else {"render_mode": render_mode})
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         if importlib.util.find_spec("ale_py") is None:
-            raise ConfigError(f"--env-id {env_id} needs a package that is not here: pip install -e '.[atari]'")
+            raise missing(f"--env-id {env_id}", "atari")
         import ale_py  # which registers its games when it is imported
 
         gym.register_envs(ale_py)
@@ -478,13 +483,13 @@ def _draws_nowhere(env_id: str) -> bool:
 def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
     """What to tell a user whose environment could not be built."""
     text = " ".join(str(error).split())
-    missing = error if isinstance(error, ImportError) else error.__cause__
-    if isinstance(missing, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
-        name = (getattr(missing, "name", None) or "").split(".")[0]
+    absent = error if isinstance(error, ImportError) else error.__cause__
+    if isinstance(absent, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
+        name = (getattr(absent, "name", None) or "").split(".")[0]
         hinted = [extra for extra in EXTRAS.values() if f"gymnasium[{extra}]" in text]  # by Gymnasium itself
         if extra := EXTRAS.get(name) or next(iter(hinted), None):
-            return ConfigError(f"--env-id {env_id} needs a package that is not here: pip install -e '.[{extra}]'")
-        if type(missing) is ImportError and type(error) is ImportError:
+            return missing(f"--env-id {env_id}", extra)
+        if type(absent) is ImportError and type(error) is ImportError:
             return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
         looked = f"; a module of your own is looked for in {os.getcwd()}" if ":" in env_id else ""
         return ConfigError(f"--env-id {env_id} needs a package that is not here ({text}){looked}")

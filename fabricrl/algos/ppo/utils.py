@@ -27,7 +27,7 @@ class FrameStack:
         if self.depth == 1:
             return newest
         newest = newest[:, None]
-        if not len(self.frames):
+        if len(self.frames) != len(newest):  # the first
             self.frames = newest.repeat(1, self.depth, 1)
         shifted = torch.cat((self.frames[:, 1:], newest), 1)
         self.frames = torch.where(torch.as_tensor(dones)[:, None, None], newest, shifted)

@@ -28,7 +28,7 @@ def make_policy(agent: RecurrentPPOAgent, envs: VectorEnv, greedy: bool, seed: i
         nonlocal actions, states
         inputs = frames.add(obs, dones)
         memory = torch.zeros(len(obs), agent.memory_size)
-        if len(states):
+        if len(states) == len(obs):  # not the first
             memory = agent.remember(actions, torch.as_tensor(rewards, dtype=torch.float32), states)
             memory = torch.where(torch.as_tensor(dones)[:, None], 0.0, memory)
         if greedy:
