@@ -30,6 +30,7 @@ from fabricrl.envs.vector import step_in_turn
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.policy import Policy, algorithm, run_args
 from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading
+from fabricrl.utils.command import Parser
 from fabricrl.utils.errors import ConfigError, NonFiniteError
 from fabricrl.utils.launch import run_script
 from fabricrl.utils.utils import HALF, require
@@ -114,7 +115,7 @@ def video_folder(policy: Policy) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("path", help="checkpoint, or run folder, whose newest checkpoint is played")
     parser.add_argument("--episodes", type=int, default=100, help="episodes of each mode (default: 100)")
     parser.add_argument("--num-envs", type=int, default=8, help="environments played side by side (default: 8)")

@@ -156,8 +156,8 @@ def recorded(path: Path, *flags: object, prepared: bool = False) -> list[list[tu
     return records
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
+@pytest.fixture(scope="module", name="runs")
+def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
     """Short runs of CASES, by name, made when asked for."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
 

@@ -57,7 +57,7 @@ class Packer:
         self._grayscale, self._resize = grayscale, resize
         if grayscale or resize is not None:
             require_opencv("--grayscale" if grayscale else "--resize")
-        shapes = {key: self._process(np.zeros(part.shape or (), np.uint8)).shape for key, part in self.images.items()}
+        shapes = {key: self.process(np.zeros(part.shape or (), np.uint8)).shape for key, part in self.images.items()}
         for key, shape in shapes.items():
             sides = shape if len(shape) == 2 else shape[1:] if shape[0] < shape[-1] else shape[:-1]
             if min(sides) < SMALLEST_IMAGE:
@@ -79,13 +79,14 @@ class Packer:
             at += size
         end = 4 * at
         for key, image in self.space.images.items():
-            pixels = self._process(parts[key])
+            pixels = self.process(parts[key])
             end = image.start + pixels.size
             record[image.start : end] = pixels.reshape(-1)
         record[end:] = 0
         return record
 
-    def _process(self, image: np.ndarray) -> np.ndarray:
+    def process(self, image: np.ndarray) -> np.ndarray:
+        """An image in grey and resized, as far as that is asked for."""
         if not self._grayscale and self._resize is None:
             return image
         import cv2  # here, as it takes a moment and few runs need it
@@ -113,7 +114,7 @@ class Rows:
 
     Attributes:
         space: of a row.
-        flat: of observations without parts in parts and text, of which rows are made.
+        flat: of observations without parts in parts and text, of which rows are made; masked: places of velocities.
 
     Raises:
         ConfigError: as `Packer`, or keys that are not there.
@@ -123,7 +124,7 @@ class Rows:
         self.given = given
         self._read = Observation(given, option(args, "obs_keys"))
         self.flat = self._read.space
-        self._masked = velocities(args.env_id) if option(args, "mask_velocities") else []
+        self.masked = velocities(args.env_id) if option(args, "mask_velocities") else []
         self.packer: Packer | None = None
         single = self._read.single
         if image_keys(self.flat):
@@ -133,13 +134,17 @@ class Rows:
             self.space = self.flat if is_flat(self.flat) else flatten_space(self.flat)
         self._plain = self.flat is self.space and single is not None and not single.limited  # rows already
 
+    def read(self, observation: Any) -> Any:
+        """One observation → what `flat` promises, checked. Raises EnvError if it does not fit its space."""
+        return self._read(observation, False)
+
     def one(self, observation: Any) -> np.ndarray:
         """One observation → its row.
 
         Raises:
             EnvError: it does not fit its space.
         """
-        read = self._without_velocities(self._read(observation, False))
+        read = self._without_velocities(self.read(observation))
         if self.packer is not None:
             return self.packer(read)
         return read if self.flat is self.space else np.asarray(flatten(self.flat, read)).astype(self.space.dtype)
@@ -162,10 +167,10 @@ class Rows:
 
     def _without_velocities(self, observations: Any) -> Any:
         """Vectors [..., D] with zeros in place of velocities, if they are masked."""
-        if not self._masked:
+        if not self.masked:
             return observations
         observations = observations.copy()  # they are the caller's
-        observations[..., self._masked] = 0.0
+        observations[..., self.masked] = 0.0
         return observations
 
 

@@ -22,6 +22,9 @@ class Unsupported(Space):
         super().__init__()
         self.kind = kind
 
+    def sample(self, *_: Any, **__: Any) -> None:
+        """Nothing, which nobody reads."""
+
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Unsupported) and self.kind == other.kind
 

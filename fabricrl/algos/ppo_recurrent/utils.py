@@ -1,4 +1,4 @@
-"""Names that evaluate.py looks for, of recurrent PPO."""
+"""Names that policy.py and export.py look for, of recurrent PPO."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from fabricrl.algos.ppo.utils import FrameStack
 from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
 from fabricrl.envs.spaces import env_actions
 
-__all__ = ["ACTION_SPACES", "make_agent", "make_policy"]
+__all__ = ["ACTION_SPACES", "env_actions", "make_agent", "make_policy"]
 
 
 def make_policy(agent: RecurrentPPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., Any]:
