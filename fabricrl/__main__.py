@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS = ("evaluate", "export")
+COMMANDS = ("evaluate", "export", "compare", "sweep", "tune")
 PACKAGE = Path(__file__).parent
 USAGE = """usage: fabricrl COMMAND [ARGS]     (or python -m fabricrl COMMAND [ARGS])
 

@@ -9,83 +9,28 @@ python fabricrl/evaluate.py <checkpoint or run folder> --json
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
-from gymnasium.spaces import Space
-from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
 from fabricrl.envs import check_env, make_env
-from fabricrl.envs.backends import option
+from fabricrl.envs.backends import info_keys, option
 from fabricrl.envs.guard import GRACE, VIDEO_GRACE
-from fabricrl.envs.rows import floats_in
+from fabricrl.envs.play import play
 from fabricrl.envs.structure import check_spaces
 from fabricrl.envs.vector import step_in_turn
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.policy import Policy, algorithm, run_args
 from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading
 from fabricrl.utils.command import Parser
-from fabricrl.utils.errors import ConfigError, NonFiniteError
-from fabricrl.utils.launch import run_script
+from fabricrl.utils.ending import run_script
+from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import HALF, require
-
-Act = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
-
-
-def play(envs: VectorEnv, act: Act, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns and lengths of `episodes` episodes, [E] each; `act`: observations, rewards and dones [N, ...] → actions.
-
-    Every environment plays its share to the end. Were the first to finish taken instead, short episodes would count
-    too often.
-
-    Raises:
-        NonFiniteError: NaN or infinity came from an environment.
-    """
-    quota = np.full(envs.num_envs, episodes // envs.num_envs)
-    quota[: episodes % envs.num_envs] += 1
-    running, steps = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
-    returns: list[float] = []
-    lengths: list[int] = []
-    obs, _ = envs.reset(seed=seed)
-    _check_finite(obs, np.zeros(envs.num_envs), envs.single_observation_space)
-    rewards, dones = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    bar = tqdm(total=episodes, desc="episodes", disable=None, leave=False)  # none without a terminal
-    while quota.any():
-        obs, rewards, terminated, truncated, _ = envs.step(act(obs, rewards, dones))
-        _check_finite(obs, rewards, envs.single_observation_space)
-        dones = terminated | truncated
-        running, steps = running + rewards, steps + 1
-        for i in np.flatnonzero(dones & (quota > 0)):
-            returns.append(float(running[i]))
-            lengths.append(int(steps[i]))
-            quota[i] -= 1
-            bar.update()
-        running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
-    bar.close()
-    return np.array(returns), np.array(lengths)
-
-
-def _check_finite(obs: np.ndarray, rewards: np.ndarray, space: Space) -> None:
-    """Raises NonFiniteError if there is NaN or infinity: the returns would be worth nothing."""
-    for name, values in (("reward", rewards), ("observation", floats_in(obs, space))):
-        if not np.isfinite(values).all():
-            bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
-            raise NonFiniteError(f"{name} of environment {np.flatnonzero(bad)[0]} is not finite")
-
-
-def summary(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float | int]:
-    """Mean, standard deviation over episodes, minimum and maximum of returns and lengths, and their number."""
-    result: dict[str, float | int] = {}
-    for name, values in (("return", returns), ("length", lengths)):
-        result |= {f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std())}
-        result |= {f"{name}_min": values.min().item(), f"{name}_max": values.max().item()}
-    return result | {"episodes": len(returns)}
 
 
 def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[str, Any]:
@@ -98,13 +43,15 @@ def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[
         folder = video_folder(policy) if options.capture_video else None
         shown = "human" if options.render else None
         env = make_env(args, shown, folder, mode, video_episodes=options.episodes)
-        return NameFailures(env, index)
+        return NameFailures(env, index, info_keys(args), policy.mask_size > 0)
 
     makers = [partial(build, index) for index in range(num_envs)]
     grace = VIDEO_GRACE if options.capture_video else GRACE
-    envs = step_in_turn(makers, timeout=option(args, "timeout"), grace=grace, told=options.told)
+    settings = {"timeout": option(args, "timeout"), "grace": grace, "told": options.told, "keys": info_keys(args)}
+    envs = step_in_turn(makers, **settings)
     try:
-        return summary(*play(envs, policy.act, options.episodes, options.seed))
+        with tqdm(total=options.episodes, desc="episodes", disable=None, leave=False) as bar:  # none without a terminal
+            return play(envs, policy.act, options.episodes, options.seed, bar.update).summary()
     finally:
         envs.close()
 
@@ -131,6 +78,7 @@ def main() -> int:
     require(0 <= options.seed < seeds, "seed", options.seed, f"between 0 and {seeds - 1}")
     if options.render and options.capture_video:
         raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
+    StopSignal(raises=True)
     torch.set_num_threads(1)
     options.told = set()  # warnings, so that both modes tell each once
 
@@ -153,7 +101,8 @@ def main() -> int:
     for mode, r in results.items():
         spread = f"± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
         length = f"{r['length_mean']:.1f} ± {r['length_std']:.1f}"
-        lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}")
+        told = [f"  {key} {r[f'{key}_mean']:.2f}" for key in info_keys(args) if f"{key}_mean" in r]
+        lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}{''.join(told)}")
     if options.capture_video and any(video_folder(policy).glob("*.mp4")):
         lines.append(f"  videos in {video_folder(policy)}")
     print(_printable("\n".join(lines)))

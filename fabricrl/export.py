@@ -20,14 +20,14 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple
 from torch import Tensor, nn
 
-from fabricrl.envs.spaces import rescale_actions
+from fabricrl.envs.spaces import mask_choices, rescale_actions
 from fabricrl.models.models import RecordEncoder
 from fabricrl.policy import Policy, algorithm
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.command import Parser
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, OutputError, RunError
 from fabricrl.utils.extras import missing
-from fabricrl.utils.launch import run_script
 
 FORMATS = ("onnx", "pt2")
 NEEDED = ("onnx", "onnxscript", "onnxruntime")  # of the extra `export`
@@ -88,6 +88,10 @@ class PartsEncoder(nn.Module):
 class EnvActions(nn.Module):
     """The agent's actions [N, A] → those that the environment takes: see `env_actions` and `rescale_actions`."""
 
+    start: Tensor
+    low: Tensor
+    high: Tensor
+
     def __init__(self, space: Space, rescales: bool) -> None:
         super().__init__()
         self.space, self.rescales, self.shape = space, rescales, space.shape or ()
@@ -122,7 +126,8 @@ class ExportedPolicy(nn.Module):
             images are [N, S, H, W, C] if S frames are stacked, and those that --grayscale or --resize changes are
             given as changed;
         memory [N, M], if the policy is recurrent: zeros at the first observation of an episode;
-        reward [N], if it was trained with --prev-reward: what the action before earned, 0 at the first observation.
+        reward [N], if it was trained with --prev-reward: what the action before earned, 0 at the first observation;
+        mask [N, S], if its environment had action masks: true where an action is allowed.
     Outputs: action [N, ...], and next_memory [N, M], the memory of the next call.
     """
 
@@ -143,7 +148,9 @@ class ExportedPolicy(nn.Module):
         self.prev_reward = getattr(self.agent, "prev_reward", False)
         self.num_encoded = self.agent.head.encoded_size if getattr(self.agent, "prev_action", False) else 0
         self.memory_size = getattr(self.agent, "memory_size", 0) - self.prev_reward  # M
+        self.mask_size = policy.mask_size  # S
         self.input_names = [*self.parts, *["memory"] * self.is_recurrent, *["reward"] * self.prev_reward]
+        self.input_names += ["mask"] * (self.mask_size > 0)
         self.output_names = ["action", *["next_memory"] * self.is_recurrent]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -152,12 +159,13 @@ class ExportedPolicy(nn.Module):
         obs: Any = self.numbers(*others) if others else torch.zeros(inputs[0].shape[0], 0)  # [N, D]
         if self.images:
             obs = (*(values[name] for name in self.images), obs)
+        masks = [values["mask"]] if self.mask_size else []
         if not self.is_recurrent:
-            return (self.env_actions(self.agent.greedy(obs)),)
+            return (self.env_actions(self.agent.greedy(obs, *masks)),)
         memory, split = values["memory"], self.num_encoded
         if self.prev_reward:
             memory = torch.cat((memory[:, :split], values["reward"][:, None], memory[:, split:]), -1)
-        actions, states = self.agent.greedy(obs, memory)
+        actions, states = self.agent.greedy(obs, memory, *masks)
         encoded = [self.agent.head.encode(actions)] if split else []
         return self.env_actions(actions), torch.cat((*encoded, states), -1)
 
@@ -181,14 +189,14 @@ class Stepper:
         self.frames: dict[str, np.ndarray] = {}
         self.memory: np.ndarray | None = None
 
-    def inputs(self, observations: Sequence[Any], rewards: Sequence[float] = ()) -> dict[str, np.ndarray]:
+    def inputs(self, observations: Sequence[Any], rewards: Any = 0.0, masks: Any = True) -> dict[str, np.ndarray]:
         """What the program takes for observations as the environment gives them, one for each row of the batch."""
         module, count = self.module, len(observations)
         read = [self.rows.read(obs) for obs in observations]
         inputs = {}
         for name, key in module.parts.items():
             values = [one if name == "obs" else one[key] for one in read]
-            if name in module.images:
+            if self.rows.packer is not None and name in module.images:
                 values = [self.rows.packer.process(value) for value in values]
             inputs[name] = np.stack(values)
             if name in module.images and self.depth > 1:
@@ -199,12 +207,14 @@ class Stepper:
             zeros = np.zeros((count, module.memory_size), np.float32)
             inputs["memory"] = zeros if self.memory is None else self.memory
         if module.prev_reward:
-            inputs["reward"] = np.array(list(rewards) or [0.0] * count, np.float32)
+            inputs["reward"] = np.full(count, rewards, np.float32)
+        if module.mask_size:
+            inputs["mask"] = np.full((count, module.mask_size), masks, bool)
         return inputs
 
-    def __call__(self, observations: Sequence[Any], rewards: Sequence[float] = ()) -> np.ndarray:
-        """Actions [N, ...] for observations, and what the actions before have earned."""
-        action, *memory = self.program(self.inputs(observations, rewards))
+    def __call__(self, observations: Sequence[Any], rewards: Any = 0.0, masks: Any = True) -> np.ndarray:
+        """Actions [N, ...] for observations, what the actions before have earned [N], and what is allowed [N, S]."""
+        action, *memory = self.program(self.inputs(observations, rewards, masks))
         self.memory = memory[0] if memory else None
         return action
 
@@ -274,12 +284,16 @@ def largest_difference(policy: Policy, module: ExportedPolicy, path: Path) -> fl
     )
     space.seed(0)
     policy.reset()
-    rewards = np.zeros(ROWS)
+    rewards, masks, rng = np.zeros(ROWS), None, np.random.default_rng(0)
     for step in range(4):
         observations = [_moderate(space, space.sample()) for _ in range(ROWS)]
         rows = np.stack([policy.rows.one(obs) for obs in observations])
-        expected = policy.act(rows, rewards, np.full(ROWS, step == 0))
-        found = stepper(observations, rewards)
+        if policy.mask_size:
+            masks = rng.random((ROWS, policy.mask_size)) < 0.5
+            choices = mask_choices(policy.action_space)
+            masks[:, np.cumsum([0, *choices[:-1]])] = True  # something is allowed
+        expected = policy.act(rows, rewards, np.full(ROWS, step == 0), masks)
+        found = stepper(observations, rewards, True if masks is None else masks)
         if found.shape != expected.shape or found.dtype != expected.dtype:
             raise RunError(f"{path} acts otherwise than the policy: {found.dtype} {found.shape} for {expected.shape}")
         gap = np.abs(found.astype(np.float64) - expected) / np.maximum(1, np.abs(expected))

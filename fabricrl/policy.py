@@ -41,7 +41,7 @@ class Policy:
         spaces: of the environment; None: as the checkpoint has them.
 
     Attributes:
-        observation_space, action_space: of one environment.
+        observation_space, action_space: of one environment; mask_size: of its action masks, 0 if there are none.
         agent: the network; args: those of the run; algo, env_id, global_step: of the run, too.
 
     Raises:
@@ -66,6 +66,7 @@ class Policy:
             spaces = spaces or stored_spaces(state)
         spaces = spaces or _spaces_of_environment(state, path, self.args, utils)
         self.observation_space, self.action_space = spaces.given, spaces.actions
+        self.mask_size = spaces.mask_size
         known = SimpleNamespace(single_observation_space=spaces.obs, single_action_space=spaces.actions)
         with reading(path), torch.random.fork_rng([]):  # initial parameters are drawn, and replaced at once
             self.rows = Rows(spaces.given, self.args)
@@ -74,11 +75,13 @@ class Policy:
         self.act = utils.make_policy(self.agent, known, deterministic, stream_seed(seed, int(deterministic)))
         self._begins: np.ndarray | None = None  # [N], which observations are the first of an episode; None: all
 
-    def __call__(self, obs: Any, reward: Any = None) -> Any:
+    def __call__(self, obs: Any, reward: Any = None, mask: Any = None) -> Any:
         """The action for an observation, or the actions [N, ...] for a batch, as a vector environment gives it.
 
         Args:
             reward: what the action before earned, a number or [N]; for policies that were trained with --prev-reward.
+            mask: discrete actions that are allowed now, [S] or [N, S], as the environment's `action_masks()` or
+                `info["action_mask"]` has them; None: all.
 
         Raises:
             ValueError: the observation does not fit its space or is not finite; the reward is missing; or others came
@@ -96,8 +99,9 @@ class Policy:
             raise ValueError(f"{count} observations after {len(begins)}: call reset() between them")
         if reward is None and getattr(self.agent, "prev_reward", False) and not begins.all():
             raise ValueError("this policy was trained with --prev-reward: call policy(obs, reward)")
+        masks = None if mask is None else np.asarray(mask, dtype=bool).reshape(count, -1)
         rewards = np.full(count, 0.0 if reward is None else reward, dtype=np.float64)
-        actions = self.act(rows, rewards, begins)
+        actions = self.act(rows, rewards, begins, masks)
         self._begins = np.zeros(count, dtype=bool)
         return actions if is_batch else actions[0]
 

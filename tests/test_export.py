@@ -51,7 +51,9 @@ def stepper(policy: Policy, path: Path) -> export.Stepper:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", ["text", "tuple", "discrete", "keys", "images", "frames", "memory", "pixels", "sac"])
+@pytest.mark.parametrize(
+    "name", ["text", "tuple", "discrete", "keys", "images", "frames", "memory", "pixels", "allowed", "sac"]
+)
 def test_actions_are_those_of_the_policy(
     name: str,
     kind: str,
@@ -151,7 +153,7 @@ def test_mistakes_are_told_in_one_line(
     with pytest.raises(ConfigError, match="no env_actions"):
         written(path, "pt2", tmp_path / "policy.pt2")
     monkeypatch.setattr(export, "NEEDED", ("no_such_package",))
-    with pytest.raises(ConfigError, match=r"--format onnx needs a package that is not here: pip install .*export"):
+    with pytest.raises(ConfigError, match=r"--format onnx needs a package that is not installed: pip install .*export"):
         written(path, "onnx", tmp_path / "policy.onnx")
 
 

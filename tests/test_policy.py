@@ -54,6 +54,7 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
     "memory": (ppo_recurrent, [*odd("dict_nested", "multi_discrete"), *ROLLOUTS, "--prev-action", "--prev-reward"]),
     "lstm": (ppo_recurrent, ["--env-id", "CartPole-v1", *ROLLOUTS, "--mask-velocities", "--norm-obs"]),
     "pixels": (ppo_recurrent, ["--env-id", "tests.envs:Picture-v0", *ROLLOUTS, "--frame-stack", 2]),
+    "allowed": (ppo, ["--env-id", "tests.envs:Masked-v0", *ROLLOUTS]),
     "sac": (sac, [*odd("dict", "box_uneven"), *REPLAY, "--norm-obs"]),
     "droq": (droq, [*odd("multi_discrete", "box_uneven"), *REPLAY, "--replay-ratio", 1]),
 }
@@ -83,10 +84,11 @@ assert cheap, "import fabricrl brings what takes seconds"
 steps = 0
 for name, path, greedy, seed, record in pickle.load(open(sys.argv[1], "rb")):
     policy = fabricrl.load(path, deterministic=greedy, seed=seed)
-    for obs, batch, rewards, dones, actions in record:
+    for obs, batch, rewards, dones, masks, actions in record:
         policy.reset(dones)
         single = len(obs) == 1
-        found = policy(obs[0], rewards[0]) if single else policy(batch, rewards)
+        mask = masks[0] if single and masks is not None else masks
+        found = policy(obs[0], rewards[0], mask) if single else policy(batch, rewards, mask)
         expected = actions[0] if single else actions
         assert found.dtype == expected.dtype and found.shape == expected.shape, name
         assert found.tobytes() == expected.tobytes(), (name, found, expected)
@@ -124,22 +126,23 @@ class Noting(KeepPromises):
 
 
 def recorded(path: Path, *flags: object, prepared: bool = False) -> list[list[tuple]]:
-    """Each mode's (observations as given, these as a batch, rewards, dones, actions) of every step of evaluate.py."""
+    """Each step of evaluate.py in each mode: (observations as given, as a batch, rewards, dones, masks, actions)."""
     records: list[list[tuple]] = []
     play, preprocessed = evaluate.play, vector._preprocessed
 
-    def noting(envs: Any, act: Callable[..., Any], episodes: int, seed: int) -> Any:
+    def noting(envs: Any, act: Callable[..., Any], *settings: Any) -> Any:
         records.append([])
 
-        def acting(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> Any:
+        def acting(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray, masks: Any) -> Any:
             given = [copy.deepcopy(env.get_wrapper_attr("latest")) for env in envs.env.envs]
             space = envs.env.envs[0].get_wrapper_attr("space_of_latest")
             batch = concatenate(space, given, create_empty_array(space, len(given)))
-            actions = act(obs, rewards, dones)
-            records[-1].append((given, batch, rewards.copy(), dones.copy(), copy.deepcopy(actions)))
+            actions = act(obs, rewards, dones, masks)
+            step = given, batch, rewards.copy(), dones.copy(), copy.deepcopy(masks), copy.deepcopy(actions)
+            records[-1].append(step)
             return actions
 
-        return play(envs, acting, episodes, seed)
+        return play(envs, acting, *settings)
 
     def preparing(args: Any, env: gym.Env) -> gym.Env:
         made = preprocessed(args, env)
@@ -349,7 +352,7 @@ def test_a_policy_that_is_told_rewards_asks_for_them(runs: Callable[[str], Finis
 def test_a_checkpoint_of_before_is_loaded_where_its_environment_can_be_had(name: str) -> None:
     policy = fabricrl.load(checkpoint(name, 192))
     (greedy, _) = recorded(checkpoint(name, 192), "--episodes", 2, "--num-envs", 2)
-    for _, batch, rewards, dones, actions in greedy:
+    for _, batch, rewards, dones, _, actions in greedy:
         policy.reset(dones)
         assert policy(batch, rewards).tobytes() == actions.tobytes()
 

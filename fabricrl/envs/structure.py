@@ -103,7 +103,7 @@ def stored_spaces(state: Mapping[str, Any]) -> Spaces | None:
     if isinstance(given, str) or isinstance(actions, str):
         return None
     rows = Rows(space_of(given), SimpleNamespace(**state["args"]))
-    return Spaces(rows.space, space_of(actions), rows.given)
+    return Spaces(rows.space, space_of(actions), state.get("mask_size", 0), rows.given)
 
 
 def check_spaces(state: Mapping[str, Any], own: Spaces) -> None:

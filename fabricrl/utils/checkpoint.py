@@ -320,6 +320,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "world_size": lambda value: _is_count(value, 1),
     "args": lambda value: _is_table(value, object),
     "spaces": lambda value: _is_table(value, str | dict),  # earlier versions wrote them as text
+    "mask_size": _is_count,
     "agent": lambda value: _is_table(value, torch.Tensor),
     "best_return": _is_number,
     "episodes": _are_episodes,

@@ -16,10 +16,10 @@ def pip_install(extra: str) -> str:
 
 def missing(what: str, extra: str) -> ConfigError:
     """Returns the error that says which command installs what `what` needs."""
-    return ConfigError(f"{what} needs a package that is not here: {pip_install(extra)}")
+    return ConfigError(f"{what} needs a package that is not installed: {pip_install(extra)}")
 
 
 def require_opencv(what: str, extra: str = "images") -> None:
-    """Raises ConfigError, with the command, unless OpenCV is here."""
+    """Raises ConfigError, with the command, unless OpenCV is installed."""
     if importlib.util.find_spec("cv2") is None:
         raise missing(what, extra)
