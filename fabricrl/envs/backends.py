@@ -27,6 +27,7 @@ from fabricrl.envs.spaces import env_actions, mask_choices
 from fabricrl.envs.values import Part
 from fabricrl.envs.wrappers import Masks
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
+from fabricrl.utils.extras import missing
 from fabricrl.utils.records import Records
 
 # Values of arguments that an algorithm, or an older checkpoint, does not have
@@ -119,7 +120,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
         close_problem(NativeVectorEnv(args, env).close)
         return
     if importlib.util.find_spec("envpool") is None:
-        raise ConfigError("--vectorization envpool needs a package that is not installed: pip install -e '.[envpool]'")
+        raise missing("--vectorization envpool", "envpool")
     import envpool  # here, as it takes a moment and few runs need it
 
     name = _envpool_id(args.env_id)

@@ -8,8 +8,8 @@ from gymnasium.spaces import Space
 from gymnasium.vector import VectorEnv
 
 from fabricrl.envs.backends import episode_infos
+from fabricrl.envs.rows import floats_in
 from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.records import Records
 
 Policy = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None], Any]
 
@@ -87,8 +87,7 @@ def play(
 
 def _check_finite(obs: np.ndarray, rewards: np.ndarray, space: Space) -> None:
     """Raises NonFiniteError if there is NaN or infinity: the returns would be worth nothing."""
-    floats = obs[:, : 4 * space.num_floats].view(np.float32) if isinstance(space, Records) else obs
-    for name, values in (("reward", rewards), ("observation", floats)):
+    for name, values in (("reward", rewards), ("observation", floats_in(obs, space))):
         if not np.isfinite(values).all():
             bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
             raise NonFiniteError(f"{name} of environment {np.flatnonzero(bad)[0]} is not finite")
