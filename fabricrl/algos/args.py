@@ -28,6 +28,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound="StandardArgs")
@@ -125,7 +126,7 @@ class StandardArgs:
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
     main_port: int = arg(29400, "port on machine 0 where ranks meet; for several machines", advanced=True)
     timeout: float = arg(
-        10.0, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
+        MINUTES, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
     )
     precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
     num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import TCPStore
-
 from fabricrl.utils.errors import LostPeerError
+from fabricrl.utils.network import find_store
 
+MINUTES = 10.0  # that a rank waits for another, unless it is told otherwise
 OFTEN = 5.0  # seconds between two signs of life, at most
 ROLL_CALL = 2.0  # seconds in which a rank that waits says so when it is asked
 LAST_RESORT = 30.0  # seconds after the time is up in which the main thread should have noticed
@@ -23,6 +23,12 @@ LAST_RESORT = 30.0  # seconds after the time is up in which the main thread shou
 def patience(minutes: float) -> timedelta:
     """`--timeout` as PyTorch takes it; 0: for ever, which is as long as it can count."""
     return timedelta(minutes=minutes) if minutes else timedelta(days=10_000)
+
+
+def waited(seconds: float) -> str:
+    """How long somebody has waited, in words."""
+    long = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+    return f"for {long} (see --timeout)"
 
 
 def process_state(pid: int) -> str:
@@ -61,7 +67,7 @@ class Peers:
         self._clock, self._changed = 0.0, dict.fromkeys(range(world_size), 0.0)
         self._looked, self._was_away = time.monotonic(), False
         try:
-            self._store = self._connect(self.seconds)
+            self._store = find_store(*self._place, self.seconds)
         except (OSError, RuntimeError) as error:
             raise LostPeerError(f"rank {rank} has found nobody at {address}:{port} {self.waited}") from error
         self._note(0)
@@ -76,21 +82,7 @@ class Peers:
     @property
     def waited(self) -> str:
         """How long a rank waits, in words."""
-        long = f"{self.seconds / 60:g} minutes" if self.seconds >= 60 else f"{self.seconds:g} seconds"
-        return f"for {long} (see --timeout)"
-
-    def _connect(self, seconds: float) -> TCPStore:
-        """Raises OSError or RuntimeError if nobody answers in this time."""
-        deadline = time.monotonic() + seconds
-        while True:  # PyTorch waits for somebody, too, but prints pages if nobody comes
-            try:
-                socket.create_connection(self._place, min(seconds, 60)).close()
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
-        return TCPStore(*self._place, None, False, timeout=timedelta(seconds=seconds))
+        return waited(self.seconds)
 
     def _key(self, what: str, rank: int) -> str:
         return f"{self._prefix}/{what}/{rank}"
@@ -165,7 +157,7 @@ class Peers:
     def _ask(self, answer: list[tuple[list[int], bool]]) -> None:
         """Adds the ranks that are missing, and whether nobody has asked before; nothing if the store is gone."""
         try:
-            store = self._connect(ROLL_CALL)
+            store = find_store(*self._place, ROLL_CALL)
             store.set(self._key("waits", self.rank), "")
             deadline = time.monotonic() + ROLL_CALL
             missing = self._others(lambda rank: not store.check([self._key("waits", rank)]))
