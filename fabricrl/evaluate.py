@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from fabricrl.envs import check_env, make_env
-from fabricrl.envs.backends import option
+from fabricrl.envs.backends import info_keys, option
 from fabricrl.envs.guard import GRACE, VIDEO_GRACE
 from fabricrl.envs.play import play
 from fabricrl.envs.spaces import describe
@@ -49,11 +49,12 @@ def evaluate(
         folder = video_folder if options.capture_video else None
         shown = "human" if options.render else None
         env = make_env(args, shown, folder, mode, video_episodes=options.episodes)
-        return NameFailures(env, index)
+        return NameFailures(env, index, info_keys(args), options.masked)
 
     makers = [partial(build, index) for index in range(num_envs)]
     grace = VIDEO_GRACE if options.capture_video else GRACE
-    envs = step_in_turn(makers, timeout=option(args, "timeout"), grace=grace, told=options.told)
+    settings = {"timeout": option(args, "timeout"), "grace": grace, "told": options.told, "keys": info_keys(args)}
+    envs = step_in_turn(makers, **settings)
     with reading(options.path):
         agent = utils.make_agent(args, envs)
         restore(agent, state["agent"])
@@ -96,7 +97,9 @@ def main() -> int:
     with reading(found):
         args = SimpleNamespace(**OLDER | state["args"] | {"vectorization": "sync"})
         env_id = args.env_id
-    check_spaces(state["spaces"], describe(*check_env(args, utils.ACTION_SPACES, mode, images=True)))
+    spaces = check_env(args, utils.ACTION_SPACES, mode, images=True)
+    check_spaces(state["spaces"], describe(spaces.obs, spaces.actions))
+    options.masked = spaces.mask_size > 0
     video_folder = found.parent.parent / "videos" / found.stem
     modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
     results = {mode: evaluate(state, args, mode == "greedy", options, video_folder) for mode in modes}
@@ -107,7 +110,8 @@ def main() -> int:
     for mode, r in results.items():
         spread = f"± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
         length = f"{r['length_mean']:.1f} ± {r['length_std']:.1f}"
-        lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}")
+        told = [f"  {key} {r[f'{key}_mean']:.2f}" for key in info_keys(args) if f"{key}_mean" in r]
+        lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}{''.join(told)}")
     if options.capture_video and any(video_folder.glob("*.mp4")):
         lines.append(f"  videos in {video_folder}")
     print(_printable("\n".join(lines)))

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import faulthandler
 import importlib
 import io
 import multiprocessing
@@ -159,6 +160,7 @@ def _script(words: list[str], folder: Path, variables: dict[str, str], out: Any,
     out.close()
     err.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.enable()
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
@@ -268,7 +270,8 @@ def started(*arguments: object, cwd: Path = ROOT, variables: dict[str, str] | No
     mark = uuid.uuid4().hex
     clean = {name: value for name, value in os.environ.items() if not LAUNCHERS.fullmatch(name)}
     words = [str(argument) for argument in arguments]
-    everything = clean | {"PYTHONPATH": str(ROOT), MARK: mark} | (variables or {})
+    own = {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", MARK: mark}  # a crash outside of Python shows where
+    everything = clean | own | (variables or {})
     process = Forked(words[1:], cwd, everything) if words[:1] == FORKED else _opened(words, cwd, everything)
     running = Running(words, process, mark)
     try:
@@ -290,6 +293,7 @@ def wait_for(condition: Callable[[], Any], running: Running) -> Any:
     deadline = time.monotonic() + LIMIT
     while not (value := condition()):
         if running.process.poll() is not None or time.monotonic() > deadline:
+            running.code = running.process.returncode
             running.kill()
             running.out, running.err = running.process.communicate()
             raise AssertionError(f"ended too early, or waited in vain\n{running.report()}")

@@ -78,9 +78,16 @@ class StandardArgs:
         "check the bounds of all observations at every step; off: those of integers, and of floats at resets",
         advanced=True,
     )
+    info_keys: tuple[str, ...] = arg(
+        (),
+        "numbers in an environment's infos at the end of an episode whose means are logged, beside is_success",
+        advanced=True,
+    )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
+    seeds: int = arg(1, "runs, with seed, seed + 1, ...; more than one are compared at the end", advanced=True)
+    jobs: int = arg(1, "runs side by side, with --seeds", advanced=True)
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
     video_every: int = arg(100, "episodes of that environment between recordings", advanced=True)
     eval_every: int = arg(
@@ -147,7 +154,8 @@ class StandardArgs:
         check_types(self)
         require_counts(self, MAX_STEPS, "total_timesteps")
         require_counts(self, 2**63 - 1, "num_envs", "video_every", "log_every", "keep_checkpoints")
-        require_counts(self, 1000, "action_repeat")
+        require_counts(self, 1000, "action_repeat", "jobs")
+        require_counts(self, 10_000, "seeds")
         require_counts(self, 10_000, "num_threads", "num_nodes")
         require_counts(self, 1_000_000, "eval_episodes")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
@@ -382,6 +390,8 @@ def _integer(words: Sequence[str]) -> int:
 def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None = None) -> Args:
     """The arguments of a command line: flags given win over `--resume`'s, those over `--preset`'s, those over defaults.
 
+    With `--seeds` the process does not come back: it runs its own command once a seed, and compares the runs.
+
     Raises:
         ConfigError: an unknown flag, or a value that is not allowed.
         CheckpointError: `--resume` names something that cannot be resumed.
@@ -398,6 +408,10 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         defaults = {"preset": preset, **(presets or {})[preset]}
     args = kind(**_parse_flags(kind, defaults))
     args.check_machine()
+    if args.seeds > 1:
+        from fabricrl.sweep import run_seeds  # the commands around the scripts import what scripts do without
+
+        sys.exit(run_seeds(args.seed, args.seeds, args.jobs, args.log_dir))
     return args
 
 

@@ -32,6 +32,7 @@ from fabricrl.algos.args import check_sizes, parse
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.data import ReplayBuffer, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
+from fabricrl.envs.backends import info_keys
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
 from fabricrl.utils.ending import run_script
@@ -65,7 +66,8 @@ class Run:
 
     Attributes:
         args: the arguments; fabric: Lightning's, or the `Group` of a decoupled script.
-        obs_space, action_space: of a single environment.
+        obs_space, action_space: of a single environment; mask_size: of its action masks, 0 if there are none.
+        masks: actions that are allowed after a reset, [N, mask_size], or None.
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: generators of action noise and of training, different on every rank.
@@ -86,7 +88,7 @@ class Run:
             check_compiler()
         video_mode = "rgb_array" if args.capture_video else None
         self.action_space: Any  # one of `action_spaces`
-        self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
+        self.obs_space, self.action_space, self.mask_size = check_env(args, action_spaces, video_mode, bounded, images)
         self.path: Path | None
         check_sizes(args, algo, self.obs_space, self.action_space)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
@@ -100,7 +102,7 @@ class Run:
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
         self._signals.can_save = True
-        self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+        self.episodes, self.losses = EpisodeStatistics(args.num_envs, info_keys(args)), MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}
         self._parts: dict[str, Any] = {}
@@ -109,7 +111,8 @@ class Run:
         self._contexts = ExitStack()
         self._envs: VectorEnv | None = None
         self._player: nn.Module | None = None
-        self._hinted = False
+        self._hinted = self._missed = False
+        self.masks: np.ndarray | None = None
         self._folder: RunFolder | None = None
         self._evaluation: Evaluation | None = None
         self._evaluated_step = self.first_step
@@ -158,9 +161,10 @@ class Run:
         """This rank's environments, which may record videos in the run's folder; beside them those of evaluations."""
         videos = self._made_folder().videos
         with self.together():
-            self._envs = make_envs(self.args, self.fabric.global_rank, videos)
+            masked = self.mask_size > 0
+            self._envs = make_envs(self.args, self.fabric.global_rank, videos, masked)
             if self.args.eval_every > 0:
-                self._evaluation = Evaluation(self.args, self.algo, self.fabric, self._envs)
+                self._evaluation = Evaluation(self.args, self.algo, self.fabric, self._envs, masked)
         return self._envs
 
     @property
@@ -227,10 +231,11 @@ class Run:
         self._folder.start()
         with self.together():
             seeds: Any = env_seeds(args.seed, rank, args.num_envs, self.first_step)  # Gymnasium's types know no list
-            obs, _ = self._envs.reset(seed=seeds)
+            obs, infos = self._envs.reset(seed=seeds)
             if obs.dtype.kind == "f" and not np.isfinite(obs).all():
                 raise NonFiniteError("first observation is not finite")
         check_ranks(self.fabric, self._parts["agent"], torch.as_tensor(obs))
+        self.masks = infos.get("action_mask")
         self.state = {}  # a replay buffer in it may be large
         self.clock.restart()
         return obs
@@ -356,7 +361,7 @@ class Run:
         """
         with self.together():
             self.losses.update(self.look())
-        self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped)
+        self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
         self.clock.lap("comm")
         self._advance()
 
@@ -371,11 +376,15 @@ class Run:
         if self.fabric.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
         if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
-            self.episodes.flush(self.fabric)
+            self.episodes.flush(self.fabric, self._take_infos())
             with self.together():
                 self.losses.update(self.look())
         self.clock.lap("comm")
         self._advance()
+
+    def _take_infos(self) -> np.ndarray | None:
+        """Numbers that environments have told at the ends of the episodes since the last call, [E, K]."""
+        return None if self._envs is None else self._envs.take_episode_infos()  # type: ignore[attr-defined]
 
     @property
     def has_noted_much(self) -> bool:
@@ -470,6 +479,7 @@ class Run:
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
         self._hint()
+        self._warn_of_missing_infos()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
         self._folder.log(charts | self.charts | speed | numbers | self._eval_charts, self.global_step)
         self.charts, self._eval_charts = {}, {}
@@ -486,6 +496,17 @@ class Run:
         if text is not None:
             self._hinted = True
             print(f"hint: {text}", file=sys.stderr, flush=True)
+
+    def _warn_of_missing_infos(self) -> None:
+        """Says once, after the first episodes, which of `info_keys` none of them had."""
+        if self._missed or self.fabric.global_rank > 0 or not self.episodes.ended:
+            return
+        self._missed = True
+        missing = [key for key in self.args.info_keys if key not in self.episodes.told]
+        if missing:
+            count = f"{self.episodes.ended} episode{'s' * (self.episodes.ended > 1)}"
+            text = f"--info-keys {' '.join(missing)}: no such number was in the infos at the end of {count}"
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     @property
     def checkpoint_is_due(self) -> bool:

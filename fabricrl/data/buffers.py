@@ -36,12 +36,14 @@ class RolloutBuffer:
         obs: [T + 1, N, R]; actions: [T, N, A]; rewards: [T, N], as the environment gave them;
         terminated, truncated: [T, N], bool; terminated also where a life was lost, if the environment reports it;
         ends: [T, N], ends of episodes, not of lives;
+        allowed: [T + 1, N, S], bool, the masks of the actions that were allowed at each step; None if there are none;
         skipped: [T, N], steps that only reset an environment, as some do after an episode: they belong to none.
 
     Args:
         obs_space: a single environment's, one row R; records stay bytes, everything else becomes float32.
         frame_stack: S.
         skips: environments may have steps that only reset.
+        mask_size: S; 0 if environments have no masks.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class RolloutBuffer:
         action_dtype: torch.dtype,
         frame_stack: int = 1,
         skips: bool = False,
+        mask_size: int = 0,
     ) -> None:
         self.num_envs, self.frame_stack, self.skips = num_envs, frame_stack, skips
         self.num_floats = obs_space.num_floats if isinstance(obs_space, Records) else None
@@ -65,6 +68,8 @@ class RolloutBuffer:
         self.truncated = torch.zeros(num_steps, num_envs, dtype=torch.bool)
         self.skipped = torch.zeros(num_steps, num_envs, dtype=torch.bool)
         self.ends = torch.zeros(num_steps, num_envs, dtype=torch.bool)
+        masked = torch.ones(num_steps + 1, num_envs, mask_size, dtype=torch.bool)
+        self.allowed = masked if mask_size > 0 else None
         self.obs_rows = self.obs.unbind()  # T + 1 views [N, R], made once
         self._obs, self._actions = self.obs.numpy(), self.actions.numpy()
         self._rewards, self._ends = self.rewards.numpy(), self.ends.numpy()
@@ -75,8 +80,13 @@ class RolloutBuffer:
         self._rows = self.stacks.numpy()
         self._first = np.zeros((num_envs, 1), dtype=np.int64)  # row of `frames` that the running episode began with
 
-    def start(self, obs: np.ndarray | None = None) -> None:
-        """Starts a rollout at `obs` [N, R]: first observations of episodes, or those where the last rollout ended."""
+    def start(self, obs: np.ndarray | None = None, masks: np.ndarray | None = None) -> None:
+        """Starts a rollout at `obs` [N, R]: first observations of episodes, or those where the last rollout ended.
+
+        `masks` [N, S]: actions that are allowed there, if environments have masks.
+        """
+        if self.allowed is not None:
+            self.allowed[0] = self.allowed[-1] if obs is None else torch.as_tensor(masks)
         if obs is None:
             self.frames[: self.frame_stack] = self.frames[-self.frame_stack :].clone()
             self._first -= len(self.actions)
@@ -116,6 +126,8 @@ class RolloutBuffer:
         self._terminated[t] = terminated
         self._truncated[t] = truncated
         self._ends[t] = ended = terminated | truncated
+        if self.allowed is not None:
+            self.allowed[t + 1] = torch.from_numpy(infos["action_mask"])
         if "life_lost" in infos:
             self._terminated[t] |= infos["life_lost"]
         if truncated.any():
@@ -138,6 +150,14 @@ class RolloutBuffer:
     def counts(self, device: torch.device) -> Tensor | None:
         """1 where a step can be learned from, 0 where it only reset, [T N]; None: there are no such steps."""
         return (~self.skipped).flatten().to(device, torch.float32) if self.skips else None
+
+    def mask(self, t: int, device: torch.device) -> Tensor | None:
+        """The actions that are allowed at step t, [N, S]; None if environments have no masks."""
+        return None if self.allowed is None else self.allowed[t].to(device)
+
+    def masks(self, device: torch.device) -> Tensor | None:
+        """Those of the whole rollout, [T N, S]."""
+        return None if self.allowed is None else self.allowed[:-1].flatten(0, 1).to(device)
 
     def inputs(
         self, prepare: Callable[[Tensor], Tensor], device: torch.device
@@ -242,15 +262,16 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         frame_stack: int = 1,
         skips: bool = False,
         device: torch.device | str = "cpu",
+        mask_size: int = 0,
     ) -> None:
-        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, frame_stack, skips)
+        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, frame_stack, skips, mask_size)
         self.memory = torch.zeros(num_steps + 1, num_envs, memory_size, device=device)
         self.memory_rows = self.memory.unbind()
         self._final_memory: list[Tensor] = []
 
-    def start(self, obs: np.ndarray | None = None) -> None:
+    def start(self, obs: np.ndarray | None = None, masks: np.ndarray | None = None) -> None:
         """Starts a rollout; clears memory if `obs` are first observations, keeps it where the last rollout ended."""
-        super().start(obs)
+        super().start(obs, masks)
         self._final_memory.clear()
         self.memory[0] = self.memory[-1] if obs is None else 0.0
 

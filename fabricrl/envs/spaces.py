@@ -129,6 +129,19 @@ def left_out_texts(names: list[Any], space: Space) -> list[str]:
     return [f"notice: text in observations is left out ({which}); --obs-keys {keys} silences this"]
 
 
+def mask_choices(space: Space) -> list[int]:
+    """The parts of a mask over a single action space: how many entries there are for each variable.
+
+    A mask has one entry for each choice, True where it is allowed, as sb3-contrib has them: all choices of a variable,
+    then those of the next; of a bit first 0, then 1. Spaces that cannot be masked have none.
+    """
+    if isinstance(space, Discrete):
+        return [int(space.n)]
+    if isinstance(space, MultiDiscrete):
+        return [int(n) for n in space.nvec.reshape(-1)]
+    return [2] * int(np.prod(space.shape)) if isinstance(space, MultiBinary) else []
+
+
 def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     """Converts actions [N, A] of a policy to those that `envs.step` takes; `space` is a single environment's.
 

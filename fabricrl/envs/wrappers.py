@@ -16,7 +16,7 @@ from gymnasium.wrappers import OrderEnforcing, TimeLimit
 from numpy import ndarray
 
 from fabricrl.envs.guard import Timeout
-from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
+from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image, mask_choices
 from fabricrl.envs.values import INTERFACE, NUMBERS, Observation, as_array, flag, number
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
 from fabricrl.utils.records import Records
@@ -242,30 +242,46 @@ class NameFailures(gym.Wrapper):
 
     Also copies an episode's last observation, which must be finite: the reset that follows may write into the same
     array, and not every buffer checks it.
+
+    Of what an environment tells in its infos it passes on the numbers in `keys` at an episode's end (`episode_info`
+    [K], NaN for what is missing), and which actions are allowed (`action_mask` [S], bool).
+
+    Args:
+        keys: names of the numbers.
+        masked: whether the environment has masks, in `action_masks()` or in `info["action_mask"]`.
     """
 
-    def __init__(self, env: gym.Env, index: int) -> None:
+    def __init__(self, env: gym.Env, index: int, keys: Sequence[str] = (), masked: bool = False) -> None:
         super().__init__(env)
-        self.index = index
+        self.index, self.keys = index, keys
+        self._masks = Masks(env) if masked else None
+        self.mask_size = self._masks.size if self._masks is not None else 0
         space = env.observation_space
         self._floats = slice(4 * space.num_floats) if isinstance(space, Records) else None
         self._tells_lives = env.has_wrapper_attr("tells_lives")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         try:
-            obs, _ = self.env.reset(seed=seed, options=options)
+            obs, info = self.env.reset(seed=seed, options=options)
+            told = {} if self._masks is None else {"action_mask": self._masks(info)}
         except (Exception, SystemExit, Timeout) as error:  # an environment does not end a run quietly; Ctrl-C does
             raise self._named("reset", error) from error
-        return obs, {}
+        return obs, told
 
     def step(self, action: Any) -> tuple:
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
+            ended = terminated or truncated  # the next mask is then that of the reset that follows
+            mask = None if self._masks is None or ended else self._masks(info)
         except (Exception, SystemExit, Timeout) as error:
             raise self._named("step", error) from error
         # What an environment tells besides is for people: names such as `final_obs` mean something to buffers
         told = {"life_lost": info["life_lost"]} if self._tells_lives else {}
-        return (self._last(obs) if terminated or truncated else obs), reward, terminated, truncated, told
+        if mask is not None:
+            told["action_mask"] = mask
+        if ended and info and any(key in info for key in self.keys):
+            told["episode_info"] = np.array([as_number(info.get(key)) for key in self.keys])
+        return (self._last(obs) if ended else obs), reward, terminated, truncated, told
 
     def _last(self, obs: np.ndarray) -> np.ndarray:
         """A copy of an episode's last observation. Raises NonFiniteError if it has NaN or infinity."""
@@ -282,6 +298,53 @@ class NameFailures(gym.Wrapper):
             return EnvError(f"environment {self.index} cannot be asked to {call} ({error}); {INTERFACE}")
         traceback.print_exception(error)
         return EnvError(f"environment {self.index} failed in {call}: {type(error).__name__}: {error}")
+
+
+class Masks:
+    """Reads which actions an environment allows now: from its method `action_masks()`, or else from its infos.
+
+    Raises:
+        EnvError: the mask has another size, or a variable of the action has no choice left.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        self._method = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
+        choices = mask_choices(env.action_space)
+        self.size, self._starts = sum(choices), np.cumsum([0, *choices[:-1]])
+
+    def __call__(self, info: Mapping[str, Any] | None) -> np.ndarray:
+        """The mask [S]; all True if the environment has none now."""
+        given = (info or {}).get("action_mask") if self._method is None else self._method()
+        if given is None:
+            return np.ones(self.size, bool)
+        parts = given if isinstance(given, tuple | list) else (given,)  # perhaps one for each variable
+        mask = np.concatenate([as_array(part).reshape(-1) for part in parts]).astype(bool)
+        if mask.shape != (self.size,):
+            raise EnvError(f"an action mask of {mask.size} entries, its action space needs {self.size}")
+        if not np.logical_or.reduceat(mask, self._starts).all():
+            raise EnvError("an action mask that allows no action")
+        return mask
+
+
+def has_masks(env: gym.Env) -> bool:
+    """Returns True if an environment says which actions are allowed. Without `action_masks()` it is reset to see."""
+    if not mask_choices(env.action_space):
+        return False
+    if env.has_wrapper_attr("action_masks"):
+        return True
+    try:
+        _, info = env.reset(seed=0)
+    except (Exception, SystemExit):  # it will fail again, and then with its name
+        return False
+    return "action_mask" in (info or {})
+
+
+def as_number(value: Any) -> float:
+    """The number in `value`, NaN if there is none."""
+    if isinstance(value, bool | int | float | np.number | np.bool_):
+        return float(value)
+    one = isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in NUMBERS
+    return float(value.item()) if one else math.nan
 
 
 def _is_misunderstood(error: BaseException) -> bool:

@@ -8,7 +8,8 @@ from torch.utils import _pytree as pytree
 
 
 class Batch:
-    """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`.
+    """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`. None stands for a column that is not
+    there.
 
     Not a dict, since in half precision Fabric rounds every tensor that it finds in a module's inputs: old
     log-probabilities and targets, too.
@@ -31,7 +32,7 @@ class Batch:
 
     def __getitem__(self, rows: Any) -> "Batch":
         """Some of the rows, of every column."""
-        return Batch(**{name: column[rows] for name, column in self.columns.items()})
+        return Batch(**{name: None if column is None else column[rows] for name, column in self.columns.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

@@ -81,7 +81,7 @@ class Peers:
 
     @property
     def waited(self) -> str:
-        """How long a rank waits, in words."""
+        """Time that a rank waits, in words."""
         return waited(self.seconds)
 
     def _key(self, what: str, rank: int) -> str:
