@@ -109,7 +109,7 @@ class OffPolicyArgs(StandardArgs):
 
 @dataclass(frozen=True)
 class EntropyArgs(OffPolicyArgs):
-    """The temperature of an algorithm that rewards entropy, and the scale of the rewards that are weighed against it."""
+    """The temperature of an algorithm that rewards entropy, and the scale of rewards, which are weighed against it."""
 
     reward_scale: float = arg(
         1.0,
