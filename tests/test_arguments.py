@@ -9,12 +9,14 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
+from lightning.fabric.strategies import DDPStrategy
 
 from fabricrl import algos
 from fabricrl.algos import evaluation
@@ -152,6 +154,7 @@ CHANGES_SOMETHING_ELSE = {
     "main_address": "test_several_nodes_are_told_where_they_stand_and_where_to_meet",
     "main_port": "test_several_nodes_are_told_where_they_stand_and_where_to_meet",
     "num_threads": "test_torch_is_set_as_asked",
+    "timeout": "test_messages_between_ranks_have_the_time_that_was_asked_for",
     "matmul_precision": "test_torch_is_set_as_asked",
     "torch_deterministic": "test_torch_is_set_as_asked",
     "compile": "test_compile_compiles_the_update",
@@ -164,7 +167,7 @@ CHANGES_SOMETHING_ELSE = {
 AS_IN_PPO = {
     "exp_name", "log_dir", "logger", "track", "wandb_project_name", "wandb_entity", "upload_model", "hf_entity",
     "accelerator", "cuda", "devices", "strategy", "num_nodes", "node_rank", "main_address", "main_port",
-    "num_threads", "matmul_precision", "torch_deterministic", "cuda_graphs", "player_device",
+    "num_threads", "timeout", "matmul_precision", "torch_deterministic", "cuda_graphs", "player_device",
     "eval_every", "eval_episodes", "stop_at_return", "info_keys",
 }  # fmt: skip
 
@@ -562,6 +565,22 @@ def test_several_nodes_are_told_where_they_stand_and_where_to_meet(
     line = ("--num-nodes", 3, "--node-rank", 2, "--main-address", "10.0.0.7", "--main-port", 4567)
     assert told(*line) == {"accelerator": "cpu", "devices": "1", "num_nodes": 3}
     assert [os.environ[name] for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")] == ["2", "10.0.0.7", "4567"]
+
+
+def test_messages_between_ranks_have_the_time_that_was_asked_for(
+    told: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens then is in test_waiting.py; environments' time is in test_env_processes.py."""
+    limits: list[timedelta] = []
+
+    class Strategy(DDPStrategy):
+        def __init__(self, timeout: timedelta) -> None:
+            limits.append(timeout)
+
+    monkeypatch.setattr(launching, "DDPStrategy", Strategy)
+    for line in ((), ("--timeout", 0.5)):
+        told(*line)
+    assert limits == [timedelta(minutes=10), timedelta(seconds=30)]
 
 
 def test_torch_is_set_as_asked(told: Callable[..., dict[str, Any]]) -> None:

@@ -487,9 +487,8 @@ def no_run_in(folder: Path) -> bool:
     [
         (["--max-lag", -1], "--max-lag is -1: it must be between 0 and 100"),
         (["--max-lag", 101], "--max-lag is 101: it must be between 0 and 100"),
-        (["--timeout", 0], "--timeout is 0.0: it must be a number of minutes above 0"),
-        (["--timeout", "inf"], "--timeout is inf: it must be a number of minutes above 0"),
-        (["--timeout", "nan"], "--timeout is nan: it must be a number of minutes above 0"),
+        (["--timeout", "inf"], "--timeout is inf: it must be a number of minutes, at most 100000; or 0: for ever"),
+        (["--timeout", "nan"], "--timeout is nan: it must be a number of minutes, at most 100000; or 0: for ever"),
         (["--player-device", "tpu"], "invalid choice 'tpu' for argument '--player-device'. Expected one of ('auto', "),
         ([], "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
              "add --devices 2, or take the script of the same name without _decoupled"),

@@ -780,7 +780,7 @@ def killed(algo: str, rank: int, tmp_path: Path) -> Running:
     with started(*FORKED, script, *endless(algo, tmp_path), "--devices", 2) as running:
         wait_for(lambda: checkpoints(tmp_path), running)
         os.kill(running.rank_pid(rank), signal.SIGKILL)
-        return running.finish(30)
+        return running.finish()
 
 
 def test_a_killed_trainer_of_fabrics_launcher_ends_the_player_with_code_7(tmp_path: Path) -> None:

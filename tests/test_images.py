@@ -656,7 +656,7 @@ def test_normalisation_changes_the_numbers_of_records_and_no_byte_of_images() ->
 
 def test_normalisation_of_images_alone_is_refused() -> None:
     space = make_env(args_for("last")).observation_space
-    with pytest.raises(ConfigError, match=r"--norm-obs .* only images"):
+    with pytest.raises(ConfigError, match=r"--norm-obs .* all observations are images"):
         PPOAgent(space, Discrete(3), norm_obs=True)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import io
 import itertools
@@ -16,14 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
+import torch
 import tyro
+from gymnasium.spaces import Box, Space
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound="StandardArgs")
@@ -81,6 +86,8 @@ class StandardArgs:
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
+    seeds: int = arg(1, "runs, with seed, seed + 1, ...; more than one are compared at the end", advanced=True)
+    jobs: int = arg(1, "runs side by side, with --seeds", advanced=True)
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
     video_every: int = arg(100, "episodes of that environment between recordings", advanced=True)
     eval_every: int = arg(
@@ -126,7 +133,7 @@ class StandardArgs:
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
     main_port: int = arg(29400, "port on machine 0 where ranks meet; for several machines", advanced=True)
     timeout: float = arg(
-        10.0, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
+        MINUTES, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
     )
     precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
     num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
@@ -147,7 +154,8 @@ class StandardArgs:
         check_types(self)
         require_counts(self, MAX_STEPS, "total_timesteps")
         require_counts(self, 2**63 - 1, "num_envs", "video_every", "log_every", "keep_checkpoints")
-        require_counts(self, 1000, "action_repeat")
+        require_counts(self, 1000, "action_repeat", "jobs")
+        require_counts(self, 10_000, "seeds")
         require_counts(self, 10_000, "num_threads", "num_nodes")
         require_counts(self, 1_000_000, "eval_episodes")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
@@ -277,6 +285,31 @@ def require_memory(flags: str, what: str, num_bytes: int) -> None:
         )
 
 
+def check_sizes(args: StandardArgs, algo: str, obs_space: Box, action_space: Space) -> None:
+    """Raises ConfigError, with the figures, if what these spaces make of a run does not fit into memory.
+
+    That is the observations of a step, of a rollout and of those on their way to trainers, and the networks, which are
+    built without memory, to be counted.
+    """
+    row, num_steps = obs_space.shape[0] * obs_space.dtype.itemsize, getattr(args, "num_steps", 1)
+    flags, steps = "--num-envs", args.num_envs * num_steps
+    if num_steps > 1:
+        flags, what = f"{flags} × --num-steps", f"rollouts of {steps} observations of {row} bytes"
+    else:
+        what = f"{steps} observations of {row} bytes"
+    if isinstance(args, DecoupledArgs):
+        flags, what, row = f"{flags} × --max-lag", f"{args.max_lag + 3} {what}", row * (args.max_lag + 3)
+    require_memory(flags, what, steps * row)
+    if importlib.util.find_spec(f"fabricrl.algos.{algo}.utils") is None:
+        return
+    make_agent = importlib.import_module(f"fabricrl.algos.{algo}.utils").make_agent
+    spaces = {"single_observation_space": obs_space, "single_action_space": action_space}
+    with torch.device("meta"):
+        weights = sum(part.numel() for part in make_agent(args, SimpleNamespace(**spaces)).parameters())
+    what = f"networks of {weights} weights for these observations and actions"
+    require_memory("--env-id, --hidden-sizes", what, weights * WEIGHT_BYTES)
+
+
 def num_weights(inputs: int, *sizes: int) -> int:
     """Weights and biases of fully connected layers of these widths."""
     return sum((before + 1) * after for before, after in itertools.pairwise((inputs, *sizes)))
@@ -357,6 +390,8 @@ def _integer(words: Sequence[str]) -> int:
 def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None = None) -> Args:
     """The arguments of a command line: flags given win over `--resume`'s, those over `--preset`'s, those over defaults.
 
+    With `--seeds` the process does not come back: it runs its own command once a seed, and compares the runs.
+
     Raises:
         ConfigError: an unknown flag, or a value that is not allowed.
         CheckpointError: `--resume` names something that cannot be resumed.
@@ -373,6 +408,10 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         defaults = {"preset": preset, **(presets or {})[preset]}
     args = kind(**_parse_flags(kind, defaults))
     args.check_machine()
+    if args.seeds > 1:
+        from fabricrl.sweep import run_seeds  # the commands around the scripts import what scripts do without
+
+        sys.exit(run_seeds(args.seed, args.seeds, args.jobs, args.log_dir))
     return args
 
 

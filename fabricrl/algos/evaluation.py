@@ -59,7 +59,7 @@ class Evaluation:
         return torch.from_numpy(np.stack(columns, 1).astype(np.float64))
 
     def charts(self, played: Tensor) -> dict[str, float]:
-        """What to log of the episodes [E, 2 + K] of all ranks, which call it together."""
+        """Charts of the episodes [E, 2 + K] of all ranks, which call it together."""
         returns, lengths, *told = gather_rows(self._fabric, played).T.numpy()
         summary = Episodes(returns, lengths, dict(zip(self._keys, told, strict=True))).summary()
         names = ["return_mean", "return_std", "return_min", "return_max", "length_mean"]

@@ -28,7 +28,7 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.args import parse
+from fabricrl.algos.args import check_sizes, parse
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.data import ReplayBuffer, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
@@ -90,6 +90,7 @@ class Run:
         self.action_space: Any  # one of `action_spaces`
         self.obs_space, self.action_space, self.mask_size = check_env(args, action_spaces, video_mode, bounded, images)
         self.path: Path | None
+        check_sizes(args, algo, self.obs_space, self.action_space)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
         with reading(self.path):
             self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
@@ -382,7 +383,7 @@ class Run:
         self._advance()
 
     def _take_infos(self) -> np.ndarray | None:
-        """What environments have told at the ends of the episodes since the last call, [E, K]."""
+        """Numbers that environments have told at the ends of the episodes since the last call, [E, K]."""
         return None if self._envs is None else self._envs.take_episode_infos()  # type: ignore[attr-defined]
 
     @property

@@ -72,7 +72,7 @@ def episode_infos(infos: dict[str, Any]) -> np.ndarray | None:
 
 
 def batched_infos(keys: Sequence[str], given: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
-    """What `episode_infos` reads, from infos that are arrays [N] themselves, as vector environments have them.
+    """Reads what `episode_infos` reads, from infos that are arrays [N] themselves, as vector environments have them.
 
     Args:
         ended: [N], which episodes ended with this step.
@@ -92,6 +92,11 @@ def check_backend(args: Any, env: gym.Env) -> None:
     Raises:
         ConfigError: the back end does not have this environment with these arguments.
     """
+    if args.vectorization == "async" and args.num_envs > (most := most_workers()):
+        raise ConfigError(
+            f"--num-envs is {args.num_envs}: with --vectorization async it must be at most {most}, each takes one of "
+            "the files that a process may have open (ulimit -n)"
+        )
     if args.vectorization not in ("native", "envpool"):
         return
     if args.vectorization == "envpool" and getattr(args, "check_spaces", False):
@@ -150,7 +155,18 @@ def choose(args: Any, env: gym.Env, masked: bool = False) -> str:
     if min(args.num_envs, cores) == 1:
         return "sync"
     saved = 1 - math.ceil(args.num_envs / cores) / args.num_envs  # share of the steps' time
-    return "async" if _step_seconds(env, masked) * saved > ROUND_TRIP else "sync"
+    apart = args.num_envs <= most_workers() and _step_seconds(env, masked) * saved > ROUND_TRIP
+    return "async" if apart else "sync"
+
+
+def most_workers() -> int:
+    """The most environments that can have processes of their own: each takes a file of this process, others 64."""
+    try:
+        import resource
+    except ImportError:  # elsewhere than on Unix there is no such limit
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(limit - 64, 0)
 
 
 def _step_seconds(env: gym.Env, masked: bool = False) -> float:

@@ -8,6 +8,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sp
 from fabricrl.utils.errors import ConfigError, NonFiniteError
 
 SMALLEST_IMAGE = 36  # pixels a side; NatureCNN's three layers need as many
+MOST_NUMBERS = 50_000_000  # of an observation or action
 LARGEST_GRID = 16  # pixels a side from which an array with channels counts as an image
 VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
 SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
@@ -30,8 +31,7 @@ def check_observation_space(space: Space, images: bool = True) -> None:
                 raise ConfigError(f"observation space {space} has an unsupported part {key!r}: {part}; {advice}")
     elif not isinstance(space, VECTOR_SPACES):
         raise ConfigError(f"observation space {space} is not supported; {SUPPORTED}")
-    if not flatdim(space):
-        raise ConfigError(f"observation space {space} is empty")
+    _check_size("observation", space)
 
 
 def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None:
@@ -40,10 +40,19 @@ def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None
     if not isinstance(space, supported):
         names = ", ".join(kind.__name__ for kind in supported)
         raise ConfigError(f"action space {space} is not supported; supported are {names}")
-    if not flatdim(space):
-        raise ConfigError(f"action space {space} is empty")
+    _check_size("action", space)
     if isinstance(space, Box) and not np.issubdtype(space.dtype, np.floating):
         raise ConfigError(f"action space {space} is not supported: a Box must be of real numbers, not {space.dtype}")
+
+
+def _check_size(what: str, space: Space) -> None:
+    """Raises ConfigError if the space is empty, or a network could have no input or output for each of its numbers."""
+    if not (size := flatdim(space)):
+        raise ConfigError(f"{what} space {space} is empty")
+    if size > MOST_NUMBERS:
+        text = text_of(space)
+        text = text if len(text) < 200 else f"{text[:200]}..."
+        raise ConfigError(f"{what} space {text} has {size} numbers, discrete ones as one-hot: at most {MOST_NUMBERS}")
 
 
 def _check_origin(what: str, space: Any) -> None:

@@ -1,4 +1,4 @@
-"""How a script ends: errors that all ranks agree on, told in one line by one of them, with the right exit code."""
+"""The end of a script: errors that all ranks agree on, told in one line by one of them, with the right exit code."""
 
 import os
 import re

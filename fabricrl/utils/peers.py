@@ -15,6 +15,7 @@ from torch.distributed import TCPStore
 
 from fabricrl.utils.errors import LostPeerError
 
+MINUTES = 10.0  # that a rank waits for another, unless it is told otherwise
 OFTEN = 5.0  # seconds between two signs of life, at most
 ROLL_CALL = 2.0  # seconds in which a rank that waits says so when it is asked
 LAST_RESORT = 30.0  # seconds after the time is up in which the main thread should have noticed
@@ -23,6 +24,12 @@ LAST_RESORT = 30.0  # seconds after the time is up in which the main thread shou
 def patience(minutes: float) -> timedelta:
     """`--timeout` as PyTorch takes it; 0: for ever, which is as long as it can count."""
     return timedelta(minutes=minutes) if minutes else timedelta(days=10_000)
+
+
+def waited(seconds: float) -> str:
+    """How long somebody has waited, in words."""
+    long = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+    return f"for {long} (see --timeout)"
 
 
 def process_state(pid: int) -> str:
@@ -75,9 +82,8 @@ class Peers:
 
     @property
     def waited(self) -> str:
-        """How long a rank waits, in words."""
-        long = f"{self.seconds / 60:g} minutes" if self.seconds >= 60 else f"{self.seconds:g} seconds"
-        return f"for {long} (see --timeout)"
+        """Time that a rank waits, in words."""
+        return waited(self.seconds)
 
     def _connect(self, seconds: float) -> TCPStore:
         """Raises OSError or RuntimeError if nobody answers in this time."""
