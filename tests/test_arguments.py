@@ -233,7 +233,9 @@ GUARDS = {
     "SACArgs": "tests.test_off_policy_arguments",
     "DroQArgs": "tests.test_off_policy_arguments",
     "PPODecoupledArgs": "tests.test_decoupled_arguments",
+    "RecurrentPPODecoupledArgs": "tests.test_decoupled_arguments",
     "SACDecoupledArgs": "tests.test_decoupled_arguments",
+    "DroQDecoupledArgs": "tests.test_decoupled_arguments",
 }
 
 
