@@ -26,7 +26,7 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.args import parse
+from fabricrl.algos.args import parse, run_name
 from fabricrl.data import ReplayBuffer, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.spaces import describe
@@ -156,7 +156,8 @@ class Run:
 
     def _made_folder(self) -> RunFolder:
         if self._folder is None:
-            self._folder = RunFolder(self.fabric, self.args, self.algo, self.path, self.first_step)
+            name = run_name(self.args, self.algo)
+            self._folder = RunFolder(self.fabric, self.args, self.algo, name, self.path, self.first_step)
         return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
@@ -391,6 +392,8 @@ class Run:
         """Logs charts, and beside them episodes, losses, speed and where the time went since the last entry."""
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
+        if self.episodes.returns:
+            speed["charts/return_mean"] = self.episodes.mean_return
         self._hint()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
         self._folder.log(charts | self.charts | speed | numbers, self.global_step)

@@ -25,7 +25,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed import DebugLevel, TCPStore
 
-from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
+from fabricrl.utils.errors import ConfigError, LostPeerError, RunError, from_here
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.ranks import all_gather, all_max
 from fabricrl.utils.utils import require
@@ -261,7 +261,7 @@ def report(message: str, code: int, told_by: int = 0) -> None:
     else:
         speaks = _asks_first() if alike and srun else own_rank() == told_by
     if message and (speaks or not alike):
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {from_here(' '.join(message.split()))}", file=sys.stderr, flush=True)
     if alike and srun:
         _wait_for_askers()
 
