@@ -5,6 +5,7 @@ import ctypes
 import ipaddress
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -444,7 +445,29 @@ def _threads(args: Any, fabric: Fabric) -> int:
     """Those asked for, else two if each rank here can have two cores: threads that share one spend it waiting."""
     if args.num_threads is not None:
         return args.num_threads
-    return 2 if available_cores() >= 2 * ranks_here(fabric) else 1
+    cores, ranks = available_cores(), ranks_here(fabric)
+    if cores < 2 * ranks:
+        return 1
+    if fabric.global_rank == 0 and (busy := _cores_of_others()) > cores - 2 * ranks + (ranks - 1) + 0.5:
+        text = f"other processes keep {busy:.1f} of {cores:g} cores busy, and threads wait for each other"
+        print(f"warning: {text}: runs side by side are faster with --num-threads 1", file=sys.stderr, flush=True)
+    return 2
+
+
+def _cores_of_others(seconds: float = 0.2) -> float:
+    """How many of the cores that this process may use are busy with others, looked at for a moment (Linux; else 0)."""
+    if not (table := Path("/proc/stat")).exists():
+        return 0.0
+
+    def busy() -> float:
+        lines = [line.split() for line in table.read_text().splitlines() if re.match(r"cpu\d", line)]
+        own = [line for line in lines if int(line[0][3:]) in os.sched_getaffinity(0)]
+        ticks = sum(sum(map(int, line[1:4] + line[6:8])) for line in own)  # in programs, the kernel and interrupts
+        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+    before, started = busy(), time.monotonic()
+    time.sleep(seconds)
+    return (busy() - before) / (time.monotonic() - started)
 
 
 def available_cores() -> float:
