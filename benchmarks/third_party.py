@@ -1,6 +1,7 @@
-"""Builds environments of other packages, and trains a little on each by our scripts: the table in docs/environments.md.
+r"""Builds environments of other packages, and trains a little on each: the table in docs/environments.md.
 
-    pip install -e '.[box2d,mujoco]' minigrid highway-env gymnasium-robotics 'shimmy[dm-control]' panda-gym
+    pip install -e '.[box2d,mujoco]' 'mujoco<3.12' minigrid highway-env gymnasium-robotics 'shimmy[dm-control]' \
+                panda-gym
     python benchmarks/third_party.py
     python benchmarks/third_party.py --only minigrid
 

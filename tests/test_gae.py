@@ -60,7 +60,7 @@ def value_is_first_number(norm_reward: bool = False) -> PPOAgent:
 
 
 def data_of(agent: PPOAgent, rb: RolloutBuffer, **settings: Any) -> Batch:
-    """What the script makes of a rollout."""
+    """Training data that the script makes of a rollout."""
     return returns_and_advantages(BareRun(PPOArgs(**settings)), agent, agent, rb)
 
 

@@ -1,4 +1,4 @@
-"""What a run counts and times."""
+"""Counts and times of a run."""
 
 import time
 from typing import Any

@@ -23,6 +23,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching
+from fabricrl.utils import process
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.model import parameter_hash
 from tests import test_arguments
@@ -152,7 +153,7 @@ def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
     assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
 
 
-def test_what_is_taken_from_the_tests_of_ppo_is_read_by_the_same_lines(
+def test_arguments_tested_with_ppo_are_read_by_the_same_lines(
     algo: str, run: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert AS_IN_PPO.issubset(field.name for field in dataclasses.fields(StandardArgs))
@@ -222,7 +223,7 @@ def test_the_seed_reaches_parameters_environments_action_noise_and_sampling(
 
 
 def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train) -> None:
-    settings = {"env_id": "tests.test_values:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
+    settings = {"env_id": "tests.value_envs:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
     assert run(**settings).code == 0
     with pytest.raises(EnvError, match=r"returned from step an observation with 9\.5, which is out of range"):
         run(**settings, check_spaces=True)
@@ -375,7 +376,7 @@ def test_a_rank_has_two_threads_where_there_are_two_cores_for_each(
     monkeypatch.setattr(launching, "Fabric", Fabric)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
-    monkeypatch.setattr(launching, "Path", lambda _: tmp_path / "cpu.max")
+    monkeypatch.setattr(process, "Path", lambda _: tmp_path / "cpu.max")
     launching.launch(SACArgs())
     assert torch.get_num_threads() == threads
     launching.launch(SACArgs(num_threads=3))
@@ -404,8 +405,8 @@ def test_two_threads_on_a_busy_machine_are_warned_of(
 
     write()
     clock = SimpleNamespace(sleep=sleep, monotonic=lambda: passed[0], process_time=lambda: 0.0)
-    monkeypatch.setattr(launching, "time", clock)
-    monkeypatch.setattr(launching, "Path", lambda path: table if path == "/proc/stat" else tmp_path / "none")
+    monkeypatch.setattr(process, "time", clock)
+    monkeypatch.setattr(process, "Path", lambda path: table if path == "/proc/stat" else tmp_path / "none")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     rank = SimpleNamespace(world_size=1, global_rank=0)
     assert launching._threads(SACArgs(), rank) == 2

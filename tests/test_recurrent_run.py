@@ -63,7 +63,7 @@ MEMORIES: dict[str, list[object]] = {
 
 
 def last_actions(state: dict[str, Any], make: Any, greedy: bool) -> list[int]:
-    """What a policy does at the end of an episode whose cue was −1, and of one whose cue was +1, with equal noise."""
+    """Actions of a policy at the ends of two episodes, with cue −1 and with cue +1, and equal noise."""
     args = SimpleNamespace(**state["args"])
     actions = []
     for cue in (-1, 1):

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, metrics, result line, progress bar and videos."""
+"""Output of a run: its folder, metrics, result line, progress bar and videos."""
 
 import csv
 import dataclasses
@@ -23,7 +23,7 @@ from fabricrl.envs import make_envs
 from fabricrl.envs.wrappers import RecordEpisodes
 from fabricrl.utils.errors import from_here
 from fabricrl.utils.run import progress_bar
-from tests.process import PPO, PYTHON, Finished, call, load, logged, run, run_folder, saved_steps
+from tests.process import FORKED, PPO, Finished, call, load, logged, run, run_folder, saved_steps
 
 RESULT = re.compile(r"result steps=(\d+) sps=(\d+) return_mean=(-?[\d.]+|nan) episodes=(\d+) checkpoint=(\S+)")
 TAGS = {
@@ -58,7 +58,8 @@ def test_args_json_holds_the_arguments_that_ran(finished: Finished) -> None:
     stored = json.loads((finished.folder / "args.json").read_text())
     expected = dataclasses.asdict(PPOArgs(num_envs=2, total_timesteps=2048, log_every=512, checkpoint_every=1024))
     expected |= {"capture_video": True, "video_every": 10, "seed": 3, "exp_name": "named.run-1"}
-    expected |= {"hidden_sizes": [64, 64], "obs_keys": [], "log_dir": str(finished.folder.parent.parent.parent)}
+    expected |= {"hidden_sizes": [64, 64], "obs_keys": [], "info_keys": []}
+    expected |= {"log_dir": str(finished.folder.parent.parent.parent)}
     assert stored == expected
 
 
@@ -261,7 +262,7 @@ def test_weights_and_biases_work_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     variables = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     flags = ["--track", "--total-timesteps", 1024, "--log-every", 512, "--log-dir", tmp_path / "logs"]
-    ended = run(*PYTHON, PPO, *flags, variables=variables)
+    ended = run(*FORKED, PPO, *flags, variables=variables)
     assert ended.code == 0, ended.report()
     folder = run_folder(tmp_path / "logs")
     assert list(folder.glob("wandb/offline-run-*/*.wandb")), list(folder.rglob("*"))

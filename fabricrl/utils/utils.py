@@ -10,7 +10,7 @@ from torch import Tensor
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.ranks import all_gather
 
-ACT_STREAM, TRAIN_STREAM, ENV_STREAM = 0, 1, 2
+ACT_STREAM, TRAIN_STREAM, ENV_STREAM, EVAL_STREAM = 0, 1, 2, 4  # 3 is that of vector.py
 HALF = 2**30  # seeds of environments in training start here, so that those below are for evaluation
 
 
