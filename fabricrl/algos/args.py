@@ -39,8 +39,10 @@ MAX_STEPS = 10**12 - 1  # what fits into the names of checkpoints, which sort by
 ENV_BYTES, PROCESS_BYTES, STEP_BYTES, WEIGHT_BYTES = 2**10, 8 * 2**20, 32, 16
 # Arguments that names of runs leave out
 UNNAMED_GROUPS = ("run, logging and checkpoints", "hardware and launching")
-UNNAMED = ("env_id", "seed", "vectorization", "check_spaces", "capture_video", "video_every", "timeout")
-UNNAMED += ("seeds", "jobs", "eval_every", "eval_episodes", "stop_at_return")
+UNNAMED = {
+    "env_id", "seed", "seeds", "jobs", "vectorization", "check_spaces", "capture_video", "video_every", "timeout",
+    "eval_every", "eval_episodes", "stop_at_return",
+}  # fmt: skip
 MOST_NAMED = 100  # letters: names of files may have 255
 REGISTRY = ConstructorRegistry()
 
