@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Sequence
@@ -454,8 +455,7 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         require(resume != "", "resume", "empty", "a checkpoint or a run folder")
         defaults = _inherited(kind, *load_checkpoint(resume, algo))
     elif preset is not None:
-        require(preset in (presets or {}), "preset", preset, f"one of {', '.join(presets or {})}")
-        defaults = {"preset": preset, **(presets or {})[preset]}
+        defaults = {"preset": preset, **_preset(kind, preset, presets or {"default": {}})}
     args = kind(**_parse_flags(kind, defaults))
     args.check_machine()
     if args.seeds > 1:
@@ -463,6 +463,26 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
 
         sys.exit(run_seeds(args.seed, args.seeds, args.jobs, args.log_dir))
     return args
+
+
+def _preset(kind: type[StandardArgs], name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The defaults of a preset; `tuned` looks into the algorithm's presets.toml for the environment.
+
+    Raises:
+        ConfigError: there is no such preset, or none for the environment.
+    """
+    if name != "tuned":
+        require(name in presets, "preset", name, f"one of {', '.join([*presets, 'tuned'])}")
+        return presets[name]
+    env_id = _early("--env-id") or kind.env_id
+    if env_id.startswith("ALE/") and "atari" in presets:
+        return presets["atari"] | {"env_id": env_id}
+    path = Path(sys.modules[kind.__module__].__file__ or "").with_name("presets.toml")
+    tuned = tomllib.loads(path.read_text()) if path.exists() else {}
+    family = re.sub(r"-v\d+$", "", env_id)
+    require(family in tuned, "preset", name, f"another one: {env_id} is not tuned; {', '.join(tuned) or 'nothing'} is")
+    settings = {field: tuple(value) if isinstance(value, list) else value for field, value in tuned[family].items()}
+    return settings | {"env_id": env_id}
 
 
 def _inherited(kind: type[StandardArgs], state: dict[str, Any], found: Path) -> dict[str, Any]:
