@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching
+from fabricrl.utils import process
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.model import parameter_hash
 from tests import test_arguments
@@ -392,11 +394,45 @@ def test_a_rank_has_two_threads_where_there_are_two_cores_for_each(
     monkeypatch.setattr(launching, "Fabric", Fabric)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
-    monkeypatch.setattr(launching, "Path", lambda _: tmp_path / "cpu.max")
+    monkeypatch.setattr(process, "Path", lambda _: tmp_path / "cpu.max")
     launching.launch(SACArgs())
     assert torch.get_num_threads() == threads
     launching.launch(SACArgs(num_threads=3))
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(("cores", "busy", "warns"), [(2, 0.3, False), (2, 0.9, True), (4, 1.5, False), (4, 3.5, True)])
+def test_two_threads_on_a_busy_machine_are_warned_of(
+    cores: int, busy: float, warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Within the moment that is looked at, others take this many hundredths of a second for each that passes."""
+    table, passed = tmp_path / "stat", [0.0]
+
+    def write() -> None:
+        ticks, free = round(100 * passed[0] * busy), 10**9
+        rows = [
+            f"cpu {free} 0 0 0 0 0 0 0",
+            f"cpu0 {ticks} 0 0 {free} 0 0 0 0",
+            f"cpu99 {free * passed[0]:.0f} 0 0 0 0 0 0 0",
+        ]
+        table.write_text("\n".join(rows))
+
+    def sleep(seconds: float) -> None:
+        passed[0] += seconds
+        write()
+
+    write()
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: passed[0], process_time=lambda: 0.0)
+    monkeypatch.setattr(process, "time", clock)
+    monkeypatch.setattr(process, "Path", lambda path: table if path == "/proc/stat" else tmp_path / "none")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    rank = SimpleNamespace(world_size=1, global_rank=0)
+    assert launching._threads(SACArgs(), rank) == 2
+    said = capsys.readouterr().err
+    assert ("--num-threads 1" in said) == warns
+    assert not warns or f"keep {busy:.1f} of {cores} cores busy" in said
+    assert launching._threads(SACArgs(num_threads=2), rank) == 2
+    assert not capsys.readouterr().err  # who has chosen knows
 
 
 # DESIGN.md, section 4, what fabricrl/algos/droq/args.py gives a reason for, and CleanRL where that is silent

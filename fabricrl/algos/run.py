@@ -29,7 +29,7 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.args import check_sizes, parse
+from fabricrl.algos.args import check_sizes, parse, run_name
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.data import ReplayBuffer, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
@@ -175,8 +175,8 @@ class Run:
         return self._envs
 
     @property
-    def spaces(self) -> SimpleNamespace:
-        """What `make_agent` has to know about the environments, for a rank that has none."""
+    def env_spaces(self) -> SimpleNamespace:
+        """Spaces under the names that `make_agent` asks environments for, on a rank that has none."""
         return SimpleNamespace(single_observation_space=self.obs_space, single_action_space=self.action_space)
 
     @property
@@ -192,7 +192,8 @@ class Run:
 
     def _made_folder(self) -> RunFolder:
         if self._folder is None:
-            self._folder = RunFolder(self.fabric, self.args, self.algo, self.path, self.first_step)
+            name = run_name(self.args, self.algo)
+            self._folder = RunFolder(self.fabric, self.args, self.algo, name, self.path, self.first_step)
         return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
@@ -491,6 +492,8 @@ class Run:
         """Logs charts, and beside them episodes, losses, speed and where the time went since the last entry."""
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
+        if self.episodes.returns:
+            speed["charts/return_mean"] = self.episodes.mean_return
         self._hint()
         self._warn_of_missing_infos()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
