@@ -56,7 +56,7 @@ def commands() -> list[tuple[Path, list[str]]]:
     found = []
     for page, text in PAGES.items():
         starters = "python|torchrun|fabricrl|fabric run|lightning run model"
-        for line in re.findall(rf"^(?:\$ )?(?:{starters}) .*$", text, re.MULTILINE):
+        for line in re.findall(rf"^(?:\$ )?(?:{starters}) .*$(?!\nerror: )", text, re.MULTILINE):
             words = shlex.split(line.split("  #")[0].removeprefix("$ "))
             if "fabricrl" in words:  # as a command, or behind python -m
                 at = words.index("fabricrl") + 1
