@@ -26,7 +26,7 @@ def patience(minutes: float) -> timedelta:
 
 
 def waited(seconds: float) -> str:
-    """How long somebody has waited, in words."""
+    """Time that somebody has waited, in words."""
     long = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
     return f"for {long} (see --timeout)"
 
