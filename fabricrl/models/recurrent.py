@@ -90,7 +90,7 @@ class RecurrentCore(nn.Module):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: inputs [N, I] and states [N, state_size] → outputs [N, H] and the states after it."""
         x = self._encode(x)
-        h, *c = state.view(len(state), self.parts, self.num_layers, self.hidden_size).unbind(1)
+        h, *c = state.view(state.shape[0], self.parts, self.num_layers, self.hidden_size).unbind(1)
         after: list[list[Tensor]] = [[] for _ in range(self.parts)]
         for layer in range(self.num_layers):
             names = (f"{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))

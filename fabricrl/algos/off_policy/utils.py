@@ -13,7 +13,7 @@ from fabricrl.algos.run import Run
 from fabricrl.data.buffers import NewestSteps, ReplayBuffer, record_type
 from fabricrl.data.memory import GIB, check_memory
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
-from fabricrl.utils.errors import CheckpointError
+from fabricrl.utils.errors import CheckpointError, from_here
 from fabricrl.utils.launch import ranks_here
 from fabricrl.utils.ranks import all_max
 from fabricrl.utils.utils import require
@@ -55,7 +55,7 @@ def make_buffer(run: Run, folder: Path | None = None) -> ReplayBuffer:
     with run.together():
         rb = ReplayBuffer(args.buffer_size, *shape, args.gamma, args.n_step, args.implicit_next_obs, folder)
     if run.fabric.global_rank == 0:
-        where = f"in a temporary file in {folder}" if folder else "in memory"
+        where = f"in a temporary file in {from_here(folder)}" if folder else "in memory"
         size = f"{rb.capacity * rb.num_envs} transitions, {rb.num_bytes / GIB:.3f} GiB"
         print(f"replay buffer: {size} per rank, {where}", file=sys.stderr, flush=True)
     return rb
@@ -103,7 +103,7 @@ def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: An
                 return False  # the rank that it concerns says why, and ends all
             raise CheckpointError(f"{problem}; --allow-empty-buffer goes on without, after filling a new one")
         if problem is not None:
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
+            print(f"warning: {from_here(problem)}", file=sys.stderr, flush=True)
     if fabric.global_rank == 0:
         steps = max(args.learning_starts, args.batch_size * fabric.world_size)
         left = args.total_timesteps - state["global_step"]

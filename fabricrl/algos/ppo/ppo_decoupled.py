@@ -118,7 +118,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
 def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
     """The line `train(...)` of ppo.py's main(), for as long as the player wants it."""
     # --- Agent and optimizer
-    agent = make_agent(args, run.spaces)
+    agent = make_agent(args, run.env_spaces)
     model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
     epoch = run.captured(partial(train_epoch, run.compiled(partial(update, run, model, optimizer)), args.norm_adv))
 

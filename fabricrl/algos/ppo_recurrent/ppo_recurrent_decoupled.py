@@ -125,7 +125,7 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
 def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     """The line `train(...)` of ppo_recurrent.py's main(), for as long as the player wants it."""
     # --- Agent and optimizer
-    agent = make_agent(args, run.spaces)
+    agent = make_agent(args, run.env_spaces)
     model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
     update_step = run.compiled(partial(update, run, model, optimizer))
 

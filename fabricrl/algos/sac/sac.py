@@ -77,7 +77,8 @@ def update_critics(run: Run, learner: Learner, batch: Batch, noise: Tensor, move
     with torch.no_grad(), run.fabric.autocast():
         next_actions, next_logprobs = agent.head.sample_with_logprob(actor(batch.next_obs), noise)  # a' ~ π(·|s')
         next_q = agent.target_critics(batch.next_obs, next_actions)  # [C, B]
-        targets = td_target(batch.rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
+        rewards = run.args.reward_scale * batch.rewards  # [B]
+        targets = td_target(rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
     q = critics(batch.obs, batch.actions)  # [C, B]
     loss = critic_loss(q, targets)
 

@@ -87,7 +87,7 @@ def trainer(args: SACDecoupledArgs, run: Run, player: Player) -> None:
     args = divided(run)
 
     # --- Agent and optimizers
-    agent = make_agent(args, run.spaces)
+    agent = make_agent(args, run.env_spaces)
     learner = setup(run, agent)
 
     run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
