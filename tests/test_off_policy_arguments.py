@@ -89,6 +89,7 @@ CHANGES = [(algo, name) for algo in SCRIPTS for name in (CHANGES_PARAMETERS | OW
 
 # Field -> the test below that shows its effect
 CHANGES_SOMETHING_ELSE = {
+    "preset": "test_tuned_settings_are_those_of_the_environment",
     "vectorization": "test_vectorization_chooses_processes_and_changes_nothing_else",
     "check_spaces": "test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space",
     "capture_video": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
@@ -111,6 +112,13 @@ Train = Callable[..., Trained]
 @pytest.fixture(params=SCRIPTS)
 def algo(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def test_tuned_settings_are_those_of_the_environment(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    env_id, name, value = {"sac": ("Pendulum-v1", "policy_lr", 1e-3), "droq": ("Humanoid-v5", "dropout", 0.1)}[algo]
+    for preset in ("default", "tuned"):
+        monkeypatch.setattr(sys, "argv", ["script.py", "--preset", preset, "--env-id", env_id])
+        assert (getattr(parse(ARGS[algo], algo), name) == value) == (preset == "tuned")
 
 
 @pytest.fixture(scope="module")
