@@ -17,7 +17,8 @@ ARG PIP_EXTRA_INDEX_URL=""
 ARG TORCH="torch==2.13.0"
 ARG EXTRAS="box2d,mujoco"
 RUN pip install --no-cache-dir "$TORCH"
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml LICENSE ./
+COPY docs/description.md docs/
 COPY fabricrl fabricrl
 RUN pip install --no-cache-dir --editable ".[$EXTRAS]"
 COPY examples examples

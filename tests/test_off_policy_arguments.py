@@ -69,6 +69,7 @@ CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "replay_ratio": (1.0, {}),
     "n_step": (3, {}),
     "gamma": (0.9, {}),
+    "reward_scale": (3.0, {}),
     "norm_obs": (True, {}),
     "hidden_sizes": ((8, 4), {}),
     "activation": ("tanh", {}),
@@ -184,6 +185,23 @@ def test_a_temperature_that_is_not_learned_stays_where_it_is_and_matters(run: Tr
         assert trained.state["agent"]["log_alpha"].exp().item() == pytest.approx(alpha, rel=1e-6)
     networks = [name for name in first.state["agent"] if name != "log_alpha"]
     assert any(not torch.equal(first.state["agent"][name], second.state["agent"][name]) for name in networks)
+
+
+def test_a_reward_scale_is_rewards_that_are_so_much_larger(
+    run: Train, base: Callable, algo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled = run(reward_scale=4.0)  # by which rewards are multiplied without rounding
+    sample = ReplayBuffer.sample
+
+    def larger(self: ReplayBuffer, *given: Any) -> Any:
+        batch = sample(self, *given)
+        return batch.with_columns(rewards=4.0 * batch.rewards)
+
+    monkeypatch.setattr(ReplayBuffer, "sample", larger)
+    plain = run()
+    assert torch.equal(scaled.weights, plain.weights)
+    assert scaled.result["return_mean"] != "nan"  # and no return of the log is larger
+    assert float(scaled.result["return_mean"]) < 2 * abs(float(plain.result["return_mean"])) + 1
 
 
 def test_the_same_arguments_give_the_same_bits(algo: str, run: Train, base: Callable) -> None:
@@ -487,6 +505,8 @@ def test_cleanrls_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch) 
         ("num_critics", 0),
         ("learning_starts", -1),
         ("gamma", 2.0),
+        ("reward_scale", 0.0),
+        ("reward_scale", float("nan")),
         ("gamma", float("nan")),
         ("tau", 0.0),
         ("tau", 1.5),

@@ -1,5 +1,6 @@
 """Installation: the extras' promises, one version of each locked package, and a set-up that says what it does."""
 
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from packaging.version import Version
 
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.envs import make_envs
+from fabricrl.utils import extras
 from tests.process import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -163,6 +165,29 @@ def test_pre_commit_runs_what_make_lint_runs() -> None:
 
 def test_type_checkers_find_the_types_of_what_is_installed() -> None:
     assert (ROOT / "fabricrl/py.typed").exists()  # packages take along what lies in them
+
+
+def test_the_message_about_a_missing_extra_fits_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert extras.pip_install("atari") == "pip install -e '.[atari]'"
+    monkeypatch.setattr(extras, "ROOT", tmp_path)  # where a wheel has been unpacked
+    assert extras.pip_install("atari") == "pip install 'fabricrl[atari]'"
+
+
+def test_links_of_the_description_lead_somewhere_from_anywhere() -> None:
+    text = (ROOT / PROJECT["readme"]).read_text()
+    assert "![" not in text
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    page = "![a plot](docs/a.png)\n\nSee [Running](docs/running.md) and [it](https://example.org)."
+    assert generate.description(page, None) == "See Running and [it](https://example.org)."
+    there = "https://example.org/fabricrl"
+    assert f"[Running]({there}/blob/main/docs/running.md)" in generate.description(page, there)
 
 
 def test_versions_agree() -> None:

@@ -29,6 +29,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.extras import pip_install
 from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.utils import require
 
@@ -212,7 +213,7 @@ class StandardArgs:
         """Raises ConfigError if this machine cannot do it: a package, a folder, processors or memory are not there."""
         if self.track or self.logger == "wandb":
             there = importlib.util.find_spec("wandb") is not None
-            require(there, "logger", "wandb", "another one, or wandb after: pip install -e '.[wandb]'")
+            require(there, "logger", "wandb", f"another one, or wandb after: {pip_install('wandb')}")
         if self.upload_model:
             there = importlib.util.find_spec("huggingface_hub") is not None
             require(there, "upload_model", "set", "left out, or set after: pip install huggingface_hub")

@@ -249,12 +249,12 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and not math.isnan(value)
 
 
-def _is_table(value: Any, kind: type) -> bool:
+def _is_table(value: Any, kind: Any) -> bool:
     """Tells if it is a dict from text to this kind."""
     return isinstance(value, dict) and all(isinstance(key, str) for key in value) and _all(value.values(), kind)
 
 
-def _all(values: Any, kind: type) -> bool:
+def _all(values: Any, kind: Any) -> bool:
     return all(isinstance(value, kind) for value in values)
 
 
@@ -319,7 +319,8 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "global_step": lambda value: _is_count(value, 1),
     "world_size": lambda value: _is_count(value, 1),
     "args": lambda value: _is_table(value, object),
-    "spaces": lambda value: _is_table(value, str),
+    "spaces": lambda value: _is_table(value, str | dict),  # earlier versions wrote them as text
+    "mask_size": _is_count,
     "agent": lambda value: _is_table(value, torch.Tensor),
     "best_return": _is_number,
     "episodes": _are_episodes,
@@ -534,10 +535,3 @@ def _cause(error: BaseException) -> str:
             return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__
     return str(error).split("\n")[0]
-
-
-def check_spaces(stored: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Raises CheckpointError, which prints both, if the checkpoint's environment had other spaces than this one."""
-    for name, space in own.items():
-        if stored.get(name) != space:
-            raise CheckpointError(f"the checkpoint's {name} space is {stored.get(name)}, this environment's is {space}")
