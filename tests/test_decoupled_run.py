@@ -279,11 +279,10 @@ def test_two_trainers_of_sac_make_the_update_of_one_learner_with_both_their_batc
     both = Batch(**{name: torch.cat([part[name] for part in columns], 1) for name in columns[0]})
     agent.head.noise = lambda *_: torch.cat(noise, 1)  # type: ignore[method-assign,union-attr]
     fabric = Fabric(accelerator="cpu", devices=1)
-    alone: Any = SimpleNamespace(args=args, fabric=fabric, setup=fabric.setup, train_rng=None, note=lambda *_: None)
+    alone: Any = SimpleNamespace(args=args, fabric=fabric, setup=fabric.setup, device_rng=None)
     learner = sac.setup(alone, agent)
-    sac.train(
-        alone, learner, partial(sac.update_critics, alone, learner), partial(sac.update_actor, alone, learner), both, 1
-    )
+    steps = partial(sac.update_critics, alone, learner), partial(sac.update_actor, alone, learner)
+    sac.train(alone, learner, *steps, both, sac.planned(args, 1, 1))
     for name, value in after["agent"].items():
         torch.testing.assert_close(agent.state_dict()[name], value, rtol=0, atol=1e-5)
     for name in ("critics.layers", "actor"):

@@ -2,11 +2,16 @@
 
 from fabricrl.data.batches import minibatches, shuffled, with_moments
 from fabricrl.data.buffers import RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, Stacks
+from fabricrl.data.device_buffer import DeviceReplayBuffer
 from fabricrl.utils.batch import Batch
+
+Replay = ReplayBuffer | DeviceReplayBuffer
 
 __all__ = [
     "Batch",
+    "DeviceReplayBuffer",
     "RecurrentRolloutBuffer",
+    "Replay",
     "ReplayBuffer",
     "RolloutBuffer",
     "Stacks",

@@ -30,12 +30,13 @@ METRICS = tuple(f"losses/{name}" for name in LOSSES)
 @torch.inference_mode()
 def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    device = run.player_device
-    noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
+    noise = run.to_device(
+        player.head.noise(rb.actions.shape[:2], run.act_rng), run.player_device
+    ).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs = rb.seen(t).to(device)  # [N, R]
-            actions = player.act(obs, noise[t]).cpu().numpy()  # [N, A]
+            drawn = run.act(player, rb.seen(t), noise[t])  # [N, A]
+            actions = run.on_host(drawn).numpy()
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
             run.clock.lap("env")
@@ -57,16 +58,16 @@ def returns_and_advantages(run: Run, model: nn.Module, agent: PPOAgent, rb: Roll
     """The rollout as training data on the device, [T N, ...] each: what was seen and done, how likely, and how good."""
     args, device = run.args, run.fabric.device
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
-    data = Batch(obs=obs, actions=rb.actions.flatten(0, 1).to(device), counts=rb.counts(device))
+    data = Batch(obs=obs, actions=run.to_device(rb.actions.flatten(0, 1)), counts=rb.counts(device))
     logprobs, values = evaluated(model, data, agent.rows_at_once)  # [T N]: the policy is still the one that acted
     with run.fabric.autocast():
         next_values = agent.prepared_value(next_obs).float()  # [N]
 
-    rewards = shaped_rewards(run, agent, rb).to(device)  # [T, N]
+    rewards = run.to_device(shaped_rewards(run, agent, rb))  # [T, N]
     if args.bootstrap_truncated and rb.has_truncated:
-        t, env, final_obs = (part.to(device) for part in rb.truncated_episodes())
+        t, env, final_obs = (run.to_device(part) for part in rb.truncated_episodes())
         rewards[t, env] += args.gamma * agent.value(final_obs)  # truncated, not terminated
-    old_values, dones = values.view(rewards.shape), rb.dones.to(device)  # [T, N]
+    old_values, dones = values.view(rewards.shape), run.to_device(rb.dones)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
     estimates = {"advantages": advantages.flatten(), "returns": returns.flatten()}
     return data.with_columns(logprobs=logprobs, values=values, **estimates)
@@ -138,7 +139,7 @@ def main() -> int:
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RolloutBuffer(*shape, args.frame_stack, run.skips)
+        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.fabric.device)
 
         # --- Start
         if run.records:
@@ -161,13 +162,13 @@ def main() -> int:
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
             run.note(METRICS, train(run, epoch, data, *run.numbers(clip_coef, ent_coef)))
             if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.vectors(rb.obs[:-1][~rb.skipped])), run.fabric)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
             if run.log_is_due:
-                explained = explained_variance(data.values, data.returns, data.counts).item()
+                explained = explained_variance(data.values, data.returns, data.counts)
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

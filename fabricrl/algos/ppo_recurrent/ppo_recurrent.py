@@ -32,18 +32,18 @@ from fabricrl.utils import Adam, anneal, explained_variance, gae
 @torch.inference_mode()
 def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentRolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    device = run.player_device
-    noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
+    noise = run.to_device(
+        player.head.noise(rb.actions.shape[:2], run.act_rng), run.player_device
+    ).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs = rb.seen(t).to(device)  # [N, R]
-            drawn, states = player.act(obs, rb.memory_rows[t], noise[t])
-            actions = drawn.cpu().numpy()  # [N, A]
+            drawn, states = run.act(player, rb.seen(t), rb.memory_rows[t], noise[t])  # [N, A]
+            actions = run.on_host(drawn).numpy()
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
             run.clock.lap("env")
             rb.add(t, actions, next_obs, rewards, terminated, truncated, infos)
-            rb.remember(t, player.remember(drawn, rb.rewards[t].to(device), states))
+            rb.remember(t, player.remember(drawn, run.to_device(rb.rewards[t], run.player_device), states))
     run.clock.lap("comm")
 
 
@@ -54,7 +54,7 @@ def returns_and_advantages(
     """The rollout as training data on the device, environment by environment, [N T, ...] each."""
     args, device = run.args, run.fabric.device
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
-    memory, actions, counts = rb.memory.to(device), rb.actions.to(device), rb.counts(device)
+    memory, actions, counts = run.to_device(rb.memory), run.to_device(rb.actions), rb.counts(device)
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
     columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
     columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
@@ -64,11 +64,11 @@ def returns_and_advantages(
         logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted
         next_values = agent.prepared_value(next_obs, memory[-1]).float()  # [N]
 
-    rewards = shaped_rewards(run, agent, rb).to(device)  # [T, N]
+    rewards = run.to_device(shaped_rewards(run, agent, rb))  # [T, N]
     if args.bootstrap_truncated and rb.has_truncated:
-        t, env, final_obs = (part.to(device) for part in rb.truncated_episodes())
-        rewards[t, env] += args.gamma * agent.value(final_obs, rb.final_memory().to(device))  # and not terminated
-    old_values, dones = values.view(rb.num_envs, -1).T, rb.dones.to(device)  # [T, N]
+        t, env, final_obs = (run.to_device(part) for part in rb.truncated_episodes())
+        rewards[t, env] += args.gamma * agent.value(final_obs, run.to_device(rb.final_memory()))  # and not terminated
+    old_values, dones = values.view(rb.num_envs, -1).T, run.to_device(rb.dones)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
     estimates = {"advantages": advantages.T.flatten(), "returns": returns.T.flatten()}
     return data.with_columns(logprobs=logprobs, values=values, **estimates)
@@ -90,7 +90,9 @@ def train(
     Returns METRICS of all minibatches, [K, 6].
     """
     args, device = run.args, run.fabric.device
-    drawn = [sequences.minibatches(args.num_minibatches, run.train_rng) for _ in range(args.update_epochs)]
+    drawn = [
+        sequences.minibatches(args.num_minibatches, run.train_rng, run.captures) for _ in range(args.update_epochs)
+    ]
     epochs = with_moments(run.fabric, data, torch.stack([rows for rows, _ in drawn]))
     history: list[Tensor] = []
     for epoch, (_, layouts) in zip(epochs, drawn, strict=True):
@@ -112,20 +114,21 @@ def main() -> int:
         # --- Agent and optimizer
         agent = make_agent(args, envs)
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
-        update_step = run.compiled(partial(update, run, model, optimizer))
+        update_step = run.captured(run.compiled(partial(update, run, model, optimizer)))
 
         run.restore(agent=agent, optimizer=optimizer)
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RecurrentRolloutBuffer(*shape, agent.memory_size, args.frame_stack, run.skips, run.player_device)
+        devices = run.fabric.device, run.player_device
+        rb = RecurrentRolloutBuffer(*shape, agent.memory_size, args.frame_stack, run.skips, *devices)
 
         # --- Start
         if run.records:
             with run.rehearsal():
-                sequences = Sequences(rb.dones, args.sequence_length)
-                data = returns_and_advantages(run, agent, rb, sequences)
-                train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
+                for sequences in Sequences.of_all_sizes(rb.dones, args.sequence_length, run.captures):
+                    data = returns_and_advantages(run, agent, rb, sequences)
+                    train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
         rb.start(run.reset())
 
         for step in run.iterations(args.num_steps * args.num_envs):
@@ -144,13 +147,13 @@ def main() -> int:
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
             run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
             if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.vectors(rb.obs[:-1][~rb.skipped])), run.fabric)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
             if run.log_is_due:
-                explained = explained_variance(data.values, data.returns, data.counts).item()
+                explained = explained_variance(data.values, data.returns, data.counts)
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

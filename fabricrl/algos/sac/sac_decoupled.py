@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_buffer
+from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_buffer
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.sac.args import SACDecoupledArgs
@@ -41,6 +41,7 @@ from fabricrl.algos.sac.sac import (
     ACTOR_METRICS,
     CRITIC_METRICS,
     Learner,
+    planned,
     rollout,
     setup,
     train,
@@ -171,7 +172,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
             lag = max(lag, len(trainers.ahead))
             rollout(run, run.player(agent), envs, rb, schedule.explores(step))
             if agent.obs_normalizer is not None:
-                agent.obs_normalizer.update(rb.newest_obs().to(run.fabric.device), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.newest_obs()), run.fabric)
 
             # 2. Sample
             first, count = schedule.take(run.global_step)
@@ -258,8 +259,8 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
     spaces = {"single_observation_space": run.obs_space, "single_action_space": run.action_space}
     agent = make_agent(args, SimpleNamespace(**spaces))
     learner = setup(run, agent)
-    step_critics = run.captured(run.compiled(partial(update_critics, run, learner)))
-    step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
+    step_critics = run.compiled(partial(update_critics, run, learner))
+    step_actor = run.compiled(partial(update_actor, run, learner))
     messages = make_messages(learner, run, count, run.args)
     run.args, iteration = args, 0
 
@@ -276,12 +277,14 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
         rb = make_buffer(run, folder)
         if run.state:
             with run.together(), reading(run.path):
-                refill = not restore_buffer(rb, run.state, run.path, args, fabric)
+                refill = not restore_buffer(run, rb)
     rb.start(begun["obs"].numpy())
+    period = args.policy_frequency * args.target_network_frequency
+    update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor), period)
     if run.records:
         with run.rehearsal():
-            every_kind = args.policy_frequency * args.target_network_frequency  # of update: this one, and the next
-            train(run, learner, step_critics, step_actor, rb.sample(2, args.batch_size, run.train_rng), every_kind)
+            for plan in {planned(args, *kind) for kind in update.kinds()}:
+                update(len(plan), plan)
     if speaks:
         channel.send("B", messages["B"].fill(code=0, refill=refill), PLAYER, iteration)
 
@@ -297,24 +300,23 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
 
         with telling(partial(give_up, channel, messages, "W", speaks, iteration), FIRST_TRAINER, iteration):
             # 2. Sample
-            first, count = packet["first"], packet["updates"]
-            if count:
-                batches = rb.sample(count, args.batch_size, run.train_rng)
+            due = packet["first"], packet["updates"]  # `update` draws a batch for each
 
-                # 3. Update
-                train(run, learner, step_critics, step_actor, batches, first)
+            # 3. Update
+            for first, count in update.parts(*due):
+                update(count, planned(args, first, count))
 
             # 4. Log, 5. Checkpoint
-            answers = count > 0 or packet["note"]
+            answers = packet["updates"] > 0 or packet["note"]
             metrics: dict[str, Tensor] = {}
             if answers:
                 with run.together():
-                    metrics = run.look() if packet["note"] or run.has_noted_much else {}
+                    metrics = run.look() if packet["note"] or run.has_noted_much or not run.is_healthy() else {}
             if packet["save"]:
                 rngs = rank_generators(fabric, run.train_rng)
             if packet["save"] and args.checkpoint_buffer:
                 with run.together():
-                    save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, rb.state_dict())
+                    save_shard(folder / "checkpoints", packet["step"], fabric.global_rank, run.shard(rb))
             if speaks and answers:
                 told = report(channel, run.exit_code, metrics)
                 answer = messages["W"].fill(weights=learner.actor_optimizer.flat.vector, **told)
