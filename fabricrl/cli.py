@@ -13,8 +13,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
+from fabricrl.utils.ending import one_line, report
 from fabricrl.utils.errors import LostPeerError, RunError
-from fabricrl.utils.launch import check_address, one_line, open_store, report
+from fabricrl.utils.network import check_address, open_store
 
 USAGE = """usage: lightning run model [--accelerator A] [--strategy S] [--devices D] [--num-nodes N] ... SCRIPT [ARGS]
 
@@ -28,7 +29,7 @@ def main() -> None:
         print(USAGE, file=sys.stdout if arguments in (["--help"], ["-h"]) else sys.stderr)
         sys.exit(0 if arguments in (["--help"], ["-h"]) else 2)
     rest = arguments[2:] if arguments[1:2] == ["model"] else arguments[1:]
-    static_tcp_rendezvous.TCPStore = _store  # the launcher's own would listen on all addresses of the machine
+    static_tcp_rendezvous.TCPStore = _store  # type: ignore[assignment, misc]  # the launcher's own would listen on all addresses of the machine
     try:
         fabric_cli(["run", *rest], prog_name="lightning")
     except ChildFailedError as error:

@@ -1,6 +1,7 @@
 """Small environments that tests understand completely, registered when this is imported: `tests.envs:Name-v0`."""
 
 import os
+import random
 import signal
 from typing import Any
 
@@ -144,6 +145,50 @@ class Recall(gym.Env):
         right = done and int(action) == (self.cue + 1) // 2
         self._steps += 1
         return np.zeros(1, np.float32), float(right), done, False, {}
+
+
+class Dicey(gym.Env):
+    """Draws from the global generators of Python, NumPy and, if `torch_too`, torch: when built, at resets, in steps.
+
+    An action earns more the nearer it is to the first number seen.
+    """
+
+    def __init__(self, continuous: bool = False, length: int = 6, torch_too: bool = True) -> None:
+        self.length, self.torch_too = length, torch_too
+        self.bias = float(np.random.rand())
+        self.observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+        self.action_space = Box(-1.0, 1.0, (1,), np.float32) if continuous else Discrete(2)
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._draw(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._steps += 1
+        reward = self.bias - abs(float(np.asarray(action).reshape(-1)[0]) - float(self._obs[0]))
+        return self._draw(), reward, False, self._steps >= self.length, {}
+
+    def _draw(self) -> np.ndarray:
+        numbers = [random.random(), np.random.rand(), 0.0]
+        if self.torch_too:
+            import torch  # here, as processes of other environments do without
+
+            numbers[2] = torch.rand(()).item()
+        self._obs = np.array(numbers, np.float32)
+        return self._obs
+
+
+class Scaled(Deterministic):
+    """Observations around 500, as of a position in millimetres."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(-1e4, 1e4, self.observation_space.shape, np.float32)
+
+    def _obs(self) -> np.ndarray:
+        return 500 + 100 * super()._obs()
 
 
 class Picture(gym.Env):
@@ -322,9 +367,11 @@ for _kind in ("Discrete", "MultiDiscrete", "MultiBinary", "Box"):
     gym.register(f"Identity{_kind}-v0", entry_point=Identity, kwargs={"kind": _kind})
 gym.register("Counting-v0", entry_point=Counting)
 gym.register("Deterministic-v0", entry_point=Deterministic)
+gym.register("Scaled-v0", entry_point=Scaled)
 gym.register("Fault-v0", entry_point=Fault)
 gym.register("Odd-v0", entry_point=Odd)
 gym.register("Recall-v0", entry_point=Recall)
+gym.register("Dicey-v0", entry_point=Dicey)
 gym.register("Picture-v0", entry_point=Picture)
 gym.register("PictureDict-v0", entry_point=Picture, kwargs={"beside": True})
 gym.register("Misbehaving-v0", entry_point=Misbehaving)

@@ -17,7 +17,7 @@ from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.utils.errors import ConfigError
-from tests.process import EVALUATE, PPO, PYTHON, call, run
+from tests.process import EVALUATE, FORKED, PPO, PYTHON, call, run
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +208,7 @@ def test_a_flag_that_resembles_none_and_a_stray_word_are_refused() -> None:
     assert "CartPole-v1" in complaint("CartPole-v1")
 
 
-def test_mistakes_are_told_whatever_characters_the_terminal_can_print() -> None:
+def test_mistakes_are_reported_whatever_characters_the_terminal_can_print() -> None:
     for flag in ("--learning-rat", "--zzz"):
         with pytest.raises(ConfigError, match=flag):
             call(ppo.main, flag, 1, encoding="ascii")
@@ -402,15 +402,15 @@ def test_real_processes_end_with_code_2_and_exactly_one_line_on_standard_error(t
         "--num-envs": [PPO, "--num-envs", "0", "--devices", "2", "--strategy", "ddp"],
         "--learning-rat": [PPO, "--learning-rat", "1"],
     }
-    for named, arguments in commands.items():
-        ended = run(*PYTHON, *arguments, cwd=tmp_path)
+    for (named, arguments), python in zip(commands.items(), (PYTHON, FORKED), strict=True):
+        ended = run(*python, *arguments, cwd=tmp_path)
         assert ended.code == 2, ended.report()
         assert ended.out == ""
         lines = ended.err.splitlines()
         assert len(lines) == 1, ended.report()
         assert lines[0].startswith("error: ")
         assert named in lines[0]
-    ended = run(*PYTHON, EVALUATE, tmp_path / "missing.ckpt", cwd=tmp_path)
+    ended = run(*FORKED, EVALUATE, tmp_path / "missing.ckpt", cwd=tmp_path)
     assert ended.code == 3, ended.report()
     assert ended.err.splitlines() == [
         f"error: cannot read checkpoint {tmp_path}/missing.ckpt: No such file or directory"

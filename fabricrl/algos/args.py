@@ -78,6 +78,13 @@ class StandardArgs:
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
     video_every: int = arg(100, "episodes of that environment between recordings", advanced=True)
+    eval_every: int = arg(
+        0, "environment steps between evaluations, which choose best.ckpt: greedy, on other environments; 0: none"
+    )
+    eval_episodes: int = arg(10, "episodes of an evaluation; ranks share them", advanced=True)
+    stop_at_return: float | None = arg(
+        None, "end the run, with success, once the mean return of an evaluation reaches this", advanced=True
+    )
 
     # --- run
     exp_name: str = arg("", "name of the run; empty: the algorithm's", "run, logging and checkpoints")
@@ -113,6 +120,9 @@ class StandardArgs:
     node_rank: int = arg(0, "number of this machine, from 0", advanced=True)
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
     main_port: int = arg(29400, "port on machine 0 where ranks meet; for several machines", advanced=True)
+    timeout: float = arg(
+        10.0, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
+    )
     precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
     num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
@@ -134,24 +144,33 @@ class StandardArgs:
         require_counts(self, 2**63 - 1, "num_envs", "video_every", "log_every", "keep_checkpoints")
         require_counts(self, 1000, "action_repeat")
         require_counts(self, 10_000, "num_threads", "num_nodes")
+        require_counts(self, 1_000_000, "eval_episodes")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        require(0 <= self.eval_every <= MAX_STEPS, "eval_every", self.eval_every, f"between 0 and {MAX_STEPS}")
+        self._check_stop()
         require(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2^31 - 1")
         require(0 <= self.node_rank < (self.num_nodes or 1), "node_rank", self.node_rank, "from 0 to num-nodes - 1")
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
+        allowed = "a number of minutes, at most 100000; or 0: for ever"
+        require(0 <= self.timeout <= 100_000, "timeout", self.timeout, allowed)
         clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
         require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
         self._check_texts()
+
+    def _check_stop(self) -> None:
+        if self.stop_at_return is not None:
+            require_between(self, -LARGEST, LARGEST, "stop_at_return")
+            allowed = "left out, or given beside --eval-every, since evaluations decide"
+            require(self.eval_every > 0, "stop_at_return", self.stop_at_return, allowed)
 
     def _check_texts(self) -> None:
         given, name = self.env_kwargs, self.exp_name
         allowed = """a JSON object such as '{"continuous": true}', of at most 100 000 characters and 50 levels"""
         require(is_json_object(given), "env_kwargs", repr(given if len(given) < 500 else f"{given[:500]}..."), allowed)
-        fits = (
-            re.fullmatch(r"[\w.-]*", name) is not None and len(name.encode()) <= 220
-        )  # of 255 that names of files have
+        fits = re.fullmatch(r"[\w.-]*", name) is not None and len(name.encode()) <= 220  # file names may have 255
         require(fits, "exp_name", repr(name), "at most 220 letters, digits, . _ or -")
-        for field in ("resume", "log_dir"):
-            require(getattr(self, field) != "", field, "empty", "a path")
+        for name in ("resume", "log_dir"):
+            require(getattr(self, name) != "", name, "empty", "a path")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for text in value if isinstance(value, tuple) else (value,):
@@ -208,12 +227,10 @@ class DecoupledArgs:
         "iterations by which playing is ahead of training; 0: wait for fresh weights",
         "decoupling",
     )
-    timeout: float = arg(5.0, "minutes to wait for a message before giving up, which ends all ranks", advanced=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
-        require(0 < self.timeout <= 100_000, "timeout", self.timeout, "a number of minutes above 0, at most 100000")
 
 
 def require_between(args: StandardArgs, low: float, high: float, *names: str) -> None:
@@ -262,13 +279,14 @@ def num_weights(inputs: int, *sizes: int) -> int:
 
 def check_types(args: StandardArgs) -> None:
     """Raises ConfigError unless each argument has its declared type: a checkpoint can hold anything."""
-    for name, hint in _hints(type(args)).items():
+    kind: Any = type(args)
+    for name, hint in _hints(kind).items():
         value = getattr(args, name)
         require(_fits(value, hint), name, repr(value), _in_words(hint))
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
@@ -427,7 +445,7 @@ def _sections(kind: type[StandardArgs], defaults: dict[str, Any], advanced: bool
         title = re.sub(r"\W+", "_", field.metadata["group"] or title)
         if field.metadata["advanced"] and not advanced:
             continue
-        kind_and_help = Annotated[field.type, tyro.conf.arg(help=field.metadata["help"])]
+        kind_and_help = Annotated[field.type, tyro.conf.arg(help=field.metadata["help"])]  # type: ignore[name-defined]
         default = dataclasses.field(default=defaults.get(field.name, field.default))
         sections.setdefault(title, []).append((field.name, kind_and_help, default))
     standard = [

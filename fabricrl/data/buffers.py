@@ -30,20 +30,20 @@ class RolloutBuffer:
     is the observation that the next rollout starts from. Everything is written through NumPy views of the tensors: a
     step makes no tensor.
 
-    Where the policy sees the last S observations together, each is stored once all the same: S − 1 rows of `frames`
-    stand before those of this rollout, and `stacks` says which rows are seen at each step. None is older than its
-    episode: in place of those the first one is repeated.
+    With a frame stack of S, the policy sees the last S observations, yet each is stored once: `frames` begins with
+    S − 1 rows of the rollout before, and `stacks` holds the rows of each step's stack. A stack never reaches back
+    beyond its episode: the first observation is repeated instead.
 
     Attributes:
         obs: [T + 1, N, R]; actions: [T, N, A]; rewards: [T, N], as the environment gave them;
-        terminated, truncated: [T, N], bool; terminated also where a life was lost, if the environment tells;
-        ends: [T, N], where episodes ended, lives left aside;
+        terminated, truncated: [T, N], bool; terminated also where a life was lost, if the environment reports it;
+        ends: [T, N], ends of episodes, not of lives;
         skipped: [T, N], steps that only reset an environment, as some do after an episode: they belong to none.
 
     Args:
         obs_space: a single environment's, one row R; records stay bytes, everything else becomes float32.
         frame_stack: S.
-        skips: whether the environments may have steps that only reset.
+        skips: environments may have steps that only reset.
         device: where the rollout is learned from; for a GPU, memory is pinned.
     """
 
@@ -78,7 +78,7 @@ class RolloutBuffer:
         self._first = np.zeros((num_envs, 1), dtype=np.int64)  # row of `frames` that the running episode began with
 
     def start(self, obs: np.ndarray | None = None) -> None:
-        """Begins a rollout at `obs` [N, R], where episodes begin, or where the last one ended."""
+        """Starts a rollout at `obs` [N, R]: first observations of episodes, or those where the last rollout ended."""
         if obs is None:
             self.frames[: self.frame_stack] = self.frames[-self.frame_stack :].clone()
             self._first -= len(self.actions)
@@ -90,14 +90,16 @@ class RolloutBuffer:
         self._stack(0)
 
     def _stack(self, t: int) -> None:
-        """Notes which frames are seen at step t, oldest first."""
+        """Notes the frames of step t's stack, oldest first."""
         if self.frame_stack > 1:
             rows = np.maximum(np.arange(t, t + self.frame_stack), self._first)  # [N, S]
             self._rows[t] = rows * self.num_envs + np.arange(self.num_envs)[:, None]
 
-    def seen(self, t: int) -> Tensor:
+    def stacked_obs(self, t: int) -> Tensor:
         """Observations as the policy sees them at step t: [N, R], or [N, S, R] if frames are stacked."""
-        return self.obs_rows[t] if self.frame_stack == 1 else Stacks(self.frames.flatten(0, 1), self.stacks[t])[:]
+        return (
+            self.obs_rows[t] if self.frame_stack == 1 else StackedFrames(self.frames.flatten(0, 1), self.stacks[t])[:]
+        )
 
     def add(
         self,
@@ -139,12 +141,14 @@ class RolloutBuffer:
         """1 where a step can be learned from, 0 where it only reset, [T N]; None: there are no such steps."""
         return to_device((~self.skipped).flatten().float(), device) if self.skips else None
 
-    def inputs(self, prepare: Callable[[Tensor], Tensor], device: torch.device) -> "tuple[Tensor | Stacks, Tensor]":
+    def inputs(
+        self, prepare: Callable[[Tensor], Tensor], device: torch.device
+    ) -> "tuple[Tensor | StackedFrames, Tensor]":
         """Prepared observations on the device: those of the rollout [T N, ...], and the next ones [N, ...]."""
         frames = prepare(to_device(self.frames, device))
         if self.frame_stack == 1:
             return frames[:-1].flatten(0, 1), frames[-1]
-        stacks = Stacks(frames.flatten(0, 1), to_device(self.stacks.flatten(0, 1), device))
+        stacks = StackedFrames(frames.flatten(0, 1), to_device(self.stacks.flatten(0, 1), device))
         count = self.actions.shape[:2].numel()
         return stacks.rows(slice(count)), stacks[slice(count, None)]
 
@@ -162,7 +166,7 @@ class RolloutBuffer:
         steps, envs, obs = zip(*self._final, strict=True)
         t, env, final_obs = torch.tensor(steps), torch.tensor(envs), torch.from_numpy(np.stack(obs))
         if self.frame_stack > 1:
-            before = Stacks(self.frames.flatten(0, 1), self.stacks[t, env, 1:])[:]  # [E, S - 1, R]
+            before = StackedFrames(self.frames.flatten(0, 1), self.stacks[t, env, 1:])[:]  # [E, S - 1, R]
             final_obs = torch.cat((before, final_obs[:, None]), 1)
         return t, env, final_obs
 
@@ -170,15 +174,15 @@ class RolloutBuffer:
     def checked(self) -> Iterator[None]:
         """Raises NonFiniteError if the steps inside have brought NaN or infinity.
 
-        Also where an environment has choked on the action that they led to.
+        Also if an environment has failed on the action that they led to.
         """
         try:
             yield
         finally:
-            if problem := self.first_bad():
+            if problem := self.find_nonfinite():
                 raise NonFiniteError(problem)
 
-    def first_bad(self) -> str | None:
+    def find_nonfinite(self) -> str | None:
         """Finds the first NaN or infinity from an environment, in words; None if all is finite."""
         obs = self.vectors(self.obs)
         if obs.sum().isfinite() and self.rewards.sum().isfinite() and not self._final:
@@ -194,11 +198,11 @@ class RolloutBuffer:
         return None if obs[0].isfinite().all() else "first observation is not finite"
 
 
-class Stacks:
-    """Observations of S frames each, stored once and stacked on demand.
+class StackedFrames:
+    """Frame stacks of which each frame is stored once; indexing puts them together.
 
     Args:
-        frames: [F, R]; places: [B, S], which of them each observation is made of.
+        frames: [F, R]; places: [B, S], the frames of each stack.
     """
 
     def __init__(self, frames: Tensor, places: Tensor) -> None:
@@ -212,18 +216,18 @@ class Stacks:
         places = self.places[index]
         return self.frames.index_select(0, places.flatten()).view(*places.shape, -1)  # much faster than frames[places]
 
-    def rows(self, index: Tensor | slice) -> "Stacks":
-        """Some of the observations, not put together yet."""
-        return Stacks(self.frames, self.places[index])
+    def rows(self, index: Tensor | slice) -> "StackedFrames":
+        """Some of the stacks, not put together yet."""
+        return StackedFrames(self.frames, self.places[index])
 
 
 pytree.register_pytree_node(
-    Stacks, lambda stacks: ([stacks.frames, stacks.places], None), lambda parts, _: Stacks(*parts)
+    StackedFrames, lambda stacks: ([stacks.frames, stacks.places], None), lambda parts, _: StackedFrames(*parts)
 )
 
 
 class RecurrentRolloutBuffer(RolloutBuffer):
-    """A rollout of policies that remember: beside each observation stands the memory that was there *before* it.
+    """A rollout of a recurrent policy: with each observation it stores the memory *before* it.
 
     Args:
         player_device: where the policy acts.
@@ -252,13 +256,13 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         self._final_memory: list[Tensor] = []
 
     def start(self, obs: np.ndarray | None = None) -> None:
-        """As for any rollout; at `obs` everything is forgotten, where the last one ended it is carried on."""
+        """Starts a rollout; clears memory if `obs` are first observations, keeps it where the last rollout ended."""
         super().start(obs)
         self._final_memory.clear()
         self.memory[0] = self.memory[-1] if obs is None else 0.0
 
     def remember(self, t: int, memory: Tensor) -> None:
-        """Stores the memory [N, M] that step t has left, once `add` knows which episodes it ended: they forget."""
+        """Stores the memory [N, M] after step t, cleared where an episode ended; call `add` before."""
         row = self.memory_rows[t + 1].copy_(memory)
         ended = self._ends[t] | self._skipped[t]  # not where a life was lost: the game goes on
         if ended.any():
@@ -277,11 +281,10 @@ class ReplayBuffer:
 
         obs | actions | rewards | terminated | ended | next_obs
 
-    `next_obs` is what the action led to: an episode's last observation where it ended, never the first of the next.
-    `ended` marks the last transition of an episode, whatever ended it: n-step returns do not reach beyond.
-    With `implicit_next` it is not stored but read from the record that follows; where none does (an episode's end, or
-    a run that was resumed) it is kept apart. Where observations are large that halves the memory; it costs sampling a
-    second read.
+    `next_obs` is the observation that the action led to: at an episode's end the final one, never that of the next.
+    `ended` marks the last transition of an episode, terminated or truncated: n-step returns stop there.
+    With `implicit_next`, `next_obs` is read from the record that follows, and stored apart only where none follows (at
+    an episode's end, or in a resumed run). That halves the memory of large observations and costs a second read.
 
     Records lie in a ring of rows × N, in which one row more than the capacity holds the observation that the next
     step starts from. Sampling is uniform, with replacement.
@@ -292,13 +295,13 @@ class ReplayBuffer:
         num_actions: A, float32.
         gamma: discount γ per step of n-step returns.
         n_step: rewards summed into a transition; fewer where an episode or the ring ends before.
-        folder: where to keep the records in a file instead of in memory; it has no name and ends with the process.
+        folder: keep the records in a temporary file there, which vanishes with the process; None: in memory.
 
     Attributes:
         size: transitions of each environment that can be sampled.
 
     Raises:
-        ConfigError: the capacity holds less than a row, or the disk less than the file.
+        ConfigError: the capacity is less than a row, or the file does not fit onto the disk.
     """
 
     def __init__(
@@ -333,7 +336,7 @@ class ReplayBuffer:
         self.position = self.size = 0
 
     def start(self, obs: np.ndarray) -> None:
-        """Goes on from `obs` [N, *obs_shape], the answer of a reset: at the beginning, and after a resume."""
+        """Goes on from `obs` [N, *obs_shape], which a reset returned: at the start, and after a resume."""
         if self.size:  # the step before did not lead here
             last = self.position - 1
             if self.implicit_next:
@@ -376,7 +379,7 @@ class ReplayBuffer:
                 columns["next_obs"][row, env] = final_obs
 
     def sample(self, num_batches: int, batch_size: int, rng: torch.Generator) -> Batch:
-        """Draws batches in one call; [K, B, ...] each. Of an empty buffer they are zeros.
+        """Draws K batches [K, B, ...] in one call; zeros if the buffer is empty.
 
         Returns:
             obs, actions; rewards Σ_k γ^k r_k over the m ≤ n steps that follow; next_obs after those; terminated, as
@@ -405,7 +408,7 @@ class ReplayBuffer:
         )
 
     def newest_obs(self) -> Tensor:
-        """Observations that the next step starts from, [N, *obs_shape]; a view."""
+        """Observations at which the next step starts, [N, *obs_shape]; a view."""
         return torch.from_numpy(self._columns["obs"][self.position])
 
     def records(self, row: int) -> Tensor:
@@ -414,10 +417,10 @@ class ReplayBuffer:
 
     def check_finite(self) -> None:
         """Raises NonFiniteError if the newest step has brought NaN or infinity."""
-        if problem := self.first_bad():
+        if problem := self.find_nonfinite():
             raise NonFiniteError(problem)
 
-    def first_bad(self) -> str | None:
+    def find_nonfinite(self) -> str | None:
         """Finds NaN or infinity in the newest step, in words; None if all is finite."""
         row = self.position - 1
         seen = (("reward", self._columns["rewards"][row]), ("observation", self._columns["obs"][self.position]))
@@ -449,7 +452,7 @@ class ReplayBuffer:
         self._finals, self._free = state["finals"].numpy().copy(), list(state["free"])
 
     def load_shards(self, shards: Sequence[Mapping[str, Any]], first: int, total: int) -> None:
-        """Takes its environments, from number `first` on, out of the buffers of `total` environments, stored in shards.
+        """Loads its environments, from number `first` on, from shards that hold the buffers of `total` environments.
 
         Raises:
             CheckpointError: as `load_state_dict`.
@@ -489,7 +492,7 @@ class ReplayBuffer:
         return last, rewards, discounts
 
     def _keep_apart(self, row: int, env: int, next_obs: np.ndarray) -> None:
-        """Stores what the transition led to where no record that follows does; grows in steps of twice the room."""
+        """Stores next observations apart, where no following record holds them; doubles the room when it is full."""
         if not self._free:
             room = len(self._finals)
             grown = np.zeros((max(64, 2 * room), *self._finals.shape[1:]), dtype=self._finals.dtype)
@@ -528,14 +531,14 @@ def layout(capacity: int, num_envs: int, record: np.dtype) -> str:
 
 
 def why_it_differs(stored: str, own: str, num_envs: int) -> str:
-    """Advice about a stored layout that differs from `own`, to a buffer of so many environments."""
+    """Explains how a stored layout differs from `own`, and what a buffer of so many environments can do."""
     (there, columns), (here, own_columns) = (text.split(" of ", 1) for text in (stored, own))
     if columns != own_columns:
-        return f"the replay buffer there has records of {columns}, here {own_columns}: keep the arguments it had"
+        return f"the checkpoint's replay buffer has records of {columns}, this run's {own_columns}: keep its arguments"
     rows, envs = (int(number) for number in there.split(" × "))
     same = envs == int(here.split(" × ")[1])
     advice = f"--buffer-size {rows * num_envs} (of a rank) fits" if same else "keep --num-envs"
-    return f"the replay buffer there holds {there} transitions, here {here}: {advice}"
+    return f"the checkpoint's replay buffer holds {there} transitions, this run's {here}: {advice}"
 
 
 def merge_shards(shards: Sequence[Mapping[str, Any]], record: np.dtype, envs: slice, width: int) -> dict[str, Any]:

@@ -73,10 +73,10 @@ class DeviceReplayBuffer:
             self._columns["ended"][self._row(self.position - 1)] = True
         self._newest.start(obs)
 
-    def add(self, *step: Any) -> None:
+    def add(self, *step: Any, **infos: Any) -> None:
         """Stores a step, as `ReplayBuffer.add` takes it."""
         row = self._newest.position
-        self._newest.add(*step)
+        self._newest.add(*step, **infos)
         records = self._newest.records(row)
         if pinned(self.device):
             records = records.pin_memory()

@@ -1,7 +1,7 @@
-"""What steps many environments at once besides Gymnasium's own loops: its native vector environments, and EnvPool.
+"""Back ends that step many environments at once: Gymnasium's native vector environments, and EnvPool.
 
-All of them look alike to a script: an episode that ends is followed by the first observation of the next, and its last
-one is in `infos["final_obs"]`. Where a back end cannot do that, it says which rows are none: see `NativeVectorEnv`.
+A script sees no difference: the first observation of the next episode follows the end of an episode, whose final
+observation is in `infos["final_obs"]`. A back end that cannot do that marks the rows to skip: see `NativeVectorEnv`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from fabricrl.envs.values import Part
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
 from fabricrl.utils.records import Records
 
-# What an environment is made with where an algorithm, or an older checkpoint, does not have the argument
+# Values of arguments that an algorithm, or an older checkpoint, does not have
 DEFAULTS: dict[str, Any] = {
     "obs_keys": (),
     "mask_velocities": False,
@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "frame_stack": 1,
     "capture_video": False,
 }
-TIMEOUT = 10.0  # minutes that a call of an environment may take; 0: for ever
+TIMEOUT = 10.0  # minutes for a call of an environment; 0: no limit
 ATARI_WORDS = {"repeat_action_probability", "full_action_space", "max_num_frames_per_episode", "frameskip", "obs_type"}
 # What EnvPool has for Atari games, too
 ATARI_OPTIONS = {"action_repeat", "noop_max", "life_loss", "grayscale", "resize", "frame_stack"}
@@ -48,15 +48,15 @@ ROUND_TRIP = 1.2e-4  # seconds that a step of an environment in another process 
 
 
 def option(args: Any, name: str) -> Any:
-    """An argument of the environment, or what it is where there is none."""
+    """Value of an environment argument, or its default if `args` does not have it."""
     return getattr(args, name, TIMEOUT if name == "timeout" else DEFAULTS[name])
 
 
 def check_backend(args: Any, env: gym.Env) -> None:
-    """Makes what `args.vectorization` names, if that is native or envpool, beside one environment, and throws it away.
+    """Builds the native or EnvPool back end that `args.vectorization` names, compares it with `env`, and discards it.
 
     Raises:
-        ConfigError: this environment, with these arguments, cannot be had from there.
+        ConfigError: the back end does not have this environment with these arguments.
     """
     if args.vectorization not in ("native", "envpool"):
         return
@@ -71,7 +71,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
     if args.vectorization == "native":
         if not _is_native(args.env_id):
             ids = sorted(spec.id for spec in gym.registry.values() if _is_native(spec.id))
-            raise ConfigError(f"--vectorization native: {args.env_id} has no native form; there is {', '.join(ids)}")
+            raise ConfigError(f"--vectorization native: {args.env_id} has no native form, unlike {', '.join(ids)}")
         if not _fills_minibatches(args):
             raise ConfigError(
                 "--vectorization native: steps that only reset are left out: num-envs × (num-steps // 2) must be at "
@@ -80,14 +80,14 @@ def check_backend(args: Any, env: gym.Env) -> None:
         close_problem(NativeVectorEnv(args, env).close)
         return
     if importlib.util.find_spec("envpool") is None:
-        raise ConfigError("--vectorization envpool needs a package that is not here: pip install -e '.[envpool]'")
+        raise ConfigError("--vectorization envpool needs a package that is not installed: pip install -e '.[envpool]'")
     import envpool  # here, as it takes a moment and few runs need it
 
     name = _envpool_id(args.env_id)
     if name not in envpool.list_all_envs():
         close = difflib.get_close_matches(name, envpool.list_all_envs(), n=3, cutoff=0.5)
         hint = f"; nearest are {', '.join(close)}" if close else ""
-        raise ConfigError(f"--vectorization envpool: {args.env_id} is none of EnvPool's environments{hint}")
+        raise ConfigError(f"--vectorization envpool: {args.env_id} is not an EnvPool environment{hint}")
     if atari and (option(args, "resize") is None or option(args, "action_repeat") < 2):
         raise ConfigError(
             "--vectorization envpool resizes and repeats actions of Atari games: give --resize and --action-repeat, or "
@@ -97,8 +97,8 @@ def check_backend(args: Any, env: gym.Env) -> None:
 
 
 def choose(args: Any, env: gym.Env) -> str:
-    """What `--vectorization auto` means here: native where there is one and it pays, else the faster of sync and async,
-    for which it steps `env` for a moment. An environment that fails meanwhile will fail again where it is told."""
+    """Chooses for `--vectorization auto`: native if it exists and pays off, else the faster of sync and async, for
+    which it steps `env` for a moment. An environment that fails here will fail again later, where that is reported."""
     wrapped = env.unwrapped.observation_space.shape != env.observation_space.shape  # packed or flattened
     plain = not wrapped and all(option(args, name) == default for name, default in DEFAULTS.items())
     # A replay buffer, which has no `num_steps`, has no room for rows that only reset
@@ -119,7 +119,7 @@ def choose(args: Any, env: gym.Env) -> str:
 
 
 def _step_seconds(env: gym.Env) -> float:
-    """Median time of a step with a random action, resets left out; 0 if the environment failed."""
+    """Median time of a step with a random action, without resets; 0 if the environment failed."""
     seconds: list[float] = []
     enough = 0.05  # seconds of trial, or five steps, or a second
     try:
@@ -141,13 +141,13 @@ def _step_seconds(env: gym.Env) -> float:
 
 
 def _is_native(env_id: str) -> bool:
-    """Whether Gymnasium has a vector environment for it that needs nothing but NumPy, and the same observations."""
+    """Returns True if Gymnasium has a vector form of it in plain NumPy, with the same observations."""
     spec = gym.registry.get(env_id.rpartition(":")[2])
     return spec is not None and spec.vector_entry_point is not None and spec.namespace not in ("phys2d", "ALE")
 
 
 def _fills_minibatches(args: Any) -> bool:
-    """Whether a minibatch has enough rows still if every other step is one that only resets."""
+    """Returns True if minibatches have enough rows even when every other step only resets."""
     return args.num_envs * (args.num_steps // 2) >= LEAST_ROWS * args.num_minibatches
 
 
@@ -158,15 +158,15 @@ def _envpool_id(env_id: str) -> str:
 class NativeVectorEnv(gym.vector.VectorWrapper):
     """A vector environment that resets in the step *after* an episode's last.
 
-    That step takes no action, earns nothing and belongs to no episode: `infos["skipped"]` [N] tells which environments
-    it is for, so that it reaches no loss, no statistic and no buffer.
+    That step ignores the action, earns nothing and belongs to no episode. `infos["skipped"]` [N] marks the
+    environments that are resetting, so that the step reaches no loss, no statistic and no buffer.
 
     Args:
         env: one environment with the same id and arguments, as a script sees it.
 
     Raises:
-        ConfigError: the arguments do not fit, or the spaces of the native form are others.
-        EnvError: it cannot be built; later, from `reset` and `step`, what it returned is not what its spaces say.
+        ConfigError: the arguments do not fit, or the native form has other spaces.
+        EnvError: it cannot be built; later, `reset` or `step` returned what its spaces do not allow.
     """
 
     def __init__(self, args: Any, env: gym.Env) -> None:
@@ -198,7 +198,7 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
         self._ended = np.zeros(args.num_envs, dtype=bool)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
-        """Begins new episodes; of a list of seeds the first is that of all."""
+        """Starts new episodes; the first of a list of seeds seeds all."""
         self._ended[:] = False
         obs, _ = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
         return self._checked("reset", obs, True), {}
@@ -223,7 +223,7 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
         return obs, rewards, terminated, truncated, infos
 
     def _checked(self, call: str, obs: Any, everything: bool) -> np.ndarray:
-        """[N, ...] as the spaces promise; a buffer would take what has another shape and spread it."""
+        """Checks that values are [N, ...], as the spaces promise; a buffer would broadcast any other shape."""
         try:
             return self._obs(obs, everything)
         except EnvError as error:
@@ -241,14 +241,14 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
 class EnvPoolVectorEnv(VectorEnv):
     """EnvPool (Weng et al. 2022, arXiv:2206.10558): environments in C++ threads, with the spaces that Gymnasium's have.
 
-    EnvPool by itself resets in the step after an episode's last. Here those environments are reset at once, by a call
-    of their own, so that no such row ever exists.
+    EnvPool alone resets in the step after an episode's last. This class resets those environments at once, in a
+    separate call, so that no row only resets.
 
     Args:
         env: one environment of Gymnasium's with the same id and arguments, which says how spaces look.
 
     Raises:
-        ConfigError: the arguments do not fit, or observations have another shape there.
+        ConfigError: the arguments do not fit, or EnvPool's observations have another shape.
     """
 
     def __init__(self, args: Any, env: gym.Env) -> None:
@@ -271,17 +271,17 @@ class EnvPoolVectorEnv(VectorEnv):
         space = self.single_observation_space
         self._padding = math.prod(space.shape or ()) - math.prod(shape)
         if self._padding not in (range(4) if isinstance(space, Records) else (0,)):
-            raise ConfigError(f"--vectorization envpool: observations of {args.env_id} are {shape} there")
+            raise ConfigError(f"--vectorization envpool: EnvPool's observations of {args.env_id} are {shape}")
         same = theirs.n == env.action_space.n if isinstance(env.action_space, Discrete) else True  # type: ignore[union-attr]
         if not same or theirs.shape != env.action_space.shape:
-            raise ConfigError(f"--vectorization envpool: actions of {args.env_id} are {theirs} there")
+            raise ConfigError(f"--vectorization envpool: EnvPool's actions of {args.env_id} are {theirs}")
         self._channels_first = len(shape) == 3 and shape[0] < shape[-1]
         self._action_type = theirs.dtype if isinstance(theirs, Box) else np.dtype(np.int32)
         self._pool: Any = None
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
-        """Begins new episodes, in new environments if there are seeds, since EnvPool takes those when it makes them."""
+        """Starts new episodes; seeds require new environments, since EnvPool takes them in the constructor."""
         if seed is not None or self._pool is None:
             seeds = seed if isinstance(seed, list) else [(seed or 0) + i for i in range(self.num_envs)]
             self._pool = self._make([seed % 2**31 for seed in seeds], self.num_envs, self._limit + 1)
@@ -327,7 +327,7 @@ class EnvPoolVectorEnv(VectorEnv):
             raise EnvError(f"EnvPool cannot make {self._name}: {error}") from error
 
     def _obs(self, obs: np.ndarray) -> np.ndarray:
-        """[N, ...] as the space has it: channels last, and images as records."""
+        """Converts observations to the space's form [N, ...]: channels last, images as records."""
         if self._channels_first:
             obs = np.moveaxis(obs, 1, -1)
         if self._padding:
@@ -336,7 +336,7 @@ class EnvPoolVectorEnv(VectorEnv):
 
 
 def _atari_settings(args: Any, spec: dict[str, Any]) -> dict[str, Any]:
-    """EnvPool's words for the arguments of an Atari game, and what Gymnasium's id says besides."""
+    """EnvPool's names for the arguments of an Atari game, and settings implied by Gymnasium's id."""
     frames = spec.get("max_num_frames_per_episode", 108_000)
     return {
         "stack_num": 1,

@@ -34,7 +34,10 @@ class EpisodeStatistics:
         `skipped`: steps between episodes, which count for neither.
         """
         steps = np.ones(dones.shape, dtype=np.int64) if skipped is None else (~skipped).numpy().astype(np.int64)
-        ended = gather_rows(fabric, self._ended(rewards.numpy(), dones.numpy(), steps))  # [E, 2]
+        ended = gather_rows(fabric, self._ended(rewards.numpy(), dones.numpy(), steps))  # [E, 3]
+        ended = ended[
+            ended[:, 0].argsort(stable=True), 1:
+        ]  # [E, 2]; in order of time, so that the last are of all ranks
         self._unlogged.append(ended)
         self.returns.extend(ended[:, 0].tolist())
         self.count += len(ended)
@@ -60,17 +63,17 @@ class EpisodeStatistics:
         return {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
 
     def _ended(self, rewards: np.ndarray, dones: np.ndarray, steps: np.ndarray) -> Tensor:
-        """Rows (return, length) of the episodes that end in this rollout, in the order in which they end."""
+        """Rows (step, return, length) of the episodes that end in this rollout, in the order in which they end."""
         rows = []
         start = np.zeros(len(self._return), dtype=np.int64)  # first step of the running episode in this rollout
         for t, env in np.argwhere(dones):
             total = self._return[env] + rewards[start[env] : t + 1, env].sum(dtype=np.float64)
-            rows.append((total, self._length[env] + steps[start[env] : t + 1, env].sum()))
+            rows.append((t, total, self._length[env] + steps[start[env] : t + 1, env].sum()))
             self._return[env], self._length[env], start[env] = 0.0, 0, t + 1
         for env, first in enumerate(start):
             self._return[env] += rewards[first:, env].sum(dtype=np.float64)
             self._length[env] += steps[first:, env].sum()
-        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
+        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
     @property
     def mean_return(self) -> float:
@@ -111,7 +114,10 @@ class MeanMetrics:
 
 
 class Stopwatch:
-    """Splits wall-clock time into named shares: each `lap(name)` charges the time since the last one to `name`."""
+    """Splits wall-clock time into named shares: each `lap(name)` charges the time since the last one to `name`.
+
+    A name that is not given here has a share from its first lap on.
+    """
 
     def __init__(self, *names: str) -> None:
         self._seconds = dict.fromkeys(names, 0.0)
@@ -126,13 +132,13 @@ class Stopwatch:
 
     def lap(self, name: str) -> None:
         now = perf_counter()
-        self._seconds[name] += now - self._last
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
 
     @property
     def totals(self) -> dict[str, float]:
         """Seconds charged to each name since the start."""
-        return {name: self._before[name] + seconds for name, seconds in self._seconds.items()}
+        return {name: self._before.get(name, 0.0) + seconds for name, seconds in self._seconds.items()}
 
     def shares(self) -> dict[str, float]:
         """`time/<name>` → share of the time since the last call, between 0 and 1; starts anew."""

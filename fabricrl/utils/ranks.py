@@ -1,4 +1,4 @@
-"""Small collectives over all ranks; with one rank nothing happens."""
+"""Small collectives over all ranks; no-ops with one rank."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 FEW = 4  # ranks
-gather = torch.distributed.all_gather_into_tensor
-# The name that it has from PyTorch 2.13 on, and the one before
+# The names that they have from PyTorch 2.13 on, and those before
+gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 _gather = getattr(functional_collectives, "all_gather_single", None) or functional_collectives.all_gather_tensor
 
 

@@ -11,13 +11,14 @@ C critics, H units of a hidden layer, K critic updates of an environment step, B
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_replay
+from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, rollout, setup
@@ -84,7 +85,8 @@ def train(
 
     Returns the metrics, [4] and [K, 2], by their tags.
     """
-    agent, size, rng = learner.agent, run.args.batch_size, run.device_rng
+    agent: Any = learner.agent
+    size, rng = run.args.batch_size, run.device_rng
     *batches, last = agent.prepared(batches)
     *noises, last_noise = agent.head.noise((len(batches) + 1, size), rng)  # [K + 1, B, A]
     critic_metrics = []
@@ -119,7 +121,7 @@ def main() -> int:
         update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor))
 
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
-        restore_replay(run, rb, schedule)
+        update.restore(schedule)
 
         # --- Start
         if run.records:
@@ -145,6 +147,7 @@ def main() -> int:
 
             # 4. Log
             run.record_step()
+            run.evaluate(agent)
             if run.log_is_due:
                 run.log({"charts/learning_rate": args.policy_lr})
 

@@ -123,6 +123,18 @@ class Updates:
         for tags, values in metrics.items():
             run.note(tags, values)
 
+    def restore(self, schedule: "UpdateSchedule") -> None:
+        """Goes on with the buffer and the schedule of the checkpoint that is resumed, if any.
+
+        Raises:
+            CheckpointError: as `restore_buffer`.
+        """
+        run = self._run
+        if run.state:
+            with run.together(), reading(run.path):
+                refill = not restore_buffer(run, self._rb)
+                schedule.load_state_dict(run.state["schedule"], run.global_step, refill)
+
     def kinds(self) -> Iterator[tuple[int, int]]:
         """Number of a first update and how many are made at once, of every kind that a run makes: to be rehearsed."""
         yield from ((first, count) for count in self._counts for first in range(1, min(self._period, 1000) + 1))
@@ -141,18 +153,6 @@ class Updates:
         metrics = self._train(batches, *plan)
         self._run.watch(metrics.values())
         return metrics
-
-
-def restore_replay(run: Run, rb: Replay, schedule: "UpdateSchedule") -> None:
-    """Goes on with the buffer and the schedule of the checkpoint that is resumed, if any.
-
-    Raises:
-        CheckpointError: as `restore_buffer`.
-    """
-    if run.state:
-        with run.together(), reading(run.path):
-            refill = not restore_buffer(run, rb)
-            schedule.load_state_dict(run.state["schedule"], run.global_step, refill)
 
 
 def restore_buffer(run: Run, rb: Replay) -> bool:
@@ -195,6 +195,7 @@ def load_buffer(run: Run, rb: Replay) -> None:
         CheckpointError: a part is missing, or of another layout.
     """
     state, path, world_size = run.state, run.path, run.fabric.world_size
+    assert path is not None
     shards = shard_ranks(state)
     if len(shards) in (0, world_size):
         shard = load_shard(state, path, run.fabric.global_rank)

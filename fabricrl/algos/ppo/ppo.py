@@ -10,6 +10,7 @@ B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a r
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -30,12 +31,11 @@ METRICS = tuple(f"losses/{name}" for name in LOSSES)
 @torch.inference_mode()
 def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    noise = run.to_device(
-        player.head.noise(rb.actions.shape[:2], run.act_rng), run.player_device
-    ).unbind()  # T × [N, ...]
+    shape, device = rb.actions.shape[:2], run.player_device
+    noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            drawn = run.act(player, rb.seen(t), noise[t])  # [N, A]
+            drawn = run.act(player, rb.stacked_obs(t), noise[t])  # [N, A]
             actions = run.on_host(drawn).numpy()
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
@@ -45,7 +45,7 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
 
 
 @torch.no_grad()
-def shaped_rewards(run: Run, agent: PPOAgent, rb: RolloutBuffer) -> Tensor:
+def shaped_rewards(run: Run, agent: Any, rb: RolloutBuffer) -> Tensor:
     """The rewards that the critic learns, [T, N]: clipped to their sign, or scaled, if that is wanted."""
     rewards = rb.rewards.sign() if run.args.clip_reward else rb.rewards.clone()
     if agent.reward_normalizer is None:
@@ -150,6 +150,8 @@ def main() -> int:
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
 
             # 2. Returns and advantages
             data = returns_and_advantages(run, model, agent, rb)
@@ -161,14 +163,15 @@ def main() -> int:
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
             run.note(METRICS, train(run, epoch, data, *run.numbers(clip_coef, ent_coef)))
-            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(run.to_device(rb.vectors(rb.obs[:-1][~rb.skipped])), run.fabric)
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(data.values, data.returns, data.counts)
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

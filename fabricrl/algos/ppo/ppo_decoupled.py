@@ -116,6 +116,8 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             # 1. Rollout
             lag = max(lag, len(trainers.ahead))
             rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
 
             # 2. Returns and advantages
             data = returns_and_advantages(run, model, agent, rb)
@@ -131,20 +133,21 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             run.clock.lap("train")
             collect(trainers, max(args.max_lag, 1) - 1, optimizer, run.losses)  # <- [W]
             run.clock.lap("wait_player")
-            coefs = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
+            coefs: dict[str, Any] = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
             trainers.send(divide(data, trainers.count), save=saves, skips=rb.skips, **coefs)  # -> [D]
             run.clock.lap("comm")
             collect(trainers, 0 if run.is_last or saves else args.max_lag, optimizer, run.losses)  # <- [W]
             run.clock.lap("wait_player")
-            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
                 run.charts, lag = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}, 0
-                explained = explained_variance(data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

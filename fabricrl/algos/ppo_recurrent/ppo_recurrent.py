@@ -32,12 +32,11 @@ from fabricrl.utils import Adam, anneal, explained_variance, gae
 @torch.inference_mode()
 def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentRolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    noise = run.to_device(
-        player.head.noise(rb.actions.shape[:2], run.act_rng), run.player_device
-    ).unbind()  # T × [N, ...]
+    shape, device = rb.actions.shape[:2], run.player_device
+    noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            drawn, states = run.act(player, rb.seen(t), rb.memory_rows[t], noise[t])  # [N, A]
+            drawn, states = run.act(player, rb.stacked_obs(t), rb.memory_rows[t], noise[t])  # [N, A]
             actions = run.on_host(drawn).numpy()
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
@@ -58,7 +57,7 @@ def returns_and_advantages(
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
     columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
     columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
-    obs = obs.rows(by_env) if args.frame_stack > 1 else obs[by_env]
+    obs = obs[by_env] if isinstance(obs, Tensor) else obs.rows(by_env)
     data = Batch(obs=obs, counts=None if counts is None else counts[by_env], **columns)
     with run.fabric.autocast():
         logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted
@@ -134,6 +133,8 @@ def main() -> int:
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
 
             # 2. Returns and advantages
             sequences = Sequences(rb.dones, args.sequence_length)
@@ -146,14 +147,15 @@ def main() -> int:
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
             run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
-            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(run.to_device(rb.vectors(rb.obs[:-1][~rb.skipped])), run.fabric)
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(data.values, data.returns, data.counts)
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

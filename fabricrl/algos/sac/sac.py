@@ -15,7 +15,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_replay
+from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent, make_agent
 from fabricrl.algos.sac.args import SACArgs
@@ -156,7 +156,7 @@ def main() -> int:
         update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor), period)
 
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
-        restore_replay(run, rb, schedule)
+        update.restore(schedule)
 
         # --- Start
         if run.records:
@@ -181,6 +181,7 @@ def main() -> int:
 
             # 4. Log
             run.record_step()
+            run.evaluate(agent)
             if run.log_is_due:
                 run.log({"charts/learning_rate": args.policy_lr})
 

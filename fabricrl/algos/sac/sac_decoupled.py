@@ -48,7 +48,7 @@ from fabricrl.algos.sac.sac import (
     update_actor,
     update_critics,
 )
-from fabricrl.data import ReplayBuffer
+from fabricrl.data import Replay, ReplayBuffer
 from fabricrl.data.buffers import TORCH_TYPES, record_type
 from fabricrl.utils.checkpoint import reading, save_shard
 from fabricrl.utils.decoupled import (
@@ -61,6 +61,7 @@ from fabricrl.utils.decoupled import (
     STOP,
     Channel,
     EndedByPeerError,
+    Fields,
     Group,
     Messages,
     Packet,
@@ -96,7 +97,7 @@ def make_messages(learner: Learner, run: Run, count: int, args: SACDecoupledArgs
         data |= {name: (buffer.shape, buffer.dtype) for name, buffer in agent.obs_normalizer.state_dict().items()}
     weights = {"weights": (learner.actor_optimizer.flat.vector.shape, torch.float32)}
     answer = REPORT | {"noted": INTEGER, "losses": ((2, len(METRICS)), torch.float64)} | weights
-    stored = {name: (value.shape, value.dtype) for name, value in hand_over(learner).items()}
+    stored: Fields = {name: (value.shape, value.dtype) for name, value in hand_over(learner).items()}
     stored["generators"] = (count, 2, *torch.get_rng_state().shape), torch.uint8
     start = {"path": ((PATH_MAX,), torch.uint8), "obs": obs}
     fields = {"D": data, "W": answer, "O": stored, "S": start, "B": {"code": INTEGER, "refill": INTEGER}}
@@ -192,6 +193,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
 
             # 4. Log
             run.record_step()
+            run.evaluate(agent)
             if run.log_is_due:
                 run.charts, lag = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}, 0
                 run.log({"charts/learning_rate": args.policy_lr})
@@ -275,7 +277,7 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
     refill = False
     with telling(partial(give_up, channel, messages, "B", speaks, iteration), FIRST_TRAINER):
         rb = make_buffer(run, folder)
-        if run.state:
+        if run.state and run.path:
             with run.together(), reading(run.path):
                 refill = not restore_buffer(run, rb)
     rb.start(begun["obs"].numpy())
@@ -336,11 +338,10 @@ def report(channel: Channel, signal: int, metrics: dict[str, Tensor]) -> dict[st
     return told | {"losses": torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]])}
 
 
-def add(rb: ReplayBuffer, packet: Packet) -> None:
+def add(rb: Replay, packet: Packet) -> None:
     """[D] into the buffer."""
-    names = ("actions", "next_obs", "rewards", "terminated", "truncated", "final_obs")
-    *step, final_obs = (packet[name].numpy() for name in names)
-    rb.add(*step, {"final_obs": final_obs})
+    step = {name: packet[name].numpy() for name in ("actions", "next_obs", "rewards", "terminated", "truncated")}
+    rb.add(**step, infos={"final_obs": packet["final_obs"].numpy()})
 
 
 def main() -> int:

@@ -1,0 +1,81 @@
+"""Playing episodes to their ends, as evaluation does."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium.spaces import Space
+from gymnasium.vector import VectorEnv
+
+from fabricrl.utils.errors import NonFiniteError
+from fabricrl.utils.records import Records
+
+Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
+
+
+class Episodes(NamedTuple):
+    """Episodes in the order in which they ended.
+
+    Attributes:
+        returns, lengths: [E].
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+
+    def summary(self) -> dict[str, float | int]:
+        """Mean, standard deviation over episodes, minimum and maximum of returns and lengths, and their number."""
+        result: dict[str, float | int] = {}
+        for name, values in (("return", self.returns), ("length", self.lengths)):
+            result |= {f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std())}
+            result |= {f"{name}_min": values.min().item(), f"{name}_max": values.max().item()}
+        return result | {"episodes": len(self.returns)}
+
+
+def play(
+    envs: VectorEnv, policy: Policy, episodes: int, seed: int, after_step: Callable[[int], Any] = lambda ended: None
+) -> Episodes:
+    """Plays `episodes` episodes.
+
+    Every environment plays its share to the end. Were the first to finish taken instead, short episodes would count
+    too often.
+
+    Args:
+        envs: environments that reset in the step that ends an episode (SAME_STEP).
+        policy: maps observations [N, R], and rewards and dones [N] of the step before, to actions for `envs.step`.
+        seed: of environment 0; environment i has `seed + i`.
+        after_step: called after each step of the environments with the number of episodes that it has ended.
+
+    Raises:
+        NonFiniteError: NaN or infinity came from an environment.
+    """
+    quota = np.full(envs.num_envs, episodes // envs.num_envs)
+    quota[: episodes % envs.num_envs] += 1
+    running, steps = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
+    returns: list[float] = []
+    lengths: list[int] = []
+    obs, _ = envs.reset(seed=seed)
+    _check_finite(obs, np.zeros(envs.num_envs), envs.single_observation_space)
+    rewards, dones = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
+    while quota.any():
+        obs, rewards, terminated, truncated, _ = envs.step(policy(obs, rewards, dones))
+        _check_finite(obs, rewards, envs.single_observation_space)
+        dones = terminated | truncated
+        running, steps = running + rewards, steps + 1
+        ended = np.flatnonzero(dones & (quota > 0))
+        for i in ended:
+            returns.append(float(running[i]))
+            lengths.append(int(steps[i]))
+            quota[i] -= 1
+        running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
+        after_step(len(ended))
+    return Episodes(np.array(returns), np.array(lengths))
+
+
+def _check_finite(obs: np.ndarray, rewards: np.ndarray, space: Space) -> None:
+    """Raises NonFiniteError if there is NaN or infinity: the returns would be worth nothing."""
+    floats = obs[:, : 4 * space.num_floats].view(np.float32) if isinstance(space, Records) else obs
+    for name, values in (("reward", rewards), ("observation", floats)):
+        if not np.isfinite(values).all():
+            bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+            raise NonFiniteError(f"{name} of environment {np.flatnonzero(bad)[0]} is not finite")
