@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
-from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import DeviceReplayBuffer
 from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
 from fabricrl.utils.update import Runner
@@ -287,23 +285,3 @@ def test_what_is_not_finite_ends_a_run_before_another_update(
 def test_a_buffer_device_that_cannot_be_is_refused(line: list, words: str, train: Callable[..., Trained]) -> None:
     with pytest.raises(ConfigError, match=words):
         train(sac.main, *OFF_POLICY, *ENDING, *line)
-
-
-@pytest.mark.parametrize(
-    ("asked", "free", "chosen"),
-    [("auto", 8_100, "cuda:0"), ("auto", 7_900, None), ("cuda", 7_900, "cuda:0"), ("cpu", 8_100, None)],
-)
-def test_auto_puts_the_buffer_on_the_gpu_if_it_takes_at_most_half_of_what_is_free(
-    asked: str, free: int, chosen: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80_000))
-    fabric = SimpleNamespace(device=torch.device("cuda:0"))
-    args = SACArgs(buffer_device=asked, buffer_size=99, batch_size=9)  # 100 records of 40 bytes
-    spaces = {"obs_space": VECTOR, "action_space": SimpleNamespace(shape=(NUM_ACTIONS,))}
-    device, why_not = off_policy.buffer_device(SimpleNamespace(args=args, fabric=fabric, **spaces))  # type: ignore[arg-type]
-    assert str(device) == str(chosen)
-    assert ("--buffer-device cuda puts it there all the same" in why_not) == (asked == "auto" and chosen is None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 80_000))
-    if asked == "cuda":
-        with pytest.raises(ConfigError, match=r"--buffer-device is cuda: the buffer would take .* cpu keeps it"):
-            off_policy.buffer_device(SimpleNamespace(args=args, fabric=fabric, **spaces))  # type: ignore[arg-type]
