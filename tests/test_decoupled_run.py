@@ -347,14 +347,17 @@ def spy(rank: int) -> None:
         calls.append(1)
         if len(calls) == 1:
             wait(33 + lag)  # the 33rd rollout brings the first updates
-        original_sac(run, learner, *rest)
-        *_, batches, first = rest
+        result = original_sac(run, learner, *rest)
+        *_, batches, plan = rest
+        planned.append(len(plan))
         tensors = learner.q_optimizer.tensors() + learner.actor_optimizer.tensors()
         note(
             update=acting(learner.agent), data=[sha(*batches.columns.values())],
-            everything=sha(*learner.agent.state_dict().values(), *tensors), first=first,
+            everything=sha(*learner.agent.state_dict().values(), *tensors), first=1 + sum(planned[:-1]),
         )  # fmt: skip
+        return result
 
+    planned: list[int] = []  # updates of each call
     original_ppo, original_sac = ppo_decoupled.train, sac_decoupled.train
     ppo_decoupled.train, sac_decoupled.train = train_ppo, train_sac
     for module in (ppo_decoupled, sac_decoupled):
