@@ -9,6 +9,7 @@ What is not listed below goes to the algorithm's script.
 import argparse
 import itertools
 import json
+import os
 import re
 import shlex
 import signal
@@ -34,7 +35,7 @@ GRACE = 30.0  # seconds for a run to save when the sweep is interrupted
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run has ended.
+    """End of a run.
 
     Attributes:
         folder: the run's folder; None if it did not come to a checkpoint.
@@ -132,8 +133,43 @@ def _flags(flag: str, value: str) -> list[str]:
 
 def train(base: Sequence[str], combinations: Sequence[Sequence[str]], seeds: Sequence[int], jobs: int) -> list[Outcome]:
     """Runs a command once for each combination of flags and each seed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # after the runs have been stopped
     commands = [[*base, *flags, "--seed", str(seed)] for flags in combinations for seed in seeds]
     return Pool(jobs).run(commands)
+
+
+def run_seeds(seed: int, seeds: int, jobs: int, log_dir: str) -> int:
+    """Runs the command of this process once a seed, without `--seeds`, and compares the runs: the exit code.
+
+    Raises:
+        ConfigError: a launcher has started this process, or it resumes a run, which has one seed.
+    """
+    launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+    require(not launched, "seeds", seeds, "1 under a launcher: use --devices, or start a command a seed")
+    words = _without(sys.orig_argv[1:], "seeds", "jobs", "seed", "log-dir")
+    require(not any(re.match("--resume(=|$)", word) for word in words), "seeds", seeds, "1 beside --resume")
+    return report(
+        train([sys.executable, *words, *_folder(log_dir)], [[]], range(seed, seed + seeds), jobs), None, False
+    )
+
+
+def _without(words: Sequence[str], *names: str) -> list[str]:
+    """A command line without some flags and their values."""
+    kept, skip = [], False
+    for word in words:
+        name, equals, _ = word.removeprefix("--").replace("_", "-").partition("=")
+        if skip:
+            skip = False
+        elif word.startswith("--") and name in names:
+            skip = not equals
+        else:
+            kept.append(word)
+    return kept
+
+
+def _folder(log_dir: str) -> list[str]:
+    """The flag that gives a sweep's runs a folder of their own."""
+    return ["--log-dir", str(Path(log_dir) / f"sweep_{datetime.now():%Y%m%d-%H%M%S}")]
 
 
 def report(outcomes: Sequence[Outcome], out: Path | None, as_json: bool) -> int:
@@ -169,9 +205,7 @@ def main() -> int:
     options, rest = parser.parse_known_args()
     require(options.seeds >= 1, "seeds", options.seeds, "at least 1")
     require(options.jobs >= 1, "jobs", options.jobs, "at least 1")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # after the runs have been stopped
-    folder = Path(options.log_dir) / f"sweep_{datetime.now():%Y%m%d-%H%M%S}"
-    base = [sys.executable, str(scripts()[options.algo]), *rest, "--log-dir", str(folder)]
+    base = [sys.executable, str(scripts()[options.algo]), *rest, *_folder(options.log_dir)]
     seeds = range(options.seed, options.seed + options.seeds)
     return report(train(base, grid(options.grid), seeds, options.jobs), options.out, options.json)
 

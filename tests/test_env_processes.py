@@ -177,7 +177,7 @@ def test_simulators_do_not_outlive_a_script_that_is_killed(kind: str, tmp_path: 
     with started(*FORKED, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs", "--checkpoint-every", 16) as running:
         wait_for(lambda: list(tmp_path.rglob("step_*.ckpt")), running)
         running.process.kill()
-        running.finish(30)  # asserts that no process is left
+        running.finish()  # asserts that no process is left
     assert len(noted(notes, "started")) == 3, "one was tried, two have run"
     assert len(noted(notes, "closed")) == (3 if kind == "async" else 1)
 
@@ -186,7 +186,7 @@ def test_a_thread_that_nobody_ends_does_not_keep_a_run_from_its_end(tmp_path: Pa
     flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", '{"start": "thread"}']
     flags += ["--vectorization", "sync", "--total-timesteps", 32, "--log-dir", tmp_path]
     with started(*FORKED, PPO, *SMALL, *flags) as running:
-        running.finish(40)
+        running.finish()
     assert (running.code, running.result["steps"]) == (0, "32")
 
 
@@ -309,7 +309,7 @@ def test_a_second_signal_ends_a_run_whose_environment_hangs(tmp_path: Path) -> N
         running.process.send_signal(signal.SIGINT)
         time.sleep(1.2)  # sooner it would count as the same
         running.process.send_signal(signal.SIGTERM)
-        running.finish(30)  # asserts that no process is left
+        running.finish()  # asserts that no process is left
     assert running.code == 143, running.report()
 
 

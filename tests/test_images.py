@@ -656,7 +656,7 @@ def test_normalisation_changes_the_numbers_of_records_and_no_byte_of_images() ->
 
 def test_normalisation_of_images_alone_is_refused() -> None:
     space = make_env(args_for("last")).observation_space
-    with pytest.raises(ConfigError, match=r"--norm-obs .* only images"):
+    with pytest.raises(ConfigError, match=r"--norm-obs .* all observations are images"):
         PPOAgent(space, Discrete(3), norm_obs=True)
 
 
@@ -874,7 +874,7 @@ def test_an_algorithm_without_networks_for_images_refuses_them(obs: str, named: 
 
 def test_sac_takes_the_vectors_beside_an_image() -> None:
     args = SimpleNamespace(env_id=PICTURES, env_kwargs='{"obs": "dict"}', obs_keys=("speed",), vectorization="sync")
-    space, _ = check_env(args, ACTION_SPACES, None)
+    space = check_env(args, ACTION_SPACES, None).obs
     assert (space.shape, space.dtype) == ((3,), np.float32)
 
 

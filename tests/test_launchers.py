@@ -236,7 +236,9 @@ def update(rank: int, world_size: int, port: int, sgd: bool, norm_adv: bool, pat
     fabric.launch()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    args = PPOArgs(num_envs=8, num_steps=8, num_minibatches=1, update_epochs=1, norm_adv=norm_adv, max_grad_norm=0.05)
+    small = {"num_envs": 8, "num_steps": 8, "num_minibatches": 1, "update_epochs": 1}
+    # A sum over ranks in place of the mean shows where the norm is not clipped
+    args = PPOArgs(**small, norm_adv=norm_adv, max_grad_norm=0.05 if norm_adv else 0.0)
     agent = PPOAgent(vectors(3), Discrete(4))
     adam = Descent(agent.parameters(), 1.0) if sgd else Adam(agent.parameters(), 1e-3, eps=1e-5)
     model, optimizer = fabric.setup(agent, adam)
@@ -274,7 +276,7 @@ def test_two_ranks_with_half_the_rows_each_make_the_update_of_one_rank_with_all_
             one, first, second = (load(f"{name}.{rank}") for rank in ("1.0", "2.0", "2.1"))
             assert torch.equal(one["start"], first["start"])
             assert torch.equal(first["end"], second["end"])
-            torch.testing.assert_close(first["end"], one["end"], rtol=0, atol=1e-5 if not sgd else 1e-6)
+            torch.testing.assert_close(first["end"], one["end"], rtol=1e-5, atol=1e-5 if not sgd else 1e-6)
             assert (one["end"] - one["start"]).abs().max() > 5e-4, "nothing has been learned"
 
 

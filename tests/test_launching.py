@@ -56,7 +56,7 @@ def main():
     numbers["num_nodes"] = place["num_nodes"] and int(place["num_nodes"])
     fabric = launch(types.SimpleNamespace(
         accelerator=None, strategy="ddp", precision=None, cuda=False, num_threads=1, matmul_precision="highest",
-        torch_deterministic=True, seed=1, timeout=float(place.pop("timeout", 1)), **place | numbers,
+        torch_deterministic=True, seed=1, timeout=10.0, **place | numbers,
     ))
     fabric.barrier()
     print(f"rank {fabric.global_rank} of {fabric.world_size} has met the others", flush=True)
@@ -125,7 +125,7 @@ def test_torchrun_may_be_process_1(small: str) -> None:
 def test_a_script_with_two_ranks_may_be_process_1_and_ends_when_one_of_them_has_died(small: str) -> None:
     """Fabric ends the first rank by SIGKILL, of which the kernel would spare process 1."""
     with started(*UNSHARE, *PYTHON, small, "die", "devices=2") as running:
-        running.finish(60)
+        running.finish()
     assert running.code == 128 + signal.SIGKILL, running.report()
     assert sorted(running.out.splitlines()) == [f"rank {rank} of 2 has met the others" for rank in (0, 1)]
 
@@ -210,7 +210,7 @@ def test_ranks_do_not_outlive_a_launcher_that_dies_while_they_start_and_leaves_t
         parent = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
         assert parent != running.process.pid
         os.kill(parent, signal.SIGKILL)
-        running.finish(30)
+        running.finish()
     assert "has met" not in running.out, "the launcher has ended too late for this test"
 
 
@@ -327,7 +327,7 @@ def test_the_lightning_command_tells_in_one_line_why_ranks_could_not_meet(
         port, name = busy.getsockname()[1], "no-such-host.invalid"
         words = [flag.format(port=port, name=name) for flag in flags]
         monkeypatch.setattr(sys, "argv", ["lightning", "run", "model", "--accelerator=cpu", *words, __file__])
-        waits = mock.patch.object(cli, "TCPStore", side_effect=AssertionError("looks for an address in vain"))
+        waits = mock.patch.object(cli, "find_store", side_effect=AssertionError("looks for an address in vain"))
         with waits, pytest.raises(SystemExit) as caught:
             cli.main()
     assert caught.value.code == 2
@@ -381,7 +381,7 @@ def test_the_ranks_of_two_nodes_listen_at_the_given_address_only(small: str) -> 
         second.watched(),
     ):
         for node in (first, second):
-            assert node.finish(60).code == 0, node.report()
+            assert node.finish().code == 0, node.report()
     for node in (first, second):
         assert node.listened[node.process.pid] == {address}
 

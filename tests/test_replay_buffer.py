@@ -328,11 +328,11 @@ def test_only_rows_in_use_are_stored() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"capacity": 15}, "holds 6 × 2 transitions, here 7 × 2: --buffer-size 12 "),
-        ({"num_envs": 1, "capacity": 6}, "holds 6 × 2 transitions, here 6 × 1: keep --num-envs"),
-        ({"space": Box(-1, 1, (4,), np.float32)}, "keep the arguments"),
-        ({"space": Box(0, 255, (3,), np.uint8)}, "keep the arguments"),
-        ({"implicit_next": True}, "keep the arguments"),
+        ({"capacity": 15}, "holds 6 × 2 transitions, this run's 7 × 2: --buffer-size 12 "),
+        ({"num_envs": 1, "capacity": 6}, "holds 6 × 2 transitions, this run's 6 × 1: keep --num-envs"),
+        ({"space": Box(-1, 1, (4,), np.float32)}, "keep its arguments"),
+        ({"space": Box(0, 255, (3,), np.uint8)}, "keep its arguments"),
+        ({"implicit_next": True}, "keep its arguments"),
     ],
     ids=str,
 )

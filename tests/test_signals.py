@@ -126,6 +126,6 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
         (tmp_path / "stepping").unlink()
         wait_for((tmp_path / "stepping").exists, running)  # the first one alone does not end it
         os.kill(running.process.pid, signal.SIGINT)
-        running.finish(60)
+        running.finish()
     assert running.code == 130, running.report()
     assert not checkpoints(tmp_path)

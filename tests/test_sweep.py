@@ -9,7 +9,7 @@ import pytest
 
 from fabricrl import sweep
 from fabricrl.utils.errors import ConfigError
-from tests.process import PYTHON, call, started, wait_for
+from tests.process import PPO, PYTHON, call, run, started, wait_for
 
 # Writes a run whose return is 100 · learning rate + seed; fails as it is told
 SCRIPT = """
@@ -108,10 +108,22 @@ def test_a_sweep_that_is_stopped_lets_its_runs_save(script: Path, tmp_path: Path
     assert len(list(tmp_path.glob("logs/*/algo/Env-v0/*"))) == 2  # no other was started
 
 
-def test_an_algorithm_is_trained(tmp_path: Path) -> None:
+def test_a_script_runs_itself_once_a_seed(tmp_path: Path) -> None:
     flags = ["--num-envs", 2, "--num-steps", 32, "--num-minibatches", 1, "--update-epochs", 1]
-    flags += ["--total-timesteps", 640, "--vectorization", "sync", "--log-every", 64, "--seeds", 2, "--jobs", 2]
-    done = call(sweep.main, "ppo", *flags, "--log-dir", tmp_path, "--json")
-    assert done.code == 0, done
-    (row,) = json.loads(done.out)
-    assert (row["env"], row["seeds"]) == ("CartPole-v1", 2)
+    flags += ["--total-timesteps", 640, "--vectorization", "sync", "--log-every", 64, "--log-dir", tmp_path]
+    done = run(*PYTHON, PPO, *flags, "--seeds=2", "--jobs", 2, "--seed", 7)
+    assert done.code == 0, done.report()
+    assert "| CartPole-v1 | ppo | 2 |" in done.out
+    runs = sorted(json.loads(path.read_text())["seed"] for path in tmp_path.glob("sweep_*/ppo/*/*/args.json"))
+    assert runs == [7, 8]
+
+
+@pytest.mark.parametrize(("more", "variables"), [(["--resume", "x"], {}), ([], {"LOCAL_RANK": "0"})])
+def test_seeds_are_for_new_runs_without_a_launcher(
+    more: list[str], variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.orig_argv", ["python", "script.py", *more, "--seeds", "2"])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="seeds is 2"):
+        sweep.run_seeds(1, 2, 1, "logs")

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 from torch.distributed import TCPStore
 
-from fabricrl import evaluate
+from fabricrl import cli, evaluate
 from fabricrl.algos.ppo import ppo
 from fabricrl.utils import launch as launching
 from fabricrl.utils import peers as peers_module
@@ -181,6 +181,41 @@ def test_one_signal_ends_a_node_that_waits_for_another(number: int, node: Callab
     os.kill(process.pid, signal.SIGTERM)
     process.join(20)
     assert process.exitcode == 143, errors.read_text()
+
+
+def launcher(words: list[str], errors: Path) -> None:
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    for name in [name for name in os.environ if LAUNCHERS.fullmatch(name)]:
+        del os.environ[name]
+    sys.argv = ["lightning", "run", "model", "--accelerator=cpu", "--num-nodes=2", *words]
+    cli.main()
+
+
+@pytest.mark.parametrize(("number", "minutes", "code"), [(0, "0.05", 7), (1, "0.05", 7), (0, "1", 130)])
+def test_the_lightning_command_waits_no_longer_and_hears_signals(
+    number: int, minutes: str, code: int, tmp_path: Path
+) -> None:
+    """The script's limit is that of its launcher, too."""
+    errors = tmp_path / "err"
+    words = [f"--node-rank={number}", f"--main-port={free_port()}", __file__, "--timeout", minutes]
+    process = FORKSERVER.Process(target=launcher, args=(words, errors))
+    process.start()
+    try:
+        if code == 130:
+            deadline = time.monotonic() + 30
+            while not errors.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(4)
+            os.kill(process.pid, signal.SIGINT)
+        process.join(30)
+        assert process.exitcode == code, errors.read_text()
+    finally:
+        process.kill()
+        process.join()
+    lines = [line for line in errors.read_text().splitlines() if line.startswith("error:")]
+    if code == 7:
+        (line,) = lines
+        assert ("the nodes have not met for 3 seconds (see --timeout)" if number == 0 else "nobody answers at") in line
 
 
 # --- Signs of life

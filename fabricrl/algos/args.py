@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import io
 import itertools
@@ -10,20 +11,26 @@ import math
 import os
 import re
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
+import torch
 import tyro
+from gymnasium.spaces import Box, Space
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.extras import pip_install
+from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound="StandardArgs")
@@ -32,6 +39,13 @@ MAX_STEPS = 10**12 - 1  # what fits into the names of checkpoints, which sort by
 # Bytes that are taken at the very least: by an environment, one in a process of its own, a step of a rollout, and a
 # weight that is trained (itself, its gradient and two moments), in float32
 ENV_BYTES, PROCESS_BYTES, STEP_BYTES, WEIGHT_BYTES = 2**10, 8 * 2**20, 32, 16
+# Arguments that names of runs leave out
+UNNAMED_GROUPS = ("run, logging and checkpoints", "hardware and launching")
+UNNAMED = {
+    "env_id", "seed", "seeds", "jobs", "vectorization", "check_spaces", "capture_video", "video_every", "timeout",
+    "eval_every", "eval_episodes", "stop_at_return",
+}  # fmt: skip
+MOST_NAMED = 100  # letters: names of files may have 255
 REGISTRY = ConstructorRegistry()
 
 
@@ -47,7 +61,13 @@ def arg(default: Any, help: str, group: str | None = None, advanced: bool = Fals
 
 @dataclass(frozen=True)
 class StandardArgs:
-    """Arguments of every script. Checked when made: see `__post_init__`."""
+    """Arguments of every script. Checked when made: see `__post_init__`.
+
+    Attributes:
+        presets: name → arguments that a preset sets, where the algorithm has presets.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     # --- environment
     env_id: str = arg("CartPole-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
@@ -73,9 +93,16 @@ class StandardArgs:
         "check the bounds of all observations at every step; off: those of integers, and of floats at resets",
         advanced=True,
     )
+    info_keys: tuple[str, ...] = arg(
+        (),
+        "numbers in an environment's infos at the end of an episode whose means are logged, beside is_success",
+        advanced=True,
+    )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
+    seeds: int = arg(1, "runs, with seed, seed + 1, ...; more than one are compared at the end", advanced=True)
+    jobs: int = arg(1, "runs side by side, with --seeds", advanced=True)
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
     video_every: int = arg(100, "episodes of that environment between recordings", advanced=True)
     eval_every: int = arg(
@@ -87,7 +114,11 @@ class StandardArgs:
     )
 
     # --- run
-    exp_name: str = arg("", "name of the run; empty: the algorithm's", "run, logging and checkpoints")
+    exp_name: str = arg(
+        "",
+        "name of the run; empty: the algorithm's, with what differs from the defaults",
+        "run, logging and checkpoints",
+    )
     log_dir: str = arg("logs", "folder of all runs")
     logger: Literal["tensorboard", "csv", "wandb"] = arg(
         "tensorboard", "where metrics go; wandb needs the extra of that name"
@@ -121,7 +152,7 @@ class StandardArgs:
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
     main_port: int = arg(29400, "port on machine 0 where ranks meet; for several machines", advanced=True)
     timeout: float = arg(
-        10.0, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
+        MINUTES, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
     )
     precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
     num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
@@ -142,7 +173,8 @@ class StandardArgs:
         check_types(self)
         require_counts(self, MAX_STEPS, "total_timesteps")
         require_counts(self, 2**63 - 1, "num_envs", "video_every", "log_every", "keep_checkpoints")
-        require_counts(self, 1000, "action_repeat")
+        require_counts(self, 1000, "action_repeat", "jobs")
+        require_counts(self, 10_000, "seeds")
         require_counts(self, 10_000, "num_threads", "num_nodes")
         require_counts(self, 1_000_000, "eval_episodes")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
@@ -181,7 +213,7 @@ class StandardArgs:
         """Raises ConfigError if this machine cannot do it: a package, a folder, processors or memory are not there."""
         if self.track or self.logger == "wandb":
             there = importlib.util.find_spec("wandb") is not None
-            require(there, "logger", "wandb", "another one, or wandb after: pip install -e '.[wandb]'")
+            require(there, "logger", "wandb", f"another one, or wandb after: {pip_install('wandb')}")
         if self.upload_model:
             there = importlib.util.find_spec("huggingface_hub") is not None
             require(there, "upload_model", "set", "left out, or set after: pip install huggingface_hub")
@@ -233,6 +265,38 @@ class DecoupledArgs:
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
 
 
+def run_name(args: StandardArgs, algo: str) -> str:
+    """The name that was given, or the script's with what was changed: `ppo_num-envs=16_norm-obs`."""
+    script = next(field.default for field in dataclasses.fields(args) if field.name == "exp_name") or algo
+    if args.exp_name not in ("", script):
+        return args.exp_name
+    name, changed = str(script), _changed(args)
+    for index, change in enumerate(changed):
+        if len(name) + len(change) > MOST_NAMED:
+            return f"{name}_and-{len(changed) - index}-more"
+        name += f"_{change}"
+    return name
+
+
+def _changed(args: StandardArgs) -> list[str]:
+    """Arguments of environment and algorithm that differ from the defaults, or from those of the preset."""
+    preset = args.presets.get(getattr(args, "preset", ""), {})
+    told, group = [], ""
+    for field in dataclasses.fields(args):
+        group = field.metadata["group"] or group
+        value = getattr(args, field.name)
+        left_out = group in UNNAMED_GROUPS or field.name in UNNAMED
+        if left_out or value == preset.get(field.name, field.default):
+            continue
+        name = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            told.append(name if value else f"no-{name}")
+        else:
+            text = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            told.append(f"{name}={re.sub(r'[^A-Za-z0-9.+]+', '-', text).strip('-') or 'none'}")
+    return told
+
+
 def require_between(args: StandardArgs, low: float, high: float, *names: str) -> None:
     """Raises ConfigError unless each of the named arguments is a number in [low, high]."""
     for name in names:
@@ -272,6 +336,31 @@ def require_memory(flags: str, what: str, num_bytes: int) -> None:
         )
 
 
+def check_sizes(args: StandardArgs, algo: str, obs_space: Box, action_space: Space) -> None:
+    """Raises ConfigError, with the figures, if what these spaces make of a run does not fit into memory.
+
+    That is the observations of a step, of a rollout and of those on their way to trainers, and the networks, which are
+    built without memory, to be counted.
+    """
+    row, num_steps = obs_space.shape[0] * obs_space.dtype.itemsize, getattr(args, "num_steps", 1)
+    flags, steps = "--num-envs", args.num_envs * num_steps
+    if num_steps > 1:
+        flags, what = f"{flags} × --num-steps", f"rollouts of {steps} observations of {row} bytes"
+    else:
+        what = f"{steps} observations of {row} bytes"
+    if isinstance(args, DecoupledArgs):
+        flags, what, row = f"{flags} × --max-lag", f"{args.max_lag + 3} {what}", row * (args.max_lag + 3)
+    require_memory(flags, what, steps * row)
+    if importlib.util.find_spec(f"fabricrl.algos.{algo}.utils") is None:
+        return
+    make_agent = importlib.import_module(f"fabricrl.algos.{algo}.utils").make_agent
+    spaces = {"single_observation_space": obs_space, "single_action_space": action_space}
+    with torch.device("meta"):
+        weights = sum(part.numel() for part in make_agent(args, SimpleNamespace(**spaces)).parameters())
+    what = f"networks of {weights} weights for these observations and actions"
+    require_memory("--env-id, --hidden-sizes", what, weights * WEIGHT_BYTES)
+
+
 def num_weights(inputs: int, *sizes: int) -> int:
     """Weights and biases of fully connected layers of these widths."""
     return sum((before + 1) * after for before, after in itertools.pairwise((inputs, *sizes)))
@@ -287,7 +376,8 @@ def check_types(args: StandardArgs) -> None:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -352,6 +442,8 @@ def _integer(words: Sequence[str]) -> int:
 def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None = None) -> Args:
     """The arguments of a command line: flags given win over `--resume`'s, those over `--preset`'s, those over defaults.
 
+    With `--seeds` the process does not come back: it runs its own command once a seed, and compares the runs.
+
     Raises:
         ConfigError: an unknown flag, or a value that is not allowed.
         CheckpointError: `--resume` names something that cannot be resumed.
@@ -364,11 +456,34 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         require(resume != "", "resume", "empty", "a checkpoint or a run folder")
         defaults = _inherited(kind, *load_checkpoint(resume, algo))
     elif preset is not None:
-        require(preset in (presets or {}), "preset", preset, f"one of {', '.join(presets or {})}")
-        defaults = {"preset": preset, **(presets or {})[preset]}
+        defaults = {"preset": preset, **_preset(kind, preset, presets or {"default": {}})}
     args = kind(**_parse_flags(kind, defaults))
     args.check_machine()
+    if args.seeds > 1:
+        from fabricrl.sweep import run_seeds  # the commands around the scripts import what scripts do without
+
+        sys.exit(run_seeds(args.seed, args.seeds, args.jobs, args.log_dir))
     return args
+
+
+def _preset(kind: type[StandardArgs], name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The defaults of a preset; `tuned` looks into the algorithm's presets.toml for the environment.
+
+    Raises:
+        ConfigError: there is no such preset, or none for the environment.
+    """
+    if name != "tuned":
+        require(name in presets, "preset", name, f"one of {', '.join([*presets, 'tuned'])}")
+        return presets[name]
+    env_id = _early("--env-id") or kind.env_id
+    if env_id.startswith("ALE/") and "atari" in presets:
+        return presets["atari"] | {"env_id": env_id}
+    path = Path(sys.modules[kind.__module__].__file__ or "").with_name("presets.toml")
+    tuned = tomllib.loads(path.read_text()) if path.exists() else {}
+    family = re.sub(r"-v\d+$", "", env_id)
+    require(family in tuned, "preset", name, f"another one: {env_id} is not tuned; {', '.join(tuned) or 'nothing'} is")
+    settings = {field: tuple(value) if isinstance(value, list) else value for field, value in tuned[family].items()}
+    return settings | {"env_id": env_id}
 
 
 def _inherited(kind: type[StandardArgs], state: dict[str, Any], found: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,13 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.args import parse
+from fabricrl.algos.args import check_sizes, parse, run_name
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.data import Replay, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.spaces import describe
-from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
+from fabricrl.envs.backends import info_keys
+from fabricrl.envs.structure import check_spaces, structure_of
+from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
 from fabricrl.utils.device import to_device, to_host
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
@@ -66,7 +68,9 @@ class Run:
 
     Attributes:
         args: the arguments; fabric: Lightning's, or the `Group` of a decoupled script.
-        obs_space, action_space: of a single environment.
+        spaces: of a single environment; obs_space, action_space: those that the agent knows; mask_size: of its action
+            masks, 0 if there are none.
+        masks: actions that are allowed after a reset, [N, mask_size], or None.
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: generators of action noise and of training, different on every rank.
@@ -74,11 +78,14 @@ class Run:
         updates: compiles and captures updates.
         episodes, losses, clock: statistics for the log; charts: further ones for the next entry alone.
         generators: states for the next checkpoint, of all ranks; None: of those generators that this run has.
+        trainers: those of a decoupled script, if this is its player; else None.
         exit_code: 0, or that of the signal that ends the run.
 
     Raises:
         RunError: here and later, on all ranks at once.
     """
+
+    trainers: Any = None
 
     def __init__(
         self, args: Any, algo: str, action_spaces: tuple[type[Space], ...], bounded: bool = False, images: bool = False
@@ -87,9 +94,11 @@ class Run:
         if args.compile:
             check_compiler()
         video_mode = "rgb_array" if args.capture_video else None
+        self.spaces = check_env(args, action_spaces, video_mode, bounded, images)
         self.action_space: Any  # one of `action_spaces`
-        self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
+        self.obs_space, self.action_space, self.mask_size, _ = self.spaces
         self.path: Path | None
+        check_sizes(args, algo, self.obs_space, self.action_space)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
         with reading(self.path):
             self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
@@ -101,7 +110,7 @@ class Run:
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
         self._signals.can_save = True
-        self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+        self.episodes, self.losses = EpisodeStatistics(args.num_envs, info_keys(args)), MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}
         self._parts: dict[str, Any] = {}
@@ -109,7 +118,8 @@ class Run:
         self._optimizers: list[Adam] = []
         self._contexts = ExitStack()
         self._envs: VectorEnv | None = None
-        self._hinted = False
+        self._hinted = self._missed = False
+        self.masks: np.ndarray | None = None
         self._folder: RunFolder | None = None
         self._evaluation: Evaluation | None = None
         self._evaluated_step = self.first_step
@@ -127,7 +137,8 @@ class Run:
         require(acts, "player_device", args.player_device, "cpu or auto where the run trains on the CPU")
         if self.state:
             check_batch(self.state, args, fabric.world_size)
-            check_spaces(self.state["spaces"], describe(self.obs_space, self.action_space))
+            with reading(self.path):
+                check_spaces(self.state, self.spaces)
         self.join(fabric)
         return self
 
@@ -162,10 +173,16 @@ class Run:
         """This rank's environments, which may record videos in the run's folder; beside them those of evaluations."""
         videos = self._made_folder().videos
         with self.together():
-            self._envs = make_envs(self.args, self.fabric.global_rank, videos)
+            masked = self.mask_size > 0
+            self._envs = make_envs(self.args, self.fabric.global_rank, videos, masked)
             if self.args.eval_every > 0:
-                self._evaluation = Evaluation(self.args, self.algo, self.fabric, self._envs)
+                self._evaluation = Evaluation(self.args, self.algo, self.fabric, self._envs, masked)
         return self._envs
+
+    @property
+    def env_spaces(self) -> SimpleNamespace:
+        """Spaces under the names that `make_agent` asks environments for, on a rank that has none."""
+        return SimpleNamespace(single_observation_space=self.obs_space, single_action_space=self.action_space)
 
     @property
     def skips(self) -> bool:
@@ -180,7 +197,8 @@ class Run:
 
     def _made_folder(self) -> RunFolder:
         if self._folder is None:
-            self._folder = RunFolder(self.fabric, self.args, self.algo, self.path, self.first_step)
+            name = run_name(self.args, self.algo)
+            self._folder = RunFolder(self.fabric, self.args, self.algo, name, self.path, self.first_step)
         return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
@@ -198,7 +216,8 @@ class Run:
         """Names the modules and optimizers that checkpoints hold, and loads their state if the run resumes one."""
         self._parts |= parts
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
-        if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and hasattr(self.args, "num_steps"):
+        acts_in_rollouts = self._envs is not None and hasattr(self.args, "num_steps")
+        if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and acts_in_rollouts:
             self.player_device = self._faster_device(parts["agent"])  # weights move once a rollout
         if not self.state:
             return
@@ -231,10 +250,11 @@ class Run:
         self._folder.start()
         with self.together():
             seeds: Any = env_seeds(args.seed, rank, args.num_envs, self.first_step)  # Gymnasium's types know no list
-            obs, _ = self._envs.reset(seed=seeds)
+            obs, infos = self._envs.reset(seed=seeds)
             if obs.dtype.kind == "f" and not np.isfinite(obs).all():
                 raise NonFiniteError("first observation is not finite")
         check_ranks(self.fabric, self._parts["agent"], torch.as_tensor(obs))
+        self.masks = infos.get("action_mask")
         self.state = {}  # a replay buffer in it may be large
         self.clock.restart()
         return obs
@@ -308,7 +328,7 @@ class Run:
         self._player.load_state_dict(state)
         return self._player
 
-    def act(self, player: Any, *inputs: Tensor) -> Any:
+    def act(self, player: Any, *inputs: Tensor | None) -> Any:
         """What `player.act` makes of inputs from anywhere, as one CUDA graph if it acts on a GPU; it stays there."""
         act = player.act
         if self.player_device.type == "cpu" and not self.captures:
@@ -317,7 +337,7 @@ class Run:
             if player not in self._acts:
                 self._acts[player] = self.captured(act)
             act = self._acts[player]
-        return act(*(to_device(tensor, self.player_device) for tensor in inputs))
+        return act(*(t if t is None else to_device(t, self.player_device) for t in inputs))
 
     def on_host(self, values: Tensor) -> Tensor:
         """Brings values to the CPU: the one wait for a GPU in a step.
@@ -337,15 +357,18 @@ class Run:
         """Tells if all that was watched was finite; this waits for a GPU."""
         return self._health is None or not to_host(self._health)[0].item()
 
-    def _acting_inputs(self, agent: Any) -> list[Tensor]:
-        """Something to act on: observations, the memory if it has one, and noise."""
+    def _acting_inputs(self, agent: Any) -> list[Tensor | None]:
+        """Something to act on: observations, the memory if it has one, noise, and on-policy the mask of actions."""
         assert self._envs is not None
         num_envs, space = self.args.num_envs, self.obs_space
         kind = torch.uint8 if space.dtype == np.uint8 else torch.float32
         shape = num_envs, *getattr(agent, "obs_shape", space.shape)
-        inputs = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", kind))]
+        inputs: list[Tensor | None] = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", kind))]
         inputs += [torch.zeros(num_envs, agent.memory_size)] if hasattr(agent, "memory_size") else []
-        return [*inputs, agent.head.noise((num_envs,), torch.Generator().manual_seed(0))]
+        inputs.append(agent.head.noise((num_envs,), torch.Generator().manual_seed(0)))
+        if not hasattr(self.args, "num_steps"):
+            return inputs
+        return [*inputs, torch.ones(num_envs, self.mask_size, dtype=torch.bool) if self.mask_size else None]
 
     def _faster_device(self, agent: Any) -> torch.device:
         """The device on which the agent acts faster, the CPU or the one that trains; says so."""
@@ -428,7 +451,7 @@ class Run:
         """
         with self.together():
             self.losses.update(self.look())
-        self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped)
+        self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
         self.clock.lap("comm")
         self._advance()
 
@@ -443,11 +466,15 @@ class Run:
         if self.fabric.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
         if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
-            self.episodes.flush(self.fabric)
+            self.episodes.flush(self.fabric, self._take_infos())
             with self.together():
                 self.losses.update(self.look())
         self.clock.lap("comm")
         self._advance()
+
+    def _take_infos(self) -> np.ndarray | None:
+        """Numbers that environments have reported at the ends of episodes since the last call, [E, K]."""
+        return None if self._envs is None else self._envs.take_episode_infos()  # type: ignore[attr-defined]
 
     @property
     def has_noted_much(self) -> bool:
@@ -543,7 +570,10 @@ class Run:
         """Logs charts, and beside them episodes, losses, speed and where the time went since the last entry."""
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
+        if self.episodes.returns:
+            speed["charts/return_mean"] = self.episodes.mean_return
         self._hint()
+        self._warn_of_missing_infos()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
         self._folder.log(charts | self.charts | speed | numbers | self._eval_charts, self.global_step)
         self.charts, self._eval_charts = {}, {}
@@ -561,6 +591,17 @@ class Run:
             self._hinted = True
             print(f"hint: {text}", file=sys.stderr, flush=True)
 
+    def _warn_of_missing_infos(self) -> None:
+        """Says once, after the first episodes, which of `info_keys` none of them had."""
+        if self._missed or self.fabric.global_rank > 0 or not self.episodes.ended:
+            return
+        self._missed = True
+        missing = [key for key in self.args.info_keys if key not in self.episodes.told]
+        if missing:
+            count = f"{self.episodes.ended} episode{'s' * (self.episodes.ended > 1)}"
+            text = f"--info-keys {' '.join(missing)}: no such number was in the infos at the end of {count}"
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
     @property
     def checkpoint_is_due(self) -> bool:
         """True if this iteration ends in a checkpoint, or may, as long as an evaluation is due; the last one does."""
@@ -568,21 +609,25 @@ class Run:
         best = self.evaluation_is_due or self._score > self._folder.best_return
         return self._folder.wants_checkpoint(self.global_step, self.is_last) or (best and self.args.save_model)
 
-    def checkpoint(self, rb: Replay | None = None, shards: int = 0, **parts: Any) -> None:
+    def checkpoint(self, rb: Replay | None = None, **parts: Any) -> None:
         """Saves the parts that `restore` has named, if a checkpoint is due.
 
         Args:
-            rb: this rank's replay buffer, which is saved unless the arguments say otherwise.
-            shards: replay buffers that a decoupled script's trainers have saved.
+            rb: this rank's replay buffer, which is saved unless the arguments say otherwise; trainers save theirs.
             parts: what else there is with a `state_dict`.
         """
         if self.checkpoint_is_due:
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
-            values: dict[str, Any] = {"shards": shards} if shards else {}
+            state["generators"] = self.generators
             if self.generators is None:
-                values["generators"] = rank_generators(self.fabric, self.act_rng, self.train_rng)
-            state |= {"generators": self.generators} | values
-            self.save(state, self.shard(rb) if rb is not None and self.args.checkpoint_buffer else None)
+                state["generators"] = rank_generators(self.fabric, self.act_rng, self.train_rng)
+            shard = None
+            if rb is not None and self.args.checkpoint_buffer:
+                if self.trainers is None:
+                    shard = self.shard(rb)
+                else:
+                    state["shards"] = self.trainers.count
+            self.save(state, shard)
         self.clock.lap("log")
 
     def shard(self, rb: Replay) -> dict[str, Any]:
@@ -593,6 +638,7 @@ class Run:
     def save(self, state: dict[str, Any], shard: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint now, of this state and what every run has."""
         assert self._folder is not None
-        own = {"spaces": describe(self.obs_space, self.action_space), "episodes": self.episodes.state_dict()}
+        spaces = {"obs": structure_of(self.spaces.given), "actions": structure_of(self.action_space)}
+        own = {"spaces": spaces, "mask_size": self.mask_size, "episodes": self.episodes.state_dict()}
         mean_return = self.episodes.mean_return if self._evaluation is None else self._score
         self._folder.save(self.global_step, mean_return, own | state, shard)

@@ -1,7 +1,7 @@
 """Rollouts, replay, and the batches that are drawn from them."""
 
 from fabricrl.data.batches import minibatches, shuffled, with_moments
-from fabricrl.data.buffers import RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, StackedFrames
+from fabricrl.data.buffers import NewestSteps, RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, StackedFrames
 from fabricrl.data.device_buffer import DeviceReplayBuffer
 from fabricrl.utils.batch import Batch
 
@@ -10,6 +10,7 @@ Replay = ReplayBuffer | DeviceReplayBuffer
 __all__ = [
     "Batch",
     "DeviceReplayBuffer",
+    "NewestSteps",
     "RecurrentRolloutBuffer",
     "Replay",
     "ReplayBuffer",

@@ -64,7 +64,8 @@ def minibatches(data: Batch, epoch: Batch, norm_adv: bool) -> Iterator[Batch]:
         norm_adv: normalise advantages.
     """
     later = ("obs", "states", "counts")
-    columns = {name: column[epoch.rows] for name, column in data.columns.items() if name not in later}
+    there = {name: column for name, column in data.columns.items() if column is not None and name not in later}
+    columns = {name: column[epoch.rows] for name, column in there.items()}
     if norm_adv:
         columns["advantages"] = (columns["advantages"] - epoch.mean) / (epoch.deviation + 1e-8)
     if data.counts is not None:

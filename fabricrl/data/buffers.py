@@ -38,12 +38,14 @@ class RolloutBuffer:
         obs: [T + 1, N, R]; actions: [T, N, A]; rewards: [T, N], as the environment gave them;
         terminated, truncated: [T, N], bool; terminated also where a life was lost, if the environment reports it;
         ends: [T, N], ends of episodes, not of lives;
+        allowed: [T + 1, N, S], bool, the masks of the actions that were allowed at each step; None if there are none;
         skipped: [T, N], steps that only reset an environment, as some do after an episode: they belong to none.
 
     Args:
         obs_space: a single environment's, one row R; records stay bytes, everything else becomes float32.
         frame_stack: S.
         skips: environments may have steps that only reset.
+        mask_size: S; 0 if environments have no masks.
         device: where the rollout is learned from; for a GPU, memory is pinned.
     """
 
@@ -56,6 +58,7 @@ class RolloutBuffer:
         action_dtype: torch.dtype,
         frame_stack: int = 1,
         skips: bool = False,
+        mask_size: int = 0,
         device: torch.device = CPU,
     ) -> None:
         self.num_envs, self.frame_stack, self.skips = num_envs, frame_stack, skips
@@ -67,6 +70,8 @@ class RolloutBuffer:
         self.actions = torch.zeros(*steps, num_actions, dtype=action_dtype, pin_memory=pin)
         self.rewards = torch.zeros(steps, pin_memory=pin)
         self.terminated, self.truncated, self.skipped, self.ends = torch.zeros(4, *steps, dtype=torch.bool)
+        masked = torch.ones(num_steps + 1, num_envs, mask_size, dtype=torch.bool, pin_memory=pin)
+        self.allowed = masked if mask_size > 0 else None
         self.obs_rows = self.obs.unbind()  # T + 1 views [N, R], made once
         self._obs, self._actions = self.obs.numpy(), self.actions.numpy()
         self._rewards, self._ends = self.rewards.numpy(), self.ends.numpy()
@@ -77,8 +82,13 @@ class RolloutBuffer:
         self._rows = self.stacks.numpy()
         self._first = np.zeros((num_envs, 1), dtype=np.int64)  # row of `frames` that the running episode began with
 
-    def start(self, obs: np.ndarray | None = None) -> None:
-        """Starts a rollout at `obs` [N, R]: first observations of episodes, or those where the last rollout ended."""
+    def start(self, obs: np.ndarray | None = None, masks: np.ndarray | None = None) -> None:
+        """Starts a rollout at `obs` [N, R]: first observations of episodes, or those where the last rollout ended.
+
+        `masks` [N, S]: actions that are allowed there, if environments have masks.
+        """
+        if self.allowed is not None:
+            self.allowed[0] = self.allowed[-1] if obs is None else torch.as_tensor(masks)
         if obs is None:
             self.frames[: self.frame_stack] = self.frames[-self.frame_stack :].clone()
             self._first -= len(self.actions)
@@ -118,6 +128,8 @@ class RolloutBuffer:
         self._terminated[t] = terminated
         self._truncated[t] = truncated
         self._ends[t] = ended = terminated | truncated
+        if self.allowed is not None:
+            self.allowed[t + 1] = torch.from_numpy(infos["action_mask"])
         if "life_lost" in infos:
             self._terminated[t] |= infos["life_lost"]
         if truncated.any():
@@ -140,6 +152,14 @@ class RolloutBuffer:
     def counts(self, device: torch.device) -> Tensor | None:
         """1 where a step can be learned from, 0 where it only reset, [T N]; None: there are no such steps."""
         return to_device((~self.skipped).flatten().float(), device) if self.skips else None
+
+    def mask(self, t: int, device: torch.device) -> Tensor | None:
+        """The actions that are allowed at step t, [N, S]; None if environments have no masks."""
+        return None if self.allowed is None else to_device(self.allowed[t], device)
+
+    def masks(self, device: torch.device) -> Tensor | None:
+        """Those of the whole rollout, [T N, S]."""
+        return None if self.allowed is None else to_device(self.allowed[:-1].flatten(0, 1), device)
 
     def inputs(
         self, prepare: Callable[[Tensor], Tensor], device: torch.device
@@ -246,18 +266,20 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         memory_size: int,
         frame_stack: int = 1,
         skips: bool = False,
-        device: torch.device = CPU,
         player_device: torch.device = CPU,
+        mask_size: int = 0,
+        device: torch.device = CPU,
     ) -> None:
-        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, frame_stack, skips, device)
+        rest = frame_stack, skips, mask_size, device
+        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, *rest)
         pin = pinned(device) and not pinned(player_device)
         self.memory = torch.zeros(num_steps + 1, num_envs, memory_size, device=player_device, pin_memory=pin)
         self.memory_rows = self.memory.unbind()
         self._final_memory: list[Tensor] = []
 
-    def start(self, obs: np.ndarray | None = None) -> None:
+    def start(self, obs: np.ndarray | None = None, masks: np.ndarray | None = None) -> None:
         """Starts a rollout; clears memory if `obs` are first observations, keeps it where the last rollout ended."""
-        super().start(obs)
+        super().start(obs, masks)
         self._final_memory.clear()
         self.memory[0] = self.memory[-1] if obs is None else 0.0
 
@@ -501,6 +523,55 @@ class ReplayBuffer:
         slot = self._free.pop()
         self._finals[slot] = next_obs
         self._columns["final"][row, env] = slot
+
+
+class NewestSteps(ReplayBuffer):
+    """Only the newest steps, on their way to those who keep them.
+
+    Args:
+        most: how many may wait, S.
+
+    Attributes:
+        steps: what was added since `sent` was called, by name, [S, N, ...] each; the first `waiting` count.
+        waiting: how many these are; none: the environments were reset, and `next_obs` [0] are their observations.
+    """
+
+    def __init__(self, most: int, num_envs: int, obs_space: Box, num_actions: int) -> None:
+        super().__init__(num_envs, num_envs, obs_space, num_actions)
+        shape, obs = (most, num_envs), torch.zeros(most, *self.newest_obs().shape, dtype=self.newest_obs().dtype)
+        self.steps = {"actions": torch.zeros(*shape, num_actions), "rewards": torch.zeros(shape)}
+        self.steps |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("terminated", "truncated")}
+        self.steps |= {"next_obs": obs, "final_obs": obs.clone()}
+        self._arrays = {name: column.numpy() for name, column in self.steps.items()}
+        self.waiting = 0
+
+    def sent(self) -> None:
+        """Forgets the steps that were waiting."""
+        self.waiting = 0
+
+    def start(self, obs: np.ndarray) -> None:
+        super().start(obs)
+        self._arrays["next_obs"][0] = self._columns["obs"][self.position]
+
+    def add(
+        self,
+        actions: np.ndarray,
+        next_obs: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        infos: dict[str, Any],
+    ) -> None:
+        super().add(actions, next_obs, rewards, terminated, truncated, infos)
+        arrays, row = self._arrays, self.waiting
+        arrays["actions"][row] = actions
+        arrays["rewards"][row] = rewards
+        arrays["terminated"][row] = terminated
+        arrays["truncated"][row] = truncated
+        arrays["next_obs"][row] = self._columns["obs"][self.position]
+        for env, final_obs in self._ended:
+            arrays["final_obs"][row, env] = final_obs
+        self.waiting += 1
 
 
 Place = tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]

@@ -12,18 +12,22 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from fabricrl.envs.guard import close_problem
+from fabricrl.envs.spaces import env_actions, mask_choices
 from fabricrl.envs.values import Part
+from fabricrl.envs.wrappers import Masks
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
+from fabricrl.utils.extras import missing
 from fabricrl.utils.records import Records
 
 # Values of arguments that an algorithm, or an older checkpoint, does not have
@@ -52,12 +56,48 @@ def option(args: Any, name: str) -> Any:
     return getattr(args, name, TIMEOUT if name == "timeout" else DEFAULTS[name])
 
 
+def info_keys(args: Any) -> tuple[str, ...]:
+    """Names of the numbers that are read from an environment's infos at the end of an episode."""
+    return tuple(dict.fromkeys(("is_success", *getattr(args, "info_keys", ()))))
+
+
+def episode_infos(infos: dict[str, Any]) -> np.ndarray | None:
+    """The numbers that environments have told at the ends of episodes in this step, [N, K], NaN where there is none.
+
+    Returns None if no environment has told any.
+    """
+    final = infos.get("final_info")
+    if final is None or "episode_info" not in final:
+        return None
+    return np.where(final["_episode_info"][:, None], final["episode_info"], np.nan)
+
+
+def batched_infos(keys: Sequence[str], given: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
+    """Converts infos that are arrays [N], as vector environments return them, for `episode_infos`.
+
+    Args:
+        ended: [N], which episodes ended with this step.
+    """
+    rows = np.full((len(ended), len(keys)), np.nan)
+    for column, key in enumerate(keys):
+        values = np.asarray(given.get(key, np.nan))
+        if values.shape == ended.shape and values.dtype.kind in "biuf":
+            rows[:, column] = np.where(ended & given.get(f"_{key}", True), values, np.nan)
+    there = ~np.isnan(rows).all(1)
+    return {"final_info": {"episode_info": rows, "_episode_info": there}} if there.any() else {}
+
+
 def check_backend(args: Any, env: gym.Env) -> None:
     """Builds the native or EnvPool back end that `args.vectorization` names, compares it with `env`, and discards it.
 
     Raises:
         ConfigError: the back end does not have this environment with these arguments.
     """
+    if args.vectorization == "async" and args.num_envs > (most := most_workers()):
+        raise ConfigError(
+            f"--num-envs is {args.num_envs}: with --vectorization async it must be at most {most}, each takes one of "
+            "the files that a process may have open (ulimit -n)"
+        )
     if args.vectorization not in ("native", "envpool"):
         return
     if args.vectorization == "envpool" and getattr(args, "check_spaces", False):
@@ -80,7 +120,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
         close_problem(NativeVectorEnv(args, env).close)
         return
     if importlib.util.find_spec("envpool") is None:
-        raise ConfigError("--vectorization envpool needs a package that is not installed: pip install -e '.[envpool]'")
+        raise missing("--vectorization envpool", "envpool")
     import envpool  # here, as it takes a moment and few runs need it
 
     name = _envpool_id(args.env_id)
@@ -96,14 +136,15 @@ def check_backend(args: Any, env: gym.Env) -> None:
     EnvPoolVectorEnv(args, env).close()
 
 
-def choose(args: Any, env: gym.Env) -> str:
+def choose(args: Any, env: gym.Env, masked: bool = False) -> str:
     """Chooses for `--vectorization auto`: native if it exists and pays off, else the faster of sync and async, for
-    which it steps `env` for a moment. An environment that fails here will fail again later, where that is reported."""
+    which it steps `env` for a moment. An environment that fails here will fail again later, where that is reported.
+    Environments that are `masked` are not native: few of those tell their masks."""
     wrapped = env.unwrapped.observation_space.shape != env.observation_space.shape  # packed or flattened
     plain = not wrapped and all(option(args, name) == default for name, default in DEFAULTS.items())
     # A replay buffer, which has no `num_steps`, has no room for rows that only reset
     rollouts = hasattr(args, "num_steps") and _fills_minibatches(args)
-    if rollouts and plain and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
+    if rollouts and plain and not masked and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
         with contextlib.suppress(ConfigError, EnvError):  # its arguments or spaces are others: not for us
             close_problem(NativeVectorEnv(args, env).close)
             return "native"
@@ -115,29 +156,48 @@ def choose(args: Any, env: gym.Env) -> str:
     if min(args.num_envs, cores) == 1:
         return "sync"
     saved = 1 - math.ceil(args.num_envs / cores) / args.num_envs  # share of the steps' time
-    return "async" if _step_seconds(env) * saved > ROUND_TRIP else "sync"
+    apart = args.num_envs <= most_workers() and _step_seconds(env, masked) * saved > ROUND_TRIP
+    return "async" if apart else "sync"
 
 
-def _step_seconds(env: gym.Env) -> float:
+def most_workers() -> int:
+    """The most environments that can have processes of their own: each takes a file of this process, others 64."""
+    try:
+        import resource
+    except ImportError:  # elsewhere than on Unix there is no such limit
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(limit - 64, 0)
+
+
+def _step_seconds(env: gym.Env, masked: bool = False) -> float:
     """Median time of a step with a random action, without resets; 0 if the environment failed."""
     seconds: list[float] = []
     enough = 0.05  # seconds of trial, or five steps, or a second
     try:
         env.action_space.seed(0)
-        env.reset(seed=0)
+        masks, rng = Masks(env) if masked else None, np.random.default_rng(0)
+        _, info = env.reset(seed=0)
         begin = perf_counter()
         while (passed := perf_counter() - begin) < enough or (len(seconds) < 5 and passed < 1.0):
+            action = env.action_space.sample() if masks is None else _allowed_action(env.action_space, masks(info), rng)
             start = perf_counter()
-            *_, terminated, truncated, _ = env.step(env.action_space.sample())
+            *_, terminated, truncated, info = env.step(action)
             seconds.append(perf_counter() - start)
             if terminated or truncated:
-                env.reset()
+                _, info = env.reset()
     except RunError:  # what it returns does not fit: it will be told, with a name
         return 0.0
     except Exception as error:
         print(f"warning: environment failed in a trial: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 0.0
     return float(np.median(seconds))
+
+
+def _allowed_action(space: Space, mask: np.ndarray, rng: np.random.Generator) -> Any:
+    """Draws an action that the mask allows."""
+    parts = np.split(mask, np.cumsum(mask_choices(space))[:-1])
+    return env_actions(space, np.array([[rng.choice(np.flatnonzero(part)) for part in parts]]))[0]
 
 
 def _is_native(env_id: str) -> bool:
@@ -163,13 +223,14 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
 
     Args:
         env: one environment with the same id and arguments, as a script sees it.
+        masked: whether it has action masks, which must be in the infos of all resets and steps then.
 
     Raises:
         ConfigError: the arguments do not fit, or the native form has other spaces.
         EnvError: it cannot be built; later, `reset` or `step` returned what its spaces do not allow.
     """
 
-    def __init__(self, args: Any, env: gym.Env) -> None:
+    def __init__(self, args: Any, env: gym.Env, masked: bool = False) -> None:
         try:
             kwargs = json.loads(args.env_kwargs)
             envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode="vector_entry_point", **kwargs)
@@ -196,19 +257,21 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
         self._check_all = getattr(args, "check_spaces", False)
         self._next_step = mode == AutoresetMode.NEXT_STEP
         self._ended = np.zeros(args.num_envs, dtype=bool)
+        self._keys = info_keys(args)
+        self._choices = mask_choices(env.action_space) if masked else []
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
         """Starts new episodes; the first of a list of seeds seeds all."""
         self._ended[:] = False
-        obs, _ = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
-        return self._checked("reset", obs, True), {}
+        obs, given = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
+        return self._checked("reset", obs, True), self._masks("reset", given)
 
     def step(self, actions: Any) -> tuple:
         obs, rewards, terminated, truncated, given = self.env.step(actions)
         columns = {"rewards": rewards, "terminated": terminated, "truncated": truncated}
         obs = self._checked("step", obs, self._check_all)
         self._check_columns(columns)
-        infos: dict[str, Any] = {}
+        infos = self._masks("step", given)
         if self._next_step:
             skipped, infos["final_obs"] = self._ended, obs
             if skipped.any():
@@ -220,7 +283,21 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
             if "final_obs" not in given:
                 raise EnvError("the native environments ended episodes without `final_obs` in their infos")
             infos["final_obs"] = given["final_obs"]
+        if (ended := terminated | truncated).any():
+            infos |= batched_infos(self._keys, given if self._next_step else given.get("final_info", {}), ended)
         return obs, rewards, terminated, truncated, infos
+
+    def _masks(self, call: str, given: dict[str, Any]) -> dict[str, Any]:
+        """The masks [N, S]. Where an episode has just ended, the next step only resets, whatever they say."""
+        if not self._choices:
+            return {}
+        shape = len(self._ended), sum(self._choices)
+        if getattr(given.get("action_mask"), "shape", None) != shape:
+            raise EnvError(
+                f"the native environments returned no action masks of shape {shape} from {call}; --vectorization sync "
+                "asks each environment"
+            )
+        return {"action_mask": np.asarray(given["action_mask"], bool)}
 
     def _checked(self, call: str, obs: Any, everything: bool) -> np.ndarray:
         """Checks that values are [N, ...], as the spaces promise; a buffer would broadcast any other shape."""
@@ -259,6 +336,7 @@ class EnvPoolVectorEnv(VectorEnv):
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self._name, self._kwargs = _envpool_id(args.env_id), json.loads(args.env_kwargs)
         self._life_loss = option(args, "life_loss")
+        self._keys = info_keys(args)
         if args.env_id.startswith("ALE/"):
             spec = env.spec.kwargs if env.spec else {}
             self._kwargs = _atari_settings(args, spec) | {k: v for k, v in self._kwargs.items() if k not in ATARI_WORDS}
@@ -296,7 +374,9 @@ class EnvPoolVectorEnv(VectorEnv):
         self._steps += 1
         # By its own limit EnvPool says of an episode that ends with the last step that is allowed only that it was cut
         truncated = self._steps >= self._limit
-        obs, infos = self._obs(obs), {}
+        obs, infos = self._obs(obs), dict[str, Any]()
+        if (terminated | truncated).any():
+            infos |= batched_infos(self._keys, info, terminated | truncated)
         if self._life_loss:
             infos["life_lost"] = info["lives"] < self._lives
             self._lives = info["lives"].copy()

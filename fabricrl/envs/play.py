@@ -7,10 +7,11 @@ import numpy as np
 from gymnasium.spaces import Space
 from gymnasium.vector import VectorEnv
 
+from fabricrl.envs.backends import episode_infos
+from fabricrl.envs.rows import floats_in
 from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.records import Records
 
-Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
+Policy = Callable[..., Any]
 
 
 class Episodes(NamedTuple):
@@ -18,17 +19,22 @@ class Episodes(NamedTuple):
 
     Attributes:
         returns, lengths: [E].
+        infos: what environments have told at their ends, by name: [E], NaN where there was nothing.
     """
 
     returns: np.ndarray
     lengths: np.ndarray
+    infos: dict[str, np.ndarray]
 
     def summary(self) -> dict[str, float | int]:
-        """Mean, standard deviation over episodes, minimum and maximum of returns and lengths, and their number."""
+        """Mean, standard deviation over episodes, minimum and maximum of returns and lengths, and their number; of what
+        environments have told the mean, over the episodes that have it."""
         result: dict[str, float | int] = {}
         for name, values in (("return", self.returns), ("length", self.lengths)):
             result |= {f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std())}
             result |= {f"{name}_min": values.min().item(), f"{name}_max": values.max().item()}
+        told = {f"{key}_mean": values[~np.isnan(values)] for key, values in self.infos.items()}
+        result |= {name: float(values.mean()) for name, values in told.items() if len(values)}
         return result | {"episodes": len(self.returns)}
 
 
@@ -42,7 +48,8 @@ def play(
 
     Args:
         envs: environments that reset in the step that ends an episode (SAME_STEP).
-        policy: maps observations [N, R], and rewards and dones [N] of the step before, to actions for `envs.step`.
+        policy: maps observations [N, R], and rewards and dones [N] of the step before, to actions for `envs.step`. It
+            is also given the masks [N, S] of the actions that are allowed, where environments have masks.
         seed: of environment 0; environment i has `seed + i`.
         after_step: called after each step of the environments with the number of episodes that it has ended.
 
@@ -54,28 +61,33 @@ def play(
     running, steps = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
     returns: list[float] = []
     lengths: list[int] = []
-    obs, _ = envs.reset(seed=seed)
+    keys = getattr(envs, "keys", ())
+    told: list[np.ndarray] = []
+    obs, infos = envs.reset(seed=seed)
     _check_finite(obs, np.zeros(envs.num_envs), envs.single_observation_space)
     rewards, dones = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     while quota.any():
-        obs, rewards, terminated, truncated, _ = envs.step(policy(obs, rewards, dones))
+        masks = [infos["action_mask"]] if "action_mask" in infos else []
+        obs, rewards, terminated, truncated, infos = envs.step(policy(obs, rewards, dones, *masks))
         _check_finite(obs, rewards, envs.single_observation_space)
         dones = terminated | truncated
         running, steps = running + rewards, steps + 1
         ended = np.flatnonzero(dones & (quota > 0))
+        rows = episode_infos(infos) if len(ended) and keys else None
         for i in ended:
+            told.append(np.full(len(keys), np.nan) if rows is None else rows[i])
             returns.append(float(running[i]))
             lengths.append(int(steps[i]))
             quota[i] -= 1
         running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
         after_step(len(ended))
-    return Episodes(np.array(returns), np.array(lengths))
+    columns = np.array(told).reshape(len(told), len(keys)).T
+    return Episodes(np.array(returns), np.array(lengths), dict(zip(keys, columns, strict=True)))
 
 
 def _check_finite(obs: np.ndarray, rewards: np.ndarray, space: Space) -> None:
     """Raises NonFiniteError if there is NaN or infinity: the returns would be worth nothing."""
-    floats = obs[:, : 4 * space.num_floats].view(np.float32) if isinstance(space, Records) else obs
-    for name, values in (("reward", rewards), ("observation", floats)):
+    for name, values in (("reward", rewards), ("observation", floats_in(obs, space))):
         if not np.isfinite(values).all():
             bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
             raise NonFiniteError(f"{name} of environment {np.flatnonzero(bad)[0]} is not finite")

@@ -1,6 +1,6 @@
 """Checks of observation and action spaces, and conversion of actions for the environment."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, flatdim
@@ -8,9 +8,26 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sp
 from fabricrl.utils.errors import ConfigError, NonFiniteError
 
 SMALLEST_IMAGE = 36  # pixels a side; NatureCNN's three layers need as many
+MOST_NUMBERS = 50_000_000  # of an observation or action
 LARGEST_GRID = 16  # pixels a side from which an array with channels counts as an image
 VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
 SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
+
+
+class Spaces(NamedTuple):
+    """Spaces of one environment.
+
+    Attributes:
+        obs: of the rows that agents take.
+        actions: as the environment has them.
+        mask_size: S, of masks over actions; 0 if there are none.
+        given: of observations as the environment gives them, an Atari game as AtariPreprocessing does.
+    """
+
+    obs: Any
+    actions: Any
+    mask_size: int
+    given: Any
 
 
 def check_observation_space(space: Space, images: bool = True) -> None:
@@ -30,8 +47,7 @@ def check_observation_space(space: Space, images: bool = True) -> None:
                 raise ConfigError(f"observation space {space} has an unsupported part {key!r}: {part}; {advice}")
     elif not isinstance(space, VECTOR_SPACES):
         raise ConfigError(f"observation space {space} is not supported; {SUPPORTED}")
-    if not flatdim(space):
-        raise ConfigError(f"observation space {space} is empty")
+    _check_size("observation", space)
 
 
 def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None:
@@ -40,10 +56,19 @@ def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None
     if not isinstance(space, supported):
         names = ", ".join(kind.__name__ for kind in supported)
         raise ConfigError(f"action space {space} is not supported; supported are {names}")
-    if not flatdim(space):
-        raise ConfigError(f"action space {space} is empty")
+    _check_size("action", space)
     if isinstance(space, Box) and not np.issubdtype(space.dtype, np.floating):
         raise ConfigError(f"action space {space} is not supported: a Box must be of real numbers, not {space.dtype}")
+
+
+def _check_size(what: str, space: Space) -> None:
+    """Raises ConfigError if the space is empty, or a network could have no input or output for each of its numbers."""
+    if not (size := flatdim(space)):
+        raise ConfigError(f"{what} space {space} is empty")
+    if size > MOST_NUMBERS:
+        text = text_of(space)
+        text = text if len(text) < 200 else f"{text[:200]}..."
+        raise ConfigError(f"{what} space {text} has {size} numbers, discrete ones as one-hot: at most {MOST_NUMBERS}")
 
 
 def _check_origin(what: str, space: Any) -> None:
@@ -120,6 +145,19 @@ def left_out_texts(names: list[Any], space: Space) -> list[str]:
     return [f"notice: text in observations is left out ({which}); --obs-keys {keys} silences this"]
 
 
+def mask_choices(space: Space) -> list[int]:
+    """The parts of a mask over a single action space: how many entries there are for each variable.
+
+    A mask has one entry for each choice, True where it is allowed, as sb3-contrib has them: all choices of a variable,
+    then those of the next; of a bit first 0, then 1. Spaces that cannot be masked have none.
+    """
+    if isinstance(space, Discrete):
+        return [int(space.n)]
+    if isinstance(space, MultiDiscrete):
+        return [int(n) for n in space.nvec.reshape(-1)]
+    return [2] * int(np.prod(space.shape)) if isinstance(space, MultiBinary) else []
+
+
 def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     """Converts actions [N, A] of a policy to those that `envs.step` takes; `space` is a single environment's.
 
@@ -148,11 +186,6 @@ def rescale_actions(space: Box, actions: np.ndarray) -> np.ndarray:
     _check_finite(actions)
     share = (actions.astype(np.float64).reshape(-1, *space.shape) + 1) / 2
     return np.clip((1 - share) * space.low + share * space.high, space.low, space.high).astype(space.dtype)
-
-
-def describe(observation_space: Space, action_space: Space) -> dict[str, str]:
-    """A single environment's spaces as a checkpoint stores them and as messages print them."""
-    return {"obs": text_of(observation_space), "actions": text_of(action_space)}
 
 
 def text_of(space: Any) -> str:

@@ -18,10 +18,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.spaces import Box, Space
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from fabricrl.envs.backends import DEFAULTS, TIMEOUT, EnvPoolVectorEnv, NativeVectorEnv, check_backend, choose, option
+from fabricrl.envs.backends import (
+    DEFAULTS,
+    TIMEOUT,
+    EnvPoolVectorEnv,
+    NativeVectorEnv,
+    check_backend,
+    choose,
+    episode_infos,
+    info_keys,
+    option,
+)
 from fabricrl.envs.guard import (
     GRACE,
     VIDEO_GRACE,
@@ -39,12 +50,14 @@ from fabricrl.envs.guard import (
     watched,
 )
 from fabricrl.envs.spaces import (
+    Spaces,
     check_action_space,
     check_bounded,
     check_observation_space,
     image_keys,
     is_flat,
     left_out_texts,
+    mask_choices,
     odd_images,
 )
 from fabricrl.envs.workers import WorkerVectorEnv
@@ -56,10 +69,11 @@ from fabricrl.envs.wrappers import (
     NameFailures,
     PackImages,
     RecordEpisodes,
+    has_masks,
     is_atari,
-    require_opencv,
 )
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
+from fabricrl.utils.extras import missing, require_opencv
 from fabricrl.utils.records import Records
 
 BUILD_STREAM = 3  # of the generators that environments draw from while they are built
@@ -111,7 +125,7 @@ def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
     repeat, noop_max = option(args, "action_repeat"), option(args, "noop_max")
     if option(args, "mask_velocities"):
         env = MaskVelocities(env)
-    if is_atari(env) and (repeat > 1 or noop_max > 0):
+    if _is_prepared_game(args, env):
         grayscale, size = option(args, "grayscale"), option(args, "resize")
         require_opencv("an Atari game with --action-repeat or --noop-max", "atari")
         screen = (160, 210) if size is None else size
@@ -128,11 +142,17 @@ def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
     return LifeLoss(env) if option(args, "life_loss") else env
 
 
-def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
+def _is_prepared_game(args: Any, env: gym.Env) -> bool:
+    """Tells if Gymnasium's AtariPreprocessing makes the observations: each is of two frames of the game."""
+    return is_atari(env) and (option(args, "action_repeat") > 1 or option(args, "noop_max") > 0)
+
+
+def make_envs(args: Any, rank: int, video_folder: Path, masked: bool = False) -> VectorEnv:
     """Makes the `args.num_envs` environments of a rank, which reset in the step that ends an episode (SAME_STEP).
 
     `step` returns the first observation of the next episode; the last one is in `infos["final_obs"]`. Native ones
-    reset a step later, which `infos["skipped"]` marks. `infos["life_lost"]` is there if `args.life_loss`.
+    reset a step later, which `infos["skipped"]` marks. `infos["life_lost"]` is there if `args.life_loss`, and
+    `infos["action_mask"]` [N, S], the actions that are allowed next, if they are `masked`, as `check_env` says.
     Rank 0 records its environment 0 if `args.capture_video`, and prints what `--vectorization auto` has chosen.
 
     Raises:
@@ -143,20 +163,21 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     kind, seconds = args.vectorization, _limit(args)
     if kind == "auto":
         with _passing(args, make_env) as env:
-            kind = choose(args, env)
+            kind = choose(args, env, masked)
         if rank == 0:
             print(f"vectorization: {kind}", file=sys.stderr, flush=True)
     record = args.capture_video and rank == 0
     grace, resumed = VIDEO_GRACE if record else GRACE, getattr(args, "resume", None) is not None
     settings: dict[str, Any] = {"timeout": seconds / 60, "rank": rank, "resumed": resumed, "grace": grace}
+    settings["keys"] = info_keys(args)
     if kind in ("native", "envpool"):
         with _passing(args, make_env) as env:
             return ReportFailures(
-                NativeVectorEnv(args, env) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
+                NativeVectorEnv(args, env, masked) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
             )
     plain, spec = SimpleNamespace(**vars(args)), None if ":" in args.env_id else gym.registry.get(args.env_id)
     makers = [
-        partial(_numbered, plain, index, spec, video_folder if record and index == 0 else None)
+        partial(_numbered, plain, index, spec, video_folder if record and index == 0 else None, masked)
         for index in range(args.num_envs)
     ]
     seeds = [stream_seed(args.seed, rank, BUILD_STREAM, index) for index in range(args.num_envs)]
@@ -168,7 +189,7 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     return ReportFailures(envs, **settings)
 
 
-def make_eval_envs(args: Any, rank: int, num_envs: int, like: VectorEnv) -> VectorEnv:
+def make_eval_envs(args: Any, rank: int, num_envs: int, masked: bool, like: VectorEnv) -> VectorEnv:
     """Makes `num_envs` environments that are played beside those in training, `like`, and have nothing in common with
     them: other seeds, and global generators that are put back.
 
@@ -183,7 +204,7 @@ def make_eval_envs(args: Any, rank: int, num_envs: int, like: VectorEnv) -> Vect
     changed = {"num_envs": num_envs, "vectorization": kind, "capture_video": False, "resume": None}
     changed["seed"] = stream_seed(args.seed, EVAL_STREAM)
     with generators_kept():
-        envs = make_envs(SimpleNamespace(**vars(args) | changed), rank, Path())
+        envs = make_envs(SimpleNamespace(**vars(args) | changed), rank, Path(), masked)
     envs.told = like.told  # type: ignore[attr-defined]  # one warning is enough
     return envs
 
@@ -196,11 +217,12 @@ def _limit(args: Any) -> float:
     return option(args, "timeout") * (30 if torch.distributed.is_initialized() else 60)
 
 
-def _numbered(args: Any, index: int, spec: Any, video_folder: Path | None) -> gym.Env:
+def _numbered(args: Any, index: int, spec: Any, video_folder: Path | None, masked: bool) -> gym.Env:
     """Makes environment `index` of a rank; `spec` registers its id in a process that may not know it."""
     if spec is not None:
         gym.registry[spec.id] = spec
-    return NameFailures(make_env(args, None, video_folder, video_every=args.video_every), index)
+    env = make_env(args, None, video_folder, video_every=args.video_every)
+    return NameFailures(env, index, info_keys(args), masked)
 
 
 def _module_of(env_id: str, spec: Any) -> str:
@@ -264,6 +286,7 @@ class ReportFailures(gym.vector.VectorWrapper):
         grace: seconds for an environment's `close`.
         started: processes that building the environments has started.
         told: warnings printed before; none is printed twice.
+        keys: names of the numbers that environments tell at the ends of episodes.
     """
 
     def __init__(
@@ -275,8 +298,11 @@ class ReportFailures(gym.vector.VectorWrapper):
         grace: float = GRACE,
         started: Iterable[Process] = (),
         told: set[str] | None = None,
+        keys: Sequence[str] = (),
     ) -> None:
         super().__init__(env)
+        self.keys = keys
+        self._episode_infos: list[np.ndarray] = []
         self._rank, self._resumed, self._grace = rank, resumed, grace
         self._started, self.told = set(started), set() if told is None else told
         self._watch = Watch(60 * timeout, self._where, self._end_processes)
@@ -303,9 +329,21 @@ class ReportFailures(gym.vector.VectorWrapper):
     def step(self, actions: Any) -> tuple:
         try:
             with self._watch:
-                return self.env.step(actions)
+                answer = self.env.step(actions)
         except (Exception, Timeout) as error:
             raise self._failure("step", error) from error
+        if (found := episode_infos(answer[-1])) is not None:
+            self._episode_infos.append(found[~np.isnan(found).all(1)])
+        return answer
+
+    def take_episode_infos(self) -> np.ndarray:
+        """The numbers that environments have told at the ends of episodes since the last call: [E, K], NaN if missing.
+
+        E counts the episodes in which one of the K keys was there.
+        """
+        rows = np.concatenate((np.empty((0, len(self.keys))), *self._episode_infos))
+        self._episode_infos.clear()
+        return rows
 
     def close(self, **kwargs: Any) -> None:
         """Closes all environments; also at the end of a process that has failed."""
@@ -407,12 +445,10 @@ def check_env(
     render_mode: str | None,
     bounded: bool = False,
     images: bool = False,
-) -> tuple[Box, Space]:
+) -> Spaces:
     """Builds one environment and discards it, so that mistakes are reported before anything starts.
 
     `bounded`: actions must be a Box with finite bounds; `images`: observations may have images.
-
-    Returns the observation and the action space that `make_envs` will give each environment.
 
     Raises:
         ConfigError: the environment does not exist, has spaces that are not supported, cannot be rendered, or has no
@@ -421,6 +457,7 @@ def check_env(
     """
     with _passing(args, _construct) as env:
         env = _preprocessed(args, env)
+        given = env.observation_space if _is_prepared_game(args, env) else env.get_wrapper_attr("given")
         check_observation_space(env.observation_space, images)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             texts = [f"warning: {text}" for text in odd_images(env.observation_space)]
@@ -439,7 +476,12 @@ def check_env(
         if getattr(args, "norm_obs", False) and isinstance(space, Records) and not space.num_floats:
             raise ConfigError("--norm-obs is set: it normalises numbers, but all observations are images")
         check_backend(args, env)
-        return space, env.action_space
+        masked = has_masks(env)
+        if masked and args.vectorization == "envpool":
+            warn(f"--vectorization envpool: {args.env_id} has action masks, which are not there")
+            masked = False
+        mask_size = sum(mask_choices(env.action_space)) if masked else 0
+        return Spaces(space, env.action_space, mask_size, given)
 
 
 def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
@@ -448,7 +490,7 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
     kwargs = json.loads(env_kwargs) | ({} if render_mode is None else {"render_mode": render_mode})
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         if importlib.util.find_spec("ale_py") is None:
-            raise ConfigError(f"--env-id {env_id} needs a package that is not installed: pip install -e '.[atari]'")
+            raise missing(f"--env-id {env_id}", "atari")
         import ale_py  # which registers its games when it is imported
 
         gym.register_envs(ale_py)
@@ -499,13 +541,13 @@ def _draws_nowhere(env_id: str) -> bool:
 def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
     """Explains to the user why an environment could not be built."""
     text = " ".join(str(error).split())
-    missing = error if isinstance(error, ImportError) else error.__cause__
-    if isinstance(missing, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
-        name = (getattr(missing, "name", None) or "").split(".")[0]
+    absent = error if isinstance(error, ImportError) else error.__cause__
+    if isinstance(absent, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
+        name = (getattr(absent, "name", None) or "").split(".")[0]
         hinted = [extra for extra in EXTRAS.values() if f"gymnasium[{extra}]" in text]  # by Gymnasium itself
         if extra := EXTRAS.get(name) or next(iter(hinted), None):
-            return ConfigError(f"--env-id {env_id} needs a package that is not installed: pip install -e '.[{extra}]'")
-        if type(missing) is ImportError and type(error) is ImportError:
+            return missing(f"--env-id {env_id}", extra)
+        if type(absent) is ImportError and type(error) is ImportError:
             return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
         looked = f"; modules of your own are looked up in {os.getcwd()}" if ":" in env_id else ""
         return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")

@@ -98,7 +98,7 @@ class WorkerVectorEnv(VectorEnv):
 
     def _take_over(self, built: list[Any]) -> None:
         """Takes over the spaces and other properties that all environments share."""
-        obs_space, action_space, metadata, self.render_mode, self._tells_lives = built[0]
+        obs_space, action_space, metadata, self.render_mode, self._tells_lives, self._mask_size, num_keys = built[0]
         for index, (obs, actions, *_) in enumerate(built):
             if (obs, actions) != (obs_space, action_space):
                 raise EnvError(f"environment {index} has {obs} and {actions}, 0 has {obs_space} and {action_space}")
@@ -106,7 +106,8 @@ class WorkerVectorEnv(VectorEnv):
         self.single_observation_space, self.single_action_space = obs_space, action_space
         self.observation_space = batch_space(obs_space, self.num_envs)
         self.action_space = batch_space(action_space, self.num_envs)
-        shared = Shared(self.num_envs, (obs_space.shape, obs_space.dtype), (action_space.shape, action_space.dtype))
+        spaces = (obs_space.shape, obs_space.dtype), (action_space.shape, action_space.dtype)
+        shared = Shared(self.num_envs, *spaces, self._mask_size, num_keys)
         shared.open(self._file)
         self._shared = shared
         for index in range(self.num_envs):
@@ -119,7 +120,7 @@ class WorkerVectorEnv(VectorEnv):
         for index, own in enumerate(seeds):
             self._tell(index, ("reset", (own, options)))
         self._collect("reset")
-        return self._shared.obs, {}
+        return self._shared.obs, self._infos()
 
     def step(self, actions: Any) -> tuple:
         shared = self._shared
@@ -129,13 +130,22 @@ class WorkerVectorEnv(VectorEnv):
                 os.write(pipe.fileno(), STEP)
         self._collect("step")
         terminated, truncated = shared.terminated.copy(), shared.truncated.copy()
-        infos: dict[str, Any] = {"life_lost": shared.life_lost.copy()} if self._tells_lives else {}
+        infos = self._infos()
+        if self._tells_lives:
+            infos["life_lost"] = shared.life_lost.copy()
         ended = terminated | truncated
         if ended.any():
             finals = infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
             for index in np.flatnonzero(ended):
                 finals[index] = shared.final_obs[index].copy()
+            rows = np.where(ended[:, None], shared.episode_info, np.nan)
+            if not np.isnan(rows).all():
+                infos["final_info"] = {"episode_info": rows, "_episode_info": ended}
         return shared.obs, shared.rewards.copy(), terminated, truncated, infos
+
+    def _infos(self) -> dict[str, Any]:
+        """Infos of all steps, as Gymnasium has them."""
+        return {"action_mask": self._shared.action_mask.copy()} if self._mask_size else {}
 
     def close_extras(self, **kwargs: Any) -> None:
         """Asks all workers to close their environments, and kills those that take too long."""
@@ -202,6 +212,7 @@ class Shared:
 
     Attributes:
         obs, final_obs, actions, rewards, terminated, truncated, life_lost: [N, ...]
+        action_mask: [N, S]; episode_info: [N, K], at an episode's end, NaN where there is none.
     """
 
     obs: np.ndarray
@@ -211,12 +222,17 @@ class Shared:
     terminated: np.ndarray
     truncated: np.ndarray
     life_lost: np.ndarray
+    action_mask: np.ndarray
+    episode_info: np.ndarray
 
-    def __init__(self, num_envs: int, obs: tuple[tuple, Any], actions: tuple[tuple, Any]) -> None:
-        self.layout = num_envs, obs, actions
+    def __init__(
+        self, num_envs: int, obs: tuple[tuple, Any], actions: tuple[tuple, Any], mask_size: int = 0, num_keys: int = 0
+    ) -> None:
+        self.layout = num_envs, obs, actions, mask_size, num_keys
         one: tuple[int, ...] = ()
         parts = {"obs": obs, "final_obs": obs, "actions": actions, "rewards": (one, np.float64)}
         parts |= dict.fromkeys(("terminated", "truncated", "life_lost"), (one, np.bool_))
+        parts |= {"action_mask": ((mask_size,), np.bool_), "episode_info": ((num_keys,), np.float64)}
         self._parts = {name: ((num_envs, *shape), np.dtype(kind)) for name, (shape, kind) in parts.items()}
 
     def open(self, file: Any) -> None:
@@ -521,7 +537,9 @@ class _Worker:
             raise EnvError(f"environment {self.index} cannot be built in its process: {_text(error)}") from error
         env = self.env = maker()
         self.lives = env.has_wrapper_attr("tells_lives")
-        return env.observation_space, env.action_space, dict(env.metadata), env.render_mode, self.lives
+        self.masked = getattr(env, "mask_size", 0) > 0  # of our outermost wrapper
+        told = self.lives, getattr(env, "mask_size", 0), len(getattr(env, "keys", ()))
+        return env.observation_space, env.action_space, dict(env.metadata), env.render_mode, *told
 
     def share(self, layout: tuple) -> None:
         self.shared = Shared(*layout)
@@ -532,7 +550,9 @@ class _Worker:
         if seed is not None:
             seed_generators(seed)
         assert self.env is not None
-        self.shared.obs[self.index], _ = self.env.reset(seed=seed, options=options)
+        self.shared.obs[self.index], info = self.env.reset(seed=seed, options=options)
+        if self.masked:
+            self.shared.action_mask[self.index] = info["action_mask"]
 
     def step(self) -> None:
         shared, index, env = self.shared, self.index, self.env
@@ -541,14 +561,17 @@ class _Worker:
         if isinstance(action, np.ndarray):
             action = action.copy()  # it is the environment's to change
         obs, reward, terminated, truncated, info = env.step(action)
-        ended = terminated or truncated
+        ended, life_lost = terminated or truncated, self.lives and info["life_lost"]
         if ended:
             shared.final_obs[index] = obs
-            obs, _ = env.reset()
+            shared.episode_info[index] = info.get("episode_info", np.nan)
+            obs, info = env.reset()
+        if self.masked:
+            shared.action_mask[index] = info["action_mask"]
         shared.obs[index] = obs
         shared.rewards[index], shared.terminated[index], shared.truncated[index] = reward, terminated, truncated
         if self.lives:
-            shared.life_lost[index] = not ended and info["life_lost"]
+            shared.life_lost[index] = not ended and life_lost
 
     def close(self) -> None:
         """Closes the environment and reports what went wrong; the server ends what it leaves behind."""

@@ -1,6 +1,5 @@
 """Single-environment wrappers that Gymnasium does not have, and what protects a run from its environments."""
 
-import importlib.util
 import math
 import sys
 import traceback
@@ -11,25 +10,17 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Dict, flatdim, flatten
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 from numpy import ndarray
 
 from fabricrl.envs.guard import Timeout
-from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
+from fabricrl.envs.packing import Packer, velocities
+from fabricrl.envs.spaces import mask_choices
 from fabricrl.envs.values import INTERFACE, NUMBERS, Observation, as_array, flag, number
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
 from fabricrl.utils.records import Records
 
 INFO = (dict, type(None), Mapping)  # what may stand beside an observation
-# Where observations hold velocities, by id without version: the places that rl-baselines3-zoo masks
-VELOCITIES = {
-    "CartPole": (1, 3),
-    "MountainCar": (1,),
-    "MountainCarContinuous": (1,),
-    "Pendulum": (2,),
-    "LunarLander": (2, 3, 5),
-}
 
 
 class KeepPromises(gym.Wrapper):
@@ -44,6 +35,7 @@ class KeepPromises(gym.Wrapper):
         everything: check the bounds of real numbers in every step, too.
 
     Attributes:
+        given: the space of what the environment returns.
         left_out: names of the parts that are text.
 
     Raises:
@@ -58,7 +50,8 @@ class KeepPromises(gym.Wrapper):
                 raise EnvError(f"{type(env.unwrapped).__name__} has no {name}")
         if not isinstance(env.metadata, dict):
             self.metadata = {}
-        observation = Observation(env.observation_space, keys)
+        self.given = env.observation_space
+        observation = Observation(self.given, keys)
         self.left_out = [] if keys else observation.left_out
         if observation.space is not env.observation_space:
             self.observation_space = observation.space
@@ -109,11 +102,7 @@ class MaskVelocities(gym.ObservationWrapper):
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
-        env_id = env.spec.id if env.spec is not None else str(env)
-        name = env_id.rpartition("-v")[0]
-        if name not in VELOCITIES:
-            raise ConfigError(f"--mask-velocities is set: it works with {', '.join(VELOCITIES)}, not with {env_id}")
-        self._masked = list(VELOCITIES[name])
+        self._masked = velocities(env.spec.id if env.spec is not None else str(env))
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
         observation = observation.copy()  # the environment may keep the one it returned
@@ -161,69 +150,15 @@ class LifeLoss(gym.Wrapper):
 
 
 class PackImages(gym.ObservationWrapper):
-    """Observations with images, alone or in a flat Dict, as records of bytes (see `utils/records.py`).
-
-    Args:
-        grayscale: images of three colours, transparent or not, become one channel, by the weights of ITU-R 601.
-        resize: height and width of images, by area; None: as they are.
-
-    Raises:
-        ConfigError: an image is too small for the encoder, or OpenCV is needed and not installed.
-    """
+    """Observations with images as records of bytes: see `Packer`."""
 
     def __init__(self, env: gym.Env, grayscale: bool = False, resize: int | None = None) -> None:
         super().__init__(env)
-        space = env.observation_space
-        parts = space.spaces if isinstance(space, Dict) else {"image": space}
-        self._vectors = {key: part for key, part in parts.items() if not is_image(part)}
-        self._images = {key: part for key, part in parts.items() if is_image(part)}
-        self._single = not isinstance(space, Dict)
-        self._grayscale, self._resize = grayscale, resize
-        if grayscale or resize is not None:
-            require_opencv("--grayscale" if grayscale else "--resize")
-        shapes = {key: self._process(np.zeros(part.shape or (), np.uint8)).shape for key, part in self._images.items()}
-        for key, shape in shapes.items():
-            sides = shape if len(shape) == 2 else shape[1:] if shape[0] < shape[-1] else shape[:-1]
-            if min(sides) < SMALLEST_IMAGE:
-                raise ConfigError(
-                    f"observation {key!r} is an image of {sides[0]} × {sides[1]}: the encoder takes "
-                    f"{SMALLEST_IMAGE} × {SMALLEST_IMAGE} and more; --resize 84 enlarges it"
-                )
-        self.records = Records({key: flatdim(part) for key, part in self._vectors.items()}, shapes)
-        self.observation_space = self.records
+        self._pack = Packer(env.observation_space, grayscale, resize)
+        self.observation_space = self._pack.space
 
     def observation(self, observation: Any) -> np.ndarray:
-        record = np.empty(self.records.size, np.uint8)
-        parts = {"image": observation} if self._single else observation
-        floats = record[: 4 * self.records.num_floats].view(np.float32)
-        at = 0
-        for key, part in self._vectors.items():
-            size = self.records.vectors[key]
-            floats[at : at + size] = np.asarray(flatten(part, parts[key]))
-            at += size
-        end = 4 * at
-        for key, image in self.records.images.items():
-            pixels = self._process(parts[key])
-            end = image.start + pixels.size
-            record[image.start : end] = pixels.reshape(-1)
-        record[end:] = 0
-        return record
-
-    def _process(self, image: np.ndarray) -> np.ndarray:
-        if not self._grayscale and self._resize is None:
-            return image
-        import cv2  # here, as it takes a moment and few runs need it
-
-        if image.ndim == 3 and image.shape[0] < image.shape[-1]:
-            image = np.ascontiguousarray(image.transpose(1, 2, 0))
-        if self._grayscale and image.ndim == 3 and image.shape[-1] in (3, 4):
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY if image.shape[-1] == 3 else cv2.COLOR_RGBA2GRAY)
-        if self._resize is not None and image.shape[:2] != (self._resize, self._resize):
-            planes = [image] if image.ndim == 2 else np.split(image, range(4, image.shape[-1], 4), -1)
-            size = (self._resize, self._resize)  # OpenCV takes up to four channels at once
-            image = np.dstack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes])
-            image = image[..., 0] if image.shape[-1] == 1 else image
-        return image
+        return self._pack(observation)
 
 
 def is_atari(env: gym.Env) -> bool:
@@ -231,41 +166,51 @@ def is_atari(env: gym.Env) -> bool:
     return hasattr(env.unwrapped, "ale")
 
 
-def require_opencv(what: str, extra: str = "images") -> None:
-    """Raises ConfigError, with the command that installs it, unless OpenCV is installed."""
-    if importlib.util.find_spec("cv2") is None:
-        raise ConfigError(f"{what} needs a package that is not installed: pip install -e '.[{extra}]'")
-
-
 class NameFailures(gym.Wrapper):
     """Turns what an environment raises into an EnvError with its index, which also crosses a pipe unharmed.
 
     Also copies an episode's last observation, which must be finite: the reset that follows may write into the same
     array, and not every buffer checks it.
+
+    Of what an environment tells in its infos it passes on the numbers in `keys` at an episode's end (`episode_info`
+    [K], NaN for what is missing), and which actions are allowed (`action_mask` [S], bool).
+
+    Args:
+        keys: names of the numbers.
+        masked: whether the environment has masks, in `action_masks()` or in `info["action_mask"]`.
     """
 
-    def __init__(self, env: gym.Env, index: int) -> None:
+    def __init__(self, env: gym.Env, index: int, keys: Sequence[str] = (), masked: bool = False) -> None:
         super().__init__(env)
-        self.index = index
+        self.index, self.keys = index, keys
+        self._masks = Masks(env) if masked else None
+        self.mask_size = self._masks.size if self._masks is not None else 0
         space = env.observation_space
         self._floats = slice(4 * space.num_floats) if isinstance(space, Records) else None
         self._tells_lives = env.has_wrapper_attr("tells_lives")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         try:
-            obs, _ = self.env.reset(seed=seed, options=options)
+            obs, info = self.env.reset(seed=seed, options=options)
+            told = {} if self._masks is None else {"action_mask": self._masks(info)}
         except (Exception, SystemExit, Timeout) as error:  # an environment does not end a run quietly; Ctrl-C does
             raise self._named("reset", error) from error
-        return obs, {}
+        return obs, told
 
     def step(self, action: Any) -> tuple:
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
+            ended = terminated or truncated  # the next mask is then that of the reset that follows
+            mask = None if self._masks is None or ended else self._masks(info)
         except (Exception, SystemExit, Timeout) as error:
             raise self._named("step", error) from error
         # What an environment tells besides is for people: names such as `final_obs` mean something to buffers
         told = {"life_lost": info["life_lost"]} if self._tells_lives else {}
-        return (self._last(obs) if terminated or truncated else obs), reward, terminated, truncated, told
+        if mask is not None:
+            told["action_mask"] = mask
+        if ended and info and any(key in info for key in self.keys):
+            told["episode_info"] = np.array([as_number(info.get(key)) for key in self.keys])
+        return (self._last(obs) if ended else obs), reward, terminated, truncated, told
 
     def _last(self, obs: np.ndarray) -> np.ndarray:
         """A copy of an episode's last observation. Raises NonFiniteError if it has NaN or infinity."""
@@ -282,6 +227,53 @@ class NameFailures(gym.Wrapper):
             return EnvError(f"environment {self.index} cannot be asked to {call} ({error}); {INTERFACE}")
         traceback.print_exception(error)
         return EnvError(f"environment {self.index} failed in {call}: {type(error).__name__}: {error}")
+
+
+class Masks:
+    """Reads which actions an environment allows now: from its method `action_masks()`, or else from its infos.
+
+    Raises:
+        EnvError: the mask has another size, or a variable of the action has no choice left.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        self._method = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
+        choices = mask_choices(env.action_space)
+        self.size, self._starts = sum(choices), np.cumsum([0, *choices[:-1]])
+
+    def __call__(self, info: Mapping[str, Any] | None) -> np.ndarray:
+        """The mask [S]; all True if the environment has none now."""
+        given = (info or {}).get("action_mask") if self._method is None else self._method()
+        if given is None:
+            return np.ones(self.size, bool)
+        parts = given if isinstance(given, tuple | list) else (given,)  # perhaps one for each variable
+        mask = np.concatenate([as_array(part).reshape(-1) for part in parts]).astype(bool)
+        if mask.shape != (self.size,):
+            raise EnvError(f"an action mask of {mask.size} entries, its action space needs {self.size}")
+        if not np.logical_or.reduceat(mask, self._starts).all():
+            raise EnvError("an action mask that allows no action")
+        return mask
+
+
+def has_masks(env: gym.Env) -> bool:
+    """Returns True if an environment says which actions are allowed. Without `action_masks()` it is reset to see."""
+    if not mask_choices(env.action_space):
+        return False
+    if env.has_wrapper_attr("action_masks"):
+        return True
+    try:
+        _, info = env.reset(seed=0)
+    except (Exception, SystemExit):  # it will fail again, and then with its name
+        return False
+    return "action_mask" in (info or {})
+
+
+def as_number(value: Any) -> float:
+    """The number in `value`, NaN if there is none."""
+    if isinstance(value, bool | int | float | np.number | np.bool_):
+        return float(value)
+    one = isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in NUMBERS
+    return float(value.item()) if one else math.nan
 
 
 def _is_misunderstood(error: BaseException) -> bool:

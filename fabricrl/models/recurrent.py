@@ -94,7 +94,7 @@ class RecurrentCore(nn.Module):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: inputs [N, I] and states [N, state_size] → outputs [N, H] and the states after it."""
         x = self._encode(x)
-        h, *c = state.view(len(state), self.parts, self.num_layers, self.hidden_size).unbind(1)
+        h, *c = state.view(state.shape[0], self.parts, self.num_layers, self.hidden_size).unbind(1)
         after: list[list[Tensor]] = [[] for _ in range(self.parts)]
         for layer in range(self.num_layers):
             names = (f"{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
@@ -203,11 +203,15 @@ class Sequences:
 
     Args:
         dones: [T, N], whether an episode ended with that step.
+
+    Attributes:
+        ends: [N T], bool: rows that no sequence goes beyond, of whatever length; an episode or a rollout ends there.
     """
 
     def __init__(self, dones: Tensor, length: int) -> None:
         begins = np.ones((dones.shape[1], dones.shape[0]), dtype=bool)  # [N, T]
         begins[:, 1:] = dones.numpy().T[:, :-1]
+        self.ends = torch.from_numpy(np.append(begins.reshape(-1)[1:], True))
         rows = np.arange(begins.size)
         since = rows - np.maximum.accumulate(np.where(begins.reshape(-1), rows, 0))
         self._begins = since % length == 0

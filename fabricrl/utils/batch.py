@@ -10,7 +10,8 @@ from fabricrl.utils.device import to_device
 
 
 class Batch:
-    """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`.
+    """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`. None stands for a column that is not
+    there.
 
     Not a dict, since in half precision Fabric rounds every tensor that it finds in a module's inputs: old
     log-probabilities and targets, too.
@@ -32,8 +33,8 @@ class Batch:
         return Batch(**(self.columns | columns))
 
     def __getitem__(self, rows: Any) -> "Batch":
-        """Some of the rows, of every column."""
-        return Batch(**{name: column[rows] for name, column in self.columns.items()})
+        """Some of the rows, of every column that is not None."""
+        return Batch(**{name: None if c is None else c[rows] for name, c in self.columns.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -45,11 +46,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, without waiting for it."""
-        return Batch(**{name: to_device(column, device) for name, column in self.columns.items()})
+        return Batch(**{name: None if c is None else to_device(c, device) for name, c in self.columns.items()})
 
 
 pytree.register_pytree_node(
     Batch,
-    lambda batch: (list(batch.columns.values()), list(batch.columns)),
+    lambda batch: ([batch.columns[name] for name in sorted(batch.columns)], sorted(batch.columns)),
     lambda values, names: Batch(**dict(zip(names, values, strict=True))),
 )

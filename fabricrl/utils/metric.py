@@ -1,6 +1,7 @@
 """Counters and clocks of a run: episodes, losses, and where the seconds go."""
 
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -18,49 +19,70 @@ class EpisodeStatistics:
     """Returns and lengths of the episodes that end in a rollout, on every rank.
 
     Works on whole rollouts: its cost is that of the episodes that ended, not of the steps taken.
+
+    Args:
+        keys: names of K numbers that environments may tell at the end of an episode.
+
+    Attributes:
+        returns: the newest ones; count: of all episodes, those of a run that is resumed included.
+        ended: episodes counted here; told: those of `keys` that were there at the end of one.
     """
 
-    def __init__(self, num_envs: int) -> None:
+    def __init__(self, num_envs: int, keys: Sequence[str] = ()) -> None:
         self.returns: deque[float] = deque(maxlen=WINDOW)
-        self.count = 0
-        self._unlogged: list[Tensor] = []  # [E, 2]
+        self.count = self.ended = 0
+        self.keys, self.told = keys, set[str]()
+        self._unlogged: list[Tensor] = []  # [E, 2 + K]
         self._steps: list[tuple[np.ndarray, np.ndarray]] = []  # rewards and dones, [N] each
         self._return = np.zeros(num_envs)  # of the episodes that are still running
         self._length = np.zeros(num_envs, dtype=np.int64)
 
-    def update(self, fabric: Fabric, rewards: Tensor, dones: Tensor, skipped: Tensor | None = None) -> None:
+    def update(
+        self,
+        fabric: Fabric,
+        rewards: Tensor,
+        dones: Tensor,
+        skipped: Tensor | None = None,
+        infos: np.ndarray | None = None,
+    ) -> None:
         """Takes the raw rewards and dones [T, N] of this rank's rollout; all ranks must call it together.
 
-        `skipped`: steps between episodes, which count for neither.
+        Args:
+            skipped: steps between episodes, which count for neither.
+            infos: what was told at the ends of some of the episodes, [up to E, K], NaN where there was nothing.
         """
         steps = np.ones(dones.shape, dtype=np.int64) if skipped is None else (~skipped).numpy().astype(np.int64)
-        ended = gather_rows(fabric, self._ended(rewards.numpy(), dones.numpy(), steps))  # [E, 3]
-        ended = ended[
-            ended[:, 0].argsort(stable=True), 1:
-        ]  # [E, 2]; in order of time, so that the last are of all ranks
+        own = self._ended(rewards.numpy(), dones.numpy(), steps)  # [E, 3]
+        told = own.new_full((len(own), len(self.keys)), torch.nan)
+        if infos is not None:  # of which episodes does not matter: means are taken of each column
+            told[: len(infos)] = torch.from_numpy(infos)
+        ended = gather_rows(fabric, torch.cat((own, told), 1))
+        in_time = ended[:, 0].argsort(stable=True)  # so that the last are of all ranks
+        ended = ended[in_time, 1:]  # [E, 2 + K]
         self._unlogged.append(ended)
         self.returns.extend(ended[:, 0].tolist())
-        self.count += len(ended)
+        self.count, self.ended = self.count + len(ended), self.ended + len(ended)
+        self.told |= {key for key, column in zip(self.keys, ended[:, 2:].T, strict=True) if not column.isnan().all()}
 
     def add(self, rewards: np.ndarray, dones: np.ndarray) -> None:
         """Notes one step, [N] each, for `flush`: where a rollout is a single step, looking at each would cost more."""
         self._steps.append((rewards.copy(), dones))
 
-    def flush(self, fabric: Fabric) -> None:
+    def flush(self, fabric: Fabric, infos: np.ndarray | None = None) -> None:
         """`update` with the steps noted since the last flush; all ranks must call it together."""
         if self._steps:
             rewards, dones = (torch.from_numpy(np.stack(column)) for column in zip(*self._steps, strict=True))
             self._steps.clear()
-            self.update(fabric, rewards, dones)
+            self.update(fabric, rewards, dones, infos=infos)
 
     def compute(self) -> dict[str, float]:
-        """Mean return and length of the episodes that ended on any rank since the last call; nothing if none did."""
-        ended = torch.cat(self._unlogged) if self._unlogged else torch.empty(0, 2)
+        """Means over the episodes that ended on any rank since the last call, nothing if none did: of returns, lengths,
+        and each of `keys` over the episodes that had it."""
+        ended = torch.cat(self._unlogged) if self._unlogged else torch.empty(0, 2 + len(self.keys))
         self._unlogged.clear()
-        if not len(ended):
-            return {}
-        mean_return, mean_length = ended.mean(0).tolist()
-        return {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+        names = ("episodic_return", "episodic_length", *self.keys)
+        means = zip(names, ended.nanmean(0).tolist(), strict=True)  # NaN where there is nothing
+        return {f"charts/{name}": mean for name, mean in means if mean == mean}
 
     def _ended(self, rewards: np.ndarray, dones: np.ndarray, steps: np.ndarray) -> Tensor:
         """Rows (step, return, length) of the episodes that end in this rollout, in the order in which they end."""

@@ -66,6 +66,8 @@ class StopSignal:
 
     def hear(self, number: int) -> None:
         """Answers at once; the second time, or where there is nothing to save, by ending the process."""
+        if signal.getsignal(number) != self._handle:
+            return  # somebody else has taken over, as torchrun does when its workers run
         if not self.can_save or (self._heard_at and time.monotonic() - self._heard_at >= 1):
             os._exit(128 + number)
         if self._heard_at:

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule
+from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, rollout, setup
-from fabricrl.data import Batch
 from fabricrl.utils import average_gradients, frozen, polyak_update
 
 
 def update_critics(
-    run: Run, learner: Learner, batch: Batch, noise: Tensor, dropped: list[Tensor], target_dropped: list[Tensor]
+    run: Run, learner: Learner, batch: Any, noise: Tensor, dropped: list[Tensor], target_dropped: list[Tensor]
 ) -> Tensor:
     """One optimizer step of the critics, and one of their targets (Algorithm 2, lines 5–9), on a batch [B, ...].
 
@@ -41,7 +40,8 @@ def update_critics(
     with torch.no_grad(), run.fabric.autocast():
         next_actions, next_logprobs = agent.head.sample_with_logprob(actor(batch.next_obs), noise)  # a' ~ π(·|s')
         next_q = agent.target_critics(batch.next_obs, next_actions, dropped=target_dropped)  # [C, B]
-        targets = td_target(batch.rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
+        rewards = run.args.reward_scale * batch.rewards  # [B]
+        targets = td_target(rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
     q = critics(batch.obs, batch.actions, dropped=dropped)  # [C, B]
     loss = critic_loss(q, targets)
 
@@ -75,7 +75,7 @@ def train(
     learner: Learner,
     step_critics: Callable[..., Tensor],
     step_actor: Callable[..., Tensor],
-    batches: Batch,
+    batches: Any,
 ) -> dict[tuple[str, ...], Tensor]:
     """The update of Algorithm 2 for one environment step: its share of critic updates (lines 4–9), then one of actor
     and temperature (line 10) on a batch of its own.
@@ -103,6 +103,18 @@ def shares(count: int, steps: int) -> list[int]:
     return [count * (i + 1) // steps - count * i // steps for i in range(steps)]
 
 
+def make_updates(run: Run, learner: Learner, rb: Any) -> Updates:
+    """Training on batches that are drawn from the buffer: as it is, or compiled and captured."""
+    step_critics = run.compiled(partial(update_critics, run, learner))
+    step_actor = run.compiled(partial(update_actor, run, learner))
+    update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor))
+    if run.records:
+        with run.rehearsal():
+            for count in {math.floor(run.args.replay_ratio), math.ceil(run.args.replay_ratio)}:  # updates a step
+                update(count + 1)
+    return update
+
+
 def main() -> int:
     args = parse(DroQArgs, "droq")
     with Run(args, "droq", ACTION_SPACES, bounded=True) as run:
@@ -116,18 +128,12 @@ def main() -> int:
         # --- Agent and optimizers
         agent = make_agent(args, envs)
         learner = setup(run, agent)
-        step_critics = run.compiled(partial(update_critics, run, learner))
-        step_actor = run.compiled(partial(update_actor, run, learner))
-        update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor))
 
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
-        update.restore(schedule)
+        restore_replay(run, rb, schedule)
 
         # --- Start
-        if run.records:
-            with run.rehearsal():
-                for count in {math.floor(args.replay_ratio), math.ceil(args.replay_ratio)}:  # updates a step
-                    update(count + 1)
+        update = make_updates(run, learner, rb)
         rb.start(run.reset())
 
         for step in run.iterations(args.num_envs):

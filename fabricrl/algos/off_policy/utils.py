@@ -14,17 +14,18 @@ from torch import Tensor
 
 from fabricrl.algos.off_policy.args import EntropyArgs, OffPolicyArgs
 from fabricrl.algos.run import Run
-from fabricrl.data import Batch, DeviceReplayBuffer, Replay, ReplayBuffer
+from fabricrl.data import Batch, DeviceReplayBuffer, NewestSteps, Replay, ReplayBuffer
 from fabricrl.data.buffers import record_type
 from fabricrl.data.memory import GIB, check_memory
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
-from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.errors import CheckpointError, ConfigError, from_here
 from fabricrl.utils.launch import ranks_here
 from fabricrl.utils.ranks import all_max
 from fabricrl.utils.utils import require
 
 SHARE = 0.5  # of a GPU's free memory that a replay buffer takes at most unless it is told to
 IN_A_GRAPH = 64  # updates, times the numbers that a first one may have
+BLOCK = 64  # steps of exploration that travel together
 
 
 def make_schedule(run: Run) -> "UpdateSchedule":
@@ -71,21 +72,27 @@ def buffer_device(run: Run) -> tuple[torch.device | None, str]:
 def make_buffer(run: Run, folder: Path | None = None) -> Replay:
     """The replay buffer of this rank; rank 0 prints what it takes. `folder`: the run's, where another rank has made it.
 
+    A decoupled player has only the newest steps: each trainer keeps the transitions of its environments.
+
     Raises:
         ConfigError: it does not fit into memory, onto the GPU or onto the disk.
     """
     args, folder = run.args, (folder or run.folder) if run.args.buffer_memmap else None
-    shape = args.buffer_size, args.num_envs, run.obs_space, _num_actions(run), args.gamma, args.n_step
+    shape = args.num_envs, run.obs_space, _num_actions(run)
+    if run.trainers is not None:
+        return NewestSteps(BLOCK, *shape)
     rb: Replay
     with run.together():
         device, why_not = buffer_device(run)
+        settings = args.buffer_size, *shape, args.gamma, args.n_step
         if device is not None:
-            rb = DeviceReplayBuffer(*shape, device)
+            rb = DeviceReplayBuffer(*settings, device)
         else:
-            rb = ReplayBuffer(*shape, args.implicit_next_obs, folder)
+            rb = ReplayBuffer(*settings, args.implicit_next_obs, folder)
     run.draw_on(run.fabric.device)
     if run.fabric.global_rank == 0:
-        where = f"on {device}" if device else f"in a temporary file in {folder}" if folder else f"in memory{why_not}"
+        in_file = f"in a temporary file in {from_here(folder)}" if folder else ""
+        where = f"on {device}" if device else in_file or f"in memory{why_not}"
         size = f"{rb.capacity * rb.num_envs} transitions, {rb.num_bytes / GIB:.3f} GiB"
         print(f"replay buffer: {size} per rank, {where}", file=sys.stderr, flush=True)
     return rb
@@ -123,18 +130,6 @@ class Updates:
         for tags, values in metrics.items():
             run.note(tags, values)
 
-    def restore(self, schedule: "UpdateSchedule") -> None:
-        """Goes on with the buffer and the schedule of the checkpoint that is resumed, if any.
-
-        Raises:
-            CheckpointError: as `restore_buffer`.
-        """
-        run = self._run
-        if run.state:
-            with run.together(), reading(run.path):
-                refill = not restore_buffer(run, self._rb)
-                schedule.load_state_dict(run.state["schedule"], run.global_step, refill)
-
     def kinds(self) -> Iterator[tuple[int, int]]:
         """Number of a first update and how many are made at once, of every kind that a run makes: to be rehearsed."""
         yield from ((first, count) for count in self._counts for first in range(1, min(self._period, 1000) + 1))
@@ -153,6 +148,23 @@ class Updates:
         metrics = self._train(batches, *plan)
         self._run.watch(metrics.values())
         return metrics
+
+
+def restore_replay(run: Run, rb: Replay, schedule: "UpdateSchedule | None" = None) -> bool:
+    """Goes on with the buffer and the schedule of the checkpoint that is resumed; True if a new buffer is to be filled.
+
+    A decoupled player has no buffer, a trainer no schedule.
+
+    Raises:
+        CheckpointError: as `restore_buffer`.
+    """
+    refill = False
+    if run.state and run.path:
+        with run.together(), reading(run.path):
+            refill = not restore_buffer(run, rb) if run.trainers is None else run.trainers.refill
+            if schedule is not None:
+                schedule.load_state_dict(run.state["schedule"], run.global_step, refill)
+    return refill
 
 
 def restore_buffer(run: Run, rb: Replay) -> bool:
@@ -178,7 +190,7 @@ def restore_buffer(run: Run, rb: Replay) -> bool:
                 return False  # the rank that it concerns says why, and ends all
             raise CheckpointError(f"{problem}; --allow-empty-buffer goes on without, after filling a new one")
         if problem is not None:
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
+            print(f"warning: {from_here(problem)}", file=sys.stderr, flush=True)
     if fabric.global_rank == 0:
         steps = max(args.learning_starts, args.batch_size * fabric.world_size)
         left = args.total_timesteps - state["global_step"]

@@ -5,7 +5,8 @@
     lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/ppo/ppo.py --env-id CartPole-v1
 
 Shapes: T steps, N environments of a rank, W ranks, D observation size, A action size, E epochs of M minibatches of
-B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a record with images.
+B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a record with images, S size of
+an action mask, if there are some.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
     noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            drawn = run.act(player, rb.stacked_obs(t), noise[t])  # [N, A]
+            drawn = run.act(player, rb.stacked_obs(t), noise[t], rb.mask(t, device))  # [N, A]
             actions = run.on_host(drawn).numpy()
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
@@ -58,7 +59,8 @@ def returns_and_advantages(run: Run, model: nn.Module, agent: PPOAgent, rb: Roll
     """The rollout as training data on the device, [T N, ...] each: what was seen and done, how likely, and how good."""
     args, device = run.args, run.fabric.device
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
-    data = Batch(obs=obs, actions=run.to_device(rb.actions.flatten(0, 1)), counts=rb.counts(device))
+    actions = run.to_device(rb.actions.flatten(0, 1))  # [T N, A]
+    data = Batch(obs=obs, actions=actions, masks=rb.masks(device), counts=rb.counts(device))
     logprobs, values = evaluated(model, data, agent.rows_at_once)  # [T N]: the policy is still the one that acted
     with run.fabric.autocast():
         next_values = agent.prepared_value(next_obs).float()  # [N]
@@ -77,7 +79,7 @@ def evaluated(model: nn.Module, data: Batch, at_once: int | None) -> tuple[Tenso
     """log π(a|s) and V(s) of a rollout, [T N] each; of images some at a time, which stay in the caches."""
     rows = at_once or len(data.actions)
     starts = range(0, len(data.actions), rows)
-    parts = [model(Batch(obs=data.obs[i : i + rows], actions=data.actions[i : i + rows])) for i in starts]
+    parts = [model(data[i : i + rows]) for i in starts]
     logprobs, _, values = (torch.cat(column) for column in zip(*parts, strict=True))
     return logprobs, values
 
@@ -139,13 +141,13 @@ def main() -> int:
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.fabric.device)
+        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.mask_size, run.fabric.device)
 
         # --- Start
         if run.records:
             with run.rehearsal():
                 train(run, epoch, returns_and_advantages(run, model, agent, rb), *run.numbers(0.0, 0.0))
-        rb.start(run.reset())
+        rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout

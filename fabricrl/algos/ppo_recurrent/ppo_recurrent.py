@@ -36,8 +36,8 @@ def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentR
     noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            drawn, states = run.act(player, rb.stacked_obs(t), rb.memory_rows[t], noise[t])  # [N, A]
-            actions = run.on_host(drawn).numpy()
+            drawn, states = run.act(player, rb.stacked_obs(t), rb.memory_rows[t], noise[t], rb.mask(t, device))
+            actions = run.on_host(drawn).numpy()  # [N, A]
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
             run.clock.lap("env")
@@ -47,18 +47,16 @@ def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentR
 
 
 @torch.no_grad()
-def returns_and_advantages(
-    run: Run, agent: RecurrentPPOAgent, rb: RecurrentRolloutBuffer, sequences: Sequences
-) -> Batch:
-    """The rollout as training data on the device, environment by environment, [N T, ...] each."""
-    args, device = run.args, run.fabric.device
+def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRolloutBuffer) -> tuple[Batch, Sequences]:
+    """The rollout as training data on the device, environment by environment, [N T, ...] each; and its sequences."""
+    args, device, sequences = run.args, run.fabric.device, Sequences(rb.dones, run.args.sequence_length)
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
-    memory, actions, counts = run.to_device(rb.memory), run.to_device(rb.actions), rb.counts(device)
+    memory, actions = run.to_device(rb.memory), run.to_device(rb.actions)
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
     columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
     columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
     obs = obs[by_env] if isinstance(obs, Tensor) else obs.rows(by_env)
-    data = Batch(obs=obs, counts=None if counts is None else counts[by_env], **columns)
+    data = Batch(obs=obs, **columns, **Batch(masks=rb.masks(device), counts=rb.counts(device))[by_env].columns)
     with run.fabric.autocast():
         logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted
         next_values = agent.prepared_value(next_obs, memory[-1]).float()  # [N]
@@ -70,7 +68,7 @@ def returns_and_advantages(
     old_values, dones = values.view(rb.num_envs, -1).T, run.to_device(rb.dones)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
     estimates = {"advantages": advantages.T.flatten(), "returns": returns.T.flatten()}
-    return data.with_columns(logprobs=logprobs, values=values, **estimates)
+    return data.with_columns(logprobs=logprobs, values=values, **estimates), sequences
 
 
 def evaluated(agent: RecurrentPPOAgent, data: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -119,16 +117,16 @@ def main() -> int:
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        devices = run.fabric.device, run.player_device
-        rb = RecurrentRolloutBuffer(*shape, agent.memory_size, args.frame_stack, run.skips, *devices)
+        rest = agent.memory_size, args.frame_stack, run.skips, run.player_device, run.mask_size
+        rb = RecurrentRolloutBuffer(*shape, *rest, device=run.fabric.device)
 
         # --- Start
         if run.records:
             with run.rehearsal():
                 for sequences in Sequences.of_all_sizes(rb.dones, args.sequence_length, run.captures):
-                    data = returns_and_advantages(run, agent, rb, sequences)
+                    data, _ = returns_and_advantages(run, agent, rb)
                     train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
-        rb.start(run.reset())
+        rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
@@ -137,8 +135,7 @@ def main() -> int:
                 run.observe(agent, rb)
 
             # 2. Returns and advantages
-            sequences = Sequences(rb.dones, args.sequence_length)
-            data = returns_and_advantages(run, agent, rb, sequences)
+            data, sequences = returns_and_advantages(run, agent, rb)
 
             # 3. Update
             progress = step / args.total_timesteps

@@ -15,7 +15,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule
+from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent, make_agent
 from fabricrl.algos.sac.args import SACArgs
@@ -76,7 +76,8 @@ def update_critics(run: Run, learner: Learner, batch: Batch, noise: Tensor, move
     with torch.no_grad(), run.fabric.autocast():
         next_actions, next_logprobs = agent.head.sample_with_logprob(actor(batch.next_obs), noise)  # a' ~ π(·|s')
         next_q = agent.target_critics(batch.next_obs, next_actions)  # [C, B]
-        targets = td_target(batch.rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
+        rewards = run.args.reward_scale * batch.rewards  # [B]
+        targets = td_target(rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
     q = critics(batch.obs, batch.actions)  # [C, B]
     loss = critic_loss(q, targets)
 
@@ -137,6 +138,19 @@ def train(
     return metrics | ({ACTOR_METRICS: torch.stack(actor_metrics)} if actor_metrics else {})
 
 
+def make_updates(run: Run, learner: Learner, rb: Replay) -> Updates:
+    """Training on batches that are drawn from the buffer: as it is, or compiled and captured."""
+    step_critics = run.compiled(partial(update_critics, run, learner))
+    step_actor = run.compiled(partial(update_actor, run, learner))
+    period = run.args.policy_frequency * run.args.target_network_frequency
+    update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor), period)
+    if run.records:
+        with run.rehearsal():
+            for plan in {planned(run.args, *kind) for kind in update.kinds()}:
+                update(len(plan), plan)
+    return update
+
+
 def main() -> int:
     args = parse(SACArgs, "sac")
     with Run(args, "sac", ACTION_SPACES, bounded=True) as run:
@@ -150,19 +164,12 @@ def main() -> int:
         # --- Agent and optimizers
         agent = make_agent(args, envs)
         learner = setup(run, agent)
-        step_critics = run.compiled(partial(update_critics, run, learner))
-        step_actor = run.compiled(partial(update_actor, run, learner))
-        period = args.policy_frequency * args.target_network_frequency
-        update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor), period)
 
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
-        update.restore(schedule)
+        restore_replay(run, rb, schedule)
 
         # --- Start
-        if run.records:
-            with run.rehearsal():
-                for plan in {planned(args, *kind) for kind in update.kinds()}:
-                    update(len(plan), plan)
+        update = make_updates(run, learner, rb)
         rb.start(run.reset())
 
         for step in run.iterations(args.num_envs):
