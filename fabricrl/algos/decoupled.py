@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fabricrl.algos.run import Run
-from fabricrl.data import ReplayBuffer
+from fabricrl.data import Replay
 from fabricrl.utils.checkpoint import save_shard
 from fabricrl.utils.decoupled import (
     ABORT,
@@ -308,7 +308,7 @@ class Player:
         self.channel.flush()
         self.exit_code = order.code
 
-    def answer(self, order: Order, rb: ReplayBuffer | None = None) -> None:
+    def answer(self, order: Order, rb: Replay | None = None) -> None:
         """→ Answer and → State, as far as the order wants them; saves the replay buffer with a checkpoint.
 
         Raises:
@@ -320,13 +320,13 @@ class Player:
             return
         run, messages, metrics = self.run, self._messages, {}
         with run.together():
-            if order.looks or run.has_noted_much:
+            if order.looks or run.has_noted_much or not run.is_healthy():
                 metrics = run.look()
         if order.saves:
             generators = rank_generators(run.fabric, run.train_rng)
             if rb is not None and run.args.checkpoint_buffer:
                 with run.together():
-                    save_shard(self.folder / "checkpoints", order.step, run.fabric.global_rank, rb.state_dict())
+                    save_shard(self.folder / "checkpoints", order.step, run.fabric.global_rank, run.shard(rb))
         if self.speaks:
             noted = [metrics.get(tag, torch.zeros(0)) for tag in messages.metrics]
             losses = torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]]) if metrics else None

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fabricrl.utils.device import to_device
+
 
 class Batch:
     """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`. None stands for a column that is not
@@ -43,8 +45,8 @@ class Batch:
             yield Batch(**dict(zip(self.columns, parts, strict=True)))
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        return Batch(**{name: None if c is None else c.to(device) for name, c in self.columns.items()})
+        """The batch on a device, without waiting for it."""
+        return Batch(**{name: None if c is None else to_device(c, device) for name, c in self.columns.items()})
 
 
 pytree.register_pytree_node(
