@@ -653,11 +653,11 @@ def test_a_killed_rank_ends_the_others_with_code_7_and_a_line(
 
 def test_a_stopped_trainer_ends_the_others_with_code_7_once_the_time_is_out(tmp_path: Path) -> None:
     """The player waits for the first trainer, which waits for the second."""
-    flags = endless("sac", tmp_path, "--timeout", 0.05)  # 3 s
+    flags = endless("sac", tmp_path, "--timeout", 0.1)  # 6 s
     with team(MODULE["sac"], *flags, folder=tmp_path, world_size=3) as running:
         wait_for_checkpoint(running, tmp_path)
         os.kill(running.ranks[2].pid or 0, signal.SIGSTOP)
-        assert_ended(running, [7, 7, 7], within=3 + 30)  # the others wake it, and what it finds ends it, too
+        assert_ended(running, [7, 7, 7], within=6 + 30)  # the others wake it, and what it finds ends it, too
     assert re.fullmatch(rf"rank 2, process {running.ranks[2].pid} of \S+, has been stopped", loss_told(running))
     assert_newest_loads("sac", tmp_path)
 
