@@ -81,7 +81,7 @@ def play(
             quota[i] -= 1
         running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
         after_step(len(ended))
-    columns = np.array(told).reshape(-1, len(keys)).T
+    columns = np.array(told).reshape(len(told), len(keys)).T
     return Episodes(np.array(returns), np.array(lengths), dict(zip(keys, columns, strict=True)))
 
 
