@@ -22,11 +22,15 @@ fabricrl COMMAND --help shows the arguments of a command. Launchers take the com
   torchrun --nproc-per-node 2 -m fabricrl ppo --env-id CartPole-v1"""
 
 
+def algorithms() -> dict[str, Path]:
+    """Finds each algorithm's script and that of its twin, algos/<name>/<name>*.py; _ is written as -."""
+    found = sorted(PACKAGE.glob("algos/*/*.py"))
+    return {path.stem.replace("_", "-"): path for path in found if path.stem.startswith(path.parent.name)}
+
+
 def scripts() -> dict[str, Path]:
-    """Finds the script of each command: algos/<name>/<name>*.py, then COMMANDS; _ is written as -."""
-    found = [path for path in sorted(PACKAGE.glob("algos/*/*.py")) if path.stem.startswith(path.parent.name)]
-    found += [PACKAGE / f"{name}.py" for name in COMMANDS]
-    return {path.stem.replace("_", "-"): path for path in found}
+    """Finds the script of each command: the algorithms', then those in COMMANDS."""
+    return algorithms() | {name: PACKAGE / f"{name}.py" for name in COMMANDS}
 
 
 def usage() -> str:

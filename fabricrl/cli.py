@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
 from fabricrl.utils.ending import one_line, report
 from fabricrl.utils.errors import LostPeerError, RunError
-from fabricrl.utils.network import check_address, open_store
+from fabricrl.utils.network import check_address, find_store, open_store
 from fabricrl.utils.peers import MINUTES, patience, waited
 from fabricrl.utils.signals import StopSignal
 
@@ -96,8 +96,8 @@ def _store(
         store.set_timeout(limit)
         return store
     try:
-        return TCPStore(address, port, world_size, False, limit, multi_tenant=multi_tenant)
-    except RuntimeError as error:
+        return find_store(address, port, limit.total_seconds())
+    except (OSError, RuntimeError) as error:
         raise LostPeerError(f"nobody answers at {address}:{port}: {one_line(error)}") from error
 
 

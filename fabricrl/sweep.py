@@ -23,12 +23,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fabricrl.__main__ import algorithms
 from fabricrl.compare import group_logs, markdown, plot, read_log, summarise
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
 from fabricrl.utils.utils import require
 
-ALGOS = Path(__file__).parent / "algos"
 RESULT = re.compile(r"^result .*checkpoint=(.*)$", re.MULTILINE)
 GRACE = 30.0  # seconds for a run to save when the sweep is interrupted
 
@@ -46,12 +46,6 @@ class Outcome:
     code: int
     folder: Path | None
     error: str
-
-
-def scripts() -> dict[str, Path]:
-    """Name on the command line → script, for every algorithm there is a folder of: `ppo-decoupled` and so on."""
-    found = sorted(ALGOS.glob("*/*.py"))
-    return {path.stem.replace("_", "-"): path for path in found if path.stem.startswith(path.parent.name)}
 
 
 class Pool:
@@ -194,7 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("algo", choices=scripts(), help="the algorithm to train with")
+    parser.add_argument("algo", choices=algorithms(), help="the algorithm to train with")
     parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=V,V", help="an argument, and values to try")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each combination (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="the first seed, S (default: 1)")
@@ -205,7 +199,7 @@ def main() -> int:
     options, rest = parser.parse_known_args()
     require(options.seeds >= 1, "seeds", options.seeds, "at least 1")
     require(options.jobs >= 1, "jobs", options.jobs, "at least 1")
-    base = [sys.executable, str(scripts()[options.algo]), *rest, *_folder(options.log_dir)]
+    base = [sys.executable, str(algorithms()[options.algo]), *rest, *_folder(options.log_dir)]
     seeds = range(options.seed, options.seed + options.seeds)
     return report(train(base, grid(options.grid), seeds, options.jobs), options.out, options.json)
 

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fabricrl.sweep import scripts
+from fabricrl.__main__ import algorithms
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
 from fabricrl.utils.utils import require
@@ -286,7 +286,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("algo", choices=scripts(), help="the algorithm to tune")
+    parser.add_argument("algo", choices=algorithms(), help="the algorithm to tune")
     parser.add_argument("--env-id", default="CartPole-v1", help="Gymnasium id, or module:Id-v0 (default: CartPole-v1)")
     parser.add_argument("--total-timesteps", type=float, default=1e5, help="steps of each run (default: 100000)")
     parser.add_argument("--space", type=Path, help="TOML file of what to try (default: the algorithm's space.toml)")
@@ -310,7 +310,7 @@ def main() -> int:
     require(steps >= 1 and steps == int(steps), "total_timesteps", steps, "a whole number of at least 1")
     require(importlib.util.find_spec("optuna") is not None, "tune", "called", "after: pip install 'fabricrl[tune]'")
 
-    script = scripts()[options.algo]
+    script = algorithms()[options.algo]
     space = read_space(options.space or script.parent / "space.toml")
     rest, start = split_start(words, space)
     every = options.eval_every or max(int(steps) // 10, 1)

@@ -18,11 +18,11 @@ import pytest
 from fabricrl.__main__ import scripts
 from fabricrl.algos.args import StandardArgs, parse
 from fabricrl.algos.droq import droq
-from fabricrl.algos.droq.args import DroQArgs
+from fabricrl.algos.droq.args import DroQArgs, DroQDecoupledArgs
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
-from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs, RecurrentPPODecoupledArgs
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
 from tests.conftest import Trained
@@ -34,9 +34,11 @@ KINDS: dict[str, type[StandardArgs]] = {
     "ppo": PPOArgs,
     "ppo_decoupled": PPODecoupledArgs,
     "ppo_recurrent": RecurrentPPOArgs,
+    "ppo_recurrent_decoupled": RecurrentPPODecoupledArgs,
     "sac": SACArgs,
     "sac_decoupled": SACDecoupledArgs,
     "droq": DroQArgs,
+    "droq_decoupled": DroQDecoupledArgs,
 }
 SMALL_ROLLOUTS = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 96)
 SMALL_REPLAY = ("--total-timesteps", 230, "--learning-starts", 20, "--batch-size", 4, "--hidden-sizes", 4)
@@ -54,7 +56,7 @@ def commands() -> list[tuple[Path, list[str]]]:
     found = []
     for page, text in PAGES.items():
         starters = "python|torchrun|fabricrl|fabric run|lightning run model"
-        for line in re.findall(rf"^(?:\$ )?(?:{starters}) .*$", text, re.MULTILINE):
+        for line in re.findall(rf"^(?:\$ )?(?:{starters}) .*$(?!\nerror: )", text, re.MULTILINE):
             words = shlex.split(line.split("  #")[0].removeprefix("$ "))
             if "fabricrl" in words:  # as a command, or behind python -m
                 at = words.index("fabricrl") + 1

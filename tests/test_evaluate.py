@@ -108,7 +108,7 @@ def test_short_episodes_do_not_count_more_often_than_long_ones() -> None:
     makers = [lambda length=length: Counting(terminate_after=length) for length in lengths]
     envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     returns, played_lengths, _ = evaluate.play(
-        envs, lambda obs, rewards, dones, masks: np.zeros(4, dtype=np.int64), episodes=8, seed=0
+        envs, lambda obs, rewards, dones: np.zeros(4, dtype=np.int64), episodes=8, seed=0
     )
     assert sorted(played_lengths) == [1, 1, 2, 2, 30, 30, 31, 31]
     assert sorted(returns) == [1, 1, 3, 3, 465, 465, 496, 496]
@@ -118,7 +118,7 @@ def test_the_policy_is_told_which_episodes_have_just_begun() -> None:
     """Environments of 2 and 3 steps; recurrent policies reset their state by this."""
     seen = []
 
-    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray, masks: None) -> np.ndarray:
+    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         seen.append(dones.tolist())
         # Counting's reward: the steps taken, and so those shown unless the episode has just begun
         assert (rewards[~dones] == obs[~dones, 0]).all()

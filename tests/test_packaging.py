@@ -1,6 +1,7 @@
 """Installation: the extras' promises, one version of each locked package, and a set-up that says what it does."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -193,3 +194,19 @@ def test_versions_agree() -> None:
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {PROJECT['version']}\n" in citation
     assert f"\n## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_container_has_what_it_names() -> None:
+    """Docker itself is not to be had here: what it would copy, install and start is there."""
+    lines = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines() if line]
+    args = {name: value.strip('"') for kind, *rest in lines if kind == "ARG" for name, value in [rest[0].split("=", 1)]}
+    (image,) = [rest[0] for kind, *rest in lines if kind == "FROM"]
+    assert image.removeprefix("python:").removesuffix("-slim") in SpecifierSet(PROJECT["requires-python"])
+    assert f"TORCH ?= {args['TORCH']}\n" in (ROOT / "Makefile").read_text()
+    assert set(args["EXTRAS"].split(",")) <= PROJECT["optional-dependencies"].keys()
+    copied = {name for kind, *rest in lines if kind == "COPY" for name in rest[:-1]}
+    assert copied >= {"fabricrl", "pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]}
+    assert all((ROOT / name).exists() for name in copied)
+    assert copied <= {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    (command,) = [" ".join(rest) for kind, *rest in lines if kind == "CMD"]
+    assert (ROOT / json.loads(command)[0]).exists()

@@ -42,12 +42,12 @@ print(f"result steps=100 checkpoint={folder / 'checkpoints' / 'step.ckpt'}")
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    monkeypatch.setattr(sweep, "scripts", lambda: {"stub": path})
+    monkeypatch.setattr(sweep, "algorithms", lambda: {"stub": path})
     return path
 
 
 def test_scripts_are_found_by_their_folders() -> None:
-    found = sweep.scripts()
+    found = sweep.algorithms()
     assert {"ppo", "ppo-recurrent", "ppo-decoupled", "sac", "sac-decoupled", "droq"} <= found.keys()
     assert all(path.read_text().count("run_script(main)") == 1 for path in found.values())
 
@@ -96,7 +96,7 @@ def test_a_sweep_that_is_stopped_lets_its_runs_save(script: Path, tmp_path: Path
     starter = tmp_path / "starter.py"
     starter.write_text(
         f"import pathlib\nfrom fabricrl import sweep\nfrom fabricrl.utils.ending import run_script\n"
-        f"sweep.scripts = lambda: {{'stub': pathlib.Path({str(script)!r})}}\nrun_script(sweep.main)\n"
+        f"sweep.algorithms = lambda: {{'stub': pathlib.Path({str(script)!r})}}\nrun_script(sweep.main)\n"
     )
     flags = ["--wait", "--seeds", 4, "--jobs", 2, "--log-dir", tmp_path / "logs"]
     with started(*PYTHON, starter, "stub", *flags) as running:

@@ -46,7 +46,7 @@ anneal-lr = [true, false]
 def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "space.toml").write_text(SPACE)
-    monkeypatch.setattr(tune, "scripts", lambda: {"stub": tmp_path / "script.py"})
+    monkeypatch.setattr(tune, "algorithms", lambda: {"stub": tmp_path / "script.py"})
     monkeypatch.setattr(tune, "POLL", 0.02)
     return ["stub", "--space", tmp_path / "space.toml", "--log-dir", tmp_path / "logs", "--sampler-seed", 1]
 
@@ -57,7 +57,7 @@ def trials(tmp_path: Path) -> list[dict[str, str]]:
 
 
 def test_every_algorithm_has_a_space_of_its_own_arguments() -> None:
-    for name, script in sweep.scripts().items():
+    for name, script in sweep.algorithms().items():
         args = (script.parent / "args.py").read_text() + (script.parents[1] / "args.py").read_text()
         args += (script.parents[1] / "off_policy/args.py").read_text() + (script.parents[1] / "ppo/args.py").read_text()
         for argument in tune.read_space(script.parent / "space.toml"):
@@ -107,7 +107,7 @@ def test_a_search_that_ends_early_tries_its_trial_again(
     starter.write_text(
         f"import pathlib\nfrom fabricrl import tune\nfrom fabricrl.utils.ending import run_script\n"
         f"tune.HEARTBEAT = 1\n"
-        f"tune.scripts = lambda: {{'stub': pathlib.Path({str(tmp_path / 'script.py')!r})}}\nrun_script(tune.main)\n"
+        f"tune.algorithms = lambda: {{'stub': pathlib.Path({str(tmp_path / 'script.py')!r})}}\nrun_script(tune.main)\n"
     )
     wait = ["--wait", tmp_path / "over", "--trials", 2]
     with started(*PYTHON, starter, *flags, *wait) as running:

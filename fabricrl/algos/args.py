@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -38,6 +39,13 @@ MAX_STEPS = 10**12 - 1  # what fits into the names of checkpoints, which sort by
 # Bytes that are taken at the very least: by an environment, one in a process of its own, a step of a rollout, and a
 # weight that is trained (itself, its gradient and two moments), in float32
 ENV_BYTES, PROCESS_BYTES, STEP_BYTES, WEIGHT_BYTES = 2**10, 8 * 2**20, 32, 16
+# Arguments that names of runs leave out
+UNNAMED_GROUPS = ("run, logging and checkpoints", "hardware and launching")
+UNNAMED = {
+    "env_id", "seed", "seeds", "jobs", "vectorization", "check_spaces", "capture_video", "video_every", "timeout",
+    "eval_every", "eval_episodes", "stop_at_return",
+}  # fmt: skip
+MOST_NAMED = 100  # letters: names of files may have 255
 REGISTRY = ConstructorRegistry()
 
 
@@ -53,7 +61,13 @@ def arg(default: Any, help: str, group: str | None = None, advanced: bool = Fals
 
 @dataclass(frozen=True)
 class StandardArgs:
-    """Arguments of every script. Checked when made: see `__post_init__`."""
+    """Arguments of every script. Checked when made: see `__post_init__`.
+
+    Attributes:
+        presets: name → arguments that a preset sets, where the algorithm has presets.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     # --- environment
     env_id: str = arg("CartPole-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
@@ -100,7 +114,11 @@ class StandardArgs:
     )
 
     # --- run
-    exp_name: str = arg("", "name of the run; empty: the algorithm's", "run, logging and checkpoints")
+    exp_name: str = arg(
+        "",
+        "name of the run; empty: the algorithm's, with what differs from the defaults",
+        "run, logging and checkpoints",
+    )
     log_dir: str = arg("logs", "folder of all runs")
     logger: Literal["tensorboard", "csv", "wandb"] = arg(
         "tensorboard", "where metrics go; wandb needs the extra of that name"
@@ -247,6 +265,38 @@ class DecoupledArgs:
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
 
 
+def run_name(args: StandardArgs, algo: str) -> str:
+    """The name that was given, or the script's with what was changed: `ppo_num-envs=16_norm-obs`."""
+    script = next(field.default for field in dataclasses.fields(args) if field.name == "exp_name") or algo
+    if args.exp_name not in ("", script):
+        return args.exp_name
+    name, changed = str(script), _changed(args)
+    for index, change in enumerate(changed):
+        if len(name) + len(change) > MOST_NAMED:
+            return f"{name}_and-{len(changed) - index}-more"
+        name += f"_{change}"
+    return name
+
+
+def _changed(args: StandardArgs) -> list[str]:
+    """Arguments of environment and algorithm that differ from the defaults, or from those of the preset."""
+    preset = args.presets.get(getattr(args, "preset", ""), {})
+    told, group = [], ""
+    for field in dataclasses.fields(args):
+        group = field.metadata["group"] or group
+        value = getattr(args, field.name)
+        left_out = group in UNNAMED_GROUPS or field.name in UNNAMED
+        if left_out or value == preset.get(field.name, field.default):
+            continue
+        name = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            told.append(name if value else f"no-{name}")
+        else:
+            text = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            told.append(f"{name}={re.sub(r'[^A-Za-z0-9.+]+', '-', text).strip('-') or 'none'}")
+    return told
+
+
 def require_between(args: StandardArgs, low: float, high: float, *names: str) -> None:
     """Raises ConfigError unless each of the named arguments is a number in [low, high]."""
     for name in names:
@@ -326,7 +376,8 @@ def check_types(args: StandardArgs) -> None:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -405,8 +456,7 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         require(resume != "", "resume", "empty", "a checkpoint or a run folder")
         defaults = _inherited(kind, *load_checkpoint(resume, algo))
     elif preset is not None:
-        require(preset in (presets or {}), "preset", preset, f"one of {', '.join(presets or {})}")
-        defaults = {"preset": preset, **(presets or {})[preset]}
+        defaults = {"preset": preset, **_preset(kind, preset, presets or {"default": {}})}
     args = kind(**_parse_flags(kind, defaults))
     args.check_machine()
     if args.seeds > 1:
@@ -414,6 +464,26 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
 
         sys.exit(run_seeds(args.seed, args.seeds, args.jobs, args.log_dir))
     return args
+
+
+def _preset(kind: type[StandardArgs], name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The defaults of a preset; `tuned` looks into the algorithm's presets.toml for the environment.
+
+    Raises:
+        ConfigError: there is no such preset, or none for the environment.
+    """
+    if name != "tuned":
+        require(name in presets, "preset", name, f"one of {', '.join([*presets, 'tuned'])}")
+        return presets[name]
+    env_id = _early("--env-id") or kind.env_id
+    if env_id.startswith("ALE/") and "atari" in presets:
+        return presets["atari"] | {"env_id": env_id}
+    path = Path(sys.modules[kind.__module__].__file__ or "").with_name("presets.toml")
+    tuned = tomllib.loads(path.read_text()) if path.exists() else {}
+    family = re.sub(r"-v\d+$", "", env_id)
+    require(family in tuned, "preset", name, f"another one: {env_id} is not tuned; {', '.join(tuned) or 'nothing'} is")
+    settings = {field: tuple(value) if isinstance(value, list) else value for field, value in tuned[family].items()}
+    return settings | {"env_id": env_id}
 
 
 def _inherited(kind: type[StandardArgs], state: dict[str, Any], found: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def episode_infos(infos: dict[str, Any]) -> np.ndarray | None:
 
 
 def batched_infos(keys: Sequence[str], given: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
-    """Reads what `episode_infos` reads, from infos that are arrays [N] themselves, as vector environments have them.
+    """Converts infos that are arrays [N], as vector environments return them, for `episode_infos`.
 
     Args:
         ended: [N], which episodes ended with this step.

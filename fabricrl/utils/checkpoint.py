@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fabricrl.utils.errors import CheckpointError, ConfigError, OutputError
+from fabricrl.utils.errors import CheckpointError, ConfigError, OutputError, from_here
 
 FORMAT = 1
 BEST = "best.ckpt"
@@ -439,7 +439,7 @@ def _newest_good(candidates: list[Path]) -> tuple[dict[str, Any], Path]:
             return state, candidate
         except CheckpointError as error:
             problems.append(str(error))
-            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+            print(f"warning: {from_here(error)}; trying the one before it", file=sys.stderr)
     if without_shards:
         return without_shards[0]  # whether it can be used is for those who need them to say
     raise CheckpointError(f"no checkpoint can be read in {candidates[0].parent}: {problems[0]}")
@@ -523,7 +523,7 @@ def go_without(call: str, path: Path, loss: str) -> None:
         torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
     )
     if call not in _told and first:
-        print(f"warning: the file system of {path} has no {call}: {loss}", file=sys.stderr, flush=True)
+        print(f"warning: the file system of {from_here(path)} has no {call}: {loss}", file=sys.stderr, flush=True)
     _told.add(call)
 
 

@@ -33,7 +33,8 @@ class OffPolicyArgs(StandardArgs):
     num_threads: int | None = arg(
         None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Use 1 beside other work"
     )
-    buffer_size: int = arg(1_000_000, "transitions that each rank keeps", "replay")
+    preset: Literal["default", "tuned"] = arg("default", "tuned: settings for this very environment", "replay")
+    buffer_size: int = arg(1_000_000, "transitions that each rank keeps")
     learning_starts: int = arg(
         5_000, "random environment steps over all ranks before the first update; at least a batch"
     )
@@ -109,8 +110,14 @@ class OffPolicyArgs(StandardArgs):
 
 @dataclass(frozen=True)
 class EntropyArgs(OffPolicyArgs):
-    """The temperature of an algorithm that rewards entropy."""
+    """The temperature of an algorithm that rewards entropy, and the scale of rewards, which are weighed against it."""
 
+    reward_scale: float = arg(
+        1.0,
+        "multiply rewards by this for the critics; logs show them as the environment gave them",
+        "replay",
+        advanced=True,
+    )
     alpha: float = arg(1.0, "entropy temperature α: initial with --autotune, else constant", "update")
     autotune: bool = arg(True, "learn the temperature so that the policy's entropy approaches the target")
     target_entropy: float | None = arg(
@@ -119,6 +126,6 @@ class EntropyArgs(OffPolicyArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_above_zero(self, "alpha")
+        require_above_zero(self, "alpha", "reward_scale")
         entropy, allowed = self.target_entropy, f"a number between {-LARGEST:g} and {LARGEST:g}, or None"
         require(entropy is None or abs(entropy) <= LARGEST, "target_entropy", entropy, allowed)

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fabricrl.algos.args import (
     LARGEST,
@@ -58,6 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class PPOArgs(StandardArgs):
     """CleanRL's names and defaults, and some that it lacks."""
 
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+
     num_envs: int = arg(4, "environments per rank")
     total_timesteps: int = arg(500_000, "environment steps over all environments and ranks, in whole iterations")
     noop_max: int = arg(
@@ -71,8 +73,10 @@ class PPOArgs(StandardArgs):
         None, "resize images to this height and width; None: leave them as they are", advanced=True
     )
     frame_stack: int = arg(1, "number of stacked frames, for observations with images")
-    preset: Literal["classic", "mujoco", "atari"] = arg(
-        "classic", "defaults for a family of tasks; --help --preset mujoco shows those of mujoco", "rollout and returns"
+    preset: Literal["classic", "mujoco", "atari", "tuned"] = arg(
+        "classic",
+        "defaults for a family of tasks, or tuned: those for this very environment; --help --preset mujoco shows them",
+        "rollout and returns",
     )
     num_steps: int = arg(128, "steps of each environment per iteration")
     gamma: float = arg(0.99, "discount γ")

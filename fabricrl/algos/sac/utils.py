@@ -19,7 +19,7 @@ def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Ca
     action_space: Any = envs.single_action_space
 
     @torch.inference_mode()
-    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray, masks: None = None) -> np.ndarray:
+    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         inputs = torch.as_tensor(obs, dtype=torch.float32)
         actions = agent.greedy(inputs) if greedy else agent.act(inputs, agent.head.noise((len(obs),), generator))
         return env_actions(action_space, actions.numpy())
