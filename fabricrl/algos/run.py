@@ -79,6 +79,7 @@ class Run:
         episodes, losses, clock: statistics for the log; charts: further ones for the next entry alone.
         generators: states for the next checkpoint, of all ranks; None: of those generators that this run has.
         trainers: those of a decoupled script, if this is its player; else None.
+        while_evaluating: called every second or so in an evaluation; a decoupled script's player has others waiting.
         exit_code: 0, or that of the signal that ends the run.
 
     Raises:
@@ -127,6 +128,7 @@ class Run:
         self._eval_return: float | None = None  # mean of the last evaluation
         self._score = math.nan  # mean return that decides if a checkpoint is the best; NaN: this iteration has none
         self._agreed = 0.0  # when ranks did last in an evaluation
+        self.while_evaluating: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Run":
         """Checks the arguments against the number of ranks, and seeds this rank's generators."""
@@ -544,8 +546,8 @@ class Run:
         else:
             self._eval_charts = self._evaluation.charts(played)
             self._score = self._eval_return = self._eval_charts["eval/return_mean"]
-            stop = self.args.stop_at_return
-            self._is_last = self._is_last or (True if stop is not None and self._score >= stop else None)
+            if self.args.stop_at_return is not None and self._score >= self.args.stop_at_return:
+                self._is_last = True
         self.clock.lap("eval")
 
     def _after_step(self, ended: int) -> None:
@@ -557,6 +559,7 @@ class Run:
         """Agrees with the other ranks on signals, and on whether one still plays; none waits long for a word."""
         told = all_gather(self.fabric, torch.tensor([playing, self._signals.code])).T  # [2, W]
         self.exit_code, self._agreed = max(self.exit_code, *told[1].tolist()), time.monotonic()
+        self.while_evaluating()
         return bool(told[0].any())
 
     @property
