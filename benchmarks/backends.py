@@ -28,7 +28,7 @@ from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo.loss import policy_loss, value_loss
 from fabricrl.envs import make_envs
-from fabricrl.utils.launch import keep_memory
+from fabricrl.utils.process import keep_memory
 from fabricrl.utils.records import Records
 
 COUNTS = (1, 4, 16, 64, 256, 1024)

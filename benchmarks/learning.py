@@ -26,6 +26,9 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from fabricrl.compare import Log, draw_curve, make_group
+from fabricrl.utils.statistics import interval, iqm
+
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
     "seed",
@@ -328,18 +331,16 @@ def write_table(path: Path, command: str, rows: list[dict[str, float]], columns:
 
 
 def plot(path: Path, task: Task, curves: list[dict[str, float]], rivals: list[dict[str, float]]) -> None:
-    """Each seed's curve thin, their mean thick, the published result dashed with its ± as a band."""
+    """Each seed's curve thin, their interquartile mean and its interval, the published result dashed with its ±."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for table, color, name in ((curves, "tab:blue", "mean"), (rivals, "tab:orange", f"{task.rival}: mean")):
-        seeds = sorted({row["seed"] for row in table})
-        grid = np.array(sorted({row["step"] for row in table}))
-        interpolated = []
-        for seed in seeds:
-            steps, returns = zip(*((r["step"], r["episodic_return"]) for r in table if r["seed"] == seed), strict=True)
-            axes.plot(steps, returns, color=color, alpha=0.3, linewidth=0.8)
-            interpolated.append(np.interp(grid, steps, returns))
-        if seeds:
-            axes.plot(grid, np.mean(interpolated, 0), color=color, linewidth=2, label=f"{name} of {len(seeds)} seeds")
+    for table, name in ((curves, task.command.split("/")[-1].split(".py")[0]), (rivals, task.rival)):
+        logs = []
+        for seed in sorted({row["seed"] for row in table}):
+            pairs = ((row["step"], row["episodic_return"]) for row in table if row["seed"] == seed)
+            steps, returns = (np.array(column) for column in zip(*pairs, strict=True))
+            logs.append(Log(path, name, {}, steps, returns, float("nan")))
+        if logs:
+            draw_curve(axes, make_group("", name, logs))
     mean, spread = task.reference
     axes.axhline(mean, color="black", linestyle="--", linewidth=1, label=f"{task.source}: {mean:g} ± {spread:g}")
     axes.axhspan(mean - spread, mean + spread, color="black", alpha=0.07, linewidth=0)
@@ -351,7 +352,11 @@ def plot(path: Path, task: Task, curves: list[dict[str, float]], rivals: list[di
 
 
 def report(task: Task, rows: list[dict[str, float]], rivals: list[dict[str, float]]) -> bool:
-    """Prints both measures over the seeds, ± as NumPy's std like the references; whether every bar is reached."""
+    """Prints both measures over the seeds: mean ± NumPy's std like the references, IQM with its 95 % interval.
+
+    Returns:
+        True if every bar is reached.
+    """
     reached = True
     for measure, name in MEASURES.items():
         values = np.array([row[measure] for row in rows])
@@ -359,7 +364,8 @@ def report(task: Task, rows: list[dict[str, float]], rivals: list[dict[str, floa
         if measure == task.measure and task.bar is not None:
             reached = bool(values.mean() <= task.bar if task.at_most else values.mean() >= task.bar)
             verdict = f"  bar {task.bar:g}: {'reached' if reached else 'MISSED'}"
-        print(f"  {name:28s} {values.mean():9.2f} ± {values.std():.2f}{verdict}")
+        middle = f"IQM {iqm(values):.2f} [{', '.join(f'{end:.2f}' for end in interval(values))}]"
+        print(f"  {name:28s} {values.mean():9.2f} ± {values.std():.2f}  {middle}{verdict}")
     print(f"  {'published':28s} {task.reference[0]:9.2f} ± {task.reference[1]:.2f}  {task.source}")
     if rivals and task.times:
         mean, other = (float(np.mean([row[task.measure] for row in table])) for table in (rows, rivals))

@@ -3,18 +3,24 @@
 Lightning removed that spelling in 2.5.1; scripts, courses and papers still use it.
 """
 
+import contextlib
+import itertools
 import signal
 import sys
 from datetime import timedelta
+from functools import partial
 
 from lightning.fabric.cli import _main as fabric_cli
-from torch.distributed import TCPStore
+from torch.distributed import DistError, TCPStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
+from fabricrl.utils.ending import one_line, report
 from fabricrl.utils.errors import LostPeerError, RunError
-from fabricrl.utils.launch import check_address, one_line, open_store, report
+from fabricrl.utils.network import check_address, open_store
+from fabricrl.utils.peers import MINUTES, patience, waited
+from fabricrl.utils.signals import StopSignal
 
 USAGE = """usage: lightning run model [--accelerator A] [--strategy S] [--devices D] [--num-nodes N] ... SCRIPT [ARGS]
 
@@ -28,7 +34,10 @@ def main() -> None:
         print(USAGE, file=sys.stdout if arguments in (["--help"], ["-h"]) else sys.stderr)
         sys.exit(0 if arguments in (["--help"], ["-h"]) else 2)
     rest = arguments[2:] if arguments[1:2] == ["model"] else arguments[1:]
-    static_tcp_rendezvous.TCPStore = _store  # the launcher's own would listen on all addresses of the machine
+    minutes = _minutes(rest)
+    # The launcher's own store would listen on all addresses of the machine
+    static_tcp_rendezvous.TCPStore = partial(_store, patience(minutes))  # type: ignore[assignment, misc]
+    StopSignal()  # until torchrun's handlers take over: it hears nothing while it waits for other nodes
     try:
         fabric_cli(["run", *rest], prog_name="lightning")
     except ChildFailedError as error:
@@ -38,13 +47,26 @@ def main() -> None:
         sys.exit(128 + (error.sigval or signal.SIGTERM))
     except KeyboardInterrupt:  # before the launcher has taken over
         sys.exit(128 + signal.SIGINT)
+    except DistError:
+        report(f"the nodes have not met {waited(60 * minutes)}", LostPeerError.exit_code)
+        sys.exit(LostPeerError.exit_code)
     except RunError as error:
         report(str(error), error.exit_code)
         sys.exit(error.exit_code)
 
 
+def _minutes(words: list[str]) -> float:
+    """The script's `--timeout`, which holds for its launcher, too; of what makes no sense the script will tell."""
+    given = [after for word, after in itertools.pairwise(words) if word == "--timeout"]
+    given += [word.partition("=")[2] for word in words if word.startswith("--timeout=")]
+    with contextlib.suppress(ValueError, IndexError):
+        if 0 <= (minutes := float(given[-1])) <= 100_000:
+            return minutes
+    return MINUTES
+
+
 def _store(
-    address: str, port: int, world_size: int, is_master: bool, timeout: timedelta, *, multi_tenant: bool
+    limit: timedelta, address: str, port: int, world_size: int, is_master: bool, _: timedelta, *, multi_tenant: bool
 ) -> TCPStore:
     """The store in which the nodes' launchers and all ranks meet; that of the first node listens for the others.
 
@@ -55,9 +77,11 @@ def _store(
     if world_size > 1:  # nodes
         check_address(address, "--main-address")
     if is_master:
-        return open_store(address, port, "--main-port")
+        store = open_store(address, port, "--main-port")
+        store.set_timeout(limit)
+        return store
     try:
-        return TCPStore(address, port, world_size, False, timeout, multi_tenant=multi_tenant)
+        return TCPStore(address, port, world_size, False, limit, multi_tenant=multi_tenant)
     except RuntimeError as error:
         raise LostPeerError(f"nobody answers at {address}:{port}: {one_line(error)}") from error
 

@@ -10,85 +10,30 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
-from gymnasium.spaces import Space
-from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
 from fabricrl.envs import check_env, make_env
-from fabricrl.envs.backends import option
+from fabricrl.envs.backends import info_keys, option
 from fabricrl.envs.guard import GRACE, VIDEO_GRACE
+from fabricrl.envs.play import play
 from fabricrl.envs.spaces import describe
 from fabricrl.envs.vector import step_in_turn
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpoint, reading, restore
-from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
-from fabricrl.utils.launch import run_script
-from fabricrl.utils.records import Records
+from fabricrl.utils.ending import run_script
+from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import HALF, require, stream_seed
 
-Policy = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
 # Arguments that older checkpoints do not have, as they were meant
 OLDER = {"mask_velocities": False, "frame_stack": 1, "cnn_features": 512}
-
-
-def play(envs: VectorEnv, policy: Policy, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns and lengths of `episodes` episodes, [E] each.
-
-    Every environment plays its share to the end. Were the first to finish taken instead, short episodes would count
-    too often.
-
-    Raises:
-        NonFiniteError: NaN or infinity came from an environment.
-    """
-    quota = np.full(envs.num_envs, episodes // envs.num_envs)
-    quota[: episodes % envs.num_envs] += 1
-    running, steps = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
-    returns: list[float] = []
-    lengths: list[int] = []
-    obs, _ = envs.reset(seed=seed)
-    _check_finite(obs, np.zeros(envs.num_envs), envs.single_observation_space)
-    rewards, dones = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    bar = tqdm(total=episodes, desc="episodes", disable=None, leave=False)  # none without a terminal
-    while quota.any():
-        obs, rewards, terminated, truncated, _ = envs.step(policy(obs, rewards, dones))
-        _check_finite(obs, rewards, envs.single_observation_space)
-        dones = terminated | truncated
-        running, steps = running + rewards, steps + 1
-        for i in np.flatnonzero(dones & (quota > 0)):
-            returns.append(float(running[i]))
-            lengths.append(int(steps[i]))
-            quota[i] -= 1
-            bar.update()
-        running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
-    bar.close()
-    return np.array(returns), np.array(lengths)
-
-
-def _check_finite(obs: np.ndarray, rewards: np.ndarray, space: Space) -> None:
-    """Raises NonFiniteError if there is NaN or infinity: the returns would be worth nothing."""
-    floats = obs[:, : 4 * space.num_floats].view(np.float32) if isinstance(space, Records) else obs
-    for name, values in (("reward", rewards), ("observation", floats)):
-        if not np.isfinite(values).all():
-            bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
-            raise NonFiniteError(f"{name} of environment {np.flatnonzero(bad)[0]} is not finite")
-
-
-def summary(returns: np.ndarray, lengths: np.ndarray) -> dict[str, float | int]:
-    """Mean, standard deviation over episodes, minimum and maximum of returns and lengths, and their number."""
-    result: dict[str, float | int] = {}
-    for name, values in (("return", returns), ("length", lengths)):
-        result |= {f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std())}
-        result |= {f"{name}_min": values.min().item(), f"{name}_max": values.max().item()}
-    return result | {"episodes": len(returns)}
 
 
 def evaluate(
@@ -104,17 +49,19 @@ def evaluate(
         folder = video_folder if options.capture_video else None
         shown = "human" if options.render else None
         env = make_env(args, shown, folder, mode, video_episodes=options.episodes)
-        return NameFailures(env, index)
+        return NameFailures(env, index, info_keys(args), options.masked)
 
     makers = [partial(build, index) for index in range(num_envs)]
     grace = VIDEO_GRACE if options.capture_video else GRACE
-    envs = step_in_turn(makers, timeout=option(args, "timeout"), grace=grace, told=options.told)
+    settings = {"timeout": option(args, "timeout"), "grace": grace, "told": options.told, "keys": info_keys(args)}
+    envs = step_in_turn(makers, **settings)
     with reading(options.path):
         agent = utils.make_agent(args, envs)
         restore(agent, state["agent"])
     policy = utils.make_policy(agent.eval(), envs, greedy, stream_seed(options.seed, int(greedy)))
     try:
-        return summary(*play(envs, policy, options.episodes, options.seed))
+        with tqdm(total=options.episodes, desc="episodes", disable=None, leave=False) as bar:  # none without a terminal
+            return play(envs, policy, options.episodes, options.seed, bar.update).summary()
     finally:
         envs.close()
 
@@ -136,6 +83,7 @@ def main() -> int:
     require(0 <= options.seed < seeds, "seed", options.seed, f"between 0 and {seeds - 1}")
     if options.render and options.capture_video:
         raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
+    StopSignal(raises=True)
     torch.set_num_threads(1)
     options.told = set()  # warnings, so that both modes tell each once
 
@@ -149,7 +97,9 @@ def main() -> int:
     with reading(found):
         args = SimpleNamespace(**OLDER | state["args"] | {"vectorization": "sync"})
         env_id = args.env_id
-    check_spaces(state["spaces"], describe(*check_env(args, utils.ACTION_SPACES, mode, images=True)))
+    spaces = check_env(args, utils.ACTION_SPACES, mode, images=True)
+    check_spaces(state["spaces"], describe(spaces.obs, spaces.actions))
+    options.masked = spaces.mask_size > 0
     video_folder = found.parent.parent / "videos" / found.stem
     modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
     results = {mode: evaluate(state, args, mode == "greedy", options, video_folder) for mode in modes}
@@ -160,7 +110,8 @@ def main() -> int:
     for mode, r in results.items():
         spread = f"± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
         length = f"{r['length_mean']:.1f} ± {r['length_std']:.1f}"
-        lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}")
+        told = [f"  {key} {r[f'{key}_mean']:.2f}" for key in info_keys(args) if f"{key}_mean" in r]
+        lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}{''.join(told)}")
     if options.capture_video and any(video_folder.glob("*.mp4")):
         lines.append(f"  videos in {video_folder}")
     print(_printable("\n".join(lines)))

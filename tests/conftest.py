@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a run folder that goes away, and a script's `main` called in this process."""
+"""Shared by all tests: one thread, a temporary run folder, and a script's `main` called in this process."""
 
 import contextlib
 import json
@@ -38,10 +38,11 @@ def isolated() -> Iterator[None]:
     torch.backends.cudnn.deterministic = deterministic
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 class Ranks:
-    """What Fabric is to the collectives in `fabricrl.utils.ranks`, for threads that play the ranks."""
+    """Stands for Fabric in the collectives of `fabricrl.utils.ranks`, for threads that play the ranks."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -103,7 +104,9 @@ class BareRun(Run):
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted, self._parts, self._modules, self._optimizers = {}, {}, [], []
         self._contexts = contextlib.ExitStack()
-        self._envs = self._player = self._folder = None
+        self._envs = self._player = self._folder = self._evaluation = None
+        self._evaluated_step, self._agreed, self._is_last, self._eval_charts = 0, 0.0, None, {}
+        self._score = float("nan")
         self.join(fabric or Fabric(accelerator="cpu", devices=1, precision=args.precision))
 
 
@@ -136,7 +139,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Trained:
-    """What a training in this process left behind."""
+    """Results of a training in this process."""
 
     def __init__(self, code: int, line: str, output: str) -> None:
         self.code, self.line, self.output = code, line, output

@@ -1,6 +1,7 @@
 """Small environments that tests understand completely, registered when this is imported: `tests.envs:Name-v0`."""
 
 import os
+import random
 import signal
 from typing import Any
 
@@ -144,6 +145,109 @@ class Recall(gym.Env):
         right = done and int(action) == (self.cue + 1) // 2
         self._steps += 1
         return np.zeros(1, np.float32), float(right), done, False, {}
+
+
+class Dicey(gym.Env):
+    """Draws from the global generators of Python, NumPy and, if `torch_too`, torch: when built, at resets, in steps.
+
+    An action earns more the nearer it is to the first number seen. At an episode's end infos have `bias`, one number
+    an environment, and `is_success`, whether that is above a half.
+    """
+
+    def __init__(self, continuous: bool = False, length: int = 6, torch_too: bool = True) -> None:
+        self.length, self.torch_too = length, torch_too
+        self.bias = float(np.random.rand())
+        self.observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+        self.action_space = Box(-1.0, 1.0, (1,), np.float32) if continuous else Discrete(2)
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._draw(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._steps += 1
+        reward = self.bias - abs(float(np.asarray(action).reshape(-1)[0]) - float(self._obs[0]))
+        info = {"is_success": self.bias > 0.5, "bias": self.bias} if self._steps == self.length else {"bias": -1e9}
+        return self._draw(), reward, False, self._steps >= self.length, info
+
+    def _draw(self) -> np.ndarray:
+        numbers = [random.random(), np.random.rand(), 0.0]
+        if self.torch_too:
+            import torch  # here, as processes of other environments do without
+
+            numbers[2] = torch.rand(()).item()
+        self._obs = np.array(numbers, np.float32)
+        return self._obs
+
+
+MASKED: dict[str, tuple[Space, list[int]]] = {
+    "Discrete": (Discrete(5, start=2), [5]),
+    "MultiDiscrete": (MultiDiscrete([3, 2, 4]), [3, 2, 4]),
+    "MultiBinary": (MultiBinary(3), [2, 2, 2]),
+}
+
+
+class Masked(gym.Env):
+    """Refuses an action that its mask forbids. The observation is the mask, which is drawn anew in every step.
+
+    The mask is told by the method `action_masks` (see `MaskedByMethod`), or in infos. At an episode's end, infos have
+    `is_success`, whether all actions were the first that was allowed; `half`, in every other episode; and `text`.
+    """
+
+    def __init__(self, kind: str = "Discrete", length: int = 7, tells: bool = True) -> None:
+        self.length, self.tells = length, tells
+        self.action_space, self.choices = MASKED[kind]
+        self.observation_space = Box(0.0, 1.0, (sum(self.choices),), np.float32)
+        self._episode = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._steps, self._firsts, self._episode = 0, 0, self._episode + 1
+        return self._draw()
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        taken = np.asarray(action).reshape(-1) - getattr(self.action_space, "start", 0)
+        parts = np.split(self._mask, np.cumsum(self.choices)[:-1])
+        for part, choice in zip(parts, taken, strict=True):
+            if not part[int(choice)]:
+                raise ValueError(f"action {action!r} is forbidden by {self._mask}")
+        first = all(int(choice) == part.argmax() for part, choice in zip(parts, taken, strict=True))
+        self._steps, self._firsts = self._steps + 1, self._firsts + first
+        obs, info = self._draw()
+        if ended := self._steps == self.length:
+            info |= {"is_success": self._firsts == self.length, "text": "good"}
+            info |= {"half": np.float32(5.0)} if self._episode % 2 else {}
+        return obs, float(first), ended, False, info
+
+    def _draw(self) -> tuple[np.ndarray, dict]:
+        masks = [self.np_random.random(n) < 0.5 for n in self.choices]
+        for mask in masks:
+            mask[self.np_random.integers(len(mask))] = True
+        self._mask = np.concatenate(masks)
+        return self._mask.astype(np.float32), {"action_mask": self._mask} if self.tells else {}
+
+
+class MaskedByMethod(Masked):
+    """Tells its masks as environments for sb3-contrib do."""
+
+    def __init__(self, kind: str = "Discrete", length: int = 7) -> None:
+        super().__init__(kind, length, tells=False)
+
+    def action_masks(self) -> np.ndarray:
+        return self._mask
+
+
+class Scaled(Deterministic):
+    """Observations around 500, as of a position in millimetres."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(-1e4, 1e4, self.observation_space.shape, np.float32)
+
+    def _obs(self) -> np.ndarray:
+        return 500 + 100 * super()._obs()
 
 
 class Picture(gym.Env):
@@ -322,9 +426,13 @@ for _kind in ("Discrete", "MultiDiscrete", "MultiBinary", "Box"):
     gym.register(f"Identity{_kind}-v0", entry_point=Identity, kwargs={"kind": _kind})
 gym.register("Counting-v0", entry_point=Counting)
 gym.register("Deterministic-v0", entry_point=Deterministic)
+gym.register("Scaled-v0", entry_point=Scaled)
 gym.register("Fault-v0", entry_point=Fault)
 gym.register("Odd-v0", entry_point=Odd)
 gym.register("Recall-v0", entry_point=Recall)
+gym.register("Dicey-v0", entry_point=Dicey)
+gym.register("Masked-v0", entry_point=Masked)
+gym.register("MaskedByMethod-v0", entry_point=MaskedByMethod)
 gym.register("Picture-v0", entry_point=Picture)
 gym.register("PictureDict-v0", entry_point=Picture, kwargs={"beside": True})
 gym.register("Misbehaving-v0", entry_point=Misbehaving)

@@ -1,11 +1,14 @@
 """Scripts run as a user runs them: real processes with a hard time limit, of which none may be left at the end."""
 
+import atexit
 import contextlib
+import faulthandler
 import importlib
 import io
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -34,6 +37,7 @@ SAC_DECOUPLED = str(ROOT / "fabricrl/algos/sac/sac_decoupled.py")
 DROQ = str(ROOT / "fabricrl/algos/droq/droq.py")
 EVALUATE = str(ROOT / "fabricrl/evaluate.py")
 PYTHON = [sys.executable]
+FORKED = ["forked"]  # a script after it starts in milliseconds, see `Forked`
 LIMIT = 120  # seconds; only a process that hangs ever needs them
 # What a launcher around the tests would have set, and what would make our launchers believe that they run inside it
 LAUNCHERS = re.compile(
@@ -53,16 +57,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def processes(mark: str) -> dict[int, dict[str, str]]:
-    """The environment variables of all living processes of a run, by process id."""
+def processes(mark: str, session: int = 0) -> dict[int, dict[str, str]]:
+    """The environment variables of all living processes of a run, by process id.
+
+    `session`: of a forked script, whose variables Linux does not show.
+    """
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            state, _, _, of, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+            if state == "Z":
                 continue  # has ended, its parent only has not noticed yet
             variables = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
             pairs = dict(pair.split("=", 1) for pair in variables if "=" in pair)
-            if pairs.get(MARK) == mark:
+            if pairs.get(MARK) == mark or of == str(session):
                 found[int(entry.name)] = pairs
     return found
 
@@ -91,12 +99,85 @@ def parsed(line: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S+)", fields)) | {"checkpoint": checkpoint}
 
 
+# A process that has imported what scripts import and forks those that are asked for: they start in milliseconds
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["fabricrl.algos.ppo.ppo_decoupled", "fabricrl.algos.sac.sac_decoupled", "fabricrl.algos.droq.droq", "tensorboard"]
+)
+
+
+class Forked:
+    """A script that runs as `python script.py` does, but in a process that has imported everything already.
+
+    It has a session, arguments, variables, a folder and outputs of its own, and Python's handlers of signals; its exit
+    code is seen by the process that forked it, which tells. Stands for `subprocess.Popen`, as far as tests need it.
+    """
+
+    def __init__(self, words: list[str], folder: Path, variables: dict[str, str]) -> None:
+        pipes = [FORKSERVER.Pipe(duplex=False) for _ in range(2)]
+        self._child = FORKSERVER.Process(target=_script, args=(words, folder, variables, *(ours for _, ours in pipes)))
+        self._child.start()
+        self.pid: int = self._child.pid or 0
+        self._read = ["", ""]
+        self._readers = [threading.Thread(target=self._drain, args=(i, pipes[i][0]), daemon=True) for i in range(2)]
+        for (_, theirs), reader in zip(pipes, self._readers, strict=True):
+            theirs.close()
+            reader.start()
+
+    def _drain(self, index: int, pipe: Any) -> None:
+        with os.fdopen(os.dup(pipe.fileno())) as stream:
+            self._read[index] = stream.read()
+        pipe.close()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._child.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        deadline = time.monotonic() + (LIMIT if timeout is None else timeout)
+        for part in (*self._readers, self._child):
+            part.join(max(deadline - time.monotonic(), 0))
+        if self.returncode is None or any(reader.is_alive() for reader in self._readers):
+            raise subprocess.TimeoutExpired("a forked script", timeout or LIMIT)
+        return self._read[0], self._read[1]
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _script(words: list[str], folder: Path, variables: dict[str, str], out: Any, err: Any) -> None:
+    """Becomes a script, in a forked process."""
+    os.setsid()
+    for stream, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno())):
+        os.dup2(descriptor, stream)
+    out.close()
+    err.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.enable()
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.argv[:] = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+
+
 @dataclass
 class Running:
     """A command in a process group of its own."""
 
     arguments: list[str]
-    process: subprocess.Popen[str]
+    process: "subprocess.Popen[str] | Forked"
     mark: str
     code: int | None = None
     out: str = ""
@@ -115,11 +196,14 @@ class Running:
     def errors(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("error:")]
 
+    def processes(self) -> dict[int, dict[str, str]]:
+        return processes(self.mark, self.process.pid)
+
     def rank_pid(self, rank: int) -> int:
         """The process of a rank that Fabric has started; that of rank 0 is the one that started them."""
         if rank == 0:
             return self.process.pid
-        pids = [pid for pid, variables in processes(self.mark).items() if variables.get("LOCAL_RANK") == str(rank)]
+        pids = [pid for pid, variables in self.processes().items() if variables.get("LOCAL_RANK") == str(rank)]
         assert len(pids) == 1, f"{len(pids)} processes of rank {rank}\n{self.report()}"
         return pids[0]
 
@@ -133,7 +217,7 @@ class Running:
             raise AssertionError(f"still running after {limit} s\n{self.report()}") from None
         self.code = self.process.returncode
         deadline = time.monotonic() + 15  # those of other ranks may need a moment longer than the first
-        while (left := processes(self.mark)) and time.monotonic() < deadline:
+        while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.left = list(left)
         self.kill()
@@ -147,7 +231,7 @@ class Running:
 
         def watch() -> None:
             while not over.wait(0.2):
-                for pid in processes(self.mark):
+                for pid in self.processes():
                     self.listened[pid] |= listeners(pid)
 
         watcher = threading.Thread(target=watch)
@@ -159,12 +243,25 @@ class Running:
             watcher.join()
 
     def kill(self) -> None:
-        for pid in {self.process.pid, *processes(self.mark)} if self.process.poll() is None else processes(self.mark):
+        for pid in {self.process.pid, *self.processes()} if self.process.poll() is None else self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def report(self) -> str:
         return f"$ {' '.join(self.arguments)}\ncode {self.code}\n--- out\n{self.out}\n--- err\n{self.err}"
+
+
+def _opened(words: list[str], folder: Path, variables: dict[str, str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @contextlib.contextmanager
@@ -173,22 +270,15 @@ def started(*arguments: object, cwd: Path = ROOT, variables: dict[str, str] | No
     mark = uuid.uuid4().hex
     clean = {name: value for name, value in os.environ.items() if not LAUNCHERS.fullmatch(name)}
     words = [str(argument) for argument in arguments]
-    process = subprocess.Popen(
-        words,
-        cwd=cwd,
-        env=clean | {"PYTHONPATH": str(ROOT), MARK: mark} | (variables or {}),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    own = {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", MARK: mark}  # a crash outside of Python shows where
+    everything = clean | own | (variables or {})
+    process = Forked(words[1:], cwd, everything) if words[:1] == FORKED else _opened(words, cwd, everything)
     running = Running(words, process, mark)
     try:
         yield running
     finally:
         running.kill()
-        if process.poll() is None or not process.stdout or not process.stdout.closed:
+        if running.code is None:
             process.communicate()
 
 
@@ -203,6 +293,7 @@ def wait_for(condition: Callable[[], Any], running: Running) -> Any:
     deadline = time.monotonic() + LIMIT
     while not (value := condition()):
         if running.process.poll() is not None or time.monotonic() > deadline:
+            running.code = running.process.returncode
             running.kill()
             running.out, running.err = running.process.communicate()
             raise AssertionError(f"ended too early, or waited in vain\n{running.report()}")
@@ -229,13 +320,6 @@ class Finished:
     @property
     def folder(self) -> Path:
         return self.checkpoint.parent.parent
-
-
-# A process that has imported what scripts import and forks those that are asked for: they start in milliseconds
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    ["fabricrl.algos.ppo.ppo_decoupled", "fabricrl.algos.sac.sac_decoupled", "fabricrl.algos.droq.droq", "tensorboard"]
-)
 
 
 class Team:
@@ -285,7 +369,7 @@ class Team:
             rank.join()
 
     def printed(self, kind: str) -> str:
-        """What all ranks have printed, in rank order; kind is out or err."""
+        """Output of all ranks, in rank order; kind is out or err."""
         return "".join((self.folder / f"{kind}.{rank}").read_text() for rank in range(len(self.ranks)))
 
     @property
@@ -310,7 +394,7 @@ class Team:
 def _rank(
     rank: int, arguments: list[str], folder: Path, prepare: Callable[[int], None] | None, variables: dict[str, str]
 ) -> None:
-    from fabricrl.utils.launch import run_script
+    from fabricrl.utils.ending import run_script
 
     os.chdir(ROOT)
     for kind, stream in (("out", sys.stdout), ("err", sys.stderr)):

@@ -81,6 +81,7 @@ class Simulated(gym.Env):
         time.sleep(self.sleep)
         self.steps += 1
         if self.hangs("step"):
+            self.note("hanging")
             time.sleep(1000)
         while self.hangs("stubborn"):  # as in a library that never comes back
             with contextlib.suppress(BaseException):

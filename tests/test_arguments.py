@@ -9,14 +9,17 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
+from lightning.fabric.strategies import DDPStrategy
 
 from fabricrl import algos
+from fabricrl.algos import evaluation
 from fabricrl.algos import run as run_module
 from fabricrl.algos.args import StandardArgs, parse
 from fabricrl.algos.ppo import ppo as ppo_script
@@ -125,6 +128,9 @@ CHANGES_SOMETHING_ELSE = {
     "check_spaces": "test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space",
     "capture_video": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
     "video_every": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
+    "eval_every": "test_evaluations_come_as_often_as_asked_with_as_many_episodes_and_may_end_the_run",
+    "eval_episodes": "test_evaluations_come_as_often_as_asked_with_as_many_episodes_and_may_end_the_run",
+    "stop_at_return": "test_evaluations_come_as_often_as_asked_with_as_many_episodes_and_may_end_the_run",
     "exp_name": "test_name_and_folder_of_a_run",
     "log_dir": "test_name_and_folder_of_a_run",
     "logger": "test_logger_chooses_the_kind_of_files",
@@ -147,6 +153,7 @@ CHANGES_SOMETHING_ELSE = {
     "main_address": "test_several_nodes_are_told_where_they_stand_and_where_to_meet",
     "main_port": "test_several_nodes_are_told_where_they_stand_and_where_to_meet",
     "num_threads": "test_torch_is_set_as_asked",
+    "timeout": "test_messages_between_ranks_have_the_time_that_was_asked_for",
     "matmul_precision": "test_torch_is_set_as_asked",
     "torch_deterministic": "test_torch_is_set_as_asked",
     "compile": "test_compile_compiles_the_update",
@@ -159,7 +166,8 @@ CHANGES_SOMETHING_ELSE = {
 AS_IN_PPO = {
     "exp_name", "log_dir", "logger", "track", "wandb_project_name", "wandb_entity", "upload_model", "hf_entity",
     "accelerator", "cuda", "devices", "strategy", "num_nodes", "node_rank", "main_address", "main_port",
-    "num_threads", "matmul_precision", "torch_deterministic", "cuda_graphs", "player_device",
+    "num_threads", "timeout", "matmul_precision", "torch_deterministic", "cuda_graphs", "player_device",
+    "eval_every", "eval_episodes", "stop_at_return",
 }  # fmt: skip
 
 
@@ -192,7 +200,7 @@ def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
     assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
 
 
-def test_what_is_shown_with_ppo_alone_is_read_by_the_same_lines(
+def test_arguments_tested_with_ppo_alone_are_read_by_the_same_lines(
     run: Train, algo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert AS_IN_PPO.issubset(CHANGES_SOMETHING_ELSE)
@@ -330,7 +338,7 @@ def test_streams_differ_by_seed_rank_purpose_and_the_step_of_resumption() -> Non
 
 
 def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train) -> None:
-    settings = {"env_id": "tests.test_values:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
+    settings = {"env_id": "tests.value_envs:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
     assert run(**settings).code == 0
     with pytest.raises(EnvError, match=r"returned from step an observation with 9\.5, which is out of range"):
         run(**settings, check_spaces=True)
@@ -464,6 +472,30 @@ def test_checkpoints_are_written_as_often_as_asked_and_as_many_kept(run: Train, 
     assert steps("--no-save-model") == []
 
 
+def test_evaluations_come_as_often_as_asked_with_as_many_episodes_and_may_end_the_run(
+    run: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Iterations of 32 steps; episodes are all alike."""
+    shares: list[int] = []
+    play = evaluation.play
+
+    def counted(envs: Any, policy: Any, episodes: int, *rest: Any) -> Any:
+        shares.append(episodes)
+        return play(envs, policy, episodes, *rest)
+
+    monkeypatch.setattr(evaluation, "play", counted)
+    run()
+    assert shares == []
+    run(eval_every=32)
+    assert shares == [10] * 3
+    trained = run(eval_every=64, eval_episodes=3)
+    assert shares[3:] == [3] * 2  # the run ends with step 96
+    assert trained.result["steps"] == "96"
+    reached = float(trained.result["eval_return_mean"]) - 0.01  # of the last one
+    assert run(eval_every=32, stop_at_return=reached - 100).result["steps"] == "32"
+    assert run(eval_every=32, stop_at_return=reached + 100).result["steps"] == "96"
+
+
 def test_resume_goes_on_with_the_stored_arguments_and_flags_win_over_them(algo: str, run: Train, train: Train) -> None:
     first = run(gamma=0.9)
     second = train(SCRIPTS[algo].main, "--resume", first.folder, "--total-timesteps", 160, "--ent-coef", 0.2)
@@ -490,7 +522,7 @@ class FabricStub:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """What Fabric is given for a command line."""
+    """Arguments of Fabric's constructor for a command line."""
     monkeypatch.setattr(launching, "Fabric", FabricStub)
     for name in ("LT_CLI_USED", "LT_ACCELERATOR", "TORCHELASTIC_RUN_ID", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -525,6 +557,22 @@ def test_several_nodes_are_told_where_they_stand_and_where_to_meet(
     assert [os.environ[name] for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")] == ["2", "10.0.0.7", "4567"]
 
 
+def test_messages_between_ranks_have_the_time_that_was_asked_for(
+    told: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens then is in test_waiting.py; environments' time is in test_env_processes.py."""
+    limits: list[timedelta] = []
+
+    class Strategy(DDPStrategy):
+        def __init__(self, timeout: timedelta) -> None:
+            limits.append(timeout)
+
+    monkeypatch.setattr(launching, "DDPStrategy", Strategy)
+    for line in ((), ("--timeout", 0.5)):
+        told(*line)
+    assert limits == [timedelta(minutes=10), timedelta(seconds=30)]
+
+
 def test_torch_is_set_as_asked(told: Callable[..., dict[str, Any]]) -> None:
     for threads in (1, 2):
         told("--num-threads", threads)
@@ -551,7 +599,7 @@ def test_compile_compiles_the_update(algo: str, run: Train, base: Callable, monk
 
 
 def watched_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often each of the programs ran that a compiler was asked for, which is not called."""
+    """Counts the runs of each program that a compiler was asked for; the compiler itself is not called."""
     calls: list[int] = []
 
     def compile_variant(runner: Runner, function: Callable[..., Any], inputs: list[torch.Tensor]) -> Any:

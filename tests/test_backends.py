@@ -1,4 +1,4 @@
-"""What `--vectorization` may be: whichever back end steps the environments, what is learned from truly happened."""
+"""Back ends of `--vectorization`: with each of them, a script learns from what truly happened."""
 
 import contextlib
 import csv
@@ -667,7 +667,7 @@ def test_envpool_names_the_nearest_of_its_environments(complaint: Callable, pool
 
 
 @pytest.mark.parametrize("script", [ppo, sac])
-def test_envpool_that_is_not_here_is_told_with_the_command_that_brings_it(
+def test_a_missing_envpool_is_reported_with_the_command_that_installs_it(
     script: ModuleType, complaint: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(monkeypatch, "envpool")
@@ -676,7 +676,7 @@ def test_envpool_that_is_not_here_is_told_with_the_command_that_brings_it(
     assert "pip install -e '.[envpool]'" in message
 
 
-def test_ale_that_is_not_here_is_told_with_the_command_that_brings_it(
+def test_a_missing_ale_is_reported_with_the_command_that_installs_it(
     complaint: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(monkeypatch, "ale_py")
@@ -687,7 +687,9 @@ def test_ale_that_is_not_here_is_told_with_the_command_that_brings_it(
 
 @pytest.mark.parametrize("flag", ["--mask-velocities", "--capture-video", "--action-repeat=2"])
 @pytest.mark.parametrize("kind", ["native", "envpool"])
-def test_what_is_done_to_single_environments_is_refused_elsewhere(flag: str, kind: str, complaint: Callable) -> None:
+def test_options_for_single_environments_are_refused_by_vector_back_ends(
+    flag: str, kind: str, complaint: Callable
+) -> None:
     if kind == "envpool":
         pytest.importorskip("envpool")
     if flag == "--capture-video":
@@ -803,7 +805,7 @@ PENDULUM += ["--hidden-sizes", 16, "--replay-ratio", 0.05, "--learning-starts", 
 
 
 def swung(obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """What follows from actions in [-1, 1], by the equation of motion of a rod of length and mass 1 where g is 10."""
+    """Observations after actions in [-1, 1], by the equation of motion of a rod of length and mass 1, g = 10."""
     angle, speed, dt = np.arctan2(obs[:, 1], obs[:, 0]), obs[:, 2], 0.05
     speed = (speed + (15 * np.sin(angle) + 3 * 2 * actions[:, 0]) * dt).clip(-8, 8)
     angle = angle + speed * dt
@@ -943,7 +945,7 @@ def test_mujoco_without_a_screen_says_what_to_set(monkeypatch: pytest.MonkeyPatc
         make_env(PPOArgs(env_id="Hopper-v5"), "rgb_array")
 
 
-def test_images_that_are_not_uint8_are_told_of() -> None:
+def test_images_that_are_not_uint8_are_reported() -> None:
     images = {"camera": Box(0, 1, (40, 40, 3), np.float32), "right": Box(0, 255, (40, 40, 3), np.uint8)}
     (text,) = odd_images(Dict(images | {"speed": Box(0, 1, (3,)), "grid": Box(0, 1, (7, 7, 3))}))
     assert "'camera' float32 (40, 40, 3) is taken as a vector" in text

@@ -4,20 +4,24 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 from fabricrl import evaluate
 from fabricrl.algos import run as run_module
-from fabricrl.algos.args import parse
+from fabricrl.algos.args import check_sizes, parse
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.ppo import ppo
-from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo.agent import PPOAgent
+from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.sac.args import SACArgs
+from fabricrl.envs.spaces import check_action_space, check_observation_space
 from fabricrl.utils.errors import ConfigError
-from tests.process import EVALUATE, PPO, PYTHON, call, run
+from tests.process import EVALUATE, FORKED, PPO, PYTHON, call, run
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +190,85 @@ def test_memory_is_looked_at_before_anything_starts() -> None:
     assert "GiB" in complaint("--hidden-sizes", 10**7, 10**7)
 
 
+def test_what_spaces_make_of_a_run_is_looked_at_as_soon_as_they_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 1.5 * MIB)
+    flags = ["--env-id", "tests.image_envs:CountingImages-v0", "--hidden-sizes"]
+    message = complaint(*flags)  # 4 × 128 images of 36 × 38 × 4 bytes; without them it would be 16 KiB
+    assert message.startswith("--num-envs × --num-steps: the memory that is free, 0.00 GiB, is too little for rollouts")
+    assert "512 observations of 5472 bytes" in message
+    message = complaint(*flags, "--num-steps", 1, "--num-minibatches", 1)
+    assert message.startswith("--env-id, --hidden-sizes: ")
+
+
+@pytest.mark.parametrize(
+    ("algo", "kind", "given", "obs_space", "action_space", "flags"),
+    [
+        ("ppo", PPOArgs, {}, Box(-1, 1, (3,)), Discrete(2 * 10**6), "--env-id, --hidden-sizes"),
+        ("ppo", PPOArgs, {"num_steps": 1, "num_minibatches": 1}, Box(-1, 1, (10**6,)), Discrete(2), "--env-id"),
+        ("ppo", PPOArgs, {"num_steps": 1000}, Box(-1, 1, (10**5,)), Discrete(2), "--num-envs × --num-steps"),
+        (
+            "ppo",
+            PPODecoupledArgs,
+            {"max_lag": 100},
+            Box(-1, 1, (6000,)),
+            Discrete(2),
+            "--num-envs × --num-steps × --max-lag",
+        ),
+        ("sac", SACArgs, {}, Box(-1, 1, (10**6,)), Box(-1, 1, (2,)), "--env-id, --hidden-sizes"),
+        ("droq", DroQArgs, {"num_envs": 10**5}, Box(-1, 1, (3000,)), Box(-1, 1, (2,)), "--num-envs"),
+    ],
+)
+def test_observations_and_actions_that_make_a_run_too_large_are_refused_with_the_figures(
+    algo: str,
+    kind: type[PPOArgs],
+    given: dict[str, Any],
+    obs_space: Box,
+    action_space: Any,
+    flags: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = kind(**given)
+    monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 1024.0 * MIB)
+    with pytest.raises(
+        ConfigError, match=r"the memory that is free, 1\.00 GiB, is too little for .* GiB or more"
+    ) as caught:
+        check_sizes(args, algo, obs_space, action_space)
+    assert str(caught.value).startswith(flags)
+    check_sizes(args, algo, Box(-1, 1, (3,)), Box(-1, 1, (2,)))  # such a space needs little
+    monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 2.0**80)
+    check_sizes(args, algo, obs_space, action_space)
+
+
+def test_the_weights_that_are_counted_are_those_of_the_agent_and_nothing_is_drawn() -> None:
+    args, spaces = PPOArgs(), (Box(-1, 1, (5,)), Discrete(3))
+    agent = PPOAgent(*spaces)
+    state = torch.get_rng_state()
+    with mock.patch("fabricrl.algos.args.require_memory") as require:
+        check_sizes(args, "ppo", *spaces)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert require.call_args.args[2] == 16 * sum(part.numel() for part in agent.parameters())
+
+
+@pytest.mark.parametrize("space", [Discrete(10**8), MultiDiscrete([10**8, 2]), Dict({"a": Discrete(10**8)})])
+def test_spaces_of_a_hundred_million_parts_are_refused(space: Any) -> None:
+    with pytest.raises(ConfigError, match=r"observation space .* has 10000000\d numbers.*: at most 50000000"):
+        check_observation_space(space)
+    if not isinstance(space, Dict):
+        with pytest.raises(ConfigError, match=r"action space .* at most 50000000"):
+            check_action_space(space, (Discrete, MultiDiscrete))
+
+
+def test_more_environments_in_processes_than_files_may_be_open_are_refused() -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (500, limits[1]))
+    try:
+        message = complaint("--vectorization", "async", "--num-envs", 437)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert message.startswith("--num-envs is 437: with --vectorization async it must be at most 436")
+
+
 @pytest.mark.parametrize(
     ("steps", "minibatches", "nearest"),
     [(10**9 + 7, 3, "1"), (10**9, 999_999_999, "500000000"), (2 * 10**9, 3, "2 and 4")],
@@ -208,7 +291,7 @@ def test_a_flag_that_resembles_none_and_a_stray_word_are_refused() -> None:
     assert "CartPole-v1" in complaint("CartPole-v1")
 
 
-def test_mistakes_are_told_whatever_characters_the_terminal_can_print() -> None:
+def test_mistakes_are_reported_whatever_characters_the_terminal_can_print() -> None:
     for flag in ("--learning-rat", "--zzz"):
         with pytest.raises(ConfigError, match=flag):
             call(ppo.main, flag, 1, encoding="ascii")
@@ -402,15 +485,15 @@ def test_real_processes_end_with_code_2_and_exactly_one_line_on_standard_error(t
         "--num-envs": [PPO, "--num-envs", "0", "--devices", "2", "--strategy", "ddp"],
         "--learning-rat": [PPO, "--learning-rat", "1"],
     }
-    for named, arguments in commands.items():
-        ended = run(*PYTHON, *arguments, cwd=tmp_path)
+    for (named, arguments), python in zip(commands.items(), (PYTHON, FORKED), strict=True):
+        ended = run(*python, *arguments, cwd=tmp_path)
         assert ended.code == 2, ended.report()
         assert ended.out == ""
         lines = ended.err.splitlines()
         assert len(lines) == 1, ended.report()
         assert lines[0].startswith("error: ")
         assert named in lines[0]
-    ended = run(*PYTHON, EVALUATE, tmp_path / "missing.ckpt", cwd=tmp_path)
+    ended = run(*FORKED, EVALUATE, tmp_path / "missing.ckpt", cwd=tmp_path)
     assert ended.code == 3, ended.report()
     assert ended.err.splitlines() == [
         f"error: cannot read checkpoint {tmp_path}/missing.ckpt: No such file or directory"

@@ -1,4 +1,4 @@
-"""What a rollout stores, under an environment that counts, for both kinds of vector environment."""
+"""Rollouts of a counting environment, for both kinds of vector environment."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,19 +168,19 @@ def small_buffer() -> RolloutBuffer:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_the_first_number_that_is_not_finite_is_found_and_named(bad: float) -> None:
     rb = small_buffer()
-    assert rb.first_bad() is None
+    assert rb.find_nonfinite() is None
     step(rb, 1, rewards=np.array([0.0, bad]))
-    assert rb.first_bad() == "reward of environment 1 is not finite after step 1 of the rollout"
+    assert rb.find_nonfinite() == "reward of environment 1 is not finite after step 1 of the rollout"
     rb = small_buffer()
     step(rb, 2, next_obs=np.array([[0.0, bad], [0.0, 0.0]]))
-    assert rb.first_bad() == "observation of environment 0 is not finite after step 2 of the rollout"
+    assert rb.find_nonfinite() == "observation of environment 0 is not finite after step 2 of the rollout"
     rb = small_buffer()
     step(rb, 0, rewards=np.array([bad, 0.0]))
     step(rb, 1, rewards=np.array([0.0, -bad]))
-    assert rb.first_bad() == "reward of environment 0 is not finite after step 0 of the rollout"
+    assert rb.find_nonfinite() == "reward of environment 0 is not finite after step 0 of the rollout"
     rb = small_buffer()
     rb.start(np.array([[bad, 0.0], [0.0, 0.0]]))
-    assert rb.first_bad() == "first observation is not finite"
+    assert rb.find_nonfinite() == "first observation is not finite"
 
 
 def test_a_final_observation_that_is_not_finite_is_found_though_no_row_holds_it() -> None:
@@ -188,14 +188,14 @@ def test_a_final_observation_that_is_not_finite_is_found_though_no_row_holds_it(
     finals = np.empty(2, dtype=object)
     finals[1] = np.array([0.0, np.nan])
     step(rb, 1, truncated=np.array([False, True]), infos={"final_obs": finals})
-    assert rb.first_bad() == "final observation of environment 1 is not finite after step 1 of the rollout"
+    assert rb.find_nonfinite() == "final observation of environment 1 is not finite after step 1 of the rollout"
 
 
 def test_large_finite_numbers_are_not_taken_for_infinite_ones() -> None:
     rb = small_buffer()
     for t in range(3):
         step(rb, t, rewards=np.full(2, 3e38))  # the sum overflows float32
-    assert rb.first_bad() is None
+    assert rb.find_nonfinite() is None
 
 
 def test_final_observations_are_copies() -> None:

@@ -1,4 +1,4 @@
-"""What a reader changes in a copy of a script, in at most 15 lines and without touching anything else, trains.
+"""Copies of scripts with the changes that readers make, of at most 15 lines and nowhere else, train.
 
 Each change is a list of replacements (what stands there, what takes its place), by which the test writes the copy.
 """

@@ -219,7 +219,7 @@ def path(folder: Path) -> Path:
 
 
 def refusal(what: Path, *flags: object) -> str:
-    """What `--resume` says when it refuses; it is one line, names the file, and belongs to exit code 3."""
+    """Message with which `--resume` refuses; asserts that it is one line, names the file, and has exit code 3."""
     with pytest.raises(CheckpointError) as caught:
         call(main, "--resume", what, *flags)
     assert caught.value.exit_code == 3

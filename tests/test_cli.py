@@ -10,7 +10,7 @@ from fabricrl import cli
 
 
 def called(monkeypatch: pytest.MonkeyPatch, *arguments: str, raises: BaseException | None = None) -> list[list[str]]:
-    """What `lightning` with these arguments hands to Fabric's command line."""
+    """Arguments that `lightning` hands to Fabric's command line."""
     calls = []
 
     def fabric(arguments: list[str], **_: Any) -> None:

@@ -31,7 +31,7 @@ DELETED = object()
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each script saves."""
+    """A checkpoint of each script."""
 
     def state(script: Any, flags: list[object]) -> dict[str, Any]:
         finished = call(script.main, *flags, "--log-dir", tmp_path_factory.mktemp("logs"))

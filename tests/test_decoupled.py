@@ -1,4 +1,4 @@
-"""What decoupled scripts are made of: packets, messages between ranks, groups of ranks, and orders to them."""
+"""Parts of decoupled scripts: packets, messages between ranks, groups of ranks, and commands to them."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ import torch
 
 from fabricrl.algos.ppo import ppo_decoupled
 from fabricrl.algos.sac import sac_decoupled
-from fabricrl.data import Batch, Stacks
+from fabricrl.data import Batch, StackedFrames
 from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
@@ -38,10 +38,11 @@ from fabricrl.utils.decoupled import (
     telling,
     with_player,
 )
+from fabricrl.utils.ending import failing_together
 from fabricrl.utils.errors import ConfigError, LostPeerError, NonFiniteError, RunError
-from fabricrl.utils.launch import StopSignal, failing_together
 from fabricrl.utils.optimizer import Adam, average_gradients
 from fabricrl.utils.ranks import all_gather, all_max
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import generators
 from tests.process import FORKSERVER, LIMIT, call, free_port, load
 
@@ -72,7 +73,7 @@ def filled() -> Packet:
     )
 
 
-def test_what_is_filled_in_on_one_side_is_there_on_the_other_once_the_bytes_have_come() -> None:
+def test_fields_filled_in_on_one_side_arrive_on_the_other() -> None:
     sent, received = filled(), Packet(FIELDS)
     received.buffer.copy_(sent.buffer)
     assert received["number"] == -(2**62)
@@ -99,7 +100,7 @@ def test_fields_do_not_overlap_and_lie_where_their_type_can_be_read() -> None:
 
 
 def test_filling_copies() -> None:
-    """What is sent must not change with what it was made from."""
+    """Messages are copies: they do not change with the tensors they were made from."""
     source = torch.ones(2, 3)
     packet = Packet(FIELDS).fill(table=source)
     source += 1
@@ -108,7 +109,7 @@ def test_filling_copies() -> None:
 
 def test_shares_are_the_rollout_each_row_once_as_it_is_seen() -> None:
     frames, places = torch.arange(20.0).view(10, 2), torch.randint(10, (9, 4))
-    rows = Batch(obs=Stacks(frames, places), advantages=torch.arange(9.0), counts=None)
+    rows = Batch(obs=StackedFrames(frames, places), advantages=torch.arange(9.0), counts=None)
     first, second, third = ppo_decoupled.divide(rows, 3)
     assert [share["advantages"].tolist() for share in (first, second, third)] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     assert torch.equal(second["obs"], frames[places[1::3]])  # frames put together
@@ -265,7 +266,7 @@ def test_generators_are_stored_as_the_coupled_script_stores_those_of_its_ranks()
 
 
 def ranks(task: Callable, world_size: int, path: Path, timeout: float = 1.0) -> list[Any]:
-    """What `task(fabric, world, team, path)` returns on each forked rank, in rank order."""
+    """Results of `task(fabric, world, team, path)` on each forked rank, in rank order."""
     port = free_port()
     processes = [
         FORKSERVER.Process(target=work, args=(task, rank, world_size, port, path, timeout))
@@ -486,9 +487,8 @@ def no_run_in(folder: Path) -> bool:
     [
         (["--max-lag", -1], "--max-lag is -1: it must be between 0 and 100"),
         (["--max-lag", 101], "--max-lag is 101: it must be between 0 and 100"),
-        (["--timeout", 0], "--timeout is 0.0: it must be a number of minutes above 0"),
-        (["--timeout", "inf"], "--timeout is inf: it must be a number of minutes above 0"),
-        (["--timeout", "nan"], "--timeout is nan: it must be a number of minutes above 0"),
+        (["--timeout", "inf"], "--timeout is inf: it must be a number of minutes, at most 100000; or 0: for ever"),
+        (["--timeout", "nan"], "--timeout is nan: it must be a number of minutes, at most 100000; or 0: for ever"),
         (["--player-device", "tpu"], "invalid choice 'tpu' for argument '--player-device'. Expected one of ('auto', "),
         ([], "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
              "add --devices 2, or take the script of the same name without _decoupled"),
@@ -496,7 +496,7 @@ def no_run_in(folder: Path) -> bool:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("algo", SCRIPTS)
-def test_what_cannot_be_run_is_told_in_one_line_before_anything_starts(
+def test_an_impossible_run_is_refused_in_one_line_before_anything_starts(
     algo: str, flags: list[object], words: str, tmp_path: Path
 ) -> None:
     env = "CartPole-v1" if algo == "ppo" else "Pendulum-v1"

@@ -31,9 +31,9 @@ from fabricrl.data.buffers import record_type
 from fabricrl.utils.checkpoint import load_checkpoint
 from tests.envs import Deterministic
 from tests.process import (
+    FORKED,
     LIMIT,
     PPO_DECOUPLED,
-    PYTHON,
     SAC_DECOUPLED,
     Finished,
     Running,
@@ -108,7 +108,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 def content(path: Path | str) -> dict[str, Any]:
-    """What a checkpoint and the buffers beside it say about the run, without where and how it was started.
+    """Contents of a checkpoint and its shards, without those that depend on how the run was started.
 
     A coupled script keeps the buffer of its first rank within the checkpoint, a decoupled one beside it.
     """
@@ -302,7 +302,7 @@ def sha(*tensors: torch.Tensor) -> str:
 
 
 def acting(module: torch.nn.Module) -> str:
-    """What the player acts with: all of PPO's parameters, all of SAC's but the critics'."""
+    """Parameters that the player acts with: all of PPO's, all of SAC's but the critics'."""
     return sha(*(value for name, value in module.named_parameters() if "critics" not in name))
 
 
@@ -368,7 +368,7 @@ BEFORE, PER_ITERATION = {"ppo": 0, "sac": 32}, {"ppo": 32, "sac": 2}
 
 
 @pytest.mark.parametrize(("lag", "world_size"), [(1, 3), (3, 2)])  # without lag, runs equal the coupled script's
-def test_the_player_is_as_far_ahead_as_it_may_be_and_never_further_whatever_takes_how_long(
+def test_the_player_is_as_far_ahead_as_allowed_and_never_further_whichever_side_is_slow(
     algo: str, lag: int, world_size: int, decoupled: Callable, tmp_path: Path
 ) -> None:
     """The rollout of iteration i is played with the parameters after update i - lag, or those of the last checkpoint.
@@ -633,7 +633,7 @@ def test_a_gradient_that_is_not_finite_on_one_trainer_ends_all_ranks_without_a_c
     assert_newest_loads(algo, tmp_path)
 
 
-def test_parameters_that_overflow_end_all_ranks_and_are_told_once(tmp_path: Path) -> None:
+def test_parameters_that_overflow_end_all_ranks_and_are_reported_once(tmp_path: Path) -> None:
     """All trainers notice, since they have the same parameters."""
     flags = endless("ppo", tmp_path, "--learning-rate", 1e30)
     ended = run_team(MODULE["ppo"], *flags, folder=tmp_path, code=5, world_size=3)
@@ -751,7 +751,7 @@ def test_arguments_that_do_not_fit_the_ranks_end_all_of_them_with_one_line(
 
 
 LAUNCHES: dict[str, tuple[str, list[object]]] = {
-    "python": ("ppo", [*PYTHON, PPO_DECOUPLED, "--devices", 2]),
+    "python": ("ppo", [*FORKED, PPO_DECOUPLED, "--devices", 2]),
     "lightning run model": ("sac", [command("lightning"), "run", "model", "--accelerator=cpu", "--strategy=ddp",
                                     "--devices=2", SAC_DECOUPLED]),
 }  # fmt: skip
@@ -777,10 +777,10 @@ def test_a_launcher_leaves_the_checkpoint_that_forked_ranks_leave(
 def killed(algo: str, rank: int, tmp_path: Path) -> Running:
     """A run that Fabric has launched, of which one rank is killed once it has a checkpoint."""
     script = {"ppo": PPO_DECOUPLED, "sac": SAC_DECOUPLED}[algo]
-    with started(*PYTHON, script, *endless(algo, tmp_path), "--devices", 2) as running:
+    with started(*FORKED, script, *endless(algo, tmp_path), "--devices", 2) as running:
         wait_for(lambda: checkpoints(tmp_path), running)
         os.kill(running.rank_pid(rank), signal.SIGKILL)
-        return running.finish(30)
+        return running.finish()
 
 
 def test_a_killed_trainer_of_fabrics_launcher_ends_the_player_with_code_7(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.envs import check_env, guard, make_envs, vector
 from fabricrl.utils.errors import EnvError
-from fabricrl.utils.launch import StopSignal
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import env_seeds
-from tests.process import PPO, PYTHON, call, run, run_team, started, wait_for
+from tests.process import FORKED, PPO, PYTHON, call, run, run_team, started, wait_for
 from tests.process_envs import multiply
 
 KINDS = ["sync", "async"]
@@ -60,6 +60,12 @@ def noted(folder: Path, what: str) -> list[str]:
 
 
 # --- Torch and threads inside
+
+
+def test_processes_of_environments_start_without_torch() -> None:
+    """It takes seconds to import and starts threads, which do not survive the fork of a worker."""
+    ended = run(*PYTHON, "-c", "import sys, fabricrl.envs.workers; print({'torch', 'lightning'} & sys.modules.keys())")
+    assert ended.out == "set()\n", ended.report()
 
 
 def test_environments_that_compute_with_torch_step_in_processes(build: Callable) -> None:
@@ -168,10 +174,10 @@ def test_simulators_do_not_outlive_a_script_that_is_killed(kind: str, tmp_path: 
     notes.mkdir()
     settings = json.dumps({"start": "command", "close": "leave", "folder": str(notes), "sleep": 0.01})
     flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", settings, "--vectorization", kind]
-    with started(*PYTHON, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs", "--checkpoint-every", 16) as running:
+    with started(*FORKED, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs", "--checkpoint-every", 16) as running:
         wait_for(lambda: list(tmp_path.rglob("step_*.ckpt")), running)
         running.process.kill()
-        running.finish(30)  # asserts that no process is left
+        running.finish()  # asserts that no process is left
     assert len(noted(notes, "started")) == 3, "one was tried, two have run"
     assert len(noted(notes, "closed")) == (3 if kind == "async" else 1)
 
@@ -179,8 +185,8 @@ def test_simulators_do_not_outlive_a_script_that_is_killed(kind: str, tmp_path: 
 def test_a_thread_that_nobody_ends_does_not_keep_a_run_from_its_end(tmp_path: Path) -> None:
     flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", '{"start": "thread"}']
     flags += ["--vectorization", "sync", "--total-timesteps", 32, "--log-dir", tmp_path]
-    with started(*PYTHON, PPO, *SMALL, *flags) as running:
-        running.finish(40)
+    with started(*FORKED, PPO, *SMALL, *flags) as running:
+        running.finish()
     assert (running.code, running.result["steps"]) == (0, "32")
 
 
@@ -222,7 +228,7 @@ def test_a_call_that_never_returns_ends_in_an_error_that_names_the_environment(
     assert 1.2 <= time.monotonic() - begin < 8
 
 
-def test_a_constructor_that_never_returns_is_told_before_anything_starts() -> None:
+def test_a_constructor_that_never_returns_is_reported_before_anything_starts() -> None:
     args = PPOArgs(env_id="tests.process_envs:Simulated-v0", env_kwargs='{"hang": "init"}')
     with pytest.raises(EnvError, match=r"tests.process_envs:Simulated-v0 .* has not returned for 1.2 seconds"):
         check_env(SimpleNamespace(**vars(args), timeout=0.02), (object,), None)  # type: ignore[arg-type]
@@ -280,7 +286,8 @@ envs = make_envs(types.SimpleNamespace(**args, timeout=0.01), 0, pathlib.Path(".
 envs.reset(seed=[7, 8])
 envs.step(np.zeros(2, np.int64))
 """
-    ended = run(*PYTHON, "-c", script)
+    (tmp_path / "script.py").write_text(script)
+    ended = run(*FORKED, tmp_path / "script.py")
     assert ended.code == 4, ended.report()
     assert ended.errors == ["error: environment 1 failed in step: it has not returned for 0.6 seconds (see --timeout)"]
 
@@ -288,22 +295,21 @@ envs.step(np.zeros(2, np.int64))
 def test_a_hanging_environment_ends_all_ranks_with_code_4_and_one_line(tmp_path: Path) -> None:
     settings = json.dumps({"hang": "step", "only": env_seeds(1, 0, 2)[1], "start": "command"})
     flags = [*SMALL, "--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", settings]
-    flags += ["--vectorization", "async", "--timeout", 0.5, "--log-dir", tmp_path / "logs"]
+    flags += ["--vectorization", "async", "--timeout", 0.2, "--log-dir", tmp_path / "logs"]
     ended = run_team(ppo_decoupled.__name__, *flags, folder=tmp_path, code=4)
-    text = "error: environment 1 failed in step: it has not returned for 15 seconds (see --timeout)"
+    text = "error: environment 1 failed in step: it has not returned for 6 seconds (see --timeout)"
     assert ended.errors == [text], "half of the time: no rank gives up on another before"
 
 
 def test_a_second_signal_ends_a_run_whose_environment_hangs(tmp_path: Path) -> None:
     settings = json.dumps({"hang": "step", "only": env_seeds(1, 0, 2)[1], "start": "command", "folder": str(tmp_path)})
     flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", settings, "--vectorization", "sync"]
-    with started(*PYTHON, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs") as running:
-        wait_for(lambda: len(noted(tmp_path, "started")) == 3, running)
-        time.sleep(1)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            running.process.send_signal(number)
-            time.sleep(1.2)
-        running.finish(30)  # asserts that no process is left
+    with started(*FORKED, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs") as running:
+        wait_for(lambda: noted(tmp_path, "hanging"), running)
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(1.2)  # sooner it would count as the same
+        running.process.send_signal(signal.SIGTERM)
+        running.finish()  # asserts that no process is left
     assert running.code == 143, running.report()
 
 
@@ -311,7 +317,7 @@ def test_a_second_signal_ends_a_run_whose_environment_hangs(tmp_path: Path) -> N
 
 
 def rollout(envs: VectorEnv, seeds: list[int]) -> np.ndarray:
-    """What environments show after a reset and three steps, and the reward, which is drawn when they are built."""
+    """Observations of a reset and three steps, and the reward, which is drawn when the environments are built."""
     obs = [envs.reset(seed=seeds)[0].copy()]
     for _ in range(3):
         step = envs.step(ACTIONS)
@@ -364,7 +370,7 @@ def test_building_and_trying_environments_draws_nothing(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "native"])
-def test_environments_that_start_from_equal_observations_are_told_of(
+def test_environments_that_start_from_equal_observations_are_reported(
     kind: str, build: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "warning: environments 0 and 1 start from equal observations; do they draw from their seeds?\n"

@@ -25,7 +25,7 @@ from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.envs import make_env
 from tests.pixel_envs import Catch
-from tests.process import PYTHON, ROOT, call, load, run
+from tests.process import FORKED, ROOT, call, load, run
 
 README = ROOT / "examples/warehouse/README.md"
 IDS = ("Warehouse-v0", "ShapedWarehouse-v0", "OilyWarehouse-v0")
@@ -173,7 +173,7 @@ def test_the_commands_of_the_readme_parse_and_name_environments_that_can_be_made
 
 def test_the_first_command_trains_in_small_and_those_after_it_play_what_it_made(tmp_path: Path) -> None:
     small = ["--num-envs", 2, "--num-steps", 16, "--total-timesteps", 64, "--log-dir", tmp_path]
-    finished = run(*PYTHON, *commands()[0], *small)
+    finished = run(*FORKED, *commands()[0], *small)
     assert finished.code == 0, finished.report()
     checkpoint = Path(finished.result["checkpoint"])
     assert load(checkpoint)["args"]["env_id"] == "examples.warehouse:ShapedWarehouse-v0"
@@ -200,7 +200,7 @@ def test_an_image_task_and_its_masked_form_pass_the_check_of_gymnasium() -> None
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_who_goes_to_the_column_of_the_ball_always_catches_it(masked: bool) -> None:
+def test_moving_to_the_column_of_the_ball_always_catches_it(masked: bool) -> None:
     env = Catch(masked)
     starts = set()
     for seed in range(300):
@@ -217,7 +217,7 @@ def test_who_goes_to_the_column_of_the_ball_always_catches_it(masked: bool) -> N
     assert len(starts) == 27
 
 
-def test_what_is_seen_after_the_first_image_of_the_masked_task_does_not_depend_on_the_ball() -> None:
+def test_images_after_the_first_of_the_masked_task_do_not_depend_on_the_ball() -> None:
     env = Catch(masked=True)
     actions = np.random.default_rng(0).integers(3, size=(50, 8))
     for ways in actions:

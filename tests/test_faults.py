@@ -12,7 +12,7 @@ from fabricrl.algos.ppo.ppo import main
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
 from fabricrl.utils.utils import env_seeds
-from tests.process import PPO, PYTHON, call, load, run, run_folder, saved_steps
+from tests.process import FORKED, PPO, Running, Team, call, load, run, run_folder, run_team, saved_steps
 
 # An iteration is 2 environments × 16 steps; a checkpoint after each. The fault comes in the third
 SMALL = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 3200]
@@ -67,7 +67,9 @@ def test_numbers_that_are_not_finite_end_the_run_before_they_are_learned(
         ("multi_arg_error", ["environment 1", "TwoArgumentError: code 17: this environment is out of order"]),
     ],
 )
-def test_what_an_environment_raises_ends_the_run_and_is_told(tmp_path: Path, kind: str, words: list[str]) -> None:
+def test_an_exception_of_an_environment_ends_the_run_and_is_reported(
+    tmp_path: Path, kind: str, words: list[str]
+) -> None:
     error = fault(tmp_path, kind, extra=SECOND)
     assert isinstance(error, EnvError)
     assert error.exit_code == 4
@@ -99,7 +101,7 @@ def test_an_environment_fails_alike_in_a_process_of_its_own(tmp_path: Path, kind
 def test_a_killed_environment_process_is_named_and_ends_the_run_with_code_4(tmp_path: Path) -> None:
     kwargs = f'{{"kind": "die", "at_step": {AT_STEP}{SECOND}}}'
     flags = ["--env-kwargs", kwargs, "--vectorization", "async", "--log-dir", tmp_path]
-    ended = run(*PYTHON, PPO, *SMALL, *flags)
+    ended = run(*FORKED, PPO, *SMALL, *flags)
     assert ended.code == 4, ended.report()
     assert ended.errors == ["error: env worker 1 died in step (SIGKILL)"]
     assert_last_checkpoint_is_good(tmp_path, [32, 64])
@@ -156,10 +158,14 @@ def test_a_fault_on_one_of_two_ranks_ends_both_with_its_code_and_one_line(
     tmp_path: Path, kind: str, code: int, words: str
 ) -> None:
     kwargs = f'{{"kind": "{kind}", "at_step": {AT_STEP}, "only_seed": {env_seeds(1, 1, 2)[0]}}}'
-    flags = ["--env-kwargs", kwargs, "--devices", 2, "--strategy", "ddp", "--log-dir", tmp_path]
-    ended = run(*PYTHON, PPO, *SMALL, *flags)
-    assert ended.code == code, ended.report()
+    flags = [*SMALL, "--env-kwargs", kwargs, "--log-dir", tmp_path / "logs"]
+    ended: Running | Team
+    if kind == "raise_step":  # under Fabric's launcher
+        ended = run(*FORKED, PPO, *flags, "--devices", 2, "--strategy", "ddp")
+        assert ended.code == code, ended.report()
+    else:
+        ended = run_team("fabricrl.algos.ppo.ppo", *flags, folder=tmp_path, code=code)
     assert len(ended.errors) == 1, ended.report()
     assert words in ended.errors[0]
-    assert_last_checkpoint_is_good(tmp_path, [64, 128])
-    assert load(run_folder(tmp_path) / "checkpoints" / "best.ckpt")["global_step"] in (64, 128)
+    assert_last_checkpoint_is_good(tmp_path / "logs", [64, 128])
+    assert load(run_folder(tmp_path / "logs") / "checkpoints" / "best.ckpt")["global_step"] in (64, 128)

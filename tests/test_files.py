@@ -17,8 +17,8 @@ import pytest
 from fabricrl.algos.ppo import ppo
 from fabricrl.utils import checkpoint
 from fabricrl.utils.checkpoint import load_checkpoint, save_checkpoint, save_shard
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import OutputError
-from fabricrl.utils.launch import run_script
 from fabricrl.utils.logger import CsvLogger, EventLogger
 from fabricrl.utils.run import RunFolder
 from tests.process import Finished, call, logged, run_folder
@@ -112,7 +112,7 @@ def read_only(*_: object, **__: object) -> Any:
 
 
 @pytest.mark.parametrize("call_that_fails", ["log_metrics", "finalize"])
-def test_a_disk_that_becomes_read_only_is_told_of_also_at_the_end(
+def test_a_disk_that_becomes_read_only_is_reported_also_at_the_end(
     kind: str, call_that_fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr({"csv": CsvLogger, "tensorboard": EventLogger}[kind], call_that_fails, read_only)
@@ -138,7 +138,7 @@ def test_a_run_on_a_read_only_disk_is_an_error_of_output(tmp_path: Path, monkeyp
         train(tmp_path)
 
 
-def test_a_result_that_cannot_be_printed_is_told_of(tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_printed_is_reported(tmp_path: Path) -> None:
     """/dev/full is a disk that is always full."""
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
@@ -294,7 +294,7 @@ CALLS = [
 @pytest.mark.parametrize(
     ("name", "number", "only", "told"), CALLS, ids=[f"{c[0]}-{errno.errorcode[c[1]]}" for c in CALLS]
 )
-def test_a_file_system_that_lacks_a_call_is_done_with_and_told_of_once(
+def test_a_call_that_the_file_system_lacks_costs_one_warning(
     name: str, number: int, only: Callable, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, function = name.split(".")

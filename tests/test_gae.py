@@ -13,7 +13,7 @@ from fabricrl.algos.ppo.ppo import returns_and_advantages
 from fabricrl.data import Batch, RolloutBuffer
 from fabricrl.utils import utils
 from fabricrl.utils.utils import discounted_returns, discounted_sums, explained_variance, gae
-from tests.conftest import BareRun
+from tests.conftest import SINGLE, BareRun, on_ranks
 from tests.envs import vectors
 
 # Three steps, γ = λ = 1/2, so γλ = 1/4; every number below is exact in float32.
@@ -60,7 +60,7 @@ def value_is_first_number(norm_reward: bool = False) -> PPOAgent:
 
 
 def data_of(agent: PPOAgent, rb: RolloutBuffer, **settings: Any) -> Batch:
-    """What the script makes of a rollout."""
+    """Training data that the script makes of a rollout."""
     return returns_and_advantages(BareRun(PPOArgs(**settings)), agent, agent, rb)
 
 
@@ -209,14 +209,28 @@ def test_discounted_returns_of_two_rollouts_are_those_of_one_long_rollout() -> N
 
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_the_mean() -> None:
     returns = torch.tensor([1.0, 2.0, 3.0, 6.0])
-    assert explained_variance(returns, returns).item() == 1.0
-    assert explained_variance(torch.full((4,), 3.0), returns).item() == 0.0
+    assert explained_variance(SINGLE, returns, returns).item() == 1.0
+    assert explained_variance(SINGLE, torch.full((4,), 3.0), returns).item() == 0.0
     # Errors (1, −1, 1, −1) have variance 1, returns have (4 + 1 + 0 + 9)/4 = 3.5: 1 − 1/3.5
-    assert explained_variance(returns + torch.tensor([1.0, -1.0, 1.0, -1.0]), returns).item() == pytest.approx(5 / 7)
-    assert explained_variance(returns, torch.ones(4)).isnan()
+    assert explained_variance(SINGLE, returns + torch.tensor([1.0, -1.0, 1.0, -1.0]), returns).item() == pytest.approx(
+        5 / 7
+    )
+    assert explained_variance(SINGLE, returns, torch.ones(4)).isnan()
 
 
 def test_explained_variance_is_that_of_the_rows_that_count() -> None:
     returns, values = torch.tensor([1.0, 2.0, 3.0, 6.0, 50.0]), torch.tensor([2.0, 1.0, 4.0, 5.0, -70.0])
     counts = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
-    assert explained_variance(values, returns, counts).item() == pytest.approx(5 / 7)
+    assert explained_variance(SINGLE, values, returns, counts).item() == pytest.approx(5 / 7)
+
+
+def test_explained_variance_of_several_ranks_is_that_of_one_which_has_all_their_rows() -> None:
+    values, returns, counts = torch.randn(2, 8), 5 * torch.randn(2, 8), (torch.rand(2, 8) < 0.7).float()
+
+    def explained(fabric: Any) -> float:
+        rank = fabric.global_rank
+        return explained_variance(fabric, values[rank], returns[rank] + 9 * rank, counts[rank]).item()
+
+    both = returns + 9 * torch.arange(2)[:, None]
+    whole = explained_variance(SINGLE, values.flatten(), both.flatten(), counts.flatten()).item()
+    assert on_ranks(2, explained) == [pytest.approx(whole)] * 2

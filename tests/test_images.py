@@ -26,7 +26,7 @@ from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo.ppo import main, returns_and_advantages, rollout
 from fabricrl.algos.ppo.utils import ACTION_SPACES, FrameStack, make_agent, make_policy
 from fabricrl.algos.sac import sac
-from fabricrl.data import Batch, RolloutBuffer, Stacks
+from fabricrl.data import Batch, RolloutBuffer, StackedFrames
 from fabricrl.envs import check_env, make_env, make_envs
 from fabricrl.envs.wrappers import ActionRepeat, PackImages
 from fabricrl.models.models import NatureCNN, RecordEncoder, make_normalizer, normalized
@@ -61,7 +61,7 @@ def image_of(env: gym.Env, record: np.ndarray, key: str = "image") -> np.ndarray
 
 
 def side_by_side(first: gym.Env, second: gym.Env, steps: int, seed: int = 3) -> Iterator[tuple[Any, Any]]:
-    """What both return, on the same seed and actions, resets included."""
+    """Results of both on the same seed and actions, resets included."""
     actions = np.random.default_rng(seed)
     yield first.reset(seed=seed)[0], second.reset(seed=seed)[0]
     for _ in range(steps):
@@ -194,7 +194,7 @@ def test_the_atari_preset_sees_the_bytes_of_gymnasiums_preprocessing() -> None:
     theirs.close()
 
 
-def test_lives_that_a_game_counts_are_told_when_they_are_lost() -> None:
+def test_lives_that_a_game_counts_are_reported_when_they_are_lost() -> None:
     ale_py = pytest.importorskip("ale_py")
     gym.register_envs(ale_py)
     settings = {"env_id": "ALE/Breakout-v5", "action_repeat": 4, "resize": 36, "grayscale": True, "life_loss": True}
@@ -215,7 +215,7 @@ def test_lives_that_a_game_counts_are_told_when_they_are_lost() -> None:
 
 
 @pytest.mark.parametrize("obs", [name for name in SPACES if not name.startswith(("small", "nested", "vectors"))])
-def test_what_is_packed_is_what_views_of_the_record_give_back(obs: str) -> None:
+def test_views_of_a_record_give_back_what_was_packed(obs: str) -> None:
     env, raw = make_env(args_for(obs)), Pictures(obs)
     space = env.observation_space
     assert isinstance(space, Records)
@@ -363,7 +363,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("depth", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stacks_are_those_of_gymnasium_whatever_ends_where(tmp_path: Path, kind: str, depth: int) -> None:
+def test_stacks_equal_those_of_gymnasium_wherever_episodes_end(tmp_path: Path, kind: str, depth: int) -> None:
     steps, num = 7, 3
     for seed in (0, 10, 20) if kind.startswith("random") else (0,):
         args = stack_args(depth, num, steps, **KINDS[kind])
@@ -388,7 +388,7 @@ def test_stacks_are_those_of_gymnasium_whatever_ends_where(tmp_path: Path, kind:
             after = np.stack([reference.now for reference in references])
             np.testing.assert_array_equal(as_stacks(space, torch.stack(player.seen)), expected)
             inputs, next_inputs = rb.inputs(lambda obs: obs, torch.device("cpu"))
-            assert isinstance(inputs, Stacks)
+            assert isinstance(inputs, StackedFrames)
             assert len(inputs) == steps * num
             rows = torch.randperm(steps * num)
             minibatches = np.concatenate([as_stacks(space, inputs[part]) for part in rows.split(5)])
@@ -397,7 +397,7 @@ def test_stacks_are_those_of_gymnasium_whatever_ends_where(tmp_path: Path, kind:
             some = rows[:6]
             np.testing.assert_array_equal(as_stacks(space, inputs.rows(some)[torch.arange(6)]), flat[some])
             np.testing.assert_array_equal(as_stacks(space, next_inputs), after)
-            np.testing.assert_array_equal(as_stacks(space, rb.seen(steps)), after)
+            np.testing.assert_array_equal(as_stacks(space, rb.stacked_obs(steps)), after)
             assert rb.has_truncated == bool(limits)
             for (t, i, final), *ours in zip(limits, *(rb.truncated_episodes() if limits else ()), strict=True):
                 assert (ours[0], ours[1]) == (t, i)
@@ -435,7 +435,7 @@ def test_stacks_span_no_row_that_only_resets(seed: int) -> None:
         assert {(t, i) for t in range(steps) for i in range(num) if not rb.skipped[t, i]} == expected.keys()
         inputs, next_inputs = rb.inputs(lambda obs: obs, torch.device("cpu"))
         for (t, i), stack in expected.items():
-            np.testing.assert_array_equal(as_stacks(space, rb.seen(t)[i]), stack)
+            np.testing.assert_array_equal(as_stacks(space, rb.stacked_obs(t)[i]), stack)
             np.testing.assert_array_equal(as_stacks(space, inputs[torch.tensor(t * num + i)]), stack)
         for i in np.flatnonzero(~ended):
             np.testing.assert_array_equal(as_stacks(space, next_inputs[i]), references[i].now)
@@ -471,8 +471,8 @@ def test_a_stack_of_one_is_the_observation_itself() -> None:
     rb = RolloutBuffer(4, 2, space, 1, torch.int64)
     assert rb.frames.shape == (5, 2, 1296)
     rb.start(np.full((2, 1296), 7, np.uint8))
-    assert rb.seen(0).shape == (2, 1296)
-    assert rb.seen(0).data_ptr() == rb.frames.data_ptr()
+    assert rb.stacked_obs(0).shape == (2, 1296)
+    assert rb.stacked_obs(0).data_ptr() == rb.frames.data_ptr()
     inputs, next_inputs = rb.inputs(lambda obs: obs, torch.device("cpu"))
     assert (inputs.shape, next_inputs.shape) == ((8, 1296), (2, 1296))
 
@@ -656,7 +656,7 @@ def test_normalisation_changes_the_numbers_of_records_and_no_byte_of_images() ->
 
 def test_normalisation_of_images_alone_is_refused() -> None:
     space = make_env(args_for("last")).observation_space
-    with pytest.raises(ConfigError, match=r"--norm-obs .* only images"):
+    with pytest.raises(ConfigError, match=r"--norm-obs .* all observations are images"):
         PPOAgent(space, Discrete(3), norm_obs=True)
 
 
@@ -690,11 +690,11 @@ def test_a_number_beside_images_that_is_not_finite_is_found_at_a_time_limit_and_
     rb.start(good)
     rb.add(0, **quiet, next_obs=good, truncated=np.ones(1, bool), infos={"final_obs": good})
     rb.add(1, **quiet, next_obs=good, truncated=np.zeros(1, bool), infos={})
-    assert rb.first_bad() is None
+    assert rb.find_nonfinite() is None
     rb.add(0, **quiet, next_obs=good, truncated=np.ones(1, bool), infos={"final_obs": bad})
-    assert rb.first_bad() == "final observation of environment 0 is not finite after step 0 of the rollout"
+    assert rb.find_nonfinite() == "final observation of environment 0 is not finite after step 0 of the rollout"
     rb.start(bad)
-    assert rb.first_bad() == "first observation is not finite"
+    assert rb.find_nonfinite() == "first observation is not finite"
 
 
 def test_bytes_of_images_are_never_taken_for_numbers() -> None:
@@ -706,12 +706,12 @@ def test_bytes_of_images_are_never_taken_for_numbers() -> None:
     for t in range(2):
         ends = {"terminated": np.zeros(1, bool), "truncated": np.ones(1, bool), "infos": {"final_obs": record}}
         rb.add(t, np.zeros((1, 1)), record, np.zeros(1), **ends)
-    assert rb.first_bad() is None
+    assert rb.find_nonfinite() is None
     only = RolloutBuffer(2, 1, Records({}, {"image": (36, 36, 1)}), 1, torch.int64)
     only.start(np.full((1, 1296), 255, np.uint8))
-    assert only.first_bad() is None
+    assert only.find_nonfinite() is None
     only.rewards[1] = np.nan
-    assert only.first_bad() == "reward of environment 0 is not finite after step 1 of the rollout"
+    assert only.find_nonfinite() == "reward of environment 0 is not finite after step 1 of the rollout"
 
 
 # --- Arguments
@@ -759,7 +759,7 @@ def returns_in(trained: Trained) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_turning_it_changes_what_is_learned(name: str, ppo: Callable[..., Trained]) -> None:
+def test_turning_it_changes_the_parameters_that_are_learned(name: str, ppo: Callable[..., Trained]) -> None:
     value, extra = CHANGES[name]
     if extra is PONG:
         pytest.importorskip("ale_py")
@@ -889,7 +889,7 @@ def test_keys_that_are_not_there_are_refused_with_those_that_are() -> None:
     ("flag", "value"), [("--frame-stack", 4), ("--grayscale", True), ("--resize", 84)], ids=lambda value: str(value)
 )
 @pytest.mark.parametrize("obs", ["vectors_only", "dict"])
-def test_what_is_for_images_is_refused_where_there_are_none(obs: str, flag: str, value: Any) -> None:
+def test_options_for_images_are_refused_without_images(obs: str, flag: str, value: Any) -> None:
     settings = {flag[2:].replace("-", "_"): value, "obs_keys": ("speed",)}
     message = complaint(args_for(obs, **settings))
     assert flag in message
@@ -904,7 +904,7 @@ def test_what_is_for_images_is_refused_where_there_are_none(obs: str, flag: str,
     ],
     ids=["life_loss", "noop_max"],
 )
-def test_what_is_for_atari_games_is_refused_elsewhere(settings: dict[str, Any], words: str) -> None:
+def test_options_for_atari_games_are_refused_elsewhere(settings: dict[str, Any], words: str) -> None:
     message = complaint(args_for("last", **settings))
     assert words in message
     assert "Atari" in message
@@ -925,10 +925,10 @@ def test_values_that_are_not_allowed_are_refused(settings: dict[str, Any], allow
 WRONG = {
     ("last", "shape"): "(35, 40, 3)",
     ("last", "transposed"): "(40, 36, 3)",  # as many bytes
-    ("last", "fraction"): "no integer",
+    ("last", "fraction"): "not an integer",
     ("last", "brighter"): "256, which is out of range",
     ("dict", "shape"): "camera",
-    ("dict", "fraction"): "no integer",
+    ("dict", "fraction"): "not an integer",
 }
 
 
@@ -959,7 +959,7 @@ def test_a_vector_beside_images_that_is_not_as_its_space_says_ends_the_run_by_na
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR")
-def test_a_wrong_image_in_a_process_of_its_own_is_told_as_well(tmp_path: Path) -> None:
+def test_a_wrong_image_in_a_process_of_its_own_is_reported_as_well(tmp_path: Path) -> None:
     kwargs = {"fault": "shape", "only_seed": 1}
     envs: VectorEnv = make_envs(args_for(kwargs=kwargs, num_envs=2, vectorization="async"), 0, tmp_path)
     envs.reset(seed=[0, 1])
@@ -968,7 +968,7 @@ def test_a_wrong_image_in_a_process_of_its_own_is_told_as_well(tmp_path: Path) -
     envs.close()
 
 
-def test_without_opencv_the_command_that_brings_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_opencv_is_reported_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "cv2" else find_spec(name))
     for settings in ({"grayscale": True}, {"resize": 48}):

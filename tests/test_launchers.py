@@ -20,6 +20,9 @@ from tests.conftest import Descent
 from tests.envs import vectors
 from tests.process import (
     EVALUATE,
+    FORKED,
+    FORKSERVER,
+    LIMIT,
     PPO,
     PYTHON,
     Running,
@@ -51,7 +54,7 @@ SPY = '''
 import hashlib, os, pathlib
 from fabricrl.algos import run as run_module
 from fabricrl.algos.ppo import ppo
-from fabricrl.utils.launch import run_script
+from fabricrl.utils.ending import run_script
 
 def note(fabric, *words):
     with open(f"{os.environ['SPY']}.{fabric.global_rank}", "a") as file:
@@ -94,7 +97,7 @@ def launched(base: Path) -> Any:
 
     def arguments(name: str) -> list[str]:
         return {
-            "python, one rank": [*PYTHON, PPO, *log_dir(name)],
+            "python, one rank": [*FORKED, PPO, *log_dir(name)],
             "python": [*PYTHON, str(base / "spy.py"), *DDP, *log_dir(name)],
             "fabric run": [command("fabric"), "run", *LIGHTNING, *log_dir(name)],
             "lightning run model": [command("lightning"), "run", "model", *LIGHTNING, *log_dir(name)],
@@ -104,7 +107,7 @@ def launched(base: Path) -> Any:
     @cache
     def launch(name: str) -> tuple[Running, Path]:
         if name == "two nodes":
-            ended = two_nodes([*PYTHON, PPO, *log_dir(name), "--num-nodes", "2", "--strategy", "ddp"])
+            ended = two_nodes([*FORKED, PPO, *log_dir(name), "--num-nodes", "2", "--strategy", "ddp"])
         else:
             variables = {"SPY": str(base / "notes")}
             with started(*arguments(name), variables=variables) as running, running.watched():
@@ -200,7 +203,7 @@ def test_two_ranks_learn_something_else_than_one(launched: Any) -> None:
 
 def test_a_checkpoint_of_two_ranks_is_evaluated_by_one_process(launched: Any) -> None:
     _, folder = launched("lightning run model")
-    ended = run(*PYTHON, EVALUATE, folder, "--episodes", 2, "--json", cwd=folder)
+    ended = run(*FORKED, EVALUATE, folder, "--episodes", 2, "--json", cwd=folder)
     assert ended.code == 0, ended.report()
     assert '"episodes": 2' in ended.out
 
@@ -233,7 +236,9 @@ def update(rank: int, world_size: int, port: int, sgd: bool, norm_adv: bool, pat
     fabric.launch()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    args = PPOArgs(num_envs=8, num_steps=8, num_minibatches=1, update_epochs=1, norm_adv=norm_adv, max_grad_norm=0.05)
+    small = {"num_envs": 8, "num_steps": 8, "num_minibatches": 1, "update_epochs": 1}
+    # A sum over ranks in place of the mean shows where the norm is not clipped
+    args = PPOArgs(**small, norm_adv=norm_adv, max_grad_norm=0.05 if norm_adv else 0.0)
     agent = PPOAgent(vectors(3), Discrete(4))
     adam = Descent(agent.parameters(), 1.0) if sgd else Adam(agent.parameters(), 1e-3, eps=1e-5)
     model, optimizer = fabric.setup(agent, adam)
@@ -257,7 +262,13 @@ def both(rank: int, port: int, path: str) -> None:
 def test_two_ranks_with_half_the_rows_each_make_the_update_of_one_rank_with_all_rows(tmp_path: Path) -> None:
     """Gradients are averaged and advantages normalised over all ranks, before the norm is clipped."""
     path = str(tmp_path / "parameters")
-    torch.multiprocessing.spawn(both, args=(free_port(), path), nprocs=2)
+    port = free_port()
+    ranks = [FORKSERVER.Process(target=both, args=(rank, port, path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(LIMIT)
+        assert process.exitcode == 0
     for sgd in (True, False):
         for norm_adv in (True, False):
             name = f"{path}.{sgd}.{norm_adv}"
@@ -265,7 +276,7 @@ def test_two_ranks_with_half_the_rows_each_make_the_update_of_one_rank_with_all_
             one, first, second = (load(f"{name}.{rank}") for rank in ("1.0", "2.0", "2.1"))
             assert torch.equal(one["start"], first["start"])
             assert torch.equal(first["end"], second["end"])
-            torch.testing.assert_close(first["end"], one["end"], rtol=0, atol=1e-5 if not sgd else 1e-6)
+            torch.testing.assert_close(first["end"], one["end"], rtol=1e-5, atol=1e-5 if not sgd else 1e-6)
             assert (one["end"] - one["start"]).abs().max() > 5e-4, "nothing has been learned"
 
 

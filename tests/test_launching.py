@@ -22,11 +22,15 @@ from lightning.fabric import Fabric
 
 from fabricrl import cli
 from fabricrl.algos.ppo import ppo
-from fabricrl.utils import launch as launching
+from fabricrl.utils import process
+from fabricrl.utils.ending import failing_together, report, run_script
 from fabricrl.utils.errors import ConfigError, EnvError, LostPeerError, NonFiniteError, RunError
-from fabricrl.utils.launch import failing_together, launch, own_rank, report
+from fabricrl.utils.launch import launch
+from fabricrl.utils.network import interfaces, open_store, prepare_network
+from fabricrl.utils.process import PLACE, PR_SET_PDEATHSIG, die_with_parent, own_rank
 from tests.conftest import on_ranks
 from tests.process import (
+    FORKED,
     FORKSERVER,
     LAUNCHERS,
     PYTHON,
@@ -42,7 +46,8 @@ from tests.process import (
 # All that a script does before it trains; the ranks meet, and then do what the test wants
 SCRIPT = """
 import os, signal, sys, time, types
-from fabricrl.utils.launch import launch, run_script
+from fabricrl.utils.ending import run_script
+from fabricrl.utils.launch import launch
 
 def main():
     place = {"node_rank": 0, "main_address": "127.0.0.1", "main_port": 29400, "num_nodes": None, "devices": None}
@@ -51,7 +56,7 @@ def main():
     numbers["num_nodes"] = place["num_nodes"] and int(place["num_nodes"])
     fabric = launch(types.SimpleNamespace(
         accelerator=None, strategy="ddp", precision=None, cuda=False, num_threads=1, matmul_precision="highest",
-        torch_deterministic=True, seed=1, **place | numbers,
+        torch_deterministic=True, seed=1, timeout=float(place.pop("timeout", 1)), **place | numbers,
     ))
     fabric.barrier()
     print(f"rank {fabric.global_rank} of {fabric.world_size} has met the others", flush=True)
@@ -80,16 +85,16 @@ def environ() -> Iterator[None]:
     with mock.patch.dict(os.environ), mock.patch.object(Fabric, "launch", side_effect=AssertionError("started")):
         for name in [name for name in os.environ if LAUNCHERS.fullmatch(name) or "SOCKET_IFNAME" in name]:
             del os.environ[name]
-        with mock.patch.object(launching, "_place", launching._Place()):
+        with mock.patch.multiple(PLACE, rank=None, store=None, peers=None):
             yield
 
 
 ARGS = {"accelerator": "cpu", "strategy": None, "devices": "2", "num_nodes": None, "precision": None, "cuda": False}
-ARGS |= {"node_rank": 0, "main_address": "127.0.0.1", "main_port": 29400}
+ARGS |= {"timeout": 10.0, "node_rank": 0, "main_address": "127.0.0.1", "main_port": 29400}
 
 
 def refused(**args: Any) -> str:
-    """What is told of a launch that fails before any process is started."""
+    """Message of a launch that fails before any process is started."""
     with pytest.raises(ConfigError) as caught:
         launch(SimpleNamespace(**ARGS | args))
     assert len(str(caught.value).splitlines()) == 1
@@ -120,7 +125,7 @@ def test_torchrun_may_be_process_1(small: str) -> None:
 def test_a_script_with_two_ranks_may_be_process_1_and_ends_when_one_of_them_has_died(small: str) -> None:
     """Fabric ends the first rank by SIGKILL, of which the kernel would spare process 1."""
     with started(*UNSHARE, *PYTHON, small, "die", "devices=2") as running:
-        running.finish(60)
+        running.finish()
     assert running.code == 128 + signal.SIGKILL, running.report()
     assert sorted(running.out.splitlines()) == [f"rank {rank} of 2 has met the others" for rank in (0, 1)]
 
@@ -131,10 +136,10 @@ def as_process_1(main: Callable[[], int], *arguments: str) -> None:
     child = os.fork()
     if child == 0:
         assert os.getpid() == 1
-        ctypes.CDLL(None).prctl(launching.PR_SET_PDEATHSIG, signal.SIGKILL)  # if the test gives up
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # if the test gives up
         multiprocessing.set_start_method(None, force=True)  # as in a script: not as this process was started
         sys.argv = ["script.py", *arguments]
-        launching.run_script(main)
+        run_script(main)
     os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
@@ -205,11 +210,11 @@ def test_ranks_do_not_outlive_a_launcher_that_dies_while_they_start_and_leaves_t
         parent = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
         assert parent != running.process.pid
         os.kill(parent, signal.SIGKILL)
-        running.finish(30)
+        running.finish()
     assert "has met" not in running.out, "the launcher has ended too late for this test"
 
 
-def test_a_process_whose_parent_has_ended_is_told_so_whoever_takes_it_in() -> None:
+def test_a_process_notices_that_its_parent_has_ended_whoever_adopts_it() -> None:
     read, write = os.pipe()
     middle = os.fork()
     if middle == 0:
@@ -217,7 +222,7 @@ def test_a_process_whose_parent_has_ended_is_told_so_whoever_takes_it_in() -> No
             while os.getppid() == middle_pid():
                 pass
             try:
-                launching.die_with_parent()
+                die_with_parent()
             except LostPeerError as error:
                 os.write(write, str(error).encode())
         os._exit(0)
@@ -228,7 +233,7 @@ def test_a_process_whose_parent_has_ended_is_told_so_whoever_takes_it_in() -> No
 
 
 def middle_pid() -> int:
-    return launching._place.parent
+    return PLACE.parent
 
 
 # --- Variables, ports and addresses
@@ -280,7 +285,7 @@ def test_a_level_of_debugging_that_crashes_pytorch_is_refused(environ: None) -> 
 
 
 @pytest.mark.parametrize("name", ["MASTER_PORT", "STANDALONE_PORT", "--main-port"])
-def test_a_port_in_use_is_told_before_another_rank_starts(environ: None, name: str) -> None:
+def test_a_port_in_use_is_reported_before_another_rank_starts(environ: None, name: str) -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -343,32 +348,32 @@ def test_a_rank_that_loses_the_others_before_all_have_met_says_so(environ: None)
 
 def test_a_rank_of_torchrun_whose_launcher_does_not_answer_ends(environ: None) -> None:
     os.environ |= TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(free_port())}
-    with mock.patch.object(launching, "die_with_parent"), pytest.raises(LostPeerError, match="has ended already"):
+    with mock.patch.object(process, "die_with_parent"), pytest.raises(LostPeerError, match="has ended already"):
         launch(SimpleNamespace(**ARGS | {"devices": None}))
 
 
 def outer_address() -> str | None:
     """An address of this machine that is not loopback."""
-    found = [address for name in launching._interfaces().values() for address in name if ":" not in address]
+    found = [address for name in interfaces().values() for address in name if ":" not in address]
     return next((address for address in found if not address.startswith("127.")), None)
 
 
 def test_gloo_and_nccl_are_kept_on_one_machine_unless_the_user_has_chosen(environ: None) -> None:
-    launching.prepare_network("127.0.0.1", one_node=True)
+    prepare_network("127.0.0.1", one_node=True)
     chosen = os.environ["GLOO_SOCKET_IFNAME"]
-    assert "127.0.0.1" in launching._interfaces()[chosen]
+    assert "127.0.0.1" in interfaces()[chosen]
     assert os.environ["NCCL_SOCKET_IFNAME"] == f"={chosen}"
-    names = [name for name, addresses in launching._interfaces().items() if addresses and name != chosen]
+    names = [name for name, addresses in interfaces().items() if addresses and name != chosen]
     for name in names:
         os.environ["GLOO_SOCKET_IFNAME"] = name
-        launching.prepare_network("127.0.0.1", one_node=True)
+        prepare_network("127.0.0.1", one_node=True)
         assert os.environ["GLOO_SOCKET_IFNAME"] == name
 
 
 @pytest.mark.skipif(outer_address() is None, reason="this machine has no address but loopback")
 def test_the_ranks_of_two_nodes_listen_at_the_given_address_only(small: str) -> None:
     address = outer_address()
-    words = [*PYTHON, small, "meet", "devices=1", "num_nodes=2", f"main_address={address}", f"main_port={free_port()}"]
+    words = [*FORKED, small, "meet", "devices=1", "num_nodes=2", f"main_address={address}", f"main_port={free_port()}"]
     with (
         started(*words, "node_rank=0") as first,
         started(*words, "node_rank=1") as second,
@@ -376,7 +381,7 @@ def test_the_ranks_of_two_nodes_listen_at_the_given_address_only(small: str) -> 
         second.watched(),
     ):
         for node in (first, second):
-            assert node.finish(60).code == 0, node.report()
+            assert node.finish().code == 0, node.report()
     for node in (first, second):
         assert node.listened[node.process.pid] == {address}
 
@@ -401,7 +406,7 @@ def ranks_of(launcher: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "--num-nodes"])
 @pytest.mark.parametrize("code", [2, 3])
-def test_a_mistake_in_arguments_is_told_once_on_each_terminal_before_the_ranks_have_met(
+def test_a_mistake_in_arguments_is_reported_once_on_each_terminal_before_the_ranks_have_met(
     environ: None, capsys: pytest.CaptureFixture, launcher: str, code: int
 ) -> None:
     told = []
@@ -418,7 +423,7 @@ def test_once_ranks_have_met_each_knows_its_number_among_all(
     environ: None, launcher: str, capsys: pytest.CaptureFixture
 ) -> None:
     for rank, variables in enumerate(ranks_of(launcher)):
-        with mock.patch.dict(os.environ, variables), mock.patch.object(launching._place, "rank", rank):
+        with mock.patch.dict(os.environ, variables), mock.patch.object(PLACE, "rank", rank):
             assert own_rank() == rank
             report("too little memory", 2, told_by=2)
         assert bool(capsys.readouterr().err) == (rank == 2)
@@ -480,7 +485,7 @@ def without_memory(rank: int) -> None:
         mock.patch.object(utils, "check_memory", side_effect=ConfigError("node 1 has too little memory")).start()
 
 
-def test_too_little_memory_on_another_node_is_told_by_it(tmp_path: Path) -> None:
+def test_too_little_memory_on_another_node_is_reported_by_it(tmp_path: Path) -> None:
     flags = ["--num-nodes", 2, "--env-id", "Pendulum-v1", "--log-dir", tmp_path]
     ended = run_team(SAC, *flags, folder=tmp_path, code=2, prepare=without_memory)
     assert ended.errors == ["error: node 1 has too little memory"], ended.report()
@@ -496,7 +501,7 @@ def fails(rank: int, failing: list[int], port: int, folder: Path) -> None:
     if rank in failing:
         report("no such file", 3)
     elif rank == 0:
-        store = launching.open_store("127.0.0.1", port, "MASTER_PORT")
+        store = open_store("127.0.0.1", port, "MASTER_PORT")
         deadline = time.monotonic() + 10
         while store.add("fabricrl/asked", 0) < len(failing) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -515,6 +520,6 @@ def test_before_srun_s_ranks_have_met_one_of_those_that_fail_says_so(failing: li
     assert [line for line in lines if line.startswith("error:")] == ["error: no such file"]
 
 
-def test_a_mistake_in_arguments_under_srun_is_told_once(tmp_path: Path) -> None:
+def test_a_mistake_in_arguments_under_srun_is_reported_once(tmp_path: Path) -> None:
     ended = run_team(SAC, "--gamma", 7, folder=tmp_path, code=2, prepare=as_srun)
     assert len(ended.errors) == 1, ended.report()

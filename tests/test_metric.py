@@ -1,4 +1,4 @@
-"""What a run counts and times."""
+"""Counts and times of a run."""
 
 import time
 from typing import Any
@@ -116,6 +116,19 @@ def test_all_ranks_have_the_episodes_of_all_ranks() -> None:
         assert list(episodes.returns) == [2.0, 3.0, 3.0]
         assert episodes.count == 3
         assert episodes.compute()["charts/episodic_return"] == pytest.approx(8 / 3)
+
+
+def test_where_many_episodes_end_at_once_the_last_hundred_are_of_all_ranks() -> None:
+    """150 episodes of one step on each of three ranks; the return tells step and rank."""
+
+    def count(fabric: Any) -> list[float]:
+        episodes = EpisodeStatistics(1)
+        rewards = 10 * torch.arange(150.0)[:, None] + fabric.global_rank
+        episodes.update(fabric, rewards, torch.ones(150, 1, dtype=torch.bool))
+        return list(episodes.returns)
+
+    in_time = [10.0 * step + rank for step in range(150) for rank in range(3)]
+    assert on_ranks(3, count) == [in_time[-metric.WINDOW :]] * 3
 
 
 def test_statistics_go_on_after_they_were_stored_and_loaded() -> None:

@@ -61,7 +61,7 @@ def body(source: str, name: str) -> list[str]:
 
 
 def depth(node: ast.AST) -> int:
-    """How many statements stand within each other below a node; `elif` is no deeper than `if`."""
+    """Depth of nested statements below a node; `elif` is no deeper than `if`."""
     below = [(child, depth(child)) for child in ast.iter_child_nodes(node)]
     chained = node.orelse if isinstance(node, ast.If) and len(node.orelse) == 1 else []
     return max((d + isinstance(c, BLOCKS) - (c in chained and isinstance(c, ast.If)) for c, d in below), default=0)
@@ -69,7 +69,7 @@ def depth(node: ast.AST) -> int:
 
 @dataclass
 class Figures:
-    """What a script is measured by."""
+    """Measures of a script."""
 
     main: int
     modules: int
@@ -152,7 +152,7 @@ def mirrored(twin: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def without(lines: list[str], some: list[str]) -> list[str]:
-    """What is left once a subsequence is taken out."""
+    """Rest of a sequence without a subsequence."""
     left, taken = [], iter([*some, None])
     wanted = next(taken)
     for line in lines:
@@ -243,7 +243,7 @@ def main():
 '''
 
 
-def test_what_is_counted() -> None:
+def test_counts() -> None:
     assert body(EXAMPLE, "update") == ["return x + 1"]
     assert body(EXAMPLE, "main")[:3] == ['a = "#1"', "for i in range(3):", "if i:"]
     assert depth(functions(ast.parse(EXAMPLE))["main"]) == 2

@@ -139,7 +139,7 @@ def complaint(env_id: str, kind: type[Exception] = ConfigError, **settings: Any)
 
 
 @pytest.mark.parametrize(("env_id", "newest"), [("Swimmer-v3", "Swimmer-v5"), ("Hopper-v2", "Hopper-v5")])
-def test_versions_that_gymnasium_gave_away_are_told_as_that(env_id: str, newest: str) -> None:
+def test_versions_that_gymnasium_has_removed_are_reported_as_such(env_id: str, newest: str) -> None:
     message = complaint(env_id)
     assert "moved to the gymnasium-robotics project" in message
     assert f"there is {newest}" in message
@@ -164,17 +164,17 @@ def test_a_name_that_a_package_has_not_is_no_missing_package(tmp_path: Path, mon
     (tmp_path / "half_there.py").write_text("from json import nothing\n")
     message = complaint("half_there:Thing-v0")
     assert "cannot import name 'nothing' from 'json'" in message
-    assert "not here" not in message
+    assert "not installed" not in message
 
 
 @pytest.mark.parametrize("env_id", ["Target-v0", "Depot-v0", "MyEnv-v3"])
-def test_an_id_without_its_module_is_told_how_to_name_one(env_id: str) -> None:
+def test_an_id_without_a_module_gets_advice_on_naming_one(env_id: str) -> None:
     message = complaint(env_id)
     assert f"as my_envs:{env_id}" in message
     assert "did you mean" not in message
 
 
-def test_an_error_of_gymnasium_that_is_not_about_the_id_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_gymnasium_that_is_not_about_the_id_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Plain, "metadata", None)
     message = complaint("tests.test_misled:Plain-v0", EnvError)
     assert "InvalidMetadata" in message
@@ -193,13 +193,13 @@ def test_a_constructor_that_fails_with_a_type_error_of_its_own_is_not_blamed_on_
 
 
 @pytest.mark.parametrize("what", ["observation", "action"])
-def test_a_space_of_gym_is_told_as_that(what: str) -> None:
+def test_a_space_of_gym_is_recognised(what: str) -> None:
     message = complaint("tests.test_misled:Plain-v0", env_kwargs=json.dumps({"fault": f"{what}s of gym"}))
     assert f"{what} space Box(2,) is a gym.spaces.box.Box, none of Gymnasium's" in message
 
 
 @pytest.mark.parametrize("what", ["observation", "action"])
-def test_a_space_that_is_not_there_is_told_as_that(what: str) -> None:
+def test_a_missing_space_is_reported_as_such(what: str) -> None:
     message = complaint("tests.test_misled:Plain-v0", EnvError, env_kwargs=json.dumps({"fault": f"no {what}"}))
     assert message == f"Plain has no {what}_space"
 
@@ -219,7 +219,7 @@ def test_an_environment_without_metadata_is_trained_on(tmp_path: Path) -> None:
         ("Plain-v0", "four", "step", "expected 5, got 4"),
     ],
 )
-def test_answers_in_the_way_of_gym_are_told_with_what_gymnasium_asks_for(
+def test_answers_in_the_way_of_gym_are_refused_with_what_gymnasium_asks_for(
     env_id: str, fault: str, call_: str, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with contextlib.closing(make_envs(args_for(env_id, fault=fault), 0, Path("nowhere"))) as envs:
@@ -294,7 +294,7 @@ PICTURES = [
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_a_picture_is_one_whatever_holds_it(kind: str) -> None:
+def test_pictures_in_every_form_become_frames(kind: str) -> None:
     frame = as_frame(Drawn(kind).render())
     assert frame.dtype == np.uint8
     assert frame.shape == (16, 18, 3)
@@ -400,7 +400,7 @@ class Pool:
         return np.zeros((2, 2), np.float32), np.ones(2), ended, ended, {"lives": self.lives.copy()}
 
 
-def test_a_life_lost_in_the_first_step_of_a_game_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_life_lost_in_the_first_step_of_a_game_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EnvPoolVectorEnv, "_make", lambda self, *_: Pool())
     args = PPOArgs(env_id="Plain-v0", num_envs=2, life_loss=True)
     envs = EnvPoolVectorEnv(args, Plain())

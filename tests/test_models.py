@@ -392,7 +392,7 @@ def test_where_one_draw_does_not_reach_the_end_another_goes_on(monkeypatch: pyte
         assert half.mean().item() == pytest.approx(0.2, abs=4 * (0.16 / 1000) ** 0.5)
 
 
-def test_what_is_dropped_depends_on_the_generator_alone() -> None:
+def test_dropout_depends_on_the_generator_alone() -> None:
     first, again, other = (draw_dropped(0.1, (4, 100), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert (first == again).all()
     assert (first != other).any()

@@ -151,7 +151,7 @@ def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
     assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
 
 
-def test_what_is_taken_from_the_tests_of_ppo_is_read_by_the_same_lines(
+def test_arguments_tested_with_ppo_are_read_by_the_same_lines(
     algo: str, run: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert AS_IN_PPO.issubset(field.name for field in dataclasses.fields(StandardArgs))
@@ -221,7 +221,7 @@ def test_the_seed_reaches_parameters_environments_action_noise_and_sampling(
 
 
 def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train) -> None:
-    settings = {"env_id": "tests.test_values:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
+    settings = {"env_id": "tests.value_envs:Answering-v0", "env_kwargs": '{"late": "beyond", "at": 3}'}
     assert run(**settings).code == 0
     with pytest.raises(EnvError, match=r"returned from step an observation with 9\.5, which is out of range"):
         run(**settings, check_spaces=True)

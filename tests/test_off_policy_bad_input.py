@@ -11,7 +11,7 @@ from fabricrl.algos.sac import sac
 from fabricrl.data import memory
 from fabricrl.data.memory import GIB
 from fabricrl.utils.errors import ConfigError
-from tests.process import PYTHON, SAC, call, run, run_team
+from tests.process import FORKED, SAC, call, run, run_team
 from tests.test_launchers import DDP
 
 SCRIPTS: dict[str, Any] = {"sac": sac, "droq": droq}
@@ -255,7 +255,7 @@ def test_ranks_warn_once_that_learning_starts_after_a_batch_of_each_after_launch
 
 
 def test_a_real_process_ends_with_code_2_and_exactly_one_line_on_standard_error(tmp_path: Path) -> None:
-    ended = run(*PYTHON, SAC, "--env-id", "CartPole-v1", *DDP, cwd=tmp_path)
+    ended = run(*FORKED, SAC, "--env-id", "CartPole-v1", *DDP, cwd=tmp_path)
     assert ended.code == 2, ended.report()
     assert ended.out == ""
     (line,) = ended.err.splitlines()

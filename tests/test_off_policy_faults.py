@@ -117,7 +117,7 @@ def test_the_first_observation_must_be_finite(algo: str, tmp_path: Path) -> None
         ("raise_reset", ["RuntimeError: this environment cannot be reset"]),
     ],
 )
-def test_what_an_environment_raises_ends_the_run_and_is_told(
+def test_an_exception_of_an_environment_ends_the_run_and_is_reported(
     algo: str, tmp_path: Path, kind: str, words: list[str]
 ) -> None:
     error = fault(algo, tmp_path, kind, extra=SECOND)

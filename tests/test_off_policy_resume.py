@@ -44,7 +44,7 @@ BUFFERS = {
 
 
 def content(path: Path | str) -> dict[str, Any]:
-    """What a checkpoint and its shards say about the run, without where and how it was started."""
+    """Contents of a checkpoint and its shards, without those that depend on how the run was started."""
     path = Path(path)
     shards = {shard.suffix: load(shard) for shard in path.parent.glob(f"{path.stem}.shard*")}
     return {name: value for name, value in load(path).items() if name != "args"} | shards
@@ -250,7 +250,7 @@ def test_another_replay_ratio_holds_from_the_step_of_resumption(algo: str, strai
 
 
 class Watch:
-    """What a run does in each iteration: whether it explores, critic and actor updates, and how full its buffer is."""
+    """Each iteration of a run: exploration, critic and actor updates, and the size of its buffer."""
 
     def __init__(self, algo: str) -> None:
         self.iterations: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What runs of SAC and DroQ leave behind, and that their checkpoints can be played; options together, end to end."""
+"""Output of SAC and DroQ, checkpoints that can be played, and options together, end to end."""
 
 import csv
 import dataclasses

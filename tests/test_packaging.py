@@ -1,4 +1,4 @@
-"""What is installed: the extras' promises, one version of each locked package, and a set-up that says what it does."""
+"""Installation: the extras' promises, one version of each locked package, and a set-up that says what it does."""
 
 import os
 import re
@@ -83,14 +83,14 @@ def systems() -> Iterator[dict[str, str]]:
 
 
 def holds(markers: Any, system: dict[str, str]) -> bool:
-    """Whether a locked marker is true with all extras; one of several groups is enough."""
+    """True if a locked marker holds with all extras; one of several groups is enough."""
     texts = markers.values() if isinstance(markers, dict) else [markers] if markers else []
     extras = [*PROJECT["optional-dependencies"], ""]
     return not texts or any(Marker(text).evaluate(system | {"extra": extra}) for text in texts for extra in extras)
 
 
 def installed(system: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """What the lock file installs there, by name."""
+    """Packages that the lock file installs there, by name."""
     found = defaultdict(list)
     for package in LOCK["package"]:
         if holds(package.get("markers"), system):

@@ -58,7 +58,7 @@ def train(run: BareRun, agent: PPOAgent, data: Batch, seed: int = 3) -> dict[str
 
 
 class Updated:
-    """What `train` made of a rollout, in float64 so that differences are those of formulas."""
+    """Trains on a rollout, in float64 so that differences are those of formulas."""
 
     def __init__(self, run: BareRun, agent: PPOAgent, rb: RolloutBuffer) -> None:
         data = returns_and_advantages(run, agent, agent, rb)
@@ -255,7 +255,7 @@ def test_entropy_and_value_coefficients_weigh_their_part_of_the_loss(tmp_path: P
 
 
 def test_rows_that_do_not_count_move_nothing(tmp_path: Path) -> None:
-    """Whatever stands in them, and as if the others were all: the weights of these add up to one."""
+    """Their contents do not matter, and the weights of the other rows add up to one."""
     run, agent, rb = played("Box", tmp_path)
     data = returns_and_advantages(run, agent, agent, rb)
     batch = Batch(**{name: column for name, column in data.columns.items() if name != "counts"})

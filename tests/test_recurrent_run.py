@@ -63,7 +63,7 @@ MEMORIES: dict[str, list[object]] = {
 
 
 def last_actions(state: dict[str, Any], make: Any, greedy: bool) -> list[int]:
-    """What a policy does at the end of an episode whose cue was −1, and of one whose cue was +1, with equal noise."""
+    """Actions of a policy at the ends of two episodes, with cue −1 and with cue +1, and equal noise."""
     args = SimpleNamespace(**state["args"])
     actions = []
     for cue in (-1, 1):
@@ -211,6 +211,27 @@ def test_every_script_masks_what_it_learns_from_and_evaluation_masks_it_too(
     played(finished.folder, "--episodes", 1, "--mode", "greedy")
     assert len(seen) == 200
     assert np.any(seen, axis=(0, 1)).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("module", [ppo, script], ids=["ppo", "ppo_recurrent"])
+def test_the_first_rollout_is_learned_from_as_it_is_normalised(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Observations of hundreds, clipped to ±10 for want of statistics, would all look the same."""
+    learned, train = [], module.train
+
+    def watched(run: Any, step: Any, data: Any, *rest: Any) -> Any:
+        learned.append(data.obs.clone())
+        return train(run, step, data, *rest)
+
+    monkeypatch.setattr(module, "train", watched)
+    flags = ["--env-id", "tests.envs:Scaled-v0", "--norm-obs", "--num-envs", 2, "--num-steps", 64, "--hidden-sizes", 8]
+    finished = call(module.main, *flags, "--total-timesteps", 256, "--log-dir", tmp_path)
+    first, second = learned
+    torch.testing.assert_close(first.mean(0), torch.zeros(3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(first.std(0, correction=0), torch.ones(3), rtol=0, atol=1e-4)
+    assert load(finished.checkpoint)["agent"]["obs_normalizer.count"] == 256  # each rollout once
+    assert second.abs().max() < 10
 
 
 def test_checkpoints_from_before_velocities_could_be_masked_are_still_played(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class Played:
         return agent.actor(features), agent.critic(of_critic)[:, 0], after
 
     def data(self, **changes: Any) -> dict[str, Tensor]:
-        """What the script makes of the rollout, each [T, N, ...]."""
+        """Training data that the script makes of the rollout, each [T, N, ...]."""
         self.run.args = RecurrentPPOArgs(**(vars(self.args) | changes))
         data = returns_and_advantages(self.run, self.agent, self.rb, Sequences(self.rb.dones, 128))
         columns = {name: column for name, column in data.columns.items() if column is not None}
@@ -291,12 +291,12 @@ class Spy(nn.Module):
 
     @property
     def padded(self) -> bool:
-        """Whether any minibatch was laid out with padding."""
+        """True if any minibatch was laid out with padding."""
         return any(size.prod() > len(logratio) for size, logratio in zip(self.sizes, self.logratios, strict=True))
 
 
 class Updated:
-    """What `train` made of a rollout; in float64, unless told otherwise, so that differences are those of formulas."""
+    """Trains on a rollout; in float64, unless told otherwise, so that differences are those of formulas."""
 
     def __init__(self, run: BareRun, agent: RecurrentPPOAgent, rb: Any, exact: bool = True) -> None:
         args, sequences = run.args, Sequences(rb.dones, run.args.sequence_length)

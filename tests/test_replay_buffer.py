@@ -61,7 +61,7 @@ class World:
         return self.obs
 
     def step(self) -> tuple:
-        """What `ReplayBuffer.add` takes."""
+        """Arguments of `ReplayBuffer.add`."""
         for final in self.finals:
             final[...] = 77
         before, infos = self.obs.copy(), {"final_obs": np.full(self.num_envs, None, dtype=object)}
@@ -328,11 +328,11 @@ def test_only_rows_in_use_are_stored() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"capacity": 15}, "holds 6 × 2 transitions, here 7 × 2: --buffer-size 12 "),
-        ({"num_envs": 1, "capacity": 6}, "holds 6 × 2 transitions, here 6 × 1: keep --num-envs"),
-        ({"space": Box(-1, 1, (4,), np.float32)}, "keep the arguments"),
-        ({"space": Box(0, 255, (3,), np.uint8)}, "keep the arguments"),
-        ({"implicit_next": True}, "keep the arguments"),
+        ({"capacity": 15}, "holds 6 × 2 transitions, this run's 7 × 2: --buffer-size 12 "),
+        ({"num_envs": 1, "capacity": 6}, "holds 6 × 2 transitions, this run's 6 × 1: keep --num-envs"),
+        ({"space": Box(-1, 1, (4,), np.float32)}, "keep its arguments"),
+        ({"space": Box(0, 255, (3,), np.uint8)}, "keep its arguments"),
+        ({"implicit_next": True}, "keep its arguments"),
     ],
     ids=str,
 )
@@ -387,14 +387,14 @@ def test_implicit_next_observations_take_about_half_the_memory() -> None:
         assert 0.5 < implicit / explicit < 0.53
 
 
-def test_what_is_kept_apart_is_used_again() -> None:
+def test_slots_of_observations_kept_apart_are_reused() -> None:
     rb, world = make(num_envs=2, capacity=80, implicit_next=True), World(2, ends=1.0)
     rb.start(world.reset())
     play(rb, world, 1000)
     assert 41 * 2 <= len(rb.state_dict()["finals"]) <= 2 * 64  # one for each record, from a room that doubles
 
 
-def test_what_is_kept_apart_keeps_its_place_over_a_resume() -> None:
+def test_observations_kept_apart_keep_their_slots_over_a_resume() -> None:
     rb, world = make(num_envs=1, capacity=200, implicit_next=True), World(1, ends=1.0)
     rb.start(world.reset())
     for _ in range(5):  # each time more room is needed than there was
@@ -470,11 +470,11 @@ def test_numbers_that_are_not_finite_are_found_and_named(bad: float, implicit: b
         rb, world = filled(8, implicit_next=implicit)
         world.ends = 0.0
         play(rb, world, 1)
-        assert rb.first_bad() is None
+        assert rb.find_nonfinite() is None
         step = world.step()
         change(step)
         rb.add(*step)
-        return rb.first_bad()
+        return rb.find_nonfinite()
 
     def reward(step: tuple) -> None:
         step[2][1] = bad
@@ -494,11 +494,11 @@ def test_numbers_that_are_not_finite_are_found_and_named(bad: float, implicit: b
 
 def test_images_are_always_finite() -> None:
     rb, world = filled(8, space=IMAGE)
-    assert rb.first_bad() is None
+    assert rb.find_nonfinite() is None
     rewards = np.array([0.0, np.nan])
     step = world.step()
     rb.add(step[0], step[1], rewards, *step[3:])
-    assert rb.first_bad() == "reward of environment 1 is not finite"
+    assert rb.find_nonfinite() == "reward of environment 1 is not finite"
 
 
 class CountingBox(Counting):

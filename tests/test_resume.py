@@ -14,8 +14,8 @@ from fabricrl.utils import run as run_module
 from fabricrl.utils.checkpoint import save_checkpoint
 from fabricrl.utils.errors import CheckpointError
 from tests.process import (
+    FORKED,
     PPO,
-    PYTHON,
     Finished,
     call,
     differences,
@@ -36,7 +36,7 @@ FLAGS += ["--log-every", 64, "--checkpoint-every", 192, "--keep-checkpoints", 10
 
 
 def content(path: Path | str) -> dict[str, Any]:
-    """What a checkpoint says about the run, without where and how it was started."""
+    """Contents of a checkpoint, without those that depend on how the run was started."""
     return {name: value for name, value in load(path).items() if name != "args"}
 
 
@@ -197,7 +197,7 @@ def test_a_finished_run_goes_on_with_a_larger_budget(straight: Finished, tmp_pat
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the same run on two ranks; an iteration takes 128 steps."""
     log_dir = tmp_path_factory.mktemp("two_ranks")
-    ended = run(*PYTHON, PPO, *FLAGS, "--devices", 2, "--strategy", "ddp", "--log-dir", log_dir)
+    ended = run(*FORKED, PPO, *FLAGS, "--devices", 2, "--strategy", "ddp", "--log-dir", log_dir)
     assert ended.code == 0, ended.report()
     return run_folder(log_dir)
 
@@ -207,7 +207,7 @@ def test_two_ranks_resume_to_the_last_bit(two_ranks: Path, tmp_path: Path) -> No
     before = load(older)
     assert before["world_size"] == 2
     assert differences(before["generators"][0], before["generators"][1]), "both ranks draw the same numbers"
-    ended = run(*PYTHON, PPO, "--resume", older, "--log-dir", tmp_path)  # devices and strategy are in the checkpoint
+    ended = run(*FORKED, PPO, "--resume", older, "--log-dir", tmp_path)  # devices and strategy are in the checkpoint
     assert ended.code == 0, ended.report()
     last = two_ranks / "checkpoints" / "step_000000001024.ckpt"
     assert differences(content(last), content(ended.result["checkpoint"])) == []

@@ -1,4 +1,4 @@
-"""What wore earlier versions down: launchers that die, environments that exit, files that lie, disks that fill up."""
+"""Robustness against dying launchers, exiting environments, lying files and full disks."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from fabricrl.utils.checkpoint import load_checkpoint, save_checkpoint
 from fabricrl.utils.errors import CheckpointError, ConfigError, EnvError, NonFiniteError
 from fabricrl.utils.launch import launch
 from fabricrl.utils.logger import CsvLogger
-from tests.process import PPO, Finished, call, command, run_folder, started, wait_for
+from tests.process import FORKED, PPO, Finished, call, command, run_folder, started, wait_for
 
 SMALL = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--update-epochs", 1]
 
@@ -143,9 +143,9 @@ def test_ranks_do_not_outlive_what_started_them(launcher: str, tmp_path: Path) -
     endless = [*SMALL, "--total-timesteps", 1_000_000_000, "--checkpoint-every", 320, "--log-dir", tmp_path]
     start = [command("torchrun"), "--standalone", "--nproc-per-node", 2, PPO]
     if launcher == "rank 0":
-        start = [command("python"), PPO, "--devices", 2]
+        start = [*FORKED, PPO, "--devices", 2]
     with started(*start, *endless) as running:
         wait_for(lambda: list(tmp_path.rglob("step_*.ckpt")), running)
         os.kill(running.process.pid, signal.SIGKILL)
-        running.finish(60)  # asserts that no process is left
+        running.finish()  # asserts that no process is left
     assert load_checkpoint(run_folder(tmp_path))[0]["global_step"] > 0

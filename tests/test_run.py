@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, metrics, result line, progress bar and videos."""
+"""Output of a run: its folder, metrics, result line, progress bar and videos."""
 
 import csv
 import dataclasses
@@ -17,7 +17,7 @@ from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.envs import make_envs
 from fabricrl.envs.wrappers import RecordEpisodes
-from tests.process import PPO, PYTHON, Finished, call, load, logged, run, run_folder, saved_steps
+from tests.process import FORKED, PPO, Finished, call, load, logged, run, run_folder, saved_steps
 
 RESULT = re.compile(r"result steps=(\d+) sps=(\d+) return_mean=(-?[\d.]+|nan) episodes=(\d+) checkpoint=(\S+)")
 TAGS = {
@@ -157,7 +157,7 @@ def test_weights_and_biases_work_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     variables = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     flags = ["--track", "--total-timesteps", 1024, "--log-every", 512, "--log-dir", tmp_path / "logs"]
-    ended = run(*PYTHON, PPO, *flags, variables=variables)
+    ended = run(*FORKED, PPO, *flags, variables=variables)
     assert ended.code == 0, ended.report()
     folder = run_folder(tmp_path / "logs")
     assert list(folder.glob("wandb/offline-run-*/*.wandb")), list(folder.rglob("*"))

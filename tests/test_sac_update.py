@@ -70,7 +70,7 @@ class Training:
         self.step_actor = self.run.compiled(partial(self.script.update_actor, self.run, self.learner))
 
     def train(self, batches: Batch, number: int, seed: int = 3) -> dict[str, Tensor]:
-        """What an iteration makes of its batches, and what it has noted; `number` as the script's `train` takes it."""
+        """Trains on batches, as an iteration does; returns its metrics. `number`: as the script's `train` takes it."""
         self.run.train_rng.manual_seed(seed)
         self.script.train(self.run, self.learner, self.step_critics, self.step_actor, batches, number)
         return self.run.look()
@@ -89,7 +89,7 @@ class Training:
 
 
 def make_batches(updates: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> Batch:
-    """What `ReplayBuffer.sample` returns of three-step returns, some cut short, and some episodes that ended."""
+    """Batches as of `ReplayBuffer.sample`: three-step returns, some cut short, and some ended episodes."""
     generator = rng(seed)
     shape = (updates, BATCH)
     batches = {
@@ -313,7 +313,7 @@ def test_the_update_of_the_actor_leaves_the_critics_alone() -> None:
 
 
 @pytest.mark.parametrize("autotune", [True, False])
-def test_what_is_averaged_for_the_actor_is_its_gradient_and_that_of_the_temperature(
+def test_the_actor_averages_its_gradient_and_that_of_the_temperature(
     autotune: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one message, with the metrics."""
@@ -374,7 +374,7 @@ def test_the_target_entropy_is_minus_the_number_of_actions_unless_it_is_given() 
 
 
 def targets_of(training: Training, batch: Batch, noise: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """What the critics are asked to learn, [B]."""
+    """TD targets, [B]."""
     seen: list[Tensor] = []
     with monkeypatch.context() as patch:
         patch.setattr(sac, "critic_loss", lambda q, targets: seen.append(targets) or critic_loss(q, targets))

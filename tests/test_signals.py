@@ -11,7 +11,7 @@ import pytest
 from fabricrl.algos.ppo import ppo
 from fabricrl.data.buffers import RolloutBuffer
 from fabricrl.utils.checkpoint import load_checkpoint
-from tests.process import PPO, PYTHON, Running, call, load, run_folder, saved_steps, started, wait_for
+from tests.process import FORKED, PPO, Running, call, load, run_folder, saved_steps, started, wait_for
 
 # A run that nobody would wait for, in iterations of milliseconds
 ENDLESS = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 1, "--update-epochs", 1]
@@ -83,7 +83,7 @@ def test_after_a_stop_the_run_can_be_resumed(tmp_path: Path) -> None:
 
 def test_interrupting_a_run_with_environments_in_processes_saves_and_leaves_none_of_them(tmp_path: Path) -> None:
     """The signal goes to the whole process group, as Ctrl-C does: the workers must not fall over it."""
-    with started(*PYTHON, PPO, *ENDLESS, "--vectorization", "async", *log_under(tmp_path)) as running:
+    with started(*FORKED, PPO, *ENDLESS, "--vectorization", "async", *log_under(tmp_path)) as running:
         wait_for(lambda: checkpoints(tmp_path), running)
         os.killpg(running.process.pid, signal.SIGINT)
         running.finish()
@@ -93,7 +93,7 @@ def test_interrupting_a_run_with_environments_in_processes_saves_and_leaves_none
 @pytest.mark.parametrize(("rank", "number", "code"), [(1, signal.SIGTERM, 143), (0, signal.SIGINT, 130)])
 def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path: Path, rank: int, number: int, code: int) -> None:
     flags = ["--devices", 2, "--strategy", "ddp", *log_under(tmp_path)]
-    with started(*PYTHON, PPO, *ENDLESS, *flags) as running:
+    with started(*FORKED, PPO, *ENDLESS, *flags) as running:
         wait_for(lambda: checkpoints(tmp_path), running)
         os.kill(running.rank_pid(rank), number)
         running.finish()
@@ -119,13 +119,13 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     """An iteration here takes more than an hour, so that nothing but the second interrupt can end the run."""
     (tmp_path / "slow.py").write_text(SLOW)
     flags = ["--env-id", "slow:Slow-v0", "--num-envs", 1, "--num-steps", 100_000]
-    with started(*PYTHON, PPO, *flags, *log_under(tmp_path), cwd=tmp_path) as running:
+    with started(*FORKED, PPO, *flags, *log_under(tmp_path), cwd=tmp_path) as running:
         wait_for((tmp_path / "stepping").exists, running)
         os.kill(running.process.pid, signal.SIGINT)
         time.sleep(1.2)  # sooner it would count as the same
         (tmp_path / "stepping").unlink()
         wait_for((tmp_path / "stepping").exists, running)  # the first one alone does not end it
         os.kill(running.process.pid, signal.SIGINT)
-        running.finish(60)
+        running.finish()
     assert running.code == 130, running.report()
     assert not checkpoints(tmp_path)

@@ -180,7 +180,7 @@ class Graph:
 
 
 class Capture(TorchDispatchMode):
-    """What runs inside becomes a graph, and may not ask for a tensor's value."""
+    """Refuses to give a tensor's value, as while a graph is captured."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()

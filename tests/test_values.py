@@ -1,4 +1,4 @@
-"""What environments return: taken where it can be what the space promises, refused by name where it cannot."""
+"""Values from environments: converted where they fit the space's promise, refused by name where they do not."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Text, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from fabricrl.algos.droq import droq
@@ -26,42 +26,9 @@ from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
 from tests.conftest import Trained
 from tests.envs import ODD_SPACES
 from tests.process import call
+from tests.value_envs import BYTES, ENDS, FORMS, MISFITS, PAIR, REWARDS, Answering
 from tests.vector_envs import StaggeredVector
 
-FORMS: dict[str, Callable[[np.ndarray], Any]] = {  # in which the same numbers come
-    "array": np.array,
-    "list": lambda x: x.tolist(),
-    "tuple": lambda x: tuple(x.tolist()),
-    "tensor": torch.tensor,
-    "parameter": lambda x: torch.tensor(x, requires_grad=True),
-    "double": lambda x: x.astype(np.float64),
-    "scalars": lambda x: list(x),
-}
-REWARDS: dict[str, Any] = {
-    "float": 1.5,
-    "double": np.float64(1.5),
-    "single": np.float32(1.5),
-    "array": np.array(1.5),
-    "row": np.array([1.5]),
-    "column": np.array([[1.5]]),
-    "list": [1.5],
-    "tensor": torch.tensor([1.5]),
-    "integer": 1,
-    "truth": True,
-    "two": np.array([1.0, 2.0]),
-    "none": None,
-    "text": "1.5",
-    "empty": np.zeros(0),
-}
-ENDS: dict[str, Callable[[bool], Any]] = {
-    "bool": bool,
-    "numpy": np.bool_,
-    "row": lambda end: np.array([end]),
-    "integer": int,
-    "tensor": lambda end: torch.tensor(end),
-    "none": lambda end: end or None,
-    "two": lambda end: np.array([end, end]),
-}
 TINY = ["--num-envs", 2, "--num-threads", 1, "--hidden-sizes", 8, "--logger", "csv"]
 ON = [*TINY, "--num-steps", 8, "--num-minibatches", 2, "--update-epochs", 1, "--total-timesteps", 32]
 OFF = [*TINY, "--batch-size", 4, "--learning-starts", 8, "--total-timesteps", 24, "--buffer-size", 50]
@@ -73,119 +40,8 @@ SCRIPTS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-class Answering(gym.Env):
-    """Answers in many forms, episodes of five steps; `late` is what it returns from step `at` on, at 0 from a reset.
-
-    Args:
-        form: of observations, see FORMS; reward, end: see REWARDS, ENDS.
-        space: a name in ODD_SPACES; late: in LATE; at: of an episode.
-        cut: episodes are truncated, not terminated.
-    """
-
-    def __init__(
-        self,
-        form: str = "array",
-        reward: str = "float",
-        end: str = "bool",
-        space: str = "box",
-        late: str = "",
-        at: int = 0,
-        cut: bool = False,
-        discrete: bool = False,
-    ) -> None:
-        self.form, self.reward, self.end, self.late, self.at, self.cut = form, reward, end, late, at, cut
-        self.observation_space = LATE[late][0] if late else ODD_SPACES[space]
-        self.action_space = Discrete(2) if discrete else Box(-1.0, 1.0, (1,), np.float32)
-        self._steps = 0
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        if seed is not None:
-            self.observation_space.seed(seed)
-        self._steps = 0
-        return self._obs(), {}
-
-    def step(self, action: Any) -> Any:
-        self._steps += 1
-        end = ENDS[self.end](self._steps >= 5)
-        return self._obs(), REWARDS[self.reward], *((False, end) if self.cut else (end, False)), {}
-
-    def _obs(self) -> Any:
-        if self.late and self._steps >= self.at:
-            return LATE[self.late][1]
-        obs = self.observation_space.sample()
-        return FORMS[self.form](obs) if isinstance(obs, np.ndarray) else obs
-
-
-gym.register("Answering-v0", entry_point=Answering)
-
-PAIR = Box(-9.0, 9.0, (2,), np.float32)
-BYTES = Box(0, 255, (4,), np.uint8)
-MISFITS: dict[str, tuple[Space, Any, str]] = {  # space, what is returned, and what is said of it
-    "turned": (Box(-9.0, 9.0, (2, 3), np.float32), np.arange(6.0).reshape(3, 2), "shape (3, 2)"),
-    "flat": (Box(-9.0, 9.0, (2, 3), np.float32), np.arange(6.0), "shape (6,)"),
-    "short": (PAIR, np.zeros(1, np.float32), "shape (1,)"),
-    "number": (PAIR, 1.0, "shape ()"),
-    "ragged": (PAIR, [[1.0], [1.0, 2.0]], "is no array"),
-    "half": (PAIR, torch.zeros(2, dtype=torch.bfloat16), "is no array"),
-    "text": (PAIR, "ab", "of type str"),
-    "texts": (PAIR, ["1.0", "2.0"], "of type list"),
-    "none": (PAIR, None, "of type NoneType"),
-    "complex": (PAIR, np.zeros(2, complex), "no array of numbers"),
-    "mapping": (PAIR, {"a": 1.0, "b": 2.0}, "of type dict"),
-    "fractions": (Box(0, 1, (3,), np.int64), np.array([0.3, 0.6, 0.9]), "0.3, which is no integer"),
-    "not a number": (Box(0, 1, (3,), np.int64), np.array([0.0, np.nan, 1.0]), "nan, which is no integer"),
-    "infinite": (Box(0, 1, (3,), np.int64), np.array([0.0, 1.0, np.inf]), "inf, which is out of range"),
-    "large bytes": (BYTES, np.array([300, 0, 3, 4]), "300, which is out of range"),
-    "negative bytes": (BYTES, np.array([3, -5, 3, 4]), "-5, which is out of range"),
-    "large integers": (Box(0, 5, (2,), np.int64), np.array([1, 6]), "6, which is out of range"),
-    "truth": (Box(0, 1, (2,), np.bool_), np.array([0, 2]), "2, which is out of range"),
-    "choice below": (Discrete(5), -1, "-1, which is out of range"),
-    "choice above": (Discrete(5), np.int64(5), "5, which is out of range"),
-    "choice before its start": (Discrete(5, start=3), 2, "2, which is out of range"),
-    "half a choice": (Discrete(5), 1.5, "1.5, which is no integer"),
-    "two choices": (Discrete(5), np.array([1, 2]), "shape (2,)"),
-    "one of many choices": (MultiDiscrete([2, 3]), np.array([2, 0]), "2, which is out of range"),
-    "before their start": (MultiDiscrete([2, 3], start=[1, -1]), np.array([0, 0]), "0, which is out of range"),
-    "bits": (MultiBinary(3), np.array([0, 2, 1], np.int8), "2, which is out of range"),
-    "swapped": (
-        Dict({"a": PAIR, "b": Box(-9.0, 9.0, (3,), np.float32)}),
-        {"a": np.ones(3), "b": np.ones(2)},
-        "part 'a' of an observation of shape (3,)",
-    ),
-    "missing part": (Dict({"a": PAIR, "b": PAIR}), {"a": np.zeros(2)}, "an observation of a,"),
-    "another part": (Dict({"a": PAIR}), {"a": np.zeros(2), "zz": np.zeros(3)}, "of a, zz, its space"),
-    "parts in a row": (Dict({"a": PAIR}), np.zeros(2), "of type ndarray"),
-    "nested": (Dict({"a": Dict({"b": Discrete(3)})}), {"a": {"b": 3}}, "part 'a.b' of an observation with 3"),
-    "nested row": (Dict({"a": Dict({"b": Discrete(3)})}), {"a": 3}, "part 'a' of an observation of type int"),
-    "too many": (Tuple((Discrete(2), Discrete(2))), (0, 1, 1), "an observation of 3 parts"),
-    "second": (Tuple((Discrete(2), Discrete(2))), (0, 2), "part '1' of an observation with 2"),
-    "beside an image": (
-        Dict({"img": Box(0, 255, (40, 40, 3), np.uint8), "n": Box(0, 1, (2,), np.int64)}),
-        {"img": np.zeros((40, 40, 3), np.uint8), "n": np.array([0.3, 0.9])},
-        "part 'n' of an observation with 0.3",
-    ),
-}
-
-NESTED = Dict(
-    {
-        "arm": Dict({"angle": Box(-1.0, 1.0, (2,), np.float32), "grip": Tuple((Discrete(2), MultiBinary(2)))}),
-        "hint": Text(8),
-        "gear": Discrete(3, start=5),
-    }
-)
-LATE: dict[str, tuple[Space, Any, str]] = MISFITS | {  # what fits, or is noticed in another way
-    "beyond": (PAIR, np.array([0.0, 9.5], np.float32), "9.5, which is out of range"),
-    "beyond in a list": (PAIR, [0.0, 9.5], "9.5, which is out of range"),
-    "beyond in a part": (Dict({"a": PAIR}), {"a": np.array([0.0, 9.5])}, "9.5, which is out of range"),
-    "nan": (PAIR, np.array([0.0, np.nan], np.float32), "not finite"),
-    "inf": (PAIR, np.array([0.0, np.inf], np.float32), "not finite"),
-    "whole": (NESTED, {"arm": {"angle": [0.25, -0.5], "grip": (1, [0, 1])}, "hint": "go", "gear": 6}, ""),
-}
-
-
 def args_for(num_envs: int = 1, vectorization: str = "sync", flags: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    settings = {"env_id": "tests.test_values:Answering-v0", "env_kwargs": json.dumps(kwargs), "num_envs": num_envs}
+    settings = {"env_id": "tests.value_envs:Answering-v0", "env_kwargs": json.dumps(kwargs), "num_envs": num_envs}
     return PPOArgs(**settings | {"vectorization": vectorization} | (flags or {}))
 
 
@@ -200,7 +56,7 @@ def zeros(envs: VectorEnv) -> np.ndarray:
 
 
 def played(vectorization: str, **kwargs: Any) -> list[tuple[np.ndarray, ...]]:
-    """What twelve steps of two environments returned, final observations among it."""
+    """Results of twelve steps of two environments, with final observations."""
     with environments(2, vectorization, **kwargs) as envs:
         answers = [(envs.reset(seed=[1, 2])[0].copy(),)]
         for _ in range(12):
@@ -244,7 +100,7 @@ def test_every_algorithm_learns_the_same_from_lists_and_tensors(
     for form in ("array", "list", "tensor"):
         kwargs = json.dumps({"form": form, "reward": "row"})
         run = train(
-            script.main, "--env-id", "tests.test_values:Answering-v0", "--env-kwargs", kwargs, *flags,
+            script.main, "--env-id", "tests.value_envs:Answering-v0", "--env-kwargs", kwargs, *flags,
             "--log-dir", tmp_path / form,
         )  # fmt: skip
         assert run.code == 0
@@ -268,7 +124,7 @@ def test_what_fits_is_passed_on_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ODD_SPACES if "sequence" not in kind and kind != "text"])
-def test_whatever_is_in_a_space_is_taken(kind: str) -> None:
+def test_every_element_of_a_space_is_accepted(kind: str) -> None:
     space, take = ODD_SPACES[kind], Observation(ODD_SPACES[kind])
     for _ in range(50):
         take(space.sample(), True)
@@ -307,7 +163,7 @@ def test_integers_are_taken_exactly_where_they_are_in_the_space(space: Space) ->
 
 @pytest.mark.parametrize("kind", MISFITS)
 @pytest.mark.parametrize("at", [0, 2])
-def test_an_observation_that_does_not_fit_its_space_is_told_in_one_line(kind: str, at: int) -> None:
+def test_an_observation_that_does_not_fit_its_space_is_reported_in_one_line(kind: str, at: int) -> None:
     with environments(discrete=True, late=kind, at=at) as envs:
         if at:
             envs.reset(seed=[1])
@@ -338,8 +194,8 @@ def test_every_script_ends_with_code_4_and_one_line(
     """Also where a trial, by which the kind of vector environment is chosen, meets it first."""
     module, flags = SCRIPTS[algo]
     kwargs = json.dumps({"late": "fractions", "at": 3})
-    line = ["--env-id", "tests.test_values:Answering-v0", "--env-kwargs", kwargs, *flags, "--log-dir", tmp_path]
-    with pytest.raises(EnvError, match=r"0\.3, which is no integer") as caught:
+    line = ["--env-id", "tests.value_envs:Answering-v0", "--env-kwargs", kwargs, *flags, "--log-dir", tmp_path]
+    with pytest.raises(EnvError, match=r"0\.3, which is not an integer") as caught:
         script(module.main, *line)
     assert caught.value.exit_code == 4
     err = capsys.readouterr().err
@@ -350,7 +206,7 @@ def test_every_script_ends_with_code_4_and_one_line(
 
 
 @pytest.mark.parametrize("late", ["beyond", "beyond in a list", "beyond in a part"])
-def test_real_numbers_beyond_their_bounds_are_told_at_resets_and_in_every_step_if_that_is_wanted(late: str) -> None:
+def test_real_numbers_beyond_their_bounds_are_reported_at_resets_and_if_asked_in_every_step(late: str) -> None:
     with environments(late=late) as envs, pytest.raises(EnvError, match=r"reset .*observation with 9\.5"):
         envs.reset(seed=[1])
     with environments(late=late, at=1) as envs:
@@ -379,7 +235,7 @@ def test_rounding_beyond_a_bound_ends_no_run(dtype: type) -> None:
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])
 def test_a_final_observation_that_is_not_finite_is_noticed_at_a_termination(kind: str, tmp_path: Path) -> None:
-    flags = ["--env-id", "tests.test_values:Answering-v0", "--env-kwargs", f'{{"late": "{kind}", "at": 5}}', *ON]
+    flags = ["--env-id", "tests.value_envs:Answering-v0", "--env-kwargs", f'{{"late": "{kind}", "at": 5}}', *ON]
     with pytest.raises(NonFiniteError, match="final observation of environment 0 is not finite"):
         call(ppo.main, *flags, "--log-dir", tmp_path)
 
@@ -399,7 +255,7 @@ def test_a_reward_of_one_number_is_that_number(reward: str) -> None:
     ("reward", "words"),
     [("two", r"shape \(2,\)"), ("empty", r"shape \(0,\)"), ("none", "NoneType"), ("text", "str")],
 )
-def test_a_reward_that_is_not_one_number_is_told_with_its_shape_or_type(reward: str, words: str) -> None:
+def test_a_reward_that_is_not_one_number_is_reported_with_its_shape_or_type(reward: str, words: str) -> None:
     with environments(reward=reward) as envs:
         envs.reset(seed=[1])
         with pytest.raises(EnvError, match=f"environment 0 returned from step a reward of .*{words}"):
@@ -407,7 +263,7 @@ def test_a_reward_that_is_not_one_number_is_told_with_its_shape_or_type(reward: 
 
 
 @pytest.mark.parametrize("end", [name for name in ENDS if name != "two"])
-def test_ends_of_episodes_are_told_in_any_form(end: str) -> None:
+def test_ends_of_episodes_are_accepted_in_any_form(end: str) -> None:
     for cut in (False, True):
         assert equal(played("sync", end=end, cut=cut), played("sync", cut=cut))
 
@@ -453,7 +309,11 @@ gym.register("Integers-v0", entry_point=OneOfThem, vector_entry_point=Integers)
 
 def test_native_environments_are_checked_and_converted_too() -> None:
     assert Integers().mode == AutoresetMode.NEXT_STEP
-    for late, words in (("", ""), ("fraction", "0.5, which is no integer"), ("beyond", "10, which is out of range")):
+    for late, words in (
+        ("", ""),
+        ("fraction", "0.5, which is not an integer"),
+        ("beyond", "10, which is out of range"),
+    ):
         args = PPOArgs(
             env_id="tests.test_values:Integers-v0",
             env_kwargs=json.dumps({"late": late}),
@@ -492,7 +352,7 @@ def test_text_is_left_out_with_a_notice_that_names_the_keys_which_silence_it(
 ) -> None:
     check_env(args_for(space="dict_text"), ACTION_SPACES, None)
     assert capsys.readouterr().err == (
-        "notice: text in observations is left out ('hint'); --obs-keys gear speed says so\n"
+        "notice: text in observations is left out ('hint'); --obs-keys gear speed silences this\n"
     )
     check_env(args_for(space="dict_text", flags={"obs_keys": ("gear", "speed")}), ACTION_SPACES, None)
     assert capsys.readouterr().err == ""
@@ -513,7 +373,7 @@ def test_ppo_trains_on_the_observations_of_blackjack(train: Callable[..., Traine
 
 
 def test_checkpoints_from_before_know_their_spaces() -> None:
-    """What `describe` has written for each kind of space that was supported then."""
+    """Descriptions that `describe` wrote for each kind of space that was supported then."""
     texts = {
         "box": "Box(-1.0, 1.0, (3,), float32)",
         "box_2d": "Box(-1.0, 1.0, (6,), float32)",

@@ -13,7 +13,7 @@ from tests.envs import vectors
 
 
 class Step(NamedTuple):
-    """What truly happened in one step of one environment; `t` counts calls of `step` from the first reset."""
+    """True events of one step of one environment; `t` counts calls of `step` from the first reset."""
 
     t: int
     env: int

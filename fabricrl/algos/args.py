@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import io
 import itertools
@@ -10,20 +11,25 @@ import math
 import os
 import re
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
+import torch
 import tyro
+from gymnasium.spaces import Box, Space
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound="StandardArgs")
@@ -73,11 +79,25 @@ class StandardArgs:
         "check the bounds of all observations at every step; off: those of integers, and of floats at resets",
         advanced=True,
     )
+    info_keys: tuple[str, ...] = arg(
+        (),
+        "numbers in an environment's infos at the end of an episode whose means are logged, beside is_success",
+        advanced=True,
+    )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
+    seeds: int = arg(1, "runs, with seed, seed + 1, ...; more than one are compared at the end", advanced=True)
+    jobs: int = arg(1, "runs side by side, with --seeds", advanced=True)
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
     video_every: int = arg(100, "episodes of that environment between recordings", advanced=True)
+    eval_every: int = arg(
+        0, "environment steps between evaluations, which choose best.ckpt: greedy, on other environments; 0: none"
+    )
+    eval_episodes: int = arg(10, "episodes of an evaluation; ranks share them", advanced=True)
+    stop_at_return: float | None = arg(
+        None, "end the run, with success, once the mean return of an evaluation reaches this", advanced=True
+    )
 
     # --- run
     exp_name: str = arg("", "name of the run; empty: the algorithm's", "run, logging and checkpoints")
@@ -113,6 +133,9 @@ class StandardArgs:
     node_rank: int = arg(0, "number of this machine, from 0", advanced=True)
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
     main_port: int = arg(29400, "port on machine 0 where ranks meet; for several machines", advanced=True)
+    timeout: float = arg(
+        MINUTES, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
+    )
     precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
     num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
@@ -132,26 +155,36 @@ class StandardArgs:
         check_types(self)
         require_counts(self, MAX_STEPS, "total_timesteps")
         require_counts(self, 2**63 - 1, "num_envs", "video_every", "log_every", "keep_checkpoints")
-        require_counts(self, 1000, "action_repeat")
+        require_counts(self, 1000, "action_repeat", "jobs")
+        require_counts(self, 10_000, "seeds")
         require_counts(self, 10_000, "num_threads", "num_nodes")
+        require_counts(self, 1_000_000, "eval_episodes")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        require(0 <= self.eval_every <= MAX_STEPS, "eval_every", self.eval_every, f"between 0 and {MAX_STEPS}")
+        self._check_stop()
         require(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2^31 - 1")
         require(0 <= self.node_rank < (self.num_nodes or 1), "node_rank", self.node_rank, "from 0 to num-nodes - 1")
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
+        allowed = "a number of minutes, at most 100000; or 0: for ever"
+        require(0 <= self.timeout <= 100_000, "timeout", self.timeout, allowed)
         clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
         require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
         self._check_texts()
+
+    def _check_stop(self) -> None:
+        if self.stop_at_return is not None:
+            require_between(self, -LARGEST, LARGEST, "stop_at_return")
+            allowed = "left out, or given beside --eval-every, since evaluations decide"
+            require(self.eval_every > 0, "stop_at_return", self.stop_at_return, allowed)
 
     def _check_texts(self) -> None:
         given, name = self.env_kwargs, self.exp_name
         allowed = """a JSON object such as '{"continuous": true}', of at most 100 000 characters and 50 levels"""
         require(is_json_object(given), "env_kwargs", repr(given if len(given) < 500 else f"{given[:500]}..."), allowed)
-        fits = (
-            re.fullmatch(r"[\w.-]*", name) is not None and len(name.encode()) <= 220
-        )  # of 255 that names of files have
+        fits = re.fullmatch(r"[\w.-]*", name) is not None and len(name.encode()) <= 220  # file names may have 255
         require(fits, "exp_name", repr(name), "at most 220 letters, digits, . _ or -")
-        for field in ("resume", "log_dir"):
-            require(getattr(self, field) != "", field, "empty", "a path")
+        for name in ("resume", "log_dir"):
+            require(getattr(self, name) != "", name, "empty", "a path")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for text in value if isinstance(value, tuple) else (value,):
@@ -208,12 +241,10 @@ class DecoupledArgs:
         "iterations by which playing is ahead of training; 0: wait for fresh weights",
         "decoupling",
     )
-    timeout: float = arg(5.0, "minutes to wait for a message before giving up, which ends all ranks", advanced=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
-        require(0 < self.timeout <= 100_000, "timeout", self.timeout, "a number of minutes above 0, at most 100000")
 
 
 def require_between(args: StandardArgs, low: float, high: float, *names: str) -> None:
@@ -255,6 +286,31 @@ def require_memory(flags: str, what: str, num_bytes: int) -> None:
         )
 
 
+def check_sizes(args: StandardArgs, algo: str, obs_space: Box, action_space: Space) -> None:
+    """Raises ConfigError, with the figures, if what these spaces make of a run does not fit into memory.
+
+    That is the observations of a step, of a rollout and of those on their way to trainers, and the networks, which are
+    built without memory, to be counted.
+    """
+    row, num_steps = obs_space.shape[0] * obs_space.dtype.itemsize, getattr(args, "num_steps", 1)
+    flags, steps = "--num-envs", args.num_envs * num_steps
+    if num_steps > 1:
+        flags, what = f"{flags} × --num-steps", f"rollouts of {steps} observations of {row} bytes"
+    else:
+        what = f"{steps} observations of {row} bytes"
+    if isinstance(args, DecoupledArgs):
+        flags, what, row = f"{flags} × --max-lag", f"{args.max_lag + 3} {what}", row * (args.max_lag + 3)
+    require_memory(flags, what, steps * row)
+    if importlib.util.find_spec(f"fabricrl.algos.{algo}.utils") is None:
+        return
+    make_agent = importlib.import_module(f"fabricrl.algos.{algo}.utils").make_agent
+    spaces = {"single_observation_space": obs_space, "single_action_space": action_space}
+    with torch.device("meta"):
+        weights = sum(part.numel() for part in make_agent(args, SimpleNamespace(**spaces)).parameters())
+    what = f"networks of {weights} weights for these observations and actions"
+    require_memory("--env-id, --hidden-sizes", what, weights * WEIGHT_BYTES)
+
+
 def num_weights(inputs: int, *sizes: int) -> int:
     """Weights and biases of fully connected layers of these widths."""
     return sum((before + 1) * after for before, after in itertools.pairwise((inputs, *sizes)))
@@ -262,13 +318,14 @@ def num_weights(inputs: int, *sizes: int) -> int:
 
 def check_types(args: StandardArgs) -> None:
     """Raises ConfigError unless each argument has its declared type: a checkpoint can hold anything."""
-    for name, hint in _hints(type(args)).items():
+    kind: Any = type(args)
+    for name, hint in _hints(kind).items():
         value = getattr(args, name)
         require(_fits(value, hint), name, repr(value), _in_words(hint))
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
@@ -334,6 +391,8 @@ def _integer(words: Sequence[str]) -> int:
 def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None = None) -> Args:
     """The arguments of a command line: flags given win over `--resume`'s, those over `--preset`'s, those over defaults.
 
+    With `--seeds` the process does not come back: it runs its own command once a seed, and compares the runs.
+
     Raises:
         ConfigError: an unknown flag, or a value that is not allowed.
         CheckpointError: `--resume` names something that cannot be resumed.
@@ -346,11 +405,34 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         require(resume != "", "resume", "empty", "a checkpoint or a run folder")
         defaults = _inherited(kind, *load_checkpoint(resume, algo))
     elif preset is not None:
-        require(preset in (presets or {}), "preset", preset, f"one of {', '.join(presets or {})}")
-        defaults = {"preset": preset, **(presets or {})[preset]}
+        defaults = {"preset": preset, **_preset(kind, preset, presets or {"default": {}})}
     args = kind(**_parse_flags(kind, defaults))
     args.check_machine()
+    if args.seeds > 1:
+        from fabricrl.sweep import run_seeds  # the commands around the scripts import what scripts do without
+
+        sys.exit(run_seeds(args.seed, args.seeds, args.jobs, args.log_dir))
     return args
+
+
+def _preset(kind: type[StandardArgs], name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The defaults of a preset; `tuned` looks into the algorithm's presets.toml for the environment.
+
+    Raises:
+        ConfigError: there is no such preset, or none for the environment.
+    """
+    if name != "tuned":
+        require(name in presets, "preset", name, f"one of {', '.join([*presets, 'tuned'])}")
+        return presets[name]
+    env_id = _early("--env-id") or kind.env_id
+    if env_id.startswith("ALE/") and "atari" in presets:
+        return presets["atari"] | {"env_id": env_id}
+    path = Path(sys.modules[kind.__module__].__file__ or "").with_name("presets.toml")
+    tuned = tomllib.loads(path.read_text()) if path.exists() else {}
+    family = re.sub(r"-v\d+$", "", env_id)
+    require(family in tuned, "preset", name, f"another one: {env_id} is not tuned; {', '.join(tuned) or 'nothing'} is")
+    settings = {field: tuple(value) if isinstance(value, list) else value for field, value in tuned[family].items()}
+    return settings | {"env_id": env_id}
 
 
 def _inherited(kind: type[StandardArgs], state: dict[str, Any], found: Path) -> dict[str, Any]:
@@ -427,7 +509,7 @@ def _sections(kind: type[StandardArgs], defaults: dict[str, Any], advanced: bool
         title = re.sub(r"\W+", "_", field.metadata["group"] or title)
         if field.metadata["advanced"] and not advanced:
             continue
-        kind_and_help = Annotated[field.type, tyro.conf.arg(help=field.metadata["help"])]
+        kind_and_help = Annotated[field.type, tyro.conf.arg(help=field.metadata["help"])]  # type: ignore[name-defined]
         default = dataclasses.field(default=defaults.get(field.name, field.default))
         sections.setdefault(title, []).append((field.name, kind_and_help, default))
     standard = [

@@ -7,12 +7,14 @@ with Run(args, "ppo", ACTION_SPACES) as run:
     obs = run.reset()
     for step in run.iterations(args.num_steps * args.num_envs):
         ...  # the algorithm
+        run.evaluate(player)
         if run.log_is_due:
             run.log({"charts/learning_rate": learning_rate})
         run.checkpoint()
 """
 
 import copy
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,22 +28,27 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.args import parse
+from fabricrl.algos.args import check_sizes, parse
+from fabricrl.algos.evaluation import Evaluation
 from fabricrl.data import ReplayBuffer, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
+from fabricrl.envs.backends import info_keys
 from fabricrl.envs.spaces import describe
 from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
+from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
-from fabricrl.utils.launch import StopSignal, check_ranks, launch, run_script
+from fabricrl.utils.launch import check_ranks, launch
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
+from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # updates
+AGREE_EVERY = 1.0  # seconds of an evaluation, so that no rank waits long for a word of the others
 WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
@@ -59,7 +66,8 @@ class Run:
 
     Attributes:
         args: the arguments; fabric: Lightning's, or the `Group` of a decoupled script.
-        obs_space, action_space: of a single environment.
+        obs_space, action_space: of a single environment; mask_size: of its action masks, 0 if there are none.
+        masks: actions that are allowed after a reset, [N, mask_size], or None.
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: generators of action noise and of training, different on every rank.
@@ -79,7 +87,10 @@ class Run:
         if args.compile:
             check_compiler()
         video_mode = "rgb_array" if args.capture_video else None
-        self.obs_space, self.action_space = check_env(args, action_spaces, video_mode, bounded, images)
+        self.action_space: Any  # one of `action_spaces`
+        self.obs_space, self.action_space, self.mask_size = check_env(args, action_spaces, video_mode, bounded, images)
+        self.path: Path | None
+        check_sizes(args, algo, self.obs_space, self.action_space)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
         with reading(self.path):
             self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
@@ -90,7 +101,8 @@ class Run:
         self.generators: Tensor | None = None
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
-        self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+        self._signals.can_save = True
+        self.episodes, self.losses = EpisodeStatistics(args.num_envs, info_keys(args)), MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}
         self._parts: dict[str, Any] = {}
@@ -99,8 +111,15 @@ class Run:
         self._contexts = ExitStack()
         self._envs: VectorEnv | None = None
         self._player: nn.Module | None = None
-        self._hinted = False
+        self._hinted = self._missed = False
+        self.masks: np.ndarray | None = None
         self._folder: RunFolder | None = None
+        self._evaluation: Evaluation | None = None
+        self._evaluated_step = self.first_step
+        self._eval_charts: dict[str, float] = {}  # for the next entry
+        self._eval_return: float | None = None  # mean of the last evaluation
+        self._score = math.nan  # mean return that decides if a checkpoint is the best; NaN: this iteration has none
+        self._agreed = 0.0  # when ranks did last in an evaluation
 
     def __enter__(self) -> "Run":
         """Checks the arguments against the number of ranks, and seeds this rank's generators."""
@@ -131,16 +150,21 @@ class Run:
         self._contexts.close()
         if kind is None and self._envs is not None:
             self._envs.close()
+        if kind is None and self._evaluation is not None:
+            self._evaluation.close()
         if kind is None and self._folder is not None:
-            self._folder.finish(self.global_step, self.episodes, self.exit_code > 0)
+            self._folder.finish(self.global_step, self.episodes, self._eval_return, self.exit_code > 0)
 
     # --- before the loop
 
     def make_envs(self) -> VectorEnv:
-        """This rank's environments, which may record videos in the run's folder."""
+        """This rank's environments, which may record videos in the run's folder; beside them those of evaluations."""
         videos = self._made_folder().videos
         with self.together():
-            self._envs = make_envs(self.args, self.fabric.global_rank, videos)
+            masked = self.mask_size > 0
+            self._envs = make_envs(self.args, self.fabric.global_rank, videos, masked)
+            if self.args.eval_every > 0:
+                self._evaluation = Evaluation(self.args, self.algo, self.fabric, self._envs, masked)
         return self._envs
 
     @property
@@ -201,13 +225,17 @@ class Run:
             with self.together(), reading(self.path):
                 self.episodes.load_state_dict(self.state["episodes"])
                 self.restore_generators()
-                self._folder.best_return = self.state["best_return"]
+                if (self.state["args"].get("eval_every", 0) > 0) == (self.args.eval_every > 0):  # of the same measure
+                    self._folder.best_return = self.state["best_return"]
+                    self._is_last = True if self._folder.has_stopped else None
         self._folder.start()
         with self.together():
-            obs, _ = self._envs.reset(seed=env_seeds(args.seed, rank, args.num_envs, self.first_step))
+            seeds: Any = env_seeds(args.seed, rank, args.num_envs, self.first_step)  # Gymnasium's types know no list
+            obs, infos = self._envs.reset(seed=seeds)
             if obs.dtype.kind == "f" and not np.isfinite(obs).all():
                 raise NonFiniteError("first observation is not finite")
         check_ranks(self.fabric, self._parts["agent"], torch.as_tensor(obs))
+        self.masks = infos.get("action_mask")
         self.state = {}  # a replay buffer in it may be large
         self.clock.restart()
         return obs
@@ -254,7 +282,7 @@ class Run:
         assert self._envs is not None
         copies, seconds = {device: copy.deepcopy(agent).to(device) for device in ("cpu", self.fabric.device)}, {}
         num_envs, rng = self.args.num_envs, torch.Generator().manual_seed(0)
-        shape = (num_envs, *getattr(agent, "obs_shape", self._envs.single_observation_space.shape))
+        shape = (num_envs, *getattr(agent, "obs_shape", self.obs_space.shape))
         inputs = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", torch.float32))]
         inputs += [torch.zeros(num_envs, agent.memory_size)] if hasattr(agent, "memory_size") else []
         inputs.append(agent.head.noise((num_envs,), rng))
@@ -278,7 +306,7 @@ class Run:
         """Yields the steps taken before each iteration of `steps` a rank, up to `total_timesteps` or a signal."""
         self._iteration_steps = steps * self.fabric.world_size
         while not self.is_last:
-            self.global_step, self._is_last = self.global_step + self._iteration_steps, None
+            self.global_step, self._is_last, self._score = self.global_step + self._iteration_steps, None, math.nan
             yield self.global_step - self._iteration_steps
 
     @property
@@ -315,6 +343,16 @@ class Run:
         """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
         self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
 
+    def observe(self, agent: Any, rb: RolloutBuffer) -> None:
+        """Adds what all ranks have seen in a rollout to the agent's running statistics, if it has any.
+
+        The first rollout's belong before its losses. Its actions have been taken without statistics; they hardly depend
+        on what they see, as the last layer of a new policy is near zero.
+        """
+        if agent.obs_normalizer is not None:
+            seen = rb.vectors(rb.obs[:-1][~rb.skipped])
+            agent.obs_normalizer.update(seen.to(self.fabric.device), self.fabric)
+
     def record_rollout(self, rb: RolloutBuffer) -> None:
         """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.
 
@@ -323,7 +361,7 @@ class Run:
         """
         with self.together():
             self.losses.update(self.look())
-        self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped)
+        self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
         self.clock.lap("comm")
         self._advance()
 
@@ -338,11 +376,15 @@ class Run:
         if self.fabric.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
         if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
-            self.episodes.flush(self.fabric)
+            self.episodes.flush(self.fabric, self._take_infos())
             with self.together():
                 self.losses.update(self.look())
         self.clock.lap("comm")
         self._advance()
+
+    def _take_infos(self) -> np.ndarray | None:
+        """Numbers that environments have told at the ends of the episodes since the last call, [E, K]."""
+        return None if self._envs is None else self._envs.take_episode_infos()  # type: ignore[attr-defined]
 
     @property
     def has_noted_much(self) -> bool:
@@ -372,19 +414,75 @@ class Run:
         self._folder.advance(self.global_step, self.episodes.mean_return)
 
     @property
+    def evaluation_is_due(self) -> bool:
+        """True if the agent is to be evaluated in this iteration, and has not been yet; in the last it is, unless a
+        signal has ended the run."""
+        step, every, before = self.global_step, self.args.eval_every, self._evaluated_step
+        if every == 0 or step == before or self.exit_code > 0:
+            return False
+        return step // every > before // every or step + self._iteration_steps > self.args.total_timesteps
+
+    def evaluate(self, agent: nn.Module) -> None:
+        """Plays greedy episodes if an evaluation is due, and keeps for the log how they went; all ranks call it.
+
+        If the agent has never done better, the iteration ends in a checkpoint, which is the best. The run ends with
+        this iteration if the mean return is `stop_at_return` or more, or if a signal has come meanwhile.
+
+        Raises:
+            RunError: as `Evaluation.play`.
+        """
+        if self._evaluation is None or not self.evaluation_is_due:
+            return
+        self._evaluated_step, self._agreed = self.global_step, time.monotonic()
+        fault: RunError | None = None
+        played = torch.empty(0, 2)
+        try:
+            played = self._evaluation.play(agent, self.global_step, self._after_step)
+        except RunError as error:
+            fault = error
+        except InterruptedError:
+            pass
+        while self._agree(playing=False):
+            pass
+        with self.together():
+            if fault is not None:
+                raise fault
+        if self.exit_code > 0:
+            self._is_last = True
+        else:
+            self._eval_charts = self._evaluation.charts(played)
+            self._score = self._eval_return = self._eval_charts["eval/return_mean"]
+            stop = self.args.stop_at_return
+            self._is_last = self._is_last or (True if stop is not None and self._score >= stop else None)
+        self.clock.lap("eval")
+
+    def _after_step(self, ended: int) -> None:
+        """In an evaluation. Raises InterruptedError if a signal has come, to whichever rank."""
+        if time.monotonic() - self._agreed > AGREE_EVERY and self._agree(playing=True) and self.exit_code > 0:
+            raise InterruptedError
+
+    def _agree(self, playing: bool) -> bool:
+        """Agrees with the other ranks on signals, and on whether one still plays; none waits long for a word."""
+        told = all_gather(self.fabric, torch.tensor([playing, self._signals.code])).T  # [2, W]
+        self.exit_code, self._agreed = max(self.exit_code, *told[1].tolist()), time.monotonic()
+        return bool(told[0].any())
+
+    @property
     def log_is_due(self) -> bool:
-        """True if this iteration is logged; the last one always is."""
+        """True if this iteration is logged; the last one always is, and one with an evaluation."""
         assert self._folder is not None
-        return self._folder.wants_log(self.global_step, self.is_last)
+        evaluated = self.evaluation_is_due or bool(self._eval_charts)
+        return self._folder.wants_log(self.global_step, self.is_last) or evaluated
 
     def log(self, charts: dict[str, float]) -> None:
         """Logs charts, and beside them episodes, losses, speed and where the time went since the last entry."""
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
         self._hint()
+        self._warn_of_missing_infos()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
-        self._folder.log(charts | self.charts | speed | numbers, self.global_step)
-        self.charts = {}
+        self._folder.log(charts | self.charts | speed | numbers | self._eval_charts, self.global_step)
+        self.charts, self._eval_charts = {}, {}
 
     def _hint(self) -> None:
         """Says once, after the first seconds, what would make this run faster; nothing if nothing would."""
@@ -399,11 +497,23 @@ class Run:
             self._hinted = True
             print(f"hint: {text}", file=sys.stderr, flush=True)
 
+    def _warn_of_missing_infos(self) -> None:
+        """Says once, after the first episodes, which of `info_keys` none of them had."""
+        if self._missed or self.fabric.global_rank > 0 or not self.episodes.ended:
+            return
+        self._missed = True
+        missing = [key for key in self.args.info_keys if key not in self.episodes.told]
+        if missing:
+            count = f"{self.episodes.ended} episode{'s' * (self.episodes.ended > 1)}"
+            text = f"--info-keys {' '.join(missing)}: no such number was in the infos at the end of {count}"
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
     @property
     def checkpoint_is_due(self) -> bool:
-        """True if this iteration ends in a checkpoint; the last one does."""
+        """True if this iteration ends in a checkpoint, or may, as long as an evaluation is due; the last one does."""
         assert self._folder is not None
-        return self._folder.wants_checkpoint(self.global_step, self.is_last)
+        best = self.evaluation_is_due or self._score > self._folder.best_return
+        return self._folder.wants_checkpoint(self.global_step, self.is_last) or (best and self.args.save_model)
 
     def checkpoint(self, rb: ReplayBuffer | None = None, shards: int = 0, **parts: Any) -> None:
         """Saves the parts that `restore` has named, if a checkpoint is due.
@@ -426,4 +536,5 @@ class Run:
         """Writes a checkpoint now, of this state and what every run has."""
         assert self._folder is not None
         own = {"spaces": describe(self.obs_space, self.action_space), "episodes": self.episodes.state_dict()}
-        self._folder.save(self.global_step, self.episodes.mean_return, own | state, shard)
+        mean_return = self.episodes.mean_return if self._evaluation is None else self._score
+        self._folder.save(self.global_step, mean_return, own | state, shard)

@@ -1,7 +1,7 @@
 """Rollouts, replay, and the batches that are drawn from them."""
 
 from fabricrl.data.batches import minibatches, shuffled, with_moments
-from fabricrl.data.buffers import RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, Stacks
+from fabricrl.data.buffers import RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, StackedFrames
 from fabricrl.utils.batch import Batch
 
 __all__ = [
@@ -9,7 +9,7 @@ __all__ = [
     "RecurrentRolloutBuffer",
     "ReplayBuffer",
     "RolloutBuffer",
-    "Stacks",
+    "StackedFrames",
     "minibatches",
     "shuffled",
     "with_moments",

@@ -1,4 +1,4 @@
-"""The minibatches of an epoch: which rows, and with which advantages."""
+"""Minibatches: their rows, and the moments that normalise their advantages."""
 
 from collections.abc import Iterator
 
@@ -13,8 +13,8 @@ from fabricrl.utils.ranks import all_gather
 def shuffled(fabric: Fabric, data: Batch, epochs: int, count: int, rng: torch.Generator) -> Batch:
     """Draws the minibatches of all epochs: each row once an epoch, in random order.
 
-    Rows that do not count (`data.counts` is 0 there; None: all do) are dealt out evenly, so that minibatches have a
-    fixed shape.
+    Rows that do not count (`data.counts` is 0; None: all count) are dealt out evenly, so that minibatches have a fixed
+    shape.
 
     Returns:
         `with_moments` of the rows drawn.
@@ -32,7 +32,7 @@ def shuffled(fabric: Fabric, data: Batch, epochs: int, count: int, rng: torch.Ge
 def with_moments(fabric: Fabric, data: Batch, rows: Tensor) -> Batch:
     """The rows [E, M, B] of minibatches with the moments of their advantages over all ranks, in one collective.
 
-    Over all, so that W ranks with B rows each do what one rank with W B rows does.
+    Over all ranks, so that W ranks with B rows each compute the update of one rank with W B rows.
 
     Returns:
         rows; mean and deviation; and total, how many rows of a minibatch count on the average rank; [E, M, 1].
@@ -60,10 +60,11 @@ def minibatches(data: Batch, epoch: Batch, norm_adv: bool) -> Iterator[Batch]:
 
     Args:
         epoch: of `with_moments`: rows [M, B] and moments [M, 1].
-        norm_adv: whether advantages are normalised.
+        norm_adv: normalise advantages.
     """
     later = ("obs", "states", "counts")
-    columns = {name: column[epoch.rows] for name, column in data.columns.items() if name not in later}
+    there = {name: column for name, column in data.columns.items() if column is not None and name not in later}
+    columns = {name: column[epoch.rows] for name, column in there.items()}
     if norm_adv:
         columns["advantages"] = (columns["advantages"] - epoch.mean) / (epoch.deviation + 1e-8)
     if data.counts is not None:

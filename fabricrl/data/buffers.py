@@ -28,20 +28,22 @@ class RolloutBuffer:
     is the observation that the next rollout starts from. Everything is written through NumPy views of the tensors: a
     step makes no tensor.
 
-    Where the policy sees the last S observations together, each is stored once all the same: S − 1 rows of `frames`
-    stand before those of this rollout, and `stacks` says which rows are seen at each step. None is older than its
-    episode: in place of those the first one is repeated.
+    With a frame stack of S, the policy sees the last S observations, yet each is stored once: `frames` begins with
+    S − 1 rows of the rollout before, and `stacks` holds the rows of each step's stack. A stack never reaches back
+    beyond its episode: the first observation is repeated instead.
 
     Attributes:
         obs: [T + 1, N, R]; actions: [T, N, A]; rewards: [T, N], as the environment gave them;
-        terminated, truncated: [T, N], bool; terminated also where a life was lost, if the environment tells;
-        ends: [T, N], where episodes ended, lives left aside;
+        terminated, truncated: [T, N], bool; terminated also where a life was lost, if the environment reports it;
+        ends: [T, N], ends of episodes, not of lives;
+        allowed: [T + 1, N, S], bool, the masks of the actions that were allowed at each step; None if there are none;
         skipped: [T, N], steps that only reset an environment, as some do after an episode: they belong to none.
 
     Args:
         obs_space: a single environment's, one row R; records stay bytes, everything else becomes float32.
         frame_stack: S.
-        skips: whether the environments may have steps that only reset.
+        skips: environments may have steps that only reset.
+        mask_size: S; 0 if environments have no masks.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class RolloutBuffer:
         action_dtype: torch.dtype,
         frame_stack: int = 1,
         skips: bool = False,
+        mask_size: int = 0,
     ) -> None:
         self.num_envs, self.frame_stack, self.skips = num_envs, frame_stack, skips
         self.num_floats = obs_space.num_floats if isinstance(obs_space, Records) else None
@@ -65,6 +68,8 @@ class RolloutBuffer:
         self.truncated = torch.zeros(num_steps, num_envs, dtype=torch.bool)
         self.skipped = torch.zeros(num_steps, num_envs, dtype=torch.bool)
         self.ends = torch.zeros(num_steps, num_envs, dtype=torch.bool)
+        masked = torch.ones(num_steps + 1, num_envs, mask_size, dtype=torch.bool)
+        self.allowed = masked if mask_size > 0 else None
         self.obs_rows = self.obs.unbind()  # T + 1 views [N, R], made once
         self._obs, self._actions = self.obs.numpy(), self.actions.numpy()
         self._rewards, self._ends = self.rewards.numpy(), self.ends.numpy()
@@ -75,8 +80,13 @@ class RolloutBuffer:
         self._rows = self.stacks.numpy()
         self._first = np.zeros((num_envs, 1), dtype=np.int64)  # row of `frames` that the running episode began with
 
-    def start(self, obs: np.ndarray | None = None) -> None:
-        """Begins a rollout at `obs` [N, R], where episodes begin, or where the last one ended."""
+    def start(self, obs: np.ndarray | None = None, masks: np.ndarray | None = None) -> None:
+        """Starts a rollout at `obs` [N, R]: first observations of episodes, or those where the last rollout ended.
+
+        `masks` [N, S]: actions that are allowed there, if environments have masks.
+        """
+        if self.allowed is not None:
+            self.allowed[0] = self.allowed[-1] if obs is None else torch.as_tensor(masks)
         if obs is None:
             self.frames[: self.frame_stack] = self.frames[-self.frame_stack :].clone()
             self._first -= len(self.actions)
@@ -88,14 +98,16 @@ class RolloutBuffer:
         self._stack(0)
 
     def _stack(self, t: int) -> None:
-        """Notes which frames are seen at step t, oldest first."""
+        """Notes the frames of step t's stack, oldest first."""
         if self.frame_stack > 1:
             rows = np.maximum(np.arange(t, t + self.frame_stack), self._first)  # [N, S]
             self._rows[t] = rows * self.num_envs + np.arange(self.num_envs)[:, None]
 
-    def seen(self, t: int) -> Tensor:
+    def stacked_obs(self, t: int) -> Tensor:
         """Observations as the policy sees them at step t: [N, R], or [N, S, R] if frames are stacked."""
-        return self.obs_rows[t] if self.frame_stack == 1 else Stacks(self.frames.flatten(0, 1), self.stacks[t])[:]
+        return (
+            self.obs_rows[t] if self.frame_stack == 1 else StackedFrames(self.frames.flatten(0, 1), self.stacks[t])[:]
+        )
 
     def add(
         self,
@@ -114,6 +126,8 @@ class RolloutBuffer:
         self._terminated[t] = terminated
         self._truncated[t] = truncated
         self._ends[t] = ended = terminated | truncated
+        if self.allowed is not None:
+            self.allowed[t + 1] = torch.from_numpy(infos["action_mask"])
         if "life_lost" in infos:
             self._terminated[t] |= infos["life_lost"]
         if truncated.any():
@@ -137,12 +151,22 @@ class RolloutBuffer:
         """1 where a step can be learned from, 0 where it only reset, [T N]; None: there are no such steps."""
         return (~self.skipped).flatten().to(device, torch.float32) if self.skips else None
 
-    def inputs(self, prepare: Callable[[Tensor], Tensor], device: torch.device) -> "tuple[Tensor | Stacks, Tensor]":
+    def mask(self, t: int, device: torch.device) -> Tensor | None:
+        """The actions that are allowed at step t, [N, S]; None if environments have no masks."""
+        return None if self.allowed is None else self.allowed[t].to(device)
+
+    def masks(self, device: torch.device) -> Tensor | None:
+        """Those of the whole rollout, [T N, S]."""
+        return None if self.allowed is None else self.allowed[:-1].flatten(0, 1).to(device)
+
+    def inputs(
+        self, prepare: Callable[[Tensor], Tensor], device: torch.device
+    ) -> "tuple[Tensor | StackedFrames, Tensor]":
         """Prepared observations on the device: those of the rollout [T N, ...], and the next ones [N, ...]."""
         frames = prepare(self.frames.to(device))
         if self.frame_stack == 1:
             return frames[:-1].flatten(0, 1), frames[-1]
-        stacks = Stacks(frames.flatten(0, 1), self.stacks.flatten(0, 1).to(device))
+        stacks = StackedFrames(frames.flatten(0, 1), self.stacks.flatten(0, 1).to(device))
         count = self.actions.shape[:2].numel()
         return stacks.rows(slice(count)), stacks[slice(count, None)]
 
@@ -160,7 +184,7 @@ class RolloutBuffer:
         steps, envs, obs = zip(*self._final, strict=True)
         t, env, final_obs = torch.tensor(steps), torch.tensor(envs), torch.from_numpy(np.stack(obs))
         if self.frame_stack > 1:
-            before = Stacks(self.frames.flatten(0, 1), self.stacks[t, env, 1:])[:]  # [E, S - 1, R]
+            before = StackedFrames(self.frames.flatten(0, 1), self.stacks[t, env, 1:])[:]  # [E, S - 1, R]
             final_obs = torch.cat((before, final_obs[:, None]), 1)
         return t, env, final_obs
 
@@ -168,15 +192,15 @@ class RolloutBuffer:
     def checked(self) -> Iterator[None]:
         """Raises NonFiniteError if the steps inside have brought NaN or infinity.
 
-        Also where an environment has choked on the action that they led to.
+        Also if an environment has failed on the action that they led to.
         """
         try:
             yield
         finally:
-            if problem := self.first_bad():
+            if problem := self.find_nonfinite():
                 raise NonFiniteError(problem)
 
-    def first_bad(self) -> str | None:
+    def find_nonfinite(self) -> str | None:
         """Finds the first NaN or infinity from an environment, in words; None if all is finite."""
         obs = self.vectors(self.obs)
         if obs.sum().isfinite() and self.rewards.sum().isfinite() and not self._final:
@@ -192,11 +216,11 @@ class RolloutBuffer:
         return None if obs[0].isfinite().all() else "first observation is not finite"
 
 
-class Stacks:
-    """Observations of S frames each, stored once and stacked on demand.
+class StackedFrames:
+    """Frame stacks of which each frame is stored once; indexing puts them together.
 
     Args:
-        frames: [F, R]; places: [B, S], which of them each observation is made of.
+        frames: [F, R]; places: [B, S], the frames of each stack.
     """
 
     def __init__(self, frames: Tensor, places: Tensor) -> None:
@@ -210,18 +234,18 @@ class Stacks:
         places = self.places[index]
         return self.frames.index_select(0, places.flatten()).view(*places.shape, -1)  # much faster than frames[places]
 
-    def rows(self, index: Tensor | slice) -> "Stacks":
-        """Some of the observations, not put together yet."""
-        return Stacks(self.frames, self.places[index])
+    def rows(self, index: Tensor | slice) -> "StackedFrames":
+        """Some of the stacks, not put together yet."""
+        return StackedFrames(self.frames, self.places[index])
 
 
 pytree.register_pytree_node(
-    Stacks, lambda stacks: ([stacks.frames, stacks.places], None), lambda parts, _: Stacks(*parts)
+    StackedFrames, lambda stacks: ([stacks.frames, stacks.places], None), lambda parts, _: StackedFrames(*parts)
 )
 
 
 class RecurrentRolloutBuffer(RolloutBuffer):
-    """A rollout of policies that remember: beside each observation stands the memory that was there *before* it.
+    """A rollout of a recurrent policy: with each observation it stores the memory *before* it.
 
     Attributes:
         memory: [T + 1, N, M], on the device of the agent; zero at the first observation of an episode.
@@ -238,20 +262,21 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         frame_stack: int = 1,
         skips: bool = False,
         device: torch.device | str = "cpu",
+        mask_size: int = 0,
     ) -> None:
-        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, frame_stack, skips)
+        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, frame_stack, skips, mask_size)
         self.memory = torch.zeros(num_steps + 1, num_envs, memory_size, device=device)
         self.memory_rows = self.memory.unbind()
         self._final_memory: list[Tensor] = []
 
-    def start(self, obs: np.ndarray | None = None) -> None:
-        """As for any rollout; at `obs` everything is forgotten, where the last one ended it is carried on."""
-        super().start(obs)
+    def start(self, obs: np.ndarray | None = None, masks: np.ndarray | None = None) -> None:
+        """Starts a rollout; clears memory if `obs` are first observations, keeps it where the last rollout ended."""
+        super().start(obs, masks)
         self._final_memory.clear()
         self.memory[0] = self.memory[-1] if obs is None else 0.0
 
     def remember(self, t: int, memory: Tensor) -> None:
-        """Stores the memory [N, M] that step t has left, once `add` knows which episodes it ended: they forget."""
+        """Stores the memory [N, M] after step t, cleared where an episode ended; call `add` before."""
         row = self.memory_rows[t + 1].copy_(memory)
         ended = self._ends[t] | self._skipped[t]  # not where a life was lost: the game goes on
         if ended.any():
@@ -270,11 +295,10 @@ class ReplayBuffer:
 
         obs | actions | rewards | terminated | ended | next_obs
 
-    `next_obs` is what the action led to: an episode's last observation where it ended, never the first of the next.
-    `ended` marks the last transition of an episode, whatever ended it: n-step returns do not reach beyond.
-    With `implicit_next` it is not stored but read from the record that follows; where none does (an episode's end, or
-    a run that was resumed) it is kept apart. Where observations are large that halves the memory; it costs sampling a
-    second read.
+    `next_obs` is the observation that the action led to: at an episode's end the final one, never that of the next.
+    `ended` marks the last transition of an episode, terminated or truncated: n-step returns stop there.
+    With `implicit_next`, `next_obs` is read from the record that follows, and stored apart only where none follows (at
+    an episode's end, or in a resumed run). That halves the memory of large observations and costs a second read.
 
     Records lie in a ring of rows × N, in which one row more than the capacity holds the observation that the next
     step starts from. Sampling is uniform, with replacement.
@@ -285,13 +309,13 @@ class ReplayBuffer:
         num_actions: A, float32.
         gamma: discount γ per step of n-step returns.
         n_step: rewards summed into a transition; fewer where an episode or the ring ends before.
-        folder: where to keep the records in a file instead of in memory; it has no name and ends with the process.
+        folder: keep the records in a temporary file there, which vanishes with the process; None: in memory.
 
     Attributes:
         size: transitions of each environment that can be sampled.
 
     Raises:
-        ConfigError: the capacity holds less than a row, or the disk less than the file.
+        ConfigError: the capacity is less than a row, or the file does not fit onto the disk.
     """
 
     def __init__(
@@ -327,7 +351,7 @@ class ReplayBuffer:
         self.position = self.size = 0
 
     def start(self, obs: np.ndarray) -> None:
-        """Goes on from `obs` [N, *obs_shape], the answer of a reset: at the beginning, and after a resume."""
+        """Goes on from `obs` [N, *obs_shape], which a reset returned: at the start, and after a resume."""
         if self.size:  # the step before did not lead here
             last = self.position - 1
             if self.implicit_next:
@@ -370,7 +394,7 @@ class ReplayBuffer:
                 columns["next_obs"][row, env] = final_obs
 
     def sample(self, num_batches: int, batch_size: int, rng: torch.Generator) -> Batch:
-        """Draws batches in one call; [K, B, ...] each. Of an empty buffer they are zeros.
+        """Draws K batches [K, B, ...] in one call; zeros if the buffer is empty.
 
         Returns:
             obs, actions; rewards Σ_k γ^k r_k over the m ≤ n steps that follow; next_obs after those; terminated, as
@@ -399,15 +423,15 @@ class ReplayBuffer:
         )
 
     def newest_obs(self) -> Tensor:
-        """Observations that the next step starts from, [N, *obs_shape]; a view."""
+        """Observations at which the next step starts, [N, *obs_shape]; a view."""
         return torch.from_numpy(self._columns["obs"][self.position])
 
     def check_finite(self) -> None:
         """Raises NonFiniteError if the newest step has brought NaN or infinity."""
-        if problem := self.first_bad():
+        if problem := self.find_nonfinite():
             raise NonFiniteError(problem)
 
-    def first_bad(self) -> str | None:
+    def find_nonfinite(self) -> str | None:
         """Finds NaN or infinity in the newest step, in words; None if all is finite."""
         row = self.position - 1
         seen = (("reward", self._columns["rewards"][row]), ("observation", self._columns["obs"][self.position]))
@@ -435,7 +459,7 @@ class ReplayBuffer:
         self._finals, self._free = state["finals"].numpy().copy(), list(state["free"])
 
     def load_shards(self, shards: Sequence[Mapping[str, Any]], first: int, total: int) -> None:
-        """Takes its environments, from number `first` on, out of the buffers of `total` environments, stored in shards.
+        """Loads its environments, from number `first` on, from shards that hold the buffers of `total` environments.
 
         Raises:
             CheckpointError: as `load_state_dict`.
@@ -467,13 +491,13 @@ class ReplayBuffer:
         return f"{self.capacity} × {self.num_envs if num_envs is None else num_envs} of {self._records.dtype.descr}"
 
     def _differs(self, stored: str, num_envs: int) -> str:
-        """Advice about a stored layout that differs from this one, for so many environments."""
+        """Explains how a stored layout differs from this one, and what to do."""
         (there, fields), (here, own) = (layout.split(" of ", 1) for layout in (stored, self._layout(num_envs)))
         if fields != own:
-            return f"the replay buffer there has records of {fields}, here {own}: keep the arguments it had"
+            return f"the checkpoint's replay buffer has records of {fields}, this run's {own}: keep its arguments"
         rows, envs = (int(number) for number in there.split(" × "))
         advice = f"--buffer-size {rows * self.num_envs} (of a rank) fits" if envs == num_envs else "keep --num-envs"
-        return f"the replay buffer there holds {there} transitions, here {here}: {advice}"
+        return f"the checkpoint's replay buffer holds {there} transitions, this run's {here}: {advice}"
 
     def _gather(self, index: Tensor) -> dict[str, Tensor]:
         """The records [I] as one read; [I, ...] each, views of one block."""
@@ -495,7 +519,7 @@ class ReplayBuffer:
         return last, rewards, discounts
 
     def _keep_apart(self, row: int, env: int, next_obs: np.ndarray) -> None:
-        """Stores what the transition led to where no record that follows does; grows in steps of twice the room."""
+        """Stores next observations apart, where no following record holds them; doubles the room when it is full."""
         if not self._free:
             room = len(self._finals)
             grown = np.zeros((max(64, 2 * room), *self._finals.shape[1:]), dtype=self._finals.dtype)
@@ -507,7 +531,7 @@ class ReplayBuffer:
 
 
 def _place(record: np.dtype, name: str) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
-    """A field's type, where it stands in a record that is looked at as a row of that type, its shape and strides."""
+    """Type, offset, shape and strides of a field, in a record viewed as a row of that type."""
     kind, offset = record.fields[name][:2]  # type: ignore[index]
     strides = tuple(math.prod(kind.shape[i + 1 :]) for i in range(len(kind.shape)))
     return TORCH_TYPES[kind.base.str[1:]], offset // kind.base.itemsize, kind.shape, strides

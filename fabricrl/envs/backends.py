@@ -1,7 +1,7 @@
-"""What steps many environments at once besides Gymnasium's own loops: its native vector environments, and EnvPool.
+"""Back ends that step many environments at once: Gymnasium's native vector environments, and EnvPool.
 
-All of them look alike to a script: an episode that ends is followed by the first observation of the next, and its last
-one is in `infos["final_obs"]`. Where a back end cannot do that, it says which rows are none: see `NativeVectorEnv`.
+A script sees no difference: the first observation of the next episode follows the end of an episode, whose final
+observation is in `infos["final_obs"]`. A back end that cannot do that marks the rows to skip: see `NativeVectorEnv`.
 """
 
 import contextlib
@@ -12,21 +12,24 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from fabricrl.envs.guard import close_problem
+from fabricrl.envs.spaces import env_actions, mask_choices
 from fabricrl.envs.values import Part
+from fabricrl.envs.wrappers import Masks
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
 from fabricrl.utils.records import Records
 
-# What an environment is made with where an algorithm, or an older checkpoint, does not have the argument
+# Values of arguments that an algorithm, or an older checkpoint, does not have
 DEFAULTS: dict[str, Any] = {
     "obs_keys": (),
     "mask_velocities": False,
@@ -38,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "frame_stack": 1,
     "capture_video": False,
 }
-TIMEOUT = 10.0  # minutes that a call of an environment may take; 0: for ever
+TIMEOUT = 10.0  # minutes for a call of an environment; 0: no limit
 ATARI_WORDS = {"repeat_action_probability", "full_action_space", "max_num_frames_per_episode", "frameskip", "obs_type"}
 # What EnvPool has for Atari games, too
 ATARI_OPTIONS = {"action_repeat", "noop_max", "life_loss", "grayscale", "resize", "frame_stack"}
@@ -48,16 +51,52 @@ ROUND_TRIP = 1.2e-4  # seconds that a step of an environment in another process 
 
 
 def option(args: Any, name: str) -> Any:
-    """An argument of the environment, or what it is where there is none."""
+    """Value of an environment argument, or its default if `args` does not have it."""
     return getattr(args, name, TIMEOUT if name == "timeout" else DEFAULTS[name])
 
 
+def info_keys(args: Any) -> tuple[str, ...]:
+    """Names of the numbers that are read from an environment's infos at the end of an episode."""
+    return tuple(dict.fromkeys(("is_success", *getattr(args, "info_keys", ()))))
+
+
+def episode_infos(infos: dict[str, Any]) -> np.ndarray | None:
+    """The numbers that environments have told at the ends of episodes in this step, [N, K], NaN where there is none.
+
+    Returns None if no environment has told any.
+    """
+    final = infos.get("final_info")
+    if final is None or "episode_info" not in final:
+        return None
+    return np.where(final["_episode_info"][:, None], final["episode_info"], np.nan)
+
+
+def batched_infos(keys: Sequence[str], given: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
+    """Reads what `episode_infos` reads, from infos that are arrays [N] themselves, as vector environments have them.
+
+    Args:
+        ended: [N], which episodes ended with this step.
+    """
+    rows = np.full((len(ended), len(keys)), np.nan)
+    for column, key in enumerate(keys):
+        values = np.asarray(given.get(key, np.nan))
+        if values.shape == ended.shape and values.dtype.kind in "biuf":
+            rows[:, column] = np.where(ended & given.get(f"_{key}", True), values, np.nan)
+    there = ~np.isnan(rows).all(1)
+    return {"final_info": {"episode_info": rows, "_episode_info": there}} if there.any() else {}
+
+
 def check_backend(args: Any, env: gym.Env) -> None:
-    """Makes what `args.vectorization` names, if that is native or envpool, beside one environment, and throws it away.
+    """Builds the native or EnvPool back end that `args.vectorization` names, compares it with `env`, and discards it.
 
     Raises:
-        ConfigError: this environment, with these arguments, cannot be had from there.
+        ConfigError: the back end does not have this environment with these arguments.
     """
+    if args.vectorization == "async" and args.num_envs > (most := most_workers()):
+        raise ConfigError(
+            f"--num-envs is {args.num_envs}: with --vectorization async it must be at most {most}, each takes one of "
+            "the files that a process may have open (ulimit -n)"
+        )
     if args.vectorization not in ("native", "envpool"):
         return
     if args.vectorization == "envpool" and getattr(args, "check_spaces", False):
@@ -71,7 +110,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
     if args.vectorization == "native":
         if not _is_native(args.env_id):
             ids = sorted(spec.id for spec in gym.registry.values() if _is_native(spec.id))
-            raise ConfigError(f"--vectorization native: {args.env_id} has no native form; there is {', '.join(ids)}")
+            raise ConfigError(f"--vectorization native: {args.env_id} has no native form, unlike {', '.join(ids)}")
         if not _fills_minibatches(args):
             raise ConfigError(
                 "--vectorization native: steps that only reset are left out: num-envs × (num-steps // 2) must be at "
@@ -80,14 +119,14 @@ def check_backend(args: Any, env: gym.Env) -> None:
         close_problem(NativeVectorEnv(args, env).close)
         return
     if importlib.util.find_spec("envpool") is None:
-        raise ConfigError("--vectorization envpool needs a package that is not here: pip install -e '.[envpool]'")
+        raise ConfigError("--vectorization envpool needs a package that is not installed: pip install -e '.[envpool]'")
     import envpool  # here, as it takes a moment and few runs need it
 
     name = _envpool_id(args.env_id)
     if name not in envpool.list_all_envs():
         close = difflib.get_close_matches(name, envpool.list_all_envs(), n=3, cutoff=0.5)
         hint = f"; nearest are {', '.join(close)}" if close else ""
-        raise ConfigError(f"--vectorization envpool: {args.env_id} is none of EnvPool's environments{hint}")
+        raise ConfigError(f"--vectorization envpool: {args.env_id} is not an EnvPool environment{hint}")
     if atari and (option(args, "resize") is None or option(args, "action_repeat") < 2):
         raise ConfigError(
             "--vectorization envpool resizes and repeats actions of Atari games: give --resize and --action-repeat, or "
@@ -96,14 +135,15 @@ def check_backend(args: Any, env: gym.Env) -> None:
     EnvPoolVectorEnv(args, env).close()
 
 
-def choose(args: Any, env: gym.Env) -> str:
-    """What `--vectorization auto` means here: native where there is one and it pays, else the faster of sync and async,
-    for which it steps `env` for a moment. An environment that fails meanwhile will fail again where it is told."""
+def choose(args: Any, env: gym.Env, masked: bool = False) -> str:
+    """Chooses for `--vectorization auto`: native if it exists and pays off, else the faster of sync and async, for
+    which it steps `env` for a moment. An environment that fails here will fail again later, where that is reported.
+    Environments that are `masked` are not native: few of those tell their masks."""
     wrapped = env.unwrapped.observation_space.shape != env.observation_space.shape  # packed or flattened
     plain = not wrapped and all(option(args, name) == default for name, default in DEFAULTS.items())
     # A replay buffer, which has no `num_steps`, has no room for rows that only reset
     rollouts = hasattr(args, "num_steps") and _fills_minibatches(args)
-    if rollouts and plain and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
+    if rollouts and plain and not masked and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
         with contextlib.suppress(ConfigError, EnvError):  # its arguments or spaces are others: not for us
             close_problem(NativeVectorEnv(args, env).close)
             return "native"
@@ -115,23 +155,36 @@ def choose(args: Any, env: gym.Env) -> str:
     if min(args.num_envs, cores) == 1:
         return "sync"
     saved = 1 - math.ceil(args.num_envs / cores) / args.num_envs  # share of the steps' time
-    return "async" if _step_seconds(env) * saved > ROUND_TRIP else "sync"
+    apart = args.num_envs <= most_workers() and _step_seconds(env, masked) * saved > ROUND_TRIP
+    return "async" if apart else "sync"
 
 
-def _step_seconds(env: gym.Env) -> float:
-    """Median time of a step with a random action, resets left out; 0 if the environment failed."""
+def most_workers() -> int:
+    """The most environments that can have processes of their own: each takes a file of this process, others 64."""
+    try:
+        import resource
+    except ImportError:  # elsewhere than on Unix there is no such limit
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(limit - 64, 0)
+
+
+def _step_seconds(env: gym.Env, masked: bool = False) -> float:
+    """Median time of a step with a random action, without resets; 0 if the environment failed."""
     seconds: list[float] = []
     enough = 0.05  # seconds of trial, or five steps, or a second
     try:
         env.action_space.seed(0)
-        env.reset(seed=0)
+        masks, rng = Masks(env) if masked else None, np.random.default_rng(0)
+        _, info = env.reset(seed=0)
         begin = perf_counter()
         while (passed := perf_counter() - begin) < enough or (len(seconds) < 5 and passed < 1.0):
+            action = env.action_space.sample() if masks is None else _allowed_action(env.action_space, masks(info), rng)
             start = perf_counter()
-            *_, terminated, truncated, _ = env.step(env.action_space.sample())
+            *_, terminated, truncated, info = env.step(action)
             seconds.append(perf_counter() - start)
             if terminated or truncated:
-                env.reset()
+                _, info = env.reset()
     except RunError:  # what it returns does not fit: it will be told, with a name
         return 0.0
     except Exception as error:
@@ -140,14 +193,20 @@ def _step_seconds(env: gym.Env) -> float:
     return float(np.median(seconds))
 
 
+def _allowed_action(space: Space, mask: np.ndarray, rng: np.random.Generator) -> Any:
+    """Draws an action that the mask allows."""
+    parts = np.split(mask, np.cumsum(mask_choices(space))[:-1])
+    return env_actions(space, np.array([[rng.choice(np.flatnonzero(part)) for part in parts]]))[0]
+
+
 def _is_native(env_id: str) -> bool:
-    """Whether Gymnasium has a vector environment for it that needs nothing but NumPy, and the same observations."""
+    """Returns True if Gymnasium has a vector form of it in plain NumPy, with the same observations."""
     spec = gym.registry.get(env_id.rpartition(":")[2])
     return spec is not None and spec.vector_entry_point is not None and spec.namespace not in ("phys2d", "ALE")
 
 
 def _fills_minibatches(args: Any) -> bool:
-    """Whether a minibatch has enough rows still if every other step is one that only resets."""
+    """Returns True if minibatches have enough rows even when every other step only resets."""
     return args.num_envs * (args.num_steps // 2) >= LEAST_ROWS * args.num_minibatches
 
 
@@ -158,18 +217,19 @@ def _envpool_id(env_id: str) -> str:
 class NativeVectorEnv(gym.vector.VectorWrapper):
     """A vector environment that resets in the step *after* an episode's last.
 
-    That step takes no action, earns nothing and belongs to no episode: `infos["skipped"]` [N] tells which environments
-    it is for, so that it reaches no loss, no statistic and no buffer.
+    That step ignores the action, earns nothing and belongs to no episode. `infos["skipped"]` [N] marks the
+    environments that are resetting, so that the step reaches no loss, no statistic and no buffer.
 
     Args:
         env: one environment with the same id and arguments, as a script sees it.
+        masked: whether it has action masks, which must be in the infos of all resets and steps then.
 
     Raises:
-        ConfigError: the arguments do not fit, or the spaces of the native form are others.
-        EnvError: it cannot be built; later, from `reset` and `step`, what it returned is not what its spaces say.
+        ConfigError: the arguments do not fit, or the native form has other spaces.
+        EnvError: it cannot be built; later, `reset` or `step` returned what its spaces do not allow.
     """
 
-    def __init__(self, args: Any, env: gym.Env) -> None:
+    def __init__(self, args: Any, env: gym.Env, masked: bool = False) -> None:
         try:
             kwargs = json.loads(args.env_kwargs)
             envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode="vector_entry_point", **kwargs)
@@ -196,19 +256,21 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
         self._check_all = getattr(args, "check_spaces", False)
         self._next_step = mode == AutoresetMode.NEXT_STEP
         self._ended = np.zeros(args.num_envs, dtype=bool)
+        self._keys = info_keys(args)
+        self._choices = mask_choices(env.action_space) if masked else []
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
-        """Begins new episodes; of a list of seeds the first is that of all."""
+        """Starts new episodes; the first of a list of seeds seeds all."""
         self._ended[:] = False
-        obs, _ = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
-        return self._checked("reset", obs, True), {}
+        obs, given = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
+        return self._checked("reset", obs, True), self._masks("reset", given)
 
     def step(self, actions: Any) -> tuple:
         obs, rewards, terminated, truncated, given = self.env.step(actions)
         columns = {"rewards": rewards, "terminated": terminated, "truncated": truncated}
         obs = self._checked("step", obs, self._check_all)
         self._check_columns(columns)
-        infos: dict[str, Any] = {}
+        infos = self._masks("step", given)
         if self._next_step:
             skipped, infos["final_obs"] = self._ended, obs
             if skipped.any():
@@ -220,10 +282,24 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
             if "final_obs" not in given:
                 raise EnvError("the native environments ended episodes without `final_obs` in their infos")
             infos["final_obs"] = given["final_obs"]
+        if (ended := terminated | truncated).any():
+            infos |= batched_infos(self._keys, given if self._next_step else given.get("final_info", {}), ended)
         return obs, rewards, terminated, truncated, infos
 
+    def _masks(self, call: str, given: dict[str, Any]) -> dict[str, Any]:
+        """The masks [N, S]. Where an episode has just ended, the next step only resets, whatever they say."""
+        if not self._choices:
+            return {}
+        shape = len(self._ended), sum(self._choices)
+        if getattr(given.get("action_mask"), "shape", None) != shape:
+            raise EnvError(
+                f"the native environments returned no action masks of shape {shape} from {call}; --vectorization sync "
+                "asks each environment"
+            )
+        return {"action_mask": np.asarray(given["action_mask"], bool)}
+
     def _checked(self, call: str, obs: Any, everything: bool) -> np.ndarray:
-        """[N, ...] as the spaces promise; a buffer would take what has another shape and spread it."""
+        """Checks that values are [N, ...], as the spaces promise; a buffer would broadcast any other shape."""
         try:
             return self._obs(obs, everything)
         except EnvError as error:
@@ -241,14 +317,14 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
 class EnvPoolVectorEnv(VectorEnv):
     """EnvPool (Weng et al. 2022, arXiv:2206.10558): environments in C++ threads, with the spaces that Gymnasium's have.
 
-    EnvPool by itself resets in the step after an episode's last. Here those environments are reset at once, by a call
-    of their own, so that no such row ever exists.
+    EnvPool alone resets in the step after an episode's last. This class resets those environments at once, in a
+    separate call, so that no row only resets.
 
     Args:
         env: one environment of Gymnasium's with the same id and arguments, which says how spaces look.
 
     Raises:
-        ConfigError: the arguments do not fit, or observations have another shape there.
+        ConfigError: the arguments do not fit, or EnvPool's observations have another shape.
     """
 
     def __init__(self, args: Any, env: gym.Env) -> None:
@@ -259,6 +335,7 @@ class EnvPoolVectorEnv(VectorEnv):
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self._name, self._kwargs = _envpool_id(args.env_id), json.loads(args.env_kwargs)
         self._life_loss = option(args, "life_loss")
+        self._keys = info_keys(args)
         if args.env_id.startswith("ALE/"):
             spec = env.spec.kwargs if env.spec else {}
             self._kwargs = _atari_settings(args, spec) | {k: v for k, v in self._kwargs.items() if k not in ATARI_WORDS}
@@ -271,17 +348,17 @@ class EnvPoolVectorEnv(VectorEnv):
         space = self.single_observation_space
         self._padding = math.prod(space.shape or ()) - math.prod(shape)
         if self._padding not in (range(4) if isinstance(space, Records) else (0,)):
-            raise ConfigError(f"--vectorization envpool: observations of {args.env_id} are {shape} there")
+            raise ConfigError(f"--vectorization envpool: EnvPool's observations of {args.env_id} are {shape}")
         same = theirs.n == env.action_space.n if isinstance(env.action_space, Discrete) else True  # type: ignore[union-attr]
         if not same or theirs.shape != env.action_space.shape:
-            raise ConfigError(f"--vectorization envpool: actions of {args.env_id} are {theirs} there")
+            raise ConfigError(f"--vectorization envpool: EnvPool's actions of {args.env_id} are {theirs}")
         self._channels_first = len(shape) == 3 and shape[0] < shape[-1]
         self._action_type = theirs.dtype if isinstance(theirs, Box) else np.dtype(np.int32)
         self._pool: Any = None
         self._lives = np.zeros(self.num_envs, dtype=np.int64)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
-        """Begins new episodes, in new environments if there are seeds, since EnvPool takes those when it makes them."""
+        """Starts new episodes; seeds require new environments, since EnvPool takes them in the constructor."""
         if seed is not None or self._pool is None:
             seeds = seed if isinstance(seed, list) else [(seed or 0) + i for i in range(self.num_envs)]
             self._pool = self._make([seed % 2**31 for seed in seeds], self.num_envs, self._limit + 1)
@@ -296,7 +373,9 @@ class EnvPoolVectorEnv(VectorEnv):
         self._steps += 1
         # By its own limit EnvPool says of an episode that ends with the last step that is allowed only that it was cut
         truncated = self._steps >= self._limit
-        obs, infos = self._obs(obs), {}
+        obs, infos = self._obs(obs), dict[str, Any]()
+        if (terminated | truncated).any():
+            infos |= batched_infos(self._keys, info, terminated | truncated)
         if self._life_loss:
             infos["life_lost"] = info["lives"] < self._lives
             self._lives = info["lives"].copy()
@@ -327,7 +406,7 @@ class EnvPoolVectorEnv(VectorEnv):
             raise EnvError(f"EnvPool cannot make {self._name}: {error}") from error
 
     def _obs(self, obs: np.ndarray) -> np.ndarray:
-        """[N, ...] as the space has it: channels last, and images as records."""
+        """Converts observations to the space's form [N, ...]: channels last, images as records."""
         if self._channels_first:
             obs = np.moveaxis(obs, 1, -1)
         if self._padding:
@@ -336,7 +415,7 @@ class EnvPoolVectorEnv(VectorEnv):
 
 
 def _atari_settings(args: Any, spec: dict[str, Any]) -> dict[str, Any]:
-    """EnvPool's words for the arguments of an Atari game, and what Gymnasium's id says besides."""
+    """EnvPool's names for the arguments of an Atari game, and settings implied by Gymnasium's id."""
     frames = spec.get("max_num_frames_per_episode", 108_000)
     return {
         "stack_num": 1,

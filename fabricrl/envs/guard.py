@@ -1,4 +1,4 @@
-"""What protects a run from its environments: calls that never return, processes that stay, shared generators."""
+"""Protection of a run from its environments: calls that never return, processes they leave, generators they share."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ import numpy as np
 
 from fabricrl.utils.errors import EnvError
 
-GRACE = 10.0  # seconds that `close()` of an environment may take
+GRACE = 10.0  # seconds for an environment's `close()`
 VIDEO_GRACE = 60.0  # where it has to write a video first
 LAST_WORDS = 2.0  # seconds between SIGTERM and SIGKILL for what an environment has left behind
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -30,18 +30,18 @@ Process = tuple[int, int]  # a process's number, and when it has started: number
 
 
 class Timeout(BaseException):
-    """A call of an environment has taken too long. Not an Exception: those, environments may catch themselves."""
+    """A call of an environment has taken too long. Not an Exception, which environments might catch."""
 
 
 class Watch:
-    """Raises `Timeout` in the main thread where a call inside `with` takes longer than it may.
+    """Raises `Timeout` in the main thread if a call inside `with` takes too long.
 
-    A signal interrupts the call, so that a step costs no more than two notes of the time. A call that the signal cannot
-    interrupt, since it is in a library that does not return, ends the process a moment later, with one line.
+    A signal interrupts the call, so that a step costs only two readings of the clock. If the call does not return to
+    Python, so that the signal cannot interrupt it, the process ends a moment later with one line.
 
     Args:
-        seconds: how long a call may take; 0: for ever.
-        name: says which call it is in that line.
+        seconds: most that a call may take; 0: no limit.
+        name: names the call in that line.
         last: called before the process ends.
     """
 
@@ -95,7 +95,7 @@ class Watch:
 
 
 def _look() -> None:
-    """Looks at all watches, some times in what the shortest allows, or once a second."""
+    """Checks all watches several times within the shortest limit, or once a second."""
     while True:
         time.sleep(min([1.0, *(watch.seconds / 4 for watch in Watch.open)]))
         for watch in list(Watch.open):
@@ -104,7 +104,7 @@ def _look() -> None:
 
 @contextlib.contextmanager
 def watched(seconds: float, what: str) -> Iterator[None]:
-    """Raises EnvError where what is inside takes too long; `what` says what it is."""
+    """Raises EnvError, which begins with `what`, if the block takes too long."""
     watch = Watch(seconds, lambda: what)
     try:
         with watch:
@@ -122,7 +122,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def close_problem(close: Callable[[], None], seconds: float = GRACE) -> str:
-    """What went wrong in an environment's `close()`, which may take so long; empty if nothing did."""
+    """Closes an environment within a time limit; returns what went wrong, or an empty string."""
     watch = Watch(seconds)
     try:
         with watch:
@@ -144,7 +144,7 @@ def warn(text: str) -> None:
 
 
 def reset_signals_in_children() -> None:
-    """What is forked from here on has the default handlers of SIGINT and SIGTERM, so that `terminate()` ends it."""
+    """Gives later forks the default handlers of SIGINT and SIGTERM, so that `terminate()` ends them."""
     if not _FORKS_RESET:
         _FORKS_RESET.append(True)
         os.register_at_fork(after_in_child=_begin_afresh)
@@ -161,13 +161,13 @@ def _begin_afresh() -> None:
 
 
 def control_process(option: int, value: int) -> None:
-    """Calls prctl, where there is such a thing: on Linux."""
+    """Calls prctl on Linux; does nothing elsewhere."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value)
 
 
 def _processes() -> dict[int, tuple[str, int, int]]:
-    """State, parent and time of start of all living processes, where the system tells (Linux)."""
+    """State, parent and start time of all living processes; empty on systems other than Linux."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -178,17 +178,17 @@ def _processes() -> dict[int, tuple[str, int, int]]:
 
 
 def children() -> set[Process]:
-    """Processes that this one has started, or inherited."""
+    """Child processes, started or inherited."""
     return {(pid, start) for pid, (_, parent, start) in _processes().items() if parent == os.getpid()}
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process has been stopped, as by SIGSTOP."""
+    """Returns True if a process is stopped, as by SIGSTOP."""
     return _processes().get(pid, ("", 0, 0))[0] in ("T", "t")
 
 
 def end_processes(roots: Iterable[Process]) -> None:
-    """Ends processes and all that they have started: by SIGTERM, and a moment later by SIGKILL."""
+    """Ends processes and their descendants with SIGTERM, and a moment later with SIGKILL."""
     left = _with_descendants(set(roots))
     for number, seconds in ((signal.SIGTERM, LAST_WORDS), (signal.SIGKILL, 1.0)):
         for pid, _ in left:
@@ -201,7 +201,7 @@ def end_processes(roots: Iterable[Process]) -> None:
 
 
 class Keeper:
-    """Ends processes when this one is gone, however it died: a process of its own that waits for that."""
+    """A process that waits for this one to end, however that happens, and then ends others."""
 
     def __init__(self, processes: Iterable[Process]) -> None:
         numbers = [str(number) for process in processes for number in process]
@@ -215,14 +215,14 @@ class Keeper:
 
 
 def keep(parent: int, *numbers: int) -> None:
-    """What the process of a `Keeper` does."""
+    """Runs the process of a `Keeper`."""
     while os.getppid() == parent:
         time.sleep(0.5)
     end_processes(set(zip(numbers[::2], numbers[1::2], strict=True)))
 
 
 def _with_descendants(roots: set[Process]) -> set[Process]:
-    """Those that live still."""
+    """Adds their descendants, and leaves out those that have ended."""
     there = _processes() if roots else {}
     found = {(pid, start) for pid, start in roots if pid in there and there[pid][2] == start}
     more = found
@@ -249,7 +249,7 @@ def seed_generators(seed: int | list[int], torch_too: bool = True) -> None:
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """Leaves the global generators as they were, whatever is drawn from them inside."""
+    """Restores the global generators after the block."""
     torch: Any = sys.modules.get("torch")
     states = random.getstate(), np.random.get_state(), torch and torch.get_rng_state()
     try:
@@ -262,14 +262,14 @@ def generators_kept() -> Iterator[None]:
 
 
 def at_import_of_torch(key: str, task: Callable[[Any], None]) -> None:
-    """Does something with torch when it has been imported, which takes a second that most environments save."""
+    """Runs a task once torch has been imported, which takes a second that most environments save."""
     _AFTER_TORCH.tasks[key] = task
     if _AFTER_TORCH not in sys.meta_path:
         sys.meta_path.insert(0, _AFTER_TORCH)  # type: ignore[arg-type]
 
 
 class _AfterTorch:
-    """Finds torch as others do, and does the tasks after it has been loaded."""
+    """Finds torch as the other finders do, and runs the tasks once it has been loaded."""
 
     def __init__(self) -> None:
         self.tasks: dict[str, Callable[[Any], None]] = {}

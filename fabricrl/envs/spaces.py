@@ -1,4 +1,4 @@
-"""Which observation and action spaces are supported, and how actions reach the environment."""
+"""Checks of observation and action spaces, and conversion of actions for the environment."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sp
 
 from fabricrl.utils.errors import ConfigError, NonFiniteError
 
-SMALLEST_IMAGE = 36  # sides that three layers of NatureCNN leave something of
-LARGEST_GRID = 16  # sides from which on an array with channels is an image
+SMALLEST_IMAGE = 36  # pixels a side; NatureCNN's three layers need as many
+MOST_NUMBERS = 50_000_000  # of an observation or action
+LARGEST_GRID = 16  # pixels a side from which an array with channels counts as an image
 VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
 SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
 
@@ -16,15 +17,12 @@ SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and Dict a
 def check_observation_space(space: Space, images: bool = True) -> None:
     """Raises ConfigError unless the space is a Box, Discrete, MultiDiscrete, MultiBinary, or a flat Dict of these.
 
-    Of nested Dicts and Tuples `values.Observation` has made one that is flat. `images`: whether images may be among
-    them.
+    `values.Observation` has flattened nested Dicts and Tuples before. `images`: allow images.
     """
     _check_origin("observation", space)
     if not images and (found := image_keys(space)):
         what = f"its part {found[0]!r} is an image" if found[0] else "it is an image"
-        raise ConfigError(
-            f"observation space {text_of(space)} is not supported: {what}, which PPO takes and this does not"
-        )
+        raise ConfigError(f"observation space {text_of(space)} is not supported: {what}, which only PPO supports")
     if isinstance(space, Dict):
         good = [str(key) for key, part in space.spaces.items() if isinstance(part, VECTOR_SPACES)]
         advice = f"--obs-keys {' '.join(good)} leaves it out" if good else SUPPORTED
@@ -33,8 +31,7 @@ def check_observation_space(space: Space, images: bool = True) -> None:
                 raise ConfigError(f"observation space {space} has an unsupported part {key!r}: {part}; {advice}")
     elif not isinstance(space, VECTOR_SPACES):
         raise ConfigError(f"observation space {space} is not supported; {SUPPORTED}")
-    if not flatdim(space):
-        raise ConfigError(f"observation space {space} is empty")
+    _check_size("observation", space)
 
 
 def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None:
@@ -43,14 +40,23 @@ def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None
     if not isinstance(space, supported):
         names = ", ".join(kind.__name__ for kind in supported)
         raise ConfigError(f"action space {space} is not supported; supported are {names}")
-    if not flatdim(space):
-        raise ConfigError(f"action space {space} is empty")
+    _check_size("action", space)
     if isinstance(space, Box) and not np.issubdtype(space.dtype, np.floating):
         raise ConfigError(f"action space {space} is not supported: a Box must be of real numbers, not {space.dtype}")
 
 
+def _check_size(what: str, space: Space) -> None:
+    """Raises ConfigError if the space is empty, or a network could have no input or output for each of its numbers."""
+    if not (size := flatdim(space)):
+        raise ConfigError(f"{what} space {space} is empty")
+    if size > MOST_NUMBERS:
+        text = text_of(space)
+        text = text if len(text) < 200 else f"{text[:200]}..."
+        raise ConfigError(f"{what} space {text} has {size} numbers, discrete ones as one-hot: at most {MOST_NUMBERS}")
+
+
 def _check_origin(what: str, space: Any) -> None:
-    """Raises ConfigError if this is no space of Gymnasium's, such as one of gym, which came before it."""
+    """Raises ConfigError unless the space is Gymnasium's; older environments may still use gym's."""
     if not isinstance(space, Space):
         kind = type(space)
         raise ConfigError(
@@ -62,7 +68,7 @@ def _check_origin(what: str, space: Any) -> None:
 def check_bounded(space: Space) -> None:
     """Raises ConfigError unless every number of a Box action space has a lower and an upper bound, one below the other.
 
-    A squashed policy is stretched to the bounds, so there must be some.
+    The actions of a squashed policy are rescaled to these bounds.
     """
     assert isinstance(space, Box)
     if not (space.is_bounded() and (space.low < space.high).all()):
@@ -72,19 +78,19 @@ def check_bounded(space: Space) -> None:
 
 
 def is_flat(space: Space) -> bool:
-    """Whether observations are vectors of numbers already."""
+    """Returns True if observations are vectors of numbers already."""
     return isinstance(space, Box) and len(space.shape) == 1
 
 
 def is_text(space: Space) -> bool:
-    """Whether observations are words: Text, or a space of one's own whose type is str, as minigrid's missions."""
+    """Returns True if observations are text: a Text space, or any space of dtype str, such as minigrid's missions."""
     return isinstance(space, Space) and space.dtype is not None and space.dtype.kind == "U"
 
 
 def is_image(space: Space) -> bool:
-    """Whether observations are images: uint8, two sides of 36 or more, or of 16 or more and channels first or last.
+    """Returns True if observations are images: uint8, two sides of 36 or more, or of 16 or more with a channel axis.
 
-    Those of less than 36 have to be enlarged. What is smaller than 16 is the grid of a game, and a vector.
+    Images below 36 must be enlarged. Arrays below 16 are the grids of games, and treated as vectors.
     """
     if not (isinstance(space, Box) and space.dtype == np.uint8):
         return False
@@ -94,14 +100,14 @@ def is_image(space: Space) -> bool:
 
 
 def image_keys(space: Space) -> list[str]:
-    """Which parts of a flat Dict are images; [""] if the space itself is one."""
+    """Keys of the images in a flat Dict; [""] if the space itself is an image."""
     if isinstance(space, Dict):
         return [key for key, part in space.spaces.items() if is_image(part)]
     return [""] if is_image(space) else []
 
 
 def odd_images(space: Space) -> list[str]:
-    """What to tell a user of observations that look like images and are taken as vectors."""
+    """Warnings about observations that look like images but are treated as vectors."""
     parts = space.spaces if isinstance(space, Dict) else {"": space}
     return [
         f"observation {key!r} {part.dtype} {part.shape}".replace(" ''", "")
@@ -115,16 +121,29 @@ def odd_images(space: Space) -> list[str]:
 
 
 def left_out_texts(names: list[Any], space: Space) -> list[str]:
-    """What to tell a user of parts that are text, which `space` is without."""
+    """Notices about text that `space` leaves out."""
     if not names:
         return []
     keys = " ".join(map(str, space.spaces)) if isinstance(space, Dict) else ""
     which = ", ".join(repr(name) for name in names)
-    return [f"notice: text in observations is left out ({which}); --obs-keys {keys} says so"]
+    return [f"notice: text in observations is left out ({which}); --obs-keys {keys} silences this"]
+
+
+def mask_choices(space: Space) -> list[int]:
+    """The parts of a mask over a single action space: how many entries there are for each variable.
+
+    A mask has one entry for each choice, True where it is allowed, as sb3-contrib has them: all choices of a variable,
+    then those of the next; of a bit first 0, then 1. Spaces that cannot be masked have none.
+    """
+    if isinstance(space, Discrete):
+        return [int(space.n)]
+    if isinstance(space, MultiDiscrete):
+        return [int(n) for n in space.nvec.reshape(-1)]
+    return [2] * int(np.prod(space.shape)) if isinstance(space, MultiBinary) else []
 
 
 def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
-    """What `envs.step` takes, from the actions [N, A] that a policy drew for a single action space `space`.
+    """Converts actions [N, A] of a policy to those that `envs.step` takes; `space` is a single environment's.
 
     Discrete and MultiDiscrete policies count from zero, whatever the space's start. Box actions are clipped to the
     bounds here and nowhere else: buffers and losses keep what was drawn.
@@ -147,7 +166,7 @@ def _check_finite(actions: np.ndarray) -> None:
 
 
 def rescale_actions(space: Box, actions: np.ndarray) -> np.ndarray:
-    """What `envs.step` takes, from actions [N, A] in [−1, 1]: low where they are −1, high where they are 1."""
+    """Rescales actions [N, A] from [−1, 1] to the bounds of the space, as `envs.step` takes them."""
     _check_finite(actions)
     share = (actions.astype(np.float64).reshape(-1, *space.shape) + 1) / 2
     return np.clip((1 - share) * space.low + share * space.high, space.low, space.high).astype(space.dtype)

@@ -1,4 +1,4 @@
-"""What environments return, checked against what their spaces promise and converted to it where nothing is lost."""
+"""Checks that environments return what their spaces promise, and converts it where that loses nothing."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ INTERFACE = (
 
 
 def as_array(value: Any) -> np.ndarray:
-    """Lists, tuples, numbers and tensors as NumPy has them; what is no array at all becomes one of objects.
+    """Converts lists, tuples, numbers and tensors to NumPy; anything else becomes an array of objects.
 
     Raises:
-        EnvError: rows of different lengths, or a tensor of a type that NumPy has not.
+        EnvError: rows of different lengths, or a tensor of a type that NumPy lacks.
     """
     if hasattr(value, "detach"):  # a tensor: processes of environments need not import torch to know one
         value = value.detach().cpu()
@@ -34,7 +34,7 @@ def as_array(value: Any) -> np.ndarray:
 
 
 def number(value: Any, what: str) -> float:
-    """The number in `value`, whatever holds it.
+    """Returns the number that `value` holds, in whatever form.
 
     Raises:
         EnvError: it is none, or there are several.
@@ -43,14 +43,14 @@ def number(value: Any, what: str) -> float:
         return float(value)
     array = as_array(value)
     if array.dtype.kind not in NUMBERS:
-        raise EnvError(f"{what} of type {type(value).__name__}, which is no number")
+        raise EnvError(f"{what} of type {type(value).__name__}, which is not a number")
     if array.size != 1:
         raise EnvError(f"{what} of shape {array.shape}, which must be one number")
     return float(array.item())
 
 
 def flag(value: Any, what: str) -> bool:
-    """Whether `value` is true; None is not.
+    """Returns True if `value` is true; None is not.
 
     Raises:
         EnvError: there are several values, or it is text.
@@ -64,13 +64,13 @@ def flag(value: Any, what: str) -> bool:
 
 
 class Part:
-    """Takes what was returned for a space that has no parts itself.
+    """Converts values of a space without parts.
 
     Args:
-        name: of the part, in messages; empty: it is all there is.
+        name: the part's, in messages; empty if there is only one.
 
     Attributes:
-        limited: there is something to check that shape and type do not tell, in every step.
+        limited: True if every step needs a check beyond shape and type.
     """
 
     def __init__(self, space: Space, name: str = "") -> None:
@@ -83,10 +83,10 @@ class Part:
         self._choices = (space.start, space.start + space.n) if isinstance(space, Discrete) else (0, 0)
 
     def __call__(self, value: Any, everything: bool) -> Any:
-        """The array that the space promises.
+        """Converts a value to the array that the space promises.
 
         Args:
-            everything: check also what costs time and is learned from as it is, the bounds of real numbers.
+            everything: also check the bounds of real numbers, which costs time.
 
         Raises:
             EnvError: it does not fit.
@@ -104,7 +104,7 @@ class Part:
     def _converted(self, value: Any) -> np.ndarray:
         array = as_array(value)
         if array.dtype.kind not in NUMBERS:
-            raise self._misfit(f"of type {type(value).__name__}, which is no array of numbers")
+            raise self._misfit(f"of type {type(value).__name__}, which is not an array of numbers")
         if array.shape != self.shape:
             if array.size != 1 or math.prod(self.shape) != 1:  # type: ignore[arg-type]
                 raise self._misfit(f"of shape {array.shape} and type {array.dtype}")
@@ -117,7 +117,7 @@ class Part:
         """Raises EnvError if the integers of the space cannot be these numbers."""
         low, high = _range_of(self.dtype)  # type: ignore[arg-type]
         if array.dtype.kind == "f" and not (whole := array == np.floor(array)).all():
-            raise self._misfit(f"with {array[~whole].flat[0]}, which is no integer")
+            raise self._misfit(f"with {array[~whole].flat[0]}, which is not an integer")
         outside = (array < low) | (array > high)
         if outside.any():
             raise self._misfit(f"with {array[outside].flat[0]}, which is out of range")
@@ -128,13 +128,13 @@ class Part:
 
 
 class Observation:
-    """Takes what was returned for any space: arrays as they are, parts of parts side by side, without text.
+    """Converts observations of any space: nested parts become one flat Dict, without text.
 
     Args:
-        keys: names of parts to take, or of what these are parts of; none: all.
+        keys: names of parts, or of groups of parts, to keep; none: all.
 
     Attributes:
-        space: of what it gives: that of the environment, or a Dict with its parts in one level.
+        space: of the results: the environment's, or a flat Dict of its parts.
         left_out: names of the parts that are text.
 
     Raises:
@@ -165,7 +165,7 @@ class Observation:
             self.space = Dict({names[path]: part for path, part in parts.items()}, sort_keys=sort)
 
     def __call__(self, value: Any, everything: bool) -> Any:
-        """What the space promises; see `Part`."""
+        """Converts an observation; see `Part`."""
         if self.single is not None:
             return self.single(value, everything)
         taken: dict[Any, Any] = {}
@@ -198,7 +198,7 @@ class Observation:
 
 
 def _leaves(space: Space, path: tuple = ()) -> Iterator[tuple[tuple, Space]]:
-    """Each part that has no parts itself, by the keys and places that lead to it."""
+    """Parts without parts, by the keys and indices that lead to them."""
     if isinstance(space, Dict | Tuple):
         for key, part in space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces):
             yield from _leaves(part, (*path, key))
@@ -207,17 +207,17 @@ def _leaves(space: Space, path: tuple = ()) -> Iterator[tuple[tuple, Space]]:
 
 
 def _name(path: tuple) -> Any:
-    """`inner.speed`, or the key itself where nothing is nested."""
+    """Name of a part, such as `inner.speed`; the key alone if nothing is nested."""
     return path[0] if len(path) == 1 else ".".join(map(str, path))
 
 
 def _names(path: tuple) -> set[str]:
-    """Of a part, and of what it is a part of."""
+    """Names of a part and of the groups that contain it."""
     return {str(_name(path[:end])) for end in range(1, len(path) + 1)}
 
 
 def _chosen(parts: dict[tuple, Space], keys: Sequence[str]) -> dict[tuple, Space]:
-    """The parts that are named, or lie in one that is, in the order of the names."""
+    """Parts that are named, or lie in a group that is named, in the order of the names."""
     chosen: dict[tuple, Space] = {}
     for key in keys:
         found = {path: part for path, part in parts.items() if key in _names(path)}
@@ -240,9 +240,9 @@ def _range_of(dtype: np.dtype) -> tuple[int, int]:
 
 
 def _limits(space: Space) -> tuple[Any, Any] | None:
-    """The least and the largest values; None where the type has no others.
+    """Smallest and largest values; None if the type allows no others.
 
-    Those of real numbers are wider by half of their digits, so that rounding in the environment ends no run.
+    Bounds of real numbers are widened by half of their digits, so that rounding in the environment ends no run.
     """
     if isinstance(space, Discrete):
         return space.start, space.start + space.n - 1
@@ -258,5 +258,5 @@ def _limits(space: Space) -> tuple[Any, Any] | None:
     if not (np.isfinite(low).any() or np.isfinite(high).any()):
         return None
     room = math.sqrt(np.finfo(space.dtype).eps)
-    with np.errstate(over="ignore"):  # what lies beyond the largest number is no bound
+    with np.errstate(over="ignore"):  # an infinite bound is no bound
         return low - room * np.maximum(1, abs(low)), high + room * np.maximum(1, abs(high))

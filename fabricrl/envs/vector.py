@@ -15,13 +15,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
-from gymnasium.spaces import Space
+import numpy as np
+from gymnasium.spaces import Box, Space
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from fabricrl.envs.backends import DEFAULTS, TIMEOUT, EnvPoolVectorEnv, NativeVectorEnv, check_backend, choose, option
+from fabricrl.envs.backends import (
+    DEFAULTS,
+    TIMEOUT,
+    EnvPoolVectorEnv,
+    NativeVectorEnv,
+    check_backend,
+    choose,
+    episode_infos,
+    info_keys,
+    option,
+)
 from fabricrl.envs.guard import (
     GRACE,
     VIDEO_GRACE,
@@ -45,6 +56,7 @@ from fabricrl.envs.spaces import (
     image_keys,
     is_flat,
     left_out_texts,
+    mask_choices,
     odd_images,
 )
 from fabricrl.envs.workers import WorkerVectorEnv
@@ -56,6 +68,7 @@ from fabricrl.envs.wrappers import (
     NameFailures,
     PackImages,
     RecordEpisodes,
+    has_masks,
     is_atari,
     require_opencv,
 )
@@ -76,18 +89,18 @@ def make_env(
     video_every: int = 1,
     video_episodes: float = math.inf,
 ) -> gym.Env:
-    """One environment whose observations are one row: vectors, or records where there are images among them.
+    """Makes an environment whose observations are one row: a vector, or a record if they contain images.
 
-    What is neither is flattened, Discrete parts one-hot.
+    Other observations are flattened, Discrete parts one-hot.
 
     Args:
-        args: `env_id`, an id of Gymnasium, or `module:Id-v0`, where `module` registers the id and is found from here;
+        args: `env_id`, an id of Gymnasium, or `module:Id-v0`, where `module` registers the id and can be imported;
             `env_kwargs`, a JSON object of arguments for the environment's constructor; and of `backends.DEFAULTS` what
             the algorithm has.
         video_folder: where to record every `video_every`-th of the first `video_episodes` episodes; None: nowhere.
 
     Raises:
-        ConfigError: the id, an argument, or a package that it needs is not there.
+        ConfigError: the id or an argument is unknown, or a package is missing.
         EnvError: the constructor raised.
     """
     if video_folder is not None:
@@ -107,7 +120,7 @@ def _as_row(args: Any, env: gym.Env) -> gym.Env:
 
 
 def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
-    """What comes before observations become one row."""
+    """Preprocesses one environment, up to where observations become one row."""
     repeat, noop_max = option(args, "action_repeat"), option(args, "noop_max")
     if option(args, "mask_velocities"):
         env = MaskVelocities(env)
@@ -117,7 +130,7 @@ def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
         screen = (160, 210) if size is None else size
         env = gym.wrappers.AtariPreprocessing(env, noop_max, repeat, screen, grayscale_obs=grayscale)
     elif noop_max > 0:
-        raise ConfigError(f"--noop-max is {noop_max}: it can be for Atari games")
+        raise ConfigError(f"--noop-max is {noop_max}: it needs an Atari game")
     elif repeat > 1:
         env = ActionRepeat(env, repeat)
     if not image_keys(env.observation_space):
@@ -128,12 +141,13 @@ def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
     return LifeLoss(env) if option(args, "life_loss") else env
 
 
-def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
-    """The `args.num_envs` environments of a rank, resetting in the step that ends an episode (SAME_STEP).
+def make_envs(args: Any, rank: int, video_folder: Path, masked: bool = False) -> VectorEnv:
+    """Makes the `args.num_envs` environments of a rank, which reset in the step that ends an episode (SAME_STEP).
 
     `step` returns the first observation of the next episode; the last one is in `infos["final_obs"]`. Native ones
-    reset a step later, which `infos["skipped"]` tells. `infos["life_lost"]` is there if `args.life_loss`.
-    Rank 0 records its environment 0 if `args.capture_video`, and says what `--vectorization auto` has chosen.
+    reset a step later, which `infos["skipped"]` marks. `infos["life_lost"]` is there if `args.life_loss`, and
+    `infos["action_mask"]` [N, S], the actions that are allowed next, if they are `masked`, as `check_env` says.
+    Rank 0 records its environment 0 if `args.capture_video`, and prints what `--vectorization auto` has chosen.
 
     Raises:
         ConfigError, EnvError: as `make_env`; later, `reset` and `step` raise EnvError.
@@ -143,20 +157,21 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     kind, seconds = args.vectorization, _limit(args)
     if kind == "auto":
         with _passing(args, make_env) as env:
-            kind = choose(args, env)
+            kind = choose(args, env, masked)
         if rank == 0:
             print(f"vectorization: {kind}", file=sys.stderr, flush=True)
     record = args.capture_video and rank == 0
     grace, resumed = VIDEO_GRACE if record else GRACE, getattr(args, "resume", None) is not None
     settings: dict[str, Any] = {"timeout": seconds / 60, "rank": rank, "resumed": resumed, "grace": grace}
+    settings["keys"] = info_keys(args)
     if kind in ("native", "envpool"):
         with _passing(args, make_env) as env:
             return ReportFailures(
-                NativeVectorEnv(args, env) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
+                NativeVectorEnv(args, env, masked) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
             )
     plain, spec = SimpleNamespace(**vars(args)), None if ":" in args.env_id else gym.registry.get(args.env_id)
     makers = [
-        partial(_numbered, plain, index, spec, video_folder if record and index == 0 else None)
+        partial(_numbered, plain, index, spec, video_folder if record and index == 0 else None, masked)
         for index in range(args.num_envs)
     ]
     seeds = [stream_seed(args.seed, rank, BUILD_STREAM, index) for index in range(args.num_envs)]
@@ -168,23 +183,44 @@ def make_envs(args: Any, rank: int, video_folder: Path) -> VectorEnv:
     return ReportFailures(envs, **settings)
 
 
+def make_eval_envs(args: Any, rank: int, num_envs: int, masked: bool, like: VectorEnv) -> VectorEnv:
+    """Makes `num_envs` environments that are played beside those in training, `like`, and have nothing in common with
+    them: other seeds, and global generators that are put back.
+
+    They are stepped in processes if those in training are, else in turn.
+
+    Raises:
+        ConfigError, EnvError: as `make_envs`; `reset` and `step` do what they do there.
+    """
+    from fabricrl.utils.utils import EVAL_STREAM, stream_seed  # here, as it brings torch
+
+    kind = "async" if isinstance(like.unwrapped, WorkerVectorEnv) else "sync"
+    changed = {"num_envs": num_envs, "vectorization": kind, "capture_video": False, "resume": None}
+    changed["seed"] = stream_seed(args.seed, EVAL_STREAM)
+    with generators_kept():
+        envs = make_envs(SimpleNamespace(**vars(args) | changed), rank, Path(), masked)
+    envs.told = like.told  # type: ignore[attr-defined]  # one warning is enough
+    return envs
+
+
 def _limit(args: Any) -> float:
-    """Seconds that a call of an environment may take: half of what other ranks wait, if there are, so that it is told
-    of the environment and not of a rank."""
+    """Seconds for a call of an environment: with several ranks at most half of what they wait for each other, so that
+    the error names the environment and not a rank."""
     import torch  # here, as workers start faster without
 
     return option(args, "timeout") * (30 if torch.distributed.is_initialized() else 60)
 
 
-def _numbered(args: Any, index: int, spec: Any, video_folder: Path | None) -> gym.Env:
-    """Environment `index` of a rank; `spec`: of its id, which the process that builds it may not know."""
+def _numbered(args: Any, index: int, spec: Any, video_folder: Path | None, masked: bool) -> gym.Env:
+    """Makes environment `index` of a rank; `spec` registers its id in a process that may not know it."""
     if spec is not None:
         gym.registry[spec.id] = spec
-    return NameFailures(make_env(args, None, video_folder, video_every=args.video_every), index)
+    env = make_env(args, None, video_folder, video_every=args.video_every)
+    return NameFailures(env, index, info_keys(args), masked)
 
 
 def _module_of(env_id: str, spec: Any) -> str:
-    """The module that has to be imported for an environment; empty: none that another process could find."""
+    """Module to import for an environment; empty if another process could not find it."""
     if ":" in env_id:
         return env_id.partition(":")[0]
     if env_id.startswith("ALE/"):
@@ -197,14 +233,14 @@ def _module_of(env_id: str, spec: Any) -> str:
 def step_in_turn(
     makers: Sequence[Callable[[], gym.Env]], seeds: Sequence[int] | None = None, **settings: Any
 ) -> "ReportFailures":
-    """Environments that one process steps one after the other.
+    """Makes environments that this process steps one after the other.
 
     Args:
-        seeds: of the global generators while each environment is built; None: they go on.
+        seeds: of the global generators while each environment is built; None: leave the generators alone.
         settings: of `ReportFailures`.
 
     Raises:
-        ConfigError, EnvError: one could not be built; then nothing is left of the others.
+        ConfigError, EnvError: one could not be built; the others are closed.
     """
     before, built = children(), []
     seconds = 60 * settings.get("timeout", TIMEOUT)
@@ -234,16 +270,17 @@ def step_in_turn(
 class ReportFailures(gym.vector.VectorWrapper):
     """Stands between a script and environments that may fail.
 
-    What they raise becomes an EnvError, and so does a call that does not return in time. `close` ends them whatever
-    state they are in, with the processes that they have started; what goes wrong there costs a warning.
+    Their exceptions become EnvErrors, and so does a call that does not return in time. `close` ends them in any state,
+    with the processes that they have started; a failure there costs only a warning.
 
     Args:
-        timeout: minutes that a call may take; 0: for ever.
-        rank: rank 0 warns of environments that begin alike.
-        resumed: whether torch's global generator has been restored, and is to go on.
-        grace: seconds that `close` of an environment may take.
+        timeout: minutes for a call; 0: no limit.
+        rank: rank 0 warns of equal first observations.
+        resumed: torch's global generator has been restored, and is not seeded again.
+        grace: seconds for an environment's `close`.
         started: processes that building the environments has started.
-        told: warnings that others have told; no warning is told twice.
+        told: warnings printed before; none is printed twice.
+        keys: names of the numbers that environments tell at the ends of episodes.
     """
 
     def __init__(
@@ -255,17 +292,20 @@ class ReportFailures(gym.vector.VectorWrapper):
         grace: float = GRACE,
         started: Iterable[Process] = (),
         told: set[str] | None = None,
+        keys: Sequence[str] = (),
     ) -> None:
         super().__init__(env)
+        self.keys = keys
+        self._episode_infos: list[np.ndarray] = []
         self._rank, self._resumed, self._grace = rank, resumed, grace
-        self._started, self._told = set(started), set() if told is None else told
+        self._started, self.told = set(started), set() if told is None else told
         self._watch = Watch(60 * timeout, self._where, self._end_processes)
         self._apart = isinstance(env, WorkerVectorEnv)
         self._keeper: Keeper | None = None
         _close_at_exit(self)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
-        """Begins new episodes; with seeds also global generators, from which some environments draw, begin anew."""
+        """Starts new episodes; seeds also reset the global generators, from which some environments draw."""
         before = set() if self._apart else children()
         if seed is not None:  # also where environments are elsewhere: a run is the same however they are stepped
             seed_generators(seed, torch_too=not self._resumed)
@@ -283,9 +323,21 @@ class ReportFailures(gym.vector.VectorWrapper):
     def step(self, actions: Any) -> tuple:
         try:
             with self._watch:
-                return self.env.step(actions)
+                answer = self.env.step(actions)
         except (Exception, Timeout) as error:
             raise self._failure("step", error) from error
+        if (found := episode_infos(answer[-1])) is not None:
+            self._episode_infos.append(found[~np.isnan(found).all(1)])
+        return answer
+
+    def take_episode_infos(self) -> np.ndarray:
+        """The numbers that environments have told at the ends of episodes since the last call: [E, K], NaN if missing.
+
+        E counts the episodes in which one of the K keys was there.
+        """
+        rows = np.concatenate((np.empty((0, len(self.keys))), *self._episode_infos))
+        self._episode_infos.clear()
+        return rows
 
     def close(self, **kwargs: Any) -> None:
         """Closes all environments; also at the end of a process that has failed."""
@@ -303,12 +355,12 @@ class ReportFailures(gym.vector.VectorWrapper):
             problems = [f"{name} {problem}" for name, problem in found.items() if problem]
             self.env.closed = True
             self._end_processes()
-        if problems and problems[0] not in self._told:
-            self._told.add(problems[0])
+        if problems and problems[0] not in self.told:
+            self.told.add(problems[0])
             warn(problems[0] + (f" ({len(problems) - 1} more likewise)" if problems[1:] else ""))
 
     def _keep(self, started: set[Process]) -> None:
-        """Has what environments started end with this process, too, should that die."""
+        """Ends the processes that environments have started if this process dies."""
         if (self._started or started) and not (self._keeper and started <= self._started):
             self._started |= started
             if self._keeper is not None:
@@ -321,15 +373,15 @@ class ReportFailures(gym.vector.VectorWrapper):
             self._keeper.stop()
 
     def _compare(self, obs: Any) -> None:
-        """Warns of environments that begin alike: they may go on alike, and be no more than one."""
+        """Warns if environments start from equal observations: they may stay equal, and count as one."""
         first: dict[bytes, int] = {}
         for index, row in enumerate(obs):
             other = first.setdefault(row.tobytes(), index)
             if other != index:
                 text = f"environments {other} and {index} start from equal observations; do they draw from their seeds?"
-                if self._rank == 0 and text not in self._told:
+                if self._rank == 0 and text not in self.told:
                     warn(text)
-                self._told.add(text)
+                self.told.add(text)
                 return
 
     def _where(self) -> str:
@@ -351,7 +403,7 @@ _OPEN: set[ReportFailures] = set()
 
 
 def _close_at_exit(envs: ReportFailures) -> None:
-    """Has environments closed when the script is through, before Python waits for threads that they have started."""
+    """Closes environments at the end of the script, before Python waits for threads that they have started."""
     if not _CLOSES:
         _CLOSES.append(True)
         threading._register_atexit(_close_all)  # type: ignore[attr-defined]
@@ -368,7 +420,7 @@ _CLOSES: list[bool] = []
 
 @contextlib.contextmanager
 def _passing(args: Any, make: Callable[[Any], gym.Env]) -> Iterator[gym.Env]:
-    """An environment that is needed for a moment, and of which nothing is left."""
+    """Builds an environment for a moment and leaves nothing of it behind."""
     before = children()
     with generators_kept(), watched(_limit(args), f"an environment of {args.env_id} failed in a trial"):
         env = None
@@ -377,7 +429,7 @@ def _passing(args: Any, make: Callable[[Any], gym.Env]) -> Iterator[gym.Env]:
             yield env
         finally:
             if env is not None:
-                close_problem(env.close)  # what it says at its end does not matter yet
+                close_problem(env.close)  # its complaints on closing do not matter yet
             end_processes(children() - before)
 
 
@@ -387,16 +439,16 @@ def check_env(
     render_mode: str | None,
     bounded: bool = False,
     images: bool = False,
-) -> tuple[Space, Space]:
-    """Builds one environment and throws it away, so that mistakes are told before anything starts.
+) -> "Spaces":
+    """Builds one environment and discards it, so that mistakes are reported before anything starts.
 
     `bounded`: actions must be a Box with finite bounds; `images`: observations may have images.
 
-    Returns the observation and the action space that `make_envs` will give each environment.
+    Returns the observation and the action space that `make_envs` will give each environment, and the size of its masks.
 
     Raises:
-        ConfigError: the environment cannot be had, or has spaces that are not supported, or cannot be rendered, or has
-            no velocities that could be masked.
+        ConfigError: the environment does not exist, has spaces that are not supported, cannot be rendered, or has no
+            velocities to mask.
         EnvError: its constructor raised.
     """
     with _passing(args, _construct) as env:
@@ -415,10 +467,23 @@ def check_env(
             raise ConfigError(f"{args.env_id} cannot be rendered as {render_mode!r}, only as {modes}")
         env = _as_row(args, env)
         space = env.observation_space
+        assert isinstance(space, Box)
         if getattr(args, "norm_obs", False) and isinstance(space, Records) and not space.num_floats:
-            raise ConfigError("--norm-obs is set: it is for numbers, and there are only images among the observations")
+            raise ConfigError("--norm-obs is set: it normalises numbers, but all observations are images")
         check_backend(args, env)
-        return env.observation_space, env.action_space
+        masked = has_masks(env)
+        if masked and args.vectorization == "envpool":
+            warn(f"--vectorization envpool: {args.env_id} has action masks, which are not there")
+            masked = False
+        return Spaces(space, env.action_space, sum(mask_choices(env.action_space)) if masked else 0)
+
+
+class Spaces(NamedTuple):
+    """A single environment's spaces, and the size S of its action masks, 0 if it has none."""
+
+    obs: Box
+    actions: Space
+    mask_size: int
 
 
 def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
@@ -427,7 +492,7 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
     kwargs = json.loads(env_kwargs) | ({} if render_mode is None else {"render_mode": render_mode})
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         if importlib.util.find_spec("ale_py") is None:
-            raise ConfigError(f"--env-id {env_id} needs a package that is not here: pip install -e '.[atari]'")
+            raise ConfigError(f"--env-id {env_id} needs a package that is not installed: pip install -e '.[atari]'")
         import ale_py  # which registers its games when it is imported
 
         gym.register_envs(ale_py)
@@ -438,12 +503,12 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
                 )
             kwargs["frameskip"] = 1  # AtariPreprocessing repeats
     if ":" in env_id and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # `module` of one's own is looked for where the command was given
+        sys.path.insert(0, os.getcwd())  # modules of one's own are looked up where the command was given
     if render_mode == "rgb_array" and _draws_nowhere(env_id):
         raise ConfigError("MuJoCo has no screen to draw on here: set MUJOCO_GL=egl (or osmesa) before the command")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old versions; an unknown one is an error that says more
+            warnings.simplefilter("ignore")  # about old versions; unknown ids raise an error that says more
             env = _make(env_id, kwargs)
     except (Exception, SystemExit) as error:
         raise _construction_error(env_id, env_kwargs, error) from error
@@ -451,7 +516,7 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
 
 
 def _make(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
-    """`gym.make`; a constructor without `render_mode` is not given it, and `render` is called all the same."""
+    """Calls `gym.make`, without `render_mode` if the constructor does not take it; `render` is called all the same."""
     mode = kwargs.get("render_mode")
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
@@ -469,25 +534,25 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
 
 
 def _draws_nowhere(env_id: str) -> bool:
-    """Whether this is one of Gymnasium's MuJoCo environments, on Linux without a screen and without a word on how."""
+    """Returns True for Gymnasium's MuJoCo environments on Linux without a screen and without MUJOCO_GL."""
     spec = gym.registry.get(env_id)
     mujoco = spec is not None and str(spec.entry_point).startswith("gymnasium.envs.mujoco")
     return mujoco and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & os.environ.keys()
 
 
 def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
-    """What to tell a user whose environment could not be built."""
+    """Explains to the user why an environment could not be built."""
     text = " ".join(str(error).split())
     missing = error if isinstance(error, ImportError) else error.__cause__
     if isinstance(missing, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
         name = (getattr(missing, "name", None) or "").split(".")[0]
         hinted = [extra for extra in EXTRAS.values() if f"gymnasium[{extra}]" in text]  # by Gymnasium itself
         if extra := EXTRAS.get(name) or next(iter(hinted), None):
-            return ConfigError(f"--env-id {env_id} needs a package that is not here: pip install -e '.[{extra}]'")
+            return ConfigError(f"--env-id {env_id} needs a package that is not installed: pip install -e '.[{extra}]'")
         if type(missing) is ImportError and type(error) is ImportError:
             return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
-        looked = f"; a module of your own is looked for in {os.getcwd()}" if ":" in env_id else ""
-        return ConfigError(f"--env-id {env_id} needs a package that is not here ({text}){looked}")
+        looked = f"; modules of your own are looked up in {os.getcwd()}" if ":" in env_id else ""
+        return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")
     malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
     if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {_nearest(env_id)}")
@@ -497,13 +562,13 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
 
 
 def _is_of_the_call(error: BaseException) -> bool:
-    """Whether a constructor could not be called at all, rather than failed; Gymnasium raises it anew."""
+    """Returns True if the constructor rejected its arguments, rather than failed; Gymnasium raises the error anew."""
     frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
     return Path(frames[-1].filename).parent == Path(gym.envs.registration.__file__).parent
 
 
 def _newest(env_id: str) -> str:
-    """The newest version of an environment, if that is another one."""
+    """Names the newest version of an environment, if it is another."""
     name = env_id.rpartition("-v")[0]
     versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == name and spec.version]
     newest = f"{name}-v{max(versions, default=0)}"
@@ -511,12 +576,12 @@ def _newest(env_id: str) -> str:
 
 
 def _nearest(env_id: str) -> str:
-    """What may have been meant by an id that is not known."""
+    """Suggests known ids that resemble an unknown one."""
     if importlib.util.find_spec("ale_py") is not None:
         importlib.import_module("ale_py")  # registers its games
     names = {known.rpartition("/")[2]: known for known in gym.registry} | {known: known for known in gym.registry}
     close = [names[name] for name in difflib.get_close_matches(env_id, names, n=3, cutoff=0.7)]
     if close:
         return f"did you mean {', '.join(close)}?"
-    own = f"one of your own is named with its module, as my_envs:{env_id}; " if env_id and ":" not in env_id else ""
+    own = f"name your own with its module, as in my_envs:{env_id}; " if env_id and ":" not in env_id else ""
     return f"{own}see gymnasium.pprint_registry() for those there are"

@@ -66,7 +66,7 @@ class WorkerVectorEnv(VectorEnv):
     Args:
         makers: each builds one environment, in its worker.
         seeds: of the global generators of each worker while it builds.
-        preload: a module that the server imports once, not each worker again; none if empty.
+        preload: a module that the server imports once for all workers; none if empty.
         threads: of torch in each worker.
         grace: seconds that environments have to close.
 
@@ -97,8 +97,8 @@ class WorkerVectorEnv(VectorEnv):
             raise
 
     def _take_over(self, built: list[Any]) -> None:
-        """Spaces and the rest of what the environments have in common."""
-        obs_space, action_space, metadata, self.render_mode, self._tells_lives = built[0]
+        """Takes over the spaces and other properties that all environments share."""
+        obs_space, action_space, metadata, self.render_mode, self._tells_lives, self._mask_size, num_keys = built[0]
         for index, (obs, actions, *_) in enumerate(built):
             if (obs, actions) != (obs_space, action_space):
                 raise EnvError(f"environment {index} has {obs} and {actions}, 0 has {obs_space} and {action_space}")
@@ -106,7 +106,8 @@ class WorkerVectorEnv(VectorEnv):
         self.single_observation_space, self.single_action_space = obs_space, action_space
         self.observation_space = batch_space(obs_space, self.num_envs)
         self.action_space = batch_space(action_space, self.num_envs)
-        shared = Shared(self.num_envs, (obs_space.shape, obs_space.dtype), (action_space.shape, action_space.dtype))
+        spaces = (obs_space.shape, obs_space.dtype), (action_space.shape, action_space.dtype)
+        shared = Shared(self.num_envs, *spaces, self._mask_size, num_keys)
         shared.open(self._file)
         self._shared = shared
         for index in range(self.num_envs):
@@ -114,12 +115,12 @@ class WorkerVectorEnv(VectorEnv):
         self._collect("the constructor")
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
-        """Begins new episodes; with seeds, also the global generators of each worker begin anew."""
+        """Starts new episodes; seeds also reset the global generators of each worker."""
         seeds = seed if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
         for index, own in enumerate(seeds):
             self._tell(index, ("reset", (own, options)))
         self._collect("reset")
-        return self._shared.obs, {}
+        return self._shared.obs, self._infos()
 
     def step(self, actions: Any) -> tuple:
         shared = self._shared
@@ -129,16 +130,25 @@ class WorkerVectorEnv(VectorEnv):
                 os.write(pipe.fileno(), STEP)
         self._collect("step")
         terminated, truncated = shared.terminated.copy(), shared.truncated.copy()
-        infos: dict[str, Any] = {"life_lost": shared.life_lost.copy()} if self._tells_lives else {}
+        infos = self._infos()
+        if self._tells_lives:
+            infos["life_lost"] = shared.life_lost.copy()
         ended = terminated | truncated
         if ended.any():
             finals = infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
             for index in np.flatnonzero(ended):
                 finals[index] = shared.final_obs[index].copy()
+            rows = np.where(ended[:, None], shared.episode_info, np.nan)
+            if not np.isnan(rows).all():
+                infos["final_info"] = {"episode_info": rows, "_episode_info": ended}
         return shared.obs, shared.rewards.copy(), terminated, truncated, infos
 
+    def _infos(self) -> dict[str, Any]:
+        """Infos of all steps, as Gymnasium has them."""
+        return {"action_mask": self._shared.action_mask.copy()} if self._mask_size else {}
+
     def close_extras(self, **kwargs: Any) -> None:
-        """Asks all workers to close their environments, and ends what has not done so in time."""
+        """Asks all workers to close their environments, and kills those that take too long."""
         waiting = [index for index in range(self.num_envs) if index not in self._gone]
         for index in waiting:
             self._tell(index, ("close", None))
@@ -160,11 +170,11 @@ class WorkerVectorEnv(VectorEnv):
         self._file.close()
 
     def _tell(self, index: int, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # told by who waits for an answer
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # reported when its answer is awaited
             _send(self._pipes[index], message)
 
     def _collect(self, call: str) -> list[Any]:
-        """What all workers answer; all are heard before an error of one is raised."""
+        """Collects the answers of all workers, and raises an error of one only after it has heard all."""
         answers: list[Any] = []
         faults: list[RunError] = []
         try:
@@ -198,10 +208,11 @@ class WorkerVectorEnv(VectorEnv):
 
 
 class Shared:
-    """What a step needs of all environments, in memory that all processes see.
+    """Observations, actions and the rest of a step of all environments, in memory that all processes share.
 
     Attributes:
         obs, final_obs, actions, rewards, terminated, truncated, life_lost: [N, ...]
+        action_mask: [N, S]; episode_info: [N, K], at an episode's end, NaN where there is none.
     """
 
     obs: np.ndarray
@@ -211,12 +222,17 @@ class Shared:
     terminated: np.ndarray
     truncated: np.ndarray
     life_lost: np.ndarray
+    action_mask: np.ndarray
+    episode_info: np.ndarray
 
-    def __init__(self, num_envs: int, obs: tuple[tuple, Any], actions: tuple[tuple, Any]) -> None:
-        self.layout = num_envs, obs, actions
+    def __init__(
+        self, num_envs: int, obs: tuple[tuple, Any], actions: tuple[tuple, Any], mask_size: int = 0, num_keys: int = 0
+    ) -> None:
+        self.layout = num_envs, obs, actions, mask_size, num_keys
         one: tuple[int, ...] = ()
         parts = {"obs": obs, "final_obs": obs, "actions": actions, "rewards": (one, np.float64)}
         parts |= dict.fromkeys(("terminated", "truncated", "life_lost"), (one, np.bool_))
+        parts |= {"action_mask": ((mask_size,), np.bool_), "episode_info": ((num_keys,), np.float64)}
         self._parts = {name: ((num_envs, *shape), np.dtype(kind)) for name, (shape, kind) in parts.items()}
 
     def open(self, file: Any) -> None:
@@ -229,7 +245,7 @@ class Shared:
 
 
 def _shared_file() -> Any:
-    """A file that lives in memory and has no name; elsewhere than on Linux, a temporary one."""
+    """Opens an unnamed file in memory; on systems other than Linux, a temporary file."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("fabricrl"), "r+b")
     return tempfile.TemporaryFile()
@@ -241,7 +257,7 @@ def _send(pipe: Connection, message: Any) -> None:
 
 
 def _receive(pipe: Connection) -> tuple[str, Any]:
-    """A kind of message and its content; the kind is "gone" if there is nobody at the other end any more."""
+    """Receives a message, as its kind and content; the kind is "gone" if the other end has closed."""
     with contextlib.suppress(EOFError, ConnectionResetError):
         word = os.read(pipe.fileno(), 1)
         if word == DONE:
@@ -257,7 +273,7 @@ def _receive(pipe: Connection) -> tuple[str, Any]:
 
 
 class Server:
-    """The server as the script sees it."""
+    """The script's handle on the server."""
 
     def __init__(self, preload: str, grace: float) -> None:
         self._pids: dict[int, int] = {}
@@ -272,7 +288,7 @@ class Server:
             )
 
     def start(self, file: Any) -> Connection:
-        """A new worker, by the pipe to it."""
+        """Starts a worker and returns the pipe to it."""
         ours, theirs = socket.socketpair()
         with theirs, open(os.devnull, "w") as nowhere:
             out, err = (number if _is_open(number) else nowhere.fileno() for number in (1, 2))
@@ -287,7 +303,7 @@ class Server:
         return 0 if index in self._exit_codes else self._pids.get(index, 0)
 
     def exit_code(self, index: int) -> int | None:
-        """How a worker has ended; None if that is not known within a second."""
+        """Exit code of a worker; None if it is not known within a second."""
         while index not in self._exit_codes and self._read(1.0):
             pass
         return self._exit_codes.get(index)
@@ -309,7 +325,7 @@ class Server:
         self._control.close()
 
     def _read(self, seconds: float) -> bool:
-        """Takes a note of the server, if there is one soon."""
+        """Reads a note of the server, if one arrives in time."""
         if not select.select([self._control], [], [], seconds)[0]:
             return False
         note = self._control.recv(NOTE.size, socket.MSG_WAITALL)
@@ -331,7 +347,7 @@ def _is_open(descriptor: int) -> bool:
 
 
 def serve(descriptor: str, grace: str, preload: str = "") -> None:
-    """What the server does: forks workers, tells how they end, and leaves nothing of them behind."""
+    """Runs the server: it forks workers, reports how they end, and leaves nothing of them behind."""
     if preload:
         _import_cleanly(preload)
     control, parent = socket.socket(fileno=int(descriptor)), os.getppid()
@@ -370,7 +386,7 @@ _INDICES: list[int] = []
 
 
 def _request(control: socket.socket) -> list[int]:
-    """The files of a worker that the script asks for; none if there will be no more."""
+    """The file descriptors of the next worker; none if the script wants no more."""
     with contextlib.suppress(ConnectionResetError):
         return socket.recv_fds(control, 1, 4)[1]
     return []
@@ -383,7 +399,7 @@ def _fork() -> int:
 
 
 def _wind_up(workers: dict[int, int], control: socket.socket, grace: float) -> None:
-    """Waits for the workers, who have heard of the end too, then ends all that is left."""
+    """Waits for the workers, which know of the end, and then kills what is left."""
     deadline = time.monotonic() + grace + LAST_WORDS + 1
     while workers and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -396,7 +412,7 @@ def _wind_up(workers: dict[int, int], control: socket.socket, grace: float) -> N
 
 
 def _reap(workers: dict[int, int], control: socket.socket) -> None:
-    """Tells of workers that have ended, and ends what they have left: children of the server that are no workers."""
+    """Reports workers that have ended, and ends the processes that they left behind, now children of the server."""
     ended = False
     with contextlib.suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -409,17 +425,17 @@ def _reap(workers: dict[int, int], control: socket.socket) -> None:
 
 
 def _note(control: socket.socket, *note: int) -> None:
-    with contextlib.suppress(OSError):  # nobody is there to hear it
+    with contextlib.suppress(OSError):  # the script has gone
         control.sendall(NOTE.pack(*note))
 
 
 def _import_cleanly(module: str) -> None:
-    """Imports what all workers need; if that starts threads, forgets it: each worker imports it by itself, then.
+    """Imports a module that all workers need, unless that starts threads: then each worker imports it itself.
 
     NumPy's and SciPy's linear algebra (OpenBLAS) starts threads, too, but lets them survive a fork.
     """
     libraries, threads = _blas_and_threads()
-    with contextlib.suppress(BaseException):  # workers will fail alike, and tell
+    with contextlib.suppress(BaseException):  # workers will fail in the same way, and say why
         importlib.import_module(module)
     more, now = _blas_and_threads()
     if now - 1 > (threads - 1) / max(libraries, 1) * more:
@@ -427,7 +443,7 @@ def _import_cleanly(module: str) -> None:
 
 
 def _blas_and_threads() -> tuple[int, int]:
-    """How many libraries for linear algebra are loaded, and how many threads there are, where Linux tells."""
+    """Counts the loaded libraries for linear algebra and the threads of this process, on Linux."""
     if sys.platform != "linux":
         return 0, 1
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "openblas" in line}
@@ -435,9 +451,9 @@ def _blas_and_threads() -> tuple[int, int]:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """Leaves a signal that stops a whole job to the script.
+    """Leaves signals that stop a whole job to the script.
 
-    A function, for what is started later would inherit that signals are ignored, but does not inherit this.
+    A function rather than SIG_IGN, which processes started later would inherit.
     """
 
 
@@ -445,7 +461,7 @@ def _ignore(number: int, frame: object) -> None:
 
 
 class _Setup:
-    """What a worker needs to know of the script before anything else."""
+    """State of the script that a worker takes over before it builds its environment."""
 
     def __init__(self, index: int, maker: bytes, seed: int, threads: int, grace: float) -> None:
         self.index, self.maker, self.seed, self.threads, self.grace = index, maker, seed, threads, grace
@@ -465,7 +481,7 @@ class _Setup:
 
 
 def _become_worker(pipe: int, file: int, out: int, err: int) -> NoReturn:
-    """What a forked process does from here on: what it is told through the pipe, until that closes."""
+    """Turns a forked process into a worker, which obeys the pipe until it closes."""
     code = 1
     try:
         os.setsid()  # Ctrl-C is for the script
@@ -487,7 +503,7 @@ def _become_worker(pipe: int, file: int, out: int, err: int) -> NoReturn:
 
 
 class _Worker:
-    """One environment, which does what it is told."""
+    """One environment and the commands that it obeys."""
 
     def __init__(self, pipe: Connection, file: Any) -> None:
         self.pipe, self.file = pipe, file
@@ -521,7 +537,9 @@ class _Worker:
             raise EnvError(f"environment {self.index} cannot be built in its process: {_text(error)}") from error
         env = self.env = maker()
         self.lives = env.has_wrapper_attr("tells_lives")
-        return env.observation_space, env.action_space, dict(env.metadata), env.render_mode, self.lives
+        self.masked = getattr(env, "mask_size", 0) > 0  # of our outermost wrapper
+        told = self.lives, getattr(env, "mask_size", 0), len(getattr(env, "keys", ()))
+        return env.observation_space, env.action_space, dict(env.metadata), env.render_mode, *told
 
     def share(self, layout: tuple) -> None:
         self.shared = Shared(*layout)
@@ -532,7 +550,9 @@ class _Worker:
         if seed is not None:
             seed_generators(seed)
         assert self.env is not None
-        self.shared.obs[self.index], _ = self.env.reset(seed=seed, options=options)
+        self.shared.obs[self.index], info = self.env.reset(seed=seed, options=options)
+        if self.masked:
+            self.shared.action_mask[self.index] = info["action_mask"]
 
     def step(self) -> None:
         shared, index, env = self.shared, self.index, self.env
@@ -541,17 +561,20 @@ class _Worker:
         if isinstance(action, np.ndarray):
             action = action.copy()  # it is the environment's to change
         obs, reward, terminated, truncated, info = env.step(action)
-        ended = terminated or truncated
+        ended, life_lost = terminated or truncated, self.lives and info["life_lost"]
         if ended:
             shared.final_obs[index] = obs
-            obs, _ = env.reset()
+            shared.episode_info[index] = info.get("episode_info", np.nan)
+            obs, info = env.reset()
+        if self.masked:
+            shared.action_mask[index] = info["action_mask"]
         shared.obs[index] = obs
         shared.rewards[index], shared.terminated[index], shared.truncated[index] = reward, terminated, truncated
         if self.lives:
-            shared.life_lost[index] = not ended and info["life_lost"]
+            shared.life_lost[index] = not ended and life_lost
 
     def close(self) -> None:
-        """Closes the environment and says what went wrong; the server ends what it leaves behind."""
+        """Closes the environment and reports what went wrong; the server ends what it leaves behind."""
         problem = "" if self.env is None else close_problem(self.env.close, self.grace)
         with contextlib.suppress(OSError):  # the script has gone
             _send(self.pipe, ("closed", problem))

@@ -16,7 +16,7 @@ from gymnasium.wrappers import OrderEnforcing, TimeLimit
 from numpy import ndarray
 
 from fabricrl.envs.guard import Timeout
-from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image
+from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image, mask_choices
 from fabricrl.envs.values import INTERFACE, NUMBERS, Observation, as_array, flag, number
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
 from fabricrl.utils.records import Records
@@ -33,14 +33,14 @@ VELOCITIES = {
 
 
 class KeepPromises(gym.Wrapper):
-    """Takes from an environment what its spaces promise and no other: the innermost of our wrappers.
+    """Holds an environment to what its spaces promise; the innermost of our wrappers.
 
-    Lists, tensors and numbers of other types become the arrays of the space where nothing is lost by that, rewards one
-    number each. Dicts and Tuples within each other become one Dict, without their text. Shapes, types and integers are
-    checked in every step, bounds of real numbers at each reset.
+    Lists, tensors and numbers of other types become arrays of the space if that loses nothing; a reward becomes one
+    number. Nested Dicts and Tuples become one flat Dict, without text. Shapes, types and integers are checked in every
+    step, bounds of real numbers at each reset.
 
     Args:
-        keys: parts of the observation to take; none: all.
+        keys: parts of the observation to keep; none: all.
         everything: check the bounds of real numbers in every step, too.
 
     Attributes:
@@ -92,7 +92,7 @@ class KeepPromises(gym.Wrapper):
 
 
 def _unguarded(env: gym.Env) -> gym.Env:
-    """Without `gym.make`'s guard against a step before the first reset, which takes longer than all checks here."""
+    """Removes `gym.make`'s check for a step before the first reset, which costs more than all checks here."""
     if isinstance(env, OrderEnforcing):
         return env.env
     if isinstance(env, TimeLimit) and isinstance(env.env, OrderEnforcing):
@@ -101,10 +101,10 @@ def _unguarded(env: gym.Env) -> gym.Env:
 
 
 class MaskVelocities(gym.ObservationWrapper):
-    """Zero in place of each velocity in the observation, so that it takes memory to know them.
+    """Sets the velocities in observations to zero, so that the policy needs memory.
 
     Raises:
-        ConfigError: it is not known where this environment's observations hold velocities.
+        ConfigError: the positions of velocities in this environment's observations are unknown.
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -112,7 +112,7 @@ class MaskVelocities(gym.ObservationWrapper):
         env_id = env.spec.id if env.spec is not None else str(env)
         name = env_id.rpartition("-v")[0]
         if name not in VELOCITIES:
-            raise ConfigError(f"--mask-velocities is set: it can be for {', '.join(VELOCITIES)}, not for {env_id}")
+            raise ConfigError(f"--mask-velocities is set: it works with {', '.join(VELOCITIES)}, not with {env_id}")
         self._masked = list(VELOCITIES[name])
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ class MaskVelocities(gym.ObservationWrapper):
 
 
 class ActionRepeat(gym.Wrapper):
-    """Each action is taken `count` times, or until the episode ends; rewards are summed."""
+    """Repeats each action `count` times, or until the episode ends, and sums the rewards."""
 
     def __init__(self, env: gym.Env, count: int) -> None:
         super().__init__(env)
@@ -139,7 +139,7 @@ class ActionRepeat(gym.Wrapper):
 
 
 class LifeLoss(gym.Wrapper):
-    """Says in `info["life_lost"]` when a life was lost, for who learns from it; the game and its return go on."""
+    """Reports a lost life in `info["life_lost"]`; the game and its return go on."""
 
     tells_lives = True
 
@@ -147,7 +147,7 @@ class LifeLoss(gym.Wrapper):
         super().__init__(env)
         self._lives = 0
         if not is_atari(env):
-            raise ConfigError("--life-loss is set: it can be for Atari games, which count lives")
+            raise ConfigError("--life-loss is set: it needs an Atari game, which counts lives")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         obs, info = self.env.reset(seed=seed, options=options)
@@ -168,7 +168,7 @@ class PackImages(gym.ObservationWrapper):
         resize: height and width of images, by area; None: as they are.
 
     Raises:
-        ConfigError: an image is too small for the encoder, or OpenCV is needed and not here.
+        ConfigError: an image is too small for the encoder, or OpenCV is needed and not installed.
     """
 
     def __init__(self, env: gym.Env, grayscale: bool = False, resize: int | None = None) -> None:
@@ -227,45 +227,61 @@ class PackImages(gym.ObservationWrapper):
 
 
 def is_atari(env: gym.Env) -> bool:
-    """Whether this is a game of the Arcade Learning Environment."""
+    """Returns True for games of the Arcade Learning Environment."""
     return hasattr(env.unwrapped, "ale")
 
 
 def require_opencv(what: str, extra: str = "images") -> None:
-    """Raises ConfigError, with the command, unless OpenCV is here."""
+    """Raises ConfigError, with the command that installs it, unless OpenCV is installed."""
     if importlib.util.find_spec("cv2") is None:
-        raise ConfigError(f"{what} needs a package that is not here: pip install -e '.[{extra}]'")
+        raise ConfigError(f"{what} needs a package that is not installed: pip install -e '.[{extra}]'")
 
 
 class NameFailures(gym.Wrapper):
     """Turns what an environment raises into an EnvError with its index, which also crosses a pipe unharmed.
 
-    And copies an episode's last observation, which must be finite: the reset that follows at once may write into the
-    same array, and not every buffer looks at it.
+    Also copies an episode's last observation, which must be finite: the reset that follows may write into the same
+    array, and not every buffer checks it.
+
+    Of what an environment tells in its infos it passes on the numbers in `keys` at an episode's end (`episode_info`
+    [K], NaN for what is missing), and which actions are allowed (`action_mask` [S], bool).
+
+    Args:
+        keys: names of the numbers.
+        masked: whether the environment has masks, in `action_masks()` or in `info["action_mask"]`.
     """
 
-    def __init__(self, env: gym.Env, index: int) -> None:
+    def __init__(self, env: gym.Env, index: int, keys: Sequence[str] = (), masked: bool = False) -> None:
         super().__init__(env)
-        self.index = index
+        self.index, self.keys = index, keys
+        self._masks = Masks(env) if masked else None
+        self.mask_size = self._masks.size if self._masks is not None else 0
         space = env.observation_space
         self._floats = slice(4 * space.num_floats) if isinstance(space, Records) else None
         self._tells_lives = env.has_wrapper_attr("tells_lives")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         try:
-            obs, _ = self.env.reset(seed=seed, options=options)
+            obs, info = self.env.reset(seed=seed, options=options)
+            told = {} if self._masks is None else {"action_mask": self._masks(info)}
         except (Exception, SystemExit, Timeout) as error:  # an environment does not end a run quietly; Ctrl-C does
             raise self._named("reset", error) from error
-        return obs, {}
+        return obs, told
 
     def step(self, action: Any) -> tuple:
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
+            ended = terminated or truncated  # the next mask is then that of the reset that follows
+            mask = None if self._masks is None or ended else self._masks(info)
         except (Exception, SystemExit, Timeout) as error:
             raise self._named("step", error) from error
         # What an environment tells besides is for people: names such as `final_obs` mean something to buffers
         told = {"life_lost": info["life_lost"]} if self._tells_lives else {}
-        return (self._last(obs) if terminated or truncated else obs), reward, terminated, truncated, told
+        if mask is not None:
+            told["action_mask"] = mask
+        if ended and info and any(key in info for key in self.keys):
+            told["episode_info"] = np.array([as_number(info.get(key)) for key in self.keys])
+        return (self._last(obs) if ended else obs), reward, terminated, truncated, told
 
     def _last(self, obs: np.ndarray) -> np.ndarray:
         """A copy of an episode's last observation. Raises NonFiniteError if it has NaN or infinity."""
@@ -284,8 +300,55 @@ class NameFailures(gym.Wrapper):
         return EnvError(f"environment {self.index} failed in {call}: {type(error).__name__}: {error}")
 
 
+class Masks:
+    """Reads which actions an environment allows now: from its method `action_masks()`, or else from its infos.
+
+    Raises:
+        EnvError: the mask has another size, or a variable of the action has no choice left.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        self._method = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
+        choices = mask_choices(env.action_space)
+        self.size, self._starts = sum(choices), np.cumsum([0, *choices[:-1]])
+
+    def __call__(self, info: Mapping[str, Any] | None) -> np.ndarray:
+        """The mask [S]; all True if the environment has none now."""
+        given = (info or {}).get("action_mask") if self._method is None else self._method()
+        if given is None:
+            return np.ones(self.size, bool)
+        parts = given if isinstance(given, tuple | list) else (given,)  # perhaps one for each variable
+        mask = np.concatenate([as_array(part).reshape(-1) for part in parts]).astype(bool)
+        if mask.shape != (self.size,):
+            raise EnvError(f"an action mask of {mask.size} entries, its action space needs {self.size}")
+        if not np.logical_or.reduceat(mask, self._starts).all():
+            raise EnvError("an action mask that allows no action")
+        return mask
+
+
+def has_masks(env: gym.Env) -> bool:
+    """Returns True if an environment says which actions are allowed. Without `action_masks()` it is reset to see."""
+    if not mask_choices(env.action_space):
+        return False
+    if env.has_wrapper_attr("action_masks"):
+        return True
+    try:
+        _, info = env.reset(seed=0)
+    except (Exception, SystemExit):  # it will fail again, and then with its name
+        return False
+    return "action_mask" in (info or {})
+
+
+def as_number(value: Any) -> float:
+    """The number in `value`, NaN if there is none."""
+    if isinstance(value, bool | int | float | np.number | np.bool_):
+        return float(value)
+    one = isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in NUMBERS
+    return float(value.item()) if one else math.nan
+
+
 def _is_misunderstood(error: BaseException) -> bool:
-    """Whether a call of `reset` or `step`, or what it returned, was not as Gymnasium's wrappers and ours expect."""
+    """Returns True if `reset` or `step` does not follow Gymnasium's interface: its arguments, or what it returned."""
     words = ("to unpack", "cannot unpack", "unexpected keyword argument", "positional argument")
     if not isinstance(error, TypeError | ValueError) or not any(word in str(error) for word in words):
         return False
@@ -356,13 +419,13 @@ class RecordEpisodes(gym.wrappers.RecordVideo):
 
 
 def as_frame(picture: Any, size: tuple[int, int] | None = None) -> np.ndarray:
-    """A picture as videos take it: uint8 [H, W, 3], with even sides.
+    """Converts a picture to a video frame: uint8 [H, W, 3], with even sides.
 
-    Grey ones, with channels first, real numbers up to 1 or 255 and lists of pictures, of which the last counts, are
-    taken as well; what has another size than `size` is cut off or continued at its lower and right edge.
+    Also takes grey pictures, channels first, real numbers up to 1 or 255, and lists of pictures, of which it takes the
+    last. A picture of another size than `size` is cropped or padded at its lower and right edge.
 
     Raises:
-        EnvError, ValueError: it is no picture.
+        EnvError, ValueError: it is not a picture.
     """
     frame = as_array(picture)
     frame = frame[-1] if frame.ndim == 4 and len(frame) else frame
@@ -370,7 +433,7 @@ def as_frame(picture: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     if frame.ndim == 3 and frame.shape[-1] not in (1, 3, 4) and frame.shape[0] in (1, 3, 4):
         frame = np.moveaxis(frame, 0, -1)
     if frame.ndim != 3 or frame.shape[-1] not in (1, 3, 4) or not frame.size or frame.dtype.kind not in NUMBERS:
-        raise ValueError(f"render returned a {type(picture).__name__} of shape {frame.shape}, which is no picture")
+        raise ValueError(f"render returned a {type(picture).__name__} of shape {frame.shape}, which is not a picture")
     frame = frame[..., [0, 0, 0] if frame.shape[-1] == 1 else [0, 1, 2]]
     if frame.dtype != np.uint8:
         share = frame.dtype.kind in "bf" and np.nanmax(frame) <= 1  # of full light

@@ -3,6 +3,10 @@
 A head turns `params` [*, size], the output of the actor's last layer, into actions [*, A], and says how likely actions
 are. Randomness comes from outside as `noise`, drawn for a whole rollout at once, so that sampling is
 a plain function of tensors.
+
+Heads of discrete actions take masks, bool [*, S]: which choices are allowed, those of one variable after those of the
+other (`envs.spaces.mask_choices`). An action that is not allowed has probability 0, and never is drawn; probabilities
+and entropy are those of the distribution over the others (Huang and Ontañón 2022, arXiv:2006.14171, Section 4).
 """
 
 import math
@@ -12,6 +16,8 @@ import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete, Space
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+UNLIKELY = -1e8  # logit of what has probability 0; finite, so that 0 times it is 0
 
 
 class CategoricalHead(nn.Module):
@@ -29,16 +35,19 @@ class CategoricalHead(nn.Module):
             mask = torch.arange(self.most) < torch.tensor(choices)[:, None]  # [A, most]
             self.register_buffer("mask", mask, persistent=False)
 
-    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, params: Tensor, noise: Tensor, masks: Tensor | None = None) -> Tensor:
         """Gumbel-max: argmax(logits + Gumbel noise) is distributed as softmax(logits)."""
-        return (self._logits(params) + noise).argmax(-1)
+        scores = self._logits(params, masks) + noise
+        if masks is not None:  # noise has no largest value
+            scores = scores.masked_fill(~self._by_variable(masks, False), -torch.inf)
+        return scores.argmax(-1)
 
-    def mode(self, params: Tensor) -> Tensor:
-        return self._logits(params).argmax(-1)
+    def mode(self, params: Tensor, masks: Tensor | None = None) -> Tensor:
+        return self._logits(params, masks).argmax(-1)
 
-    def evaluate(self, params: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, params: Tensor, actions: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log π(a) = Σ_i log softmax(logits_i)[a_i] and H = −Σ_i Σ_k p_ik log p_ik, both [*]."""
-        log_probs = F.log_softmax(self._logits(params), dim=-1)  # [*, A, most]
+        log_probs = F.log_softmax(self._logits(params, masks), dim=-1)  # [*, A, most]
         chosen = log_probs.gather(-1, actions[..., None])
         return chosen.sum((-1, -2)), -(log_probs.exp() * log_probs).sum((-1, -2))
 
@@ -50,13 +59,20 @@ class CategoricalHead(nn.Module):
         """Standard Gumbel noise: −log(E) with E exponential; [*, A, most]."""
         return -torch.empty(*shape, self.num_actions, self.most).exponential_(generator=generator).log()
 
-    def _logits(self, params: Tensor) -> Tensor:
-        """[*, size] → [*, A, most]; what pads variables with fewer choices is very unlikely."""
-        if not self.uneven:
+    def _logits(self, params: Tensor, masks: Tensor | None = None) -> Tensor:
+        """[*, size] → [*, A, most]; what is not allowed, or pads variables with fewer choices, gets probability 0."""
+        if masks is None and not self.uneven:
             return params.view(*params.shape[:-1], self.num_actions, self.most)
         params = params.to(torch.promote_types(params.dtype, torch.float32))  # half precision does not have -1e8
-        padded = params.new_full((*params.shape[:-1], self.num_actions, self.most), -1e8)
-        return padded.masked_scatter(self.mask.expand_as(padded), params)
+        return self._by_variable(params if masks is None else params.masked_fill(~masks, UNLIKELY), UNLIKELY)
+
+    def _by_variable(self, choices: Tensor, padding: float) -> Tensor:
+        """[*, size] → [*, A, most]"""
+        shape = *choices.shape[:-1], self.num_actions, self.most
+        if not self.uneven:
+            return choices.view(shape)
+        padded = choices.new_full(shape, padding)
+        return padded.masked_scatter(self.mask.expand_as(padded), choices)
 
 
 class BernoulliHead(nn.Module):
@@ -68,15 +84,16 @@ class BernoulliHead(nn.Module):
         super().__init__()
         self.num_actions = self.size = self.encoded_size = num_actions
 
-    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, params: Tensor, noise: Tensor, masks: Tensor | None = None) -> Tensor:
         """logit + logistic noise > 0 has probability σ(logit)."""
-        return (params + noise > 0).float()
+        return (self._logits(params + noise, masks) > 0).float()  # masked last, as noise has no largest value
 
-    def mode(self, params: Tensor) -> Tensor:
-        return (params > 0).float()
+    def mode(self, params: Tensor, masks: Tensor | None = None) -> Tensor:
+        return (self._logits(params, masks) > 0).float()
 
-    def evaluate(self, params: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, params: Tensor, actions: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log π(a) = Σ_i a_i l_i − log(1 + e^l_i) and H = Σ_i log(1 + e^l_i) − l_i σ(l_i), both [*]."""
+        params = self._logits(params, masks)
         softplus = F.softplus(params)
         return (actions * params - softplus).sum(-1), (softplus - params * params.sigmoid()).sum(-1)
 
@@ -89,11 +106,19 @@ class BernoulliHead(nn.Module):
         first, second = torch.empty(2, *shape, self.num_actions).exponential_(generator=generator).log()
         return first - second
 
+    def _logits(self, params: Tensor, masks: Tensor | None) -> Tensor:
+        """[*, A]; `masks` [*, 2 A] hold for each bit whether it may be 0, and whether it may be 1."""
+        if masks is None:
+            return params
+        params = params.to(torch.promote_types(params.dtype, torch.float32))  # half precision does not have -1e8
+        may_be_0, may_be_1 = masks.unflatten(-1, (-1, 2)).unbind(-1)
+        return params.masked_fill(~may_be_1, UNLIKELY).masked_fill(~may_be_0, -UNLIKELY)
+
 
 class NormalHead(nn.Module):
     """A independent normal variables with a standard deviation that is learned but does not depend on the state: Box.
 
-    Actions are float32 and unbounded; whoever passes them to an environment clips them.
+    There are no masks. Actions are float32 and unbounded; whoever passes them to an environment clips them.
     """
 
     dtype = torch.float32
@@ -103,13 +128,13 @@ class NormalHead(nn.Module):
         self.num_actions = self.size = self.encoded_size = num_actions
         self.log_std = nn.Parameter(torch.full((num_actions,), log_std))
 
-    def sample(self, params: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, params: Tensor, noise: Tensor, masks: Tensor | None = None) -> Tensor:
         return params + self.log_std.exp() * noise
 
-    def mode(self, params: Tensor) -> Tensor:
+    def mode(self, params: Tensor, masks: Tensor | None = None) -> Tensor:
         return params
 
-    def evaluate(self, params: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, params: Tensor, actions: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log π(a) = Σ_i −z_i²/2 − log σ_i − log √2π with z = (a − μ)/σ, and H = Σ_i 1/2 + log √2π + log σ_i; [*]."""
         z = (actions - params) * (-self.log_std).exp()
         log_scale = self.log_std.sum()

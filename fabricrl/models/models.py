@@ -294,7 +294,7 @@ def make_normalizer(space: Box) -> RunningNormalizer:
         ConfigError: there are only images.
     """
     if isinstance(space, Records) and not space.num_floats:
-        raise ConfigError("--norm-obs is set: it can be for numbers, and there are only images among the observations")
+        raise ConfigError("--norm-obs is set: it normalises numbers, but all observations are images")
     return RunningNormalizer(space.num_floats if isinstance(space, Records) else space.shape[0])
 
 

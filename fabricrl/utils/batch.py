@@ -9,16 +9,17 @@ from torch.utils import _pytree as pytree
 
 
 class Batch:
-    """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`.
+    """Tensors as attributes, all with the same rows: `batch.obs`, `batch.actions`. None stands for a column that is not
+    there.
 
-    To Fabric it is a thing of its own: in half precision it would round every tensor that it finds among the inputs of
-    a module, old log-probabilities and targets, too.
+    Not a dict, since in half precision Fabric rounds every tensor that it finds in a module's inputs: old
+    log-probabilities and targets, too.
     """
 
     def __init__(self, **columns: Any) -> None:
         self.__dict__.update(columns)
 
-    def __getattr__(self, name: str) -> Any:  # for type checkers: what is there is found before this is asked
+    def __getattr__(self, name: str) -> Any:  # for type checkers; only called for columns that do not exist
         raise AttributeError(f"a batch of {', '.join(self.__dict__)} has no {name}")
 
     @property
@@ -32,7 +33,7 @@ class Batch:
 
     def __getitem__(self, rows: Any) -> "Batch":
         """Some of the rows, of every column."""
-        return Batch(**{name: column[rows] for name, column in self.columns.items()})
+        return Batch(**{name: None if column is None else column[rows] for name, column in self.columns.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import cycle
 from typing import Any
 
@@ -18,15 +17,17 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.collectives import TorchCollective
 from torch import Tensor, nn
 
+from fabricrl.utils.ending import is_communication_error, reason, report
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
-from fabricrl.utils.launch import is_communication_error, one_line, own_rank, report
 from fabricrl.utils.model import parameter_hash
+from fabricrl.utils.peers import patience
+from fabricrl.utils.process import own_rank
 from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
 TRAIN, STOP, ABORT = 0, 1, 2  # what the header of an iteration commands
 TO_EACH = "DS"  # letters of the messages that go to every trainer: data, start
-Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape and type
+Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape and type
 INTEGER, REAL = ((), torch.int64), ((), torch.float64)
 HEADER: Fields = {"command": INTEGER, "code": INTEGER}  # the head of [H] and of every [D]
 HELLO: Fields = {**HEADER, "hash": INTEGER}  # [H]
@@ -173,10 +174,8 @@ class Channel:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise LostPeerError(
-                f"rank {self.rank} lost rank {peer}: message {letter} {way} it in iteration {iteration}: {reason}"
-            ) from error
+            what = f"message {letter} {way} it in iteration {iteration}"
+            raise LostPeerError(f"rank {self.rank} lost rank {peer}: {what}: {reason(error)}") from error
 
 
 class Messages:
@@ -276,7 +275,7 @@ def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchC
     """All ranks on the CPU, for messages, and the trainers on their devices; every rank calls it.
 
     Args:
-        timeout: minutes to wait for a message before giving up.
+        timeout: minutes to wait for a message before giving up; 0: for ever.
 
     Raises:
         ConfigError: there is nobody but the player.
@@ -287,7 +286,7 @@ def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchC
             "add --devices 2, or take the script of the same name without _decoupled"
         )
     world, trainers = TorchCollective(), TorchCollective()
-    limit = timedelta(minutes=timeout)
+    limit = patience(timeout)
     backend = "gloo" if fabric.device.type == "cpu" else None  # None: that of the devices
     world.create_group(backend="gloo", timeout=limit)
     trainers.create_group(ranks=list(range(FIRST_TRAINER, fabric.world_size)), backend=backend, timeout=limit)
@@ -342,7 +341,7 @@ def telling(tell: Callable[[int], None], first_rank: int = PLAYER, iteration: in
         if not is_communication_error(error):
             raise
         lost = f"rank {own_rank()} lost another trainer in iteration {iteration}"
-        report(f"{lost}: {one_line(error)}", LostPeerError.exit_code)
+        report(f"{lost}: {reason(error)}", LostPeerError.exit_code)
         tell(LostPeerError.exit_code)
         raise EndedByPeerError(LostPeerError.exit_code) from error
 

@@ -1,11 +1,11 @@
-"""A hint for who waits: where a run's time goes, and the flag that would save some of it."""
+"""A hint for slow runs: the share of time of each part, and the flag that would save some of it."""
 
 import math
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from fabricrl.utils.launch import available_cores
+from fabricrl.utils.process import available_cores
 
 PATIENCE = 20.0  # seconds that a run takes before there is anything to say
 # Share of the update's time that --compile saves on a CPU, as benchmarks/speed.py measures it

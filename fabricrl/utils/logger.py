@@ -42,7 +42,7 @@ class CsvLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """They are in args.json."""
+        """Does nothing: the arguments are in args.json."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -56,8 +56,8 @@ class CsvLogger(Logger):
             csv.DictWriter(file, self._columns).writerow(row)
 
     def _read(self) -> list[dict[str, Any]]:
-        """The entries that can be read. A last line without its end is what a killed run leaves; a file with anything
-        else that is no entry is kept beside the new one, and told of."""
+        """Reads the entries. A killed run leaves an unfinished last line; a file with other lines that are no entries
+        is kept beside the new one, with a warning."""
         text, _, _ = self._path.read_bytes().decode(errors="replace").rpartition("\n")
         rows, others = _entries(text)
         if others:
@@ -109,7 +109,7 @@ class EventLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Shown as a table, under Text."""
+        """Writes the arguments as a table, shown under Text."""
         from torch.utils.tensorboard.summary import text
 
         rows = "\n".join(f"|{name}|{value}|" for name, value in params.items())
@@ -133,14 +133,14 @@ class EventLogger(Logger):
         self._records.write(event.SerializeToString())
 
     def _flush(self) -> None:
-        """Raises OSError if what was written is not there: also if somebody has removed the file."""
+        """Raises OSError if the entries did not reach the file, or somebody has removed it."""
         self._file.flush()
         if not self._path.exists():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
 
 
 def _entries(text: str) -> tuple[list[dict[str, str]], int]:
-    """The rows of a CSV text that are entries of a log, and the number of the other lines."""
+    """Entries of a log in CSV, and the number of lines that are none."""
     if not text.strip():
         return [], 0
     try:
@@ -162,7 +162,7 @@ def _is_entry(step: str, *values: str) -> bool:
 
 
 def _create(path: Path) -> tuple[Path, BinaryIO]:
-    """Opens a file that was not there, also when two begin in the same second."""
+    """Creates a new file, also when two runs start in the same second."""
     for free in _numbered(path):
         with contextlib.suppress(FileExistsError):
             return free, free.open("xb")
@@ -175,7 +175,7 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 
 def make_logger(kind: str, folder: Path, step: int, arguments: Mapping[str, Any]) -> Logger:
-    """The logger of a run that begins, or goes on, at `step`; it has the arguments already.
+    """Makes the logger of a run that starts, or resumes, at `step`, and logs the arguments.
 
     Args:
         kind: tensorboard, csv or wandb.

@@ -1,6 +1,7 @@
 """Counters and clocks of a run: episodes, losses, and where the seconds go."""
 
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -18,59 +19,83 @@ class EpisodeStatistics:
     """Returns and lengths of the episodes that end in a rollout, on every rank.
 
     Works on whole rollouts: its cost is that of the episodes that ended, not of the steps taken.
+
+    Args:
+        keys: names of K numbers that environments may tell at the end of an episode.
+
+    Attributes:
+        returns: the newest ones; count: of all episodes, those of a run that is resumed included.
+        ended: episodes counted here; told: those of `keys` that were there at the end of one.
     """
 
-    def __init__(self, num_envs: int) -> None:
+    def __init__(self, num_envs: int, keys: Sequence[str] = ()) -> None:
         self.returns: deque[float] = deque(maxlen=WINDOW)
-        self.count = 0
-        self._unlogged: list[Tensor] = []  # [E, 2]
+        self.count = self.ended = 0
+        self.keys, self.told = keys, set[str]()
+        self._unlogged: list[Tensor] = []  # [E, 2 + K]
         self._steps: list[tuple[np.ndarray, np.ndarray]] = []  # rewards and dones, [N] each
         self._return = np.zeros(num_envs)  # of the episodes that are still running
         self._length = np.zeros(num_envs, dtype=np.int64)
 
-    def update(self, fabric: Fabric, rewards: Tensor, dones: Tensor, skipped: Tensor | None = None) -> None:
+    def update(
+        self,
+        fabric: Fabric,
+        rewards: Tensor,
+        dones: Tensor,
+        skipped: Tensor | None = None,
+        infos: np.ndarray | None = None,
+    ) -> None:
         """Takes the raw rewards and dones [T, N] of this rank's rollout; all ranks must call it together.
 
-        `skipped`: steps between episodes, which count for neither.
+        Args:
+            skipped: steps between episodes, which count for neither.
+            infos: what was told at the ends of some of the episodes, [up to E, K], NaN where there was nothing.
         """
         steps = np.ones(dones.shape, dtype=np.int64) if skipped is None else (~skipped).numpy().astype(np.int64)
-        ended = gather_rows(fabric, self._ended(rewards.numpy(), dones.numpy(), steps))  # [E, 2]
+        own = self._ended(rewards.numpy(), dones.numpy(), steps)  # [E, 3]
+        told = own.new_full((len(own), len(self.keys)), torch.nan)
+        if infos is not None:  # of which episodes does not matter: means are taken of each column
+            told[: len(infos)] = torch.from_numpy(infos)
+        ended = gather_rows(fabric, torch.cat((own, told), 1))
+        in_time = ended[:, 0].argsort(stable=True)  # so that the last are of all ranks
+        ended = ended[in_time, 1:]  # [E, 2 + K]
         self._unlogged.append(ended)
         self.returns.extend(ended[:, 0].tolist())
-        self.count += len(ended)
+        self.count, self.ended = self.count + len(ended), self.ended + len(ended)
+        self.told |= {key for key, column in zip(self.keys, ended[:, 2:].T, strict=True) if not column.isnan().all()}
 
     def add(self, rewards: np.ndarray, dones: np.ndarray) -> None:
         """Notes one step, [N] each, for `flush`: where a rollout is a single step, looking at each would cost more."""
         self._steps.append((rewards.copy(), dones))
 
-    def flush(self, fabric: Fabric) -> None:
+    def flush(self, fabric: Fabric, infos: np.ndarray | None = None) -> None:
         """`update` with the steps noted since the last flush; all ranks must call it together."""
         if self._steps:
             rewards, dones = (torch.from_numpy(np.stack(column)) for column in zip(*self._steps, strict=True))
             self._steps.clear()
-            self.update(fabric, rewards, dones)
+            self.update(fabric, rewards, dones, infos=infos)
 
     def compute(self) -> dict[str, float]:
-        """Mean return and length of the episodes that ended on any rank since the last call; nothing if none did."""
-        ended = torch.cat(self._unlogged) if self._unlogged else torch.empty(0, 2)
+        """Means over the episodes that ended on any rank since the last call, nothing if none did: of returns, lengths,
+        and each of `keys` over the episodes that had it."""
+        ended = torch.cat(self._unlogged) if self._unlogged else torch.empty(0, 2 + len(self.keys))
         self._unlogged.clear()
-        if not len(ended):
-            return {}
-        mean_return, mean_length = ended.mean(0).tolist()
-        return {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+        names = ("episodic_return", "episodic_length", *self.keys)
+        means = zip(names, ended.nanmean(0).tolist(), strict=True)  # NaN where there is nothing
+        return {f"charts/{name}": mean for name, mean in means if mean == mean}
 
     def _ended(self, rewards: np.ndarray, dones: np.ndarray, steps: np.ndarray) -> Tensor:
-        """Rows (return, length) of the episodes that end in this rollout, in the order in which they end."""
+        """Rows (step, return, length) of the episodes that end in this rollout, in the order in which they end."""
         rows = []
         start = np.zeros(len(self._return), dtype=np.int64)  # first step of the running episode in this rollout
         for t, env in np.argwhere(dones):
             total = self._return[env] + rewards[start[env] : t + 1, env].sum(dtype=np.float64)
-            rows.append((total, self._length[env] + steps[start[env] : t + 1, env].sum()))
+            rows.append((t, total, self._length[env] + steps[start[env] : t + 1, env].sum()))
             self._return[env], self._length[env], start[env] = 0.0, 0, t + 1
         for env, first in enumerate(start):
             self._return[env] += rewards[first:, env].sum(dtype=np.float64)
             self._length[env] += steps[first:, env].sum()
-        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2)
+        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
     @property
     def mean_return(self) -> float:
@@ -111,7 +136,10 @@ class MeanMetrics:
 
 
 class Stopwatch:
-    """Splits wall-clock time into named shares: each `lap(name)` charges the time since the last one to `name`."""
+    """Splits wall-clock time into named shares: each `lap(name)` charges the time since the last one to `name`.
+
+    A name that is not given here has a share from its first lap on.
+    """
 
     def __init__(self, *names: str) -> None:
         self._seconds = dict.fromkeys(names, 0.0)
@@ -126,13 +154,13 @@ class Stopwatch:
 
     def lap(self, name: str) -> None:
         now = perf_counter()
-        self._seconds[name] += now - self._last
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
 
     @property
     def totals(self) -> dict[str, float]:
         """Seconds charged to each name since the start."""
-        return {name: self._before[name] + seconds for name, seconds in self._seconds.items()}
+        return {name: self._before.get(name, 0.0) + seconds for name, seconds in self._seconds.items()}
 
     def shares(self) -> dict[str, float]:
         """`time/<name>` → share of the time since the last call, between 0 and 1; starts anew."""

@@ -34,7 +34,7 @@ def parameter_hash(module: nn.Module) -> Tensor:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Spares the parameters of a module their gradients: a backward pass goes through it to its inputs."""
+    """Freezes the parameters of a module: a backward pass goes through it to its inputs."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -42,7 +42,7 @@ class FlatState:
 
     @torch.no_grad()
     def load(self, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor) -> None:
-        """Takes moments [P], and steps, of all parameters or of each."""
+        """Loads moments [P], and steps: one number, or one for each parameter."""
         self.exp_avg.copy_(exp_avg)
         self.exp_avg_sq.copy_(exp_avg_sq)
         self.steps.copy_(steps)
@@ -59,8 +59,8 @@ class Adam(torch.optim.Optimizer):
 
         m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,  θ ← θ − lr · m / (1 − β₁ᵗ) / ( √(v / (1 − β₂ᵗ)) + ε )
 
-    To whoever changes a network it is `torch.optim.Adam`: it takes the gradients that autograd leaves in
-    `parameter.grad`, and a parameter without one keeps its value and its moments. The learning rate,
+    It behaves like `torch.optim.Adam`: it takes the gradients that autograd leaves in `parameter.grad`, and a
+    parameter without one keeps its value and its moments. The learning rate,
     `param_groups[0]["lr"]`, is a tensor to be changed in place: a compiled step would not notice another number.
     """
 
@@ -89,7 +89,7 @@ class Adam(torch.optim.Optimizer):
         return self.flat.grad
 
     def follow(self) -> None:
-        """Keeps up with parameters that have been moved to another device, or to another type."""
+        """Follows parameters that have been moved to another device or type."""
         if not self.flat.is_joined:
             self.flat.join()
         group = self.param_groups[0]
@@ -98,7 +98,7 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_gradient(self, max_norm: float) -> None:
-        """Scales the gradient down to the norm `max_norm` if its own is larger; 0: leaves it alone."""
+        """Scales the gradient down to the norm `max_norm` if it is larger; 0: never."""
         if max_norm > 0:
             norm = torch.linalg.vector_norm(self.gradient)
             self.gradient.mul_((max_norm / (norm + 1e-6)).clamp_(max=1.0))

@@ -1,4 +1,4 @@
-"""Small collectives over all ranks; with one rank nothing happens."""
+"""Small collectives over all ranks; no-ops with one rank."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fabricrl.utils.recording import is_recording
 
 FEW = 4  # ranks
-# The names that they have from PyTorch 2.13 on, and the ones before
+# The names that they have from PyTorch 2.13 on, and those before
 gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 _gather = getattr(functional_collectives, "all_gather_single", None) or functional_collectives.all_gather_tensor
 

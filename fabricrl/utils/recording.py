@@ -1,4 +1,4 @@
-"""Flag for an update being recorded for a compiler, for the few places that have to be written another way then."""
+"""Flag that a compiler is recording an update, for the few operations that must be written differently then."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ _recording = False
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """Marks what runs inside as recorded for a compiler."""
+    """Sets the flag inside the block."""
     global _recording
     before, _recording = _recording, True
     try:

@@ -18,8 +18,8 @@ from lightning.fabric.loggers import Logger
 from tqdm import tqdm
 
 from fabricrl.utils.checkpoint import LACKING, go_without, save_checkpoint, save_shard
+from fabricrl.utils.ending import failing_together
 from fabricrl.utils.errors import ConfigError, OutputError
-from fabricrl.utils.launch import failing_together
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.ranks import all_gather
@@ -31,7 +31,8 @@ class RunFolder:
 
     Attributes:
         folder: the run's folder, the same on every rank.
-        best_return: the best mean return at a checkpoint so far.
+        best_return: the best mean return so far, of the last episodes at a checkpoint, or of an evaluation if there
+            are some.
 
     Raises:
         ConfigError: the folder cannot be made, or the logger's package is missing.
@@ -53,9 +54,9 @@ class RunFolder:
         self.folder = Path(fabric.broadcast(folder))
 
     def start(self) -> None:
-        """Just before the first reset: opens the logs, and counts steps per second from here. All ranks call it.
+        """Opens the logs and starts the clock of steps per second, just before the first reset. All ranks call it.
 
-        Until then nothing of a run that is resumed has been touched.
+        Until then nothing of a resumed run has been changed.
         """
         with failing_together(self.fabric):
             if self.fabric.global_rank == 0:
@@ -70,7 +71,7 @@ class RunFolder:
         return self.folder / "videos" / (f"from_step_{self.first_step}" if self.first_step else "")
 
     def advance(self, step: int, mean_return: float) -> None:
-        """After an iteration: moves the bar, and the moment up to which steps per second are counted."""
+        """Moves the progress bar and the end of the time over which steps per second are counted."""
         self._stopped = time.perf_counter()
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
@@ -79,6 +80,11 @@ class RunFolder:
     def sps(self, step: int) -> float:
         """Environment steps per second of all ranks, from the first reset to the last update of this process."""
         return (step - self.first_step) / max(self._stopped - self._started, 1e-9)
+
+    @property
+    def has_stopped(self) -> bool:
+        """True if an evaluation has reached `stop_at_return`, in this run or in the one that is resumed."""
+        return self.args.stop_at_return is not None and self.best_return >= self.args.stop_at_return
 
     def wants_log(self, step: int, last: bool) -> bool:
         """True if `log_every` steps have passed since the last entry; the last iteration is always logged."""
@@ -102,6 +108,7 @@ class RunFolder:
     def save(self, step: int, mean_return: float, state: dict[str, Any], shard: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint, also as the best if the mean return has never been higher at one. All ranks call it.
 
+        `mean_return` is NaN if it is not known: such a checkpoint is the best only if there is no other.
         `state` is the same on all ranks; `shard` is what each has of its own, such as a replay buffer.
 
         Raises:
@@ -122,27 +129,33 @@ class RunFolder:
             extra |= {"global_step": step, "world_size": self.fabric.world_size, "shard": shard}
             self.checkpoint = save_checkpoint(folder, step, extra | state, self.args.keep_checkpoints, best)
 
-    def finish(self, step: int, episodes: EpisodeStatistics, stopped: bool) -> None:
+    def finish(self, step: int, episodes: EpisodeStatistics, evaluated: float | None, stopped: bool) -> None:
         """Closes the run and prints its result, one line that programs can read, on standard output.
 
-        `stopped`: by a signal.
+        `evaluated`: mean return of the last evaluation, if there was one; `stopped`: by a signal.
         """
         self.close()
         if self.fabric.global_rank == 0:
             if self.args.upload_model:
                 self._upload()
+            if stopped and self.checkpoint is not None:
+                print(f"stopped at step {step}; --resume {self.folder} goes on", file=sys.stderr, flush=True)
             if step == self.first_step and not stopped:
-                print(f"nothing to do: {step} of {self.args.total_timesteps} steps are done", file=sys.stderr)
+                done = f"{step} of {self.args.total_timesteps} steps are done"
+                done += ", and --stop-at-return is reached" * self.has_stopped
+                print(f"nothing to do: {done}", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
+            fields += f" episodes={episodes.count}"
+            fields += "" if evaluated is None else f" eval_return_mean={evaluated:.2f}"
             try:
-                print(f"result {fields} episodes={episodes.count} checkpoint={self.checkpoint}", flush=True)
+                print(f"result {fields} checkpoint={self.checkpoint}", flush=True)
             except OSError as error:  # no reason to fail after the work is done
                 if not isinstance(error, BrokenPipeError):  # else nobody reads it
                     print(f"warning: the result is not printed: {error.strerror}", file=sys.stderr, flush=True)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
-        """Flushes what is still held back; harmless when called again."""
+        """Flushes the logs; harmless when called again."""
         if self._bar is not None:
             self._bar.close()
         if self._logger is not None:
@@ -194,7 +207,7 @@ class RunFolder:
         )
 
     def _make_folder(self, resumed: Path | None) -> Path:
-        """Takes the resumed run's folder, if it or its newest checkpoint was named; else makes a new one."""
+        """Returns the resumed run's folder, if it or its newest checkpoint was named; else makes a new one."""
         if resumed is not None and (resumed.parent.parent / "args.json").exists():
             newest = max(resumed.parent.glob("step_*.ckpt"), default=None)
             if newest == resumed or Path(self.args.resume).expanduser().is_dir():
@@ -248,7 +261,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _fresh_folder(parent: Path, name: str) -> Path:
-    """Makes a folder that nobody else has, also when two runs start in the same second."""
+    """Makes a new folder, also when two runs start in the same second."""
     parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(1000):
         folder = parent / (name if attempt == 0 else f"{name}-{attempt}")

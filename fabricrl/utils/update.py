@@ -29,10 +29,10 @@ from fabricrl.utils.recording import recording
 
 
 class Runner:
-    """Compiles and captures updates, as far as the arguments say.
+    """Compiles and captures updates, if asked to.
 
     Args:
-        compile, capture: whether to.
+        compile, capture: compile updates, capture them.
         modules, optimizers, generators: all that updates change; the lists may still grow.
 
     Attributes:
@@ -66,7 +66,7 @@ class Runner:
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Puts back parameters, buffers, moments and generators as they were: what runs inside leaves no trace."""
+        """Restores parameters, buffers, moments and generators after the block, which leaves no trace."""
         for optimizer in self._optimizers:
             optimizer.follow()
         if not all(optimizer.flat.is_joined for optimizer in self._optimizers):  # each has taken it from the other
@@ -92,7 +92,7 @@ class Runner:
 
     @property
     def branches(self) -> tuple[bool, ...]:
-        """Decisions of the optimizers that are no tensors."""
+        """Decisions of the optimizers that are not tensors."""
         return tuple(optimizer.flat.equal_steps for optimizer in self._optimizers)
 
     @branches.setter
@@ -182,7 +182,7 @@ class _Recorded:
 
 
 class _Variant(NamedTuple):
-    """A recording, how its outputs are put together, and what optimizers have decided in it."""
+    """A recording, the structure of its outputs, and the decisions of optimizers in it."""
 
     run: Callable[[list[Tensor]], list[Tensor]]
     outputs: pytree.TreeSpec
@@ -190,7 +190,7 @@ class _Variant(NamedTuple):
 
 
 def _lift_state(graph: fx.GraphModule) -> list[Tensor]:
-    """Makes inputs of the tensors that a recorded graph has found by itself; those come first, and are returned.
+    """Turns the tensors that a recorded graph captured into its first inputs, and returns them.
 
     Parameters that are views of one vector become one input: a compiler has to know that they change together.
     """

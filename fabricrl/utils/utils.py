@@ -4,11 +4,13 @@ import gc
 
 import numpy as np
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.ranks import all_gather
 
-ACT_STREAM, TRAIN_STREAM, ENV_STREAM = 0, 1, 2
+ACT_STREAM, TRAIN_STREAM, ENV_STREAM, EVAL_STREAM = 0, 1, 2, 4  # 3 is that of vector.py
 HALF = 2**30  # seeds of environments in training start here, so that those below are for evaluation
 
 
@@ -87,13 +89,14 @@ def anneal(initial: float, progress: float, enabled: bool) -> float:
     return initial * (1.0 - progress) if enabled else initial
 
 
-def explained_variance(values: Tensor, returns: Tensor, counts: Tensor | None = None) -> Tensor:
+def explained_variance(fabric: Fabric, values: Tensor, returns: Tensor, counts: Tensor | None = None) -> Tensor:
     """1 − Var[returns − values] / Var[returns]: 1 is a perfect critic, 0 predicts the mean. NaN if they are equal.
 
-    Of the rows that count, where some do not.
+    Over all ranks, which must call it together, and the rows that count, where some do not. All [B].
     """
-    if counts is not None:
-        values, returns = values[counts > 0], returns[counts > 0]
+    counts = torch.ones_like(values) if counts is None else counts
+    values, returns, counts = all_gather(fabric, torch.stack((values, returns, counts))).movedim(1, 0).flatten(1)
+    values, returns = values[counts > 0], returns[counts > 0]
     variance = returns.var(correction=0)
     return torch.where(variance == 0, torch.nan, 1 - (returns - values).var(correction=0) / variance)
 

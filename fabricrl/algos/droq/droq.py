@@ -10,6 +10,7 @@ C critics, H units of a hidden layer, S environment steps that updates are due f
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,8 @@ def train(
         batches: [K + S, B, ...], as sampled; the last S are the actor's.
         steps: S.
     """
-    agent, device = learner.agent, run.fabric.device
+    agent: Any = learner.agent
+    device = run.fabric.device
     batches = agent.prepared(batches.to(device))
     count, size = len(batches) - steps, run.args.batch_size  # K, B
     noise = agent.head.noise((len(batches), size), run.train_rng).to(device)  # [K + S, B, A]
@@ -138,6 +140,7 @@ def main() -> int:
 
             # 4. Log
             run.record_step()
+            run.evaluate(agent)
             if run.log_is_due:
                 run.log({"charts/learning_rate": args.policy_lr})
 

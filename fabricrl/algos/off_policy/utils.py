@@ -61,7 +61,7 @@ def restore_replay(run: Run, rb: ReplayBuffer, schedule: "UpdateSchedule") -> No
     Raises:
         CheckpointError: as `restore_buffer`.
     """
-    if run.state:
+    if run.state and run.path:
         with run.together(), reading(run.path):
             refill = not restore_buffer(rb, run.state, run.path, run.args, run.fabric)
             schedule.load_state_dict(run.state["schedule"], run.global_step, refill)

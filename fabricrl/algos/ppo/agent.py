@@ -21,6 +21,8 @@ class PPOAgent(nn.Module):
         actor:  features → MLP → head: distribution of actions [*, A]
         critic: features → MLP → value [*]
 
+    `masks` [*, S] say which discrete actions are allowed; None: all are.
+
     `forward` is the one gradient path. It takes observations as `prepare` returns them: they are normalised once a
     rollout, not once a minibatch.
 
@@ -59,9 +61,9 @@ class PPOAgent(nn.Module):
         self.reward_normalizer = RewardNormalizer() if norm_reward else None
 
     def forward(self, batch: Batch) -> Outputs:
-        """Prepared observations `obs` [B, ...] and `actions` [B, A] → log π(a|s), entropy, value; each [B]."""
+        """Prepared `obs` [B, ...], `actions` [B, A] and `masks` [B, S] → log π(a|s), entropy, value; each [B]."""
         features = self.features(batch.obs)
-        logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions)
+        logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions, batch.columns.get("masks"))
         return Outputs(logprobs, entropy, self.critic(features).squeeze(-1))
 
     def prepare(self, obs: Tensor) -> Tensor:
@@ -72,13 +74,13 @@ class PPOAgent(nn.Module):
         """Inputs of actor and critic, from prepared observations."""
         return inputs if self.encoder is None else self.encoder(inputs)
 
-    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+    def act(self, obs: Tensor, noise: Tensor, masks: Tensor | None = None) -> Tensor:
         """Draws actions [N, A] at raw observations [N, ...], from noise of `head.noise`. Only what acting needs."""
-        return self.head.sample(self.actor(self.features(self.prepare(obs))), noise)
+        return self.head.sample(self.actor(self.features(self.prepare(obs))), noise, masks)
 
-    def greedy(self, obs: Tensor) -> Tensor:
+    def greedy(self, obs: Tensor, masks: Tensor | None = None) -> Tensor:
         """The most likely actions [N, A] at raw observations [N, ...]."""
-        return self.head.mode(self.actor(self.features(self.prepare(obs))))
+        return self.head.mode(self.actor(self.features(self.prepare(obs))), masks)
 
     def value(self, obs: Tensor) -> Tensor:
         """V(s) [N] at raw observations [N, ...]."""

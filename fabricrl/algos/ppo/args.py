@@ -71,8 +71,10 @@ class PPOArgs(StandardArgs):
         None, "resize images to this height and width; None: leave them as they are", advanced=True
     )
     frame_stack: int = arg(1, "number of stacked frames, for observations with images")
-    preset: Literal["classic", "mujoco", "atari"] = arg(
-        "classic", "defaults for a family of tasks; --help --preset mujoco shows those of mujoco", "rollout and returns"
+    preset: Literal["classic", "mujoco", "atari", "tuned"] = arg(
+        "classic",
+        "defaults for a family of tasks, or tuned: those for this very environment; --help --preset mujoco shows them",
+        "rollout and returns",
     )
     num_steps: int = arg(128, "steps of each environment per iteration")
     gamma: float = arg(0.99, "discount γ")

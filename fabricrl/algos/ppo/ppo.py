@@ -5,11 +5,13 @@
     lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/ppo/ppo.py --env-id CartPole-v1
 
 Shapes: T steps, N environments of a rank, W ranks, D observation size, A action size, E epochs of M minibatches of
-B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a record with images.
+B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a record with images, S size of
+an action mask, if there are some.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -34,8 +36,8 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
     noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs = rb.seen(t).to(device)  # [N, R]
-            actions = player.act(obs, noise[t]).cpu().numpy()  # [N, A]
+            obs, mask = rb.stacked_obs(t).to(device), rb.mask(t, device)  # [N, R], [N, S]
+            actions = player.act(obs, noise[t], mask).cpu().numpy()  # [N, A]
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
             run.clock.lap("env")
@@ -44,7 +46,7 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
 
 
 @torch.no_grad()
-def shaped_rewards(run: Run, agent: PPOAgent, rb: RolloutBuffer) -> Tensor:
+def shaped_rewards(run: Run, agent: Any, rb: RolloutBuffer) -> Tensor:
     """The rewards that the critic learns, [T, N]: clipped to their sign, or scaled, if that is wanted."""
     rewards = rb.rewards.sign() if run.args.clip_reward else rb.rewards.clone()
     if agent.reward_normalizer is None:
@@ -57,7 +59,8 @@ def returns_and_advantages(run: Run, model: nn.Module, agent: PPOAgent, rb: Roll
     """The rollout as training data on the device, [T N, ...] each: what was seen and done, how likely, and how good."""
     args, device = run.args, run.fabric.device
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
-    data = Batch(obs=obs, actions=rb.actions.flatten(0, 1).to(device), counts=rb.counts(device))
+    actions = rb.actions.flatten(0, 1).to(device)  # [T N, A]
+    data = Batch(obs=obs, actions=actions, masks=rb.masks(device), counts=rb.counts(device))
     logprobs, values = evaluated(model, data, agent.rows_at_once)  # [T N]: the policy is still the one that acted
     with run.fabric.autocast():
         next_values = agent.prepared_value(next_obs).float()  # [N]
@@ -76,7 +79,7 @@ def evaluated(model: nn.Module, data: Batch, at_once: int | None) -> tuple[Tenso
     """log π(a|s) and V(s) of a rollout, [T N] each; of images some at a time, which stay in the caches."""
     rows = at_once or len(data.actions)
     starts = range(0, len(data.actions), rows)
-    parts = [model(Batch(obs=data.obs[i : i + rows], actions=data.actions[i : i + rows])) for i in starts]
+    parts = [model(data[i : i + rows]) for i in starts]
     logprobs, _, values = (torch.cat(column) for column in zip(*parts, strict=True))
     return logprobs, values
 
@@ -138,17 +141,19 @@ def main() -> int:
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RolloutBuffer(*shape, args.frame_stack, run.skips)
+        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.mask_size)
 
         # --- Start
         if run.records:
             with run.rehearsal():
                 train(run, epoch, returns_and_advantages(run, model, agent, rb), *run.numbers(0.0, 0.0))
-        rb.start(run.reset())
+        rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
 
             # 2. Returns and advantages
             data = returns_and_advantages(run, model, agent, rb)
@@ -160,14 +165,15 @@ def main() -> int:
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
             run.note(METRICS, train(run, epoch, data, *run.numbers(clip_coef, ent_coef)))
-            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

@@ -58,7 +58,7 @@ from fabricrl.utils.utils import anneal, explained_variance, freeze_gc, require
 ROWS = ("advantages", "returns", "values", "logprobs", "counts")  # of a share, [B]
 
 
-def make_messages(agent: PPOAgent, optimizer: Adam, count: int, args: PPODecoupledArgs) -> Messages:
+def make_messages(agent: PPOAgent, optimizer: Adam, count: int, args: PPODecoupledArgs, mask_size: int) -> Messages:
     """The packets that `count` trainers and their player exchange."""
     share, flat = args.num_steps * args.num_envs // count, optimizer.flat  # B
     vector, states = (flat.vector.shape, torch.float32), (count, 2, *torch.get_rng_state().shape)
@@ -66,6 +66,7 @@ def make_messages(agent: PPOAgent, optimizer: Adam, count: int, args: PPODecoupl
     data |= dict.fromkeys(("learning_rate", "clip_coef", "ent_coef"), REAL)
     data |= dict.fromkeys(ROWS, ((share,), torch.float32))
     data["obs"] = (share, *agent.obs_shape), agent.obs_dtype
+    data["masks"] = (share, mask_size), torch.bool
     data["actions"] = (share, agent.head.num_actions), agent.head.dtype
     answer = REPORT | {"losses": ((2, len(METRICS)), torch.float64), "weights": vector}
     moments = {"exp_avg": vector, "exp_avg_sq": vector, "steps": (flat.steps.shape, torch.float32)}
@@ -78,8 +79,10 @@ def divide(data: Batch, count: int) -> Iterator[dict[str, Tensor]]:
     What frames an observation is made of is put together here: it travels as it is seen.
     """
     counts = torch.ones_like(data.advantages) if data.counts is None else data.counts
+    data = data.with_columns(counts=counts)
     for rank in range(count):
-        yield {name: column[rank::count] for name, column in data.with_columns(counts=counts).columns.items()}
+        share = data[rank::count].columns
+        yield {name: column for name, column in share.items() if column is not None}
 
 
 def collect(trainers: Trainers, most: int, optimizer: Adam, losses: MeanMetrics) -> None:
@@ -104,18 +107,20 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RolloutBuffer(*shape, args.frame_stack, run.skips)
+        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.mask_size)
 
         # --- Start
         run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
-        rb.start(run.reset())
-        trainers.begin(make_messages(agent, optimizer, trainers.count, args), agent)  # -> [H]
+        rb.start(run.reset(), run.masks)
+        trainers.begin(make_messages(agent, optimizer, trainers.count, args, run.mask_size), agent)  # -> [H]
         lag = 0  # most that a rollout's policy was behind since the last entry
 
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             lag = max(lag, len(trainers.ahead))
             rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
 
             # 2. Returns and advantages
             data = returns_and_advantages(run, model, agent, rb)
@@ -131,20 +136,21 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             run.clock.lap("train")
             collect(trainers, max(args.max_lag, 1) - 1, optimizer, run.losses)  # <- [W]
             run.clock.lap("wait_player")
-            coefs = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
+            coefs: dict[str, Any] = {"learning_rate": learning_rate, "clip_coef": clip_coef, "ent_coef": ent_coef}
             trainers.send(divide(data, trainers.count), save=saves, skips=rb.skips, **coefs)  # -> [D]
             run.clock.lap("comm")
             collect(trainers, 0 if run.is_last or saves else args.max_lag, optimizer, run.losses)  # <- [W]
             run.clock.lap("wait_player")
-            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
                 run.charts, lag = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}, 0
-                explained = explained_variance(data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint
@@ -168,7 +174,7 @@ def trainer(args: PPODecoupledArgs, run: Run, channel: Channel) -> int:
         agent = make_agent(args, SimpleNamespace(**spaces))
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
         epoch = run.captured(partial(train_epoch, run.compiled(partial(update, run, model, optimizer)), args.norm_adv))
-        messages = make_messages(agent, optimizer, run.fabric.world_size, args)
+        messages = make_messages(agent, optimizer, run.fabric.world_size, args, run.mask_size)
 
         # --- Counters
         run.restore(agent=agent, optimizer=optimizer)
@@ -211,6 +217,7 @@ def share_of(packet: Packet, run: Run) -> Batch:
     """A trainer's share of the rollout, on its device."""
     names = ("obs", "actions", "logprobs", "values", "advantages", "returns")
     columns = {name: packet[name].to(run.fabric.device) for name in names}
+    columns["masks"] = packet["masks"].to(run.fabric.device) if run.mask_size > 0 else None
     return Batch(**columns, counts=packet["counts"].to(run.fabric.device) if packet["skips"] else None)
 
 

@@ -40,9 +40,12 @@ def make_policy(agent: PPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Ca
     frames = FrameStack(agent)
 
     @torch.inference_mode()
-    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> Any:
-        inputs = frames.add(obs, dones)
-        actions = agent.greedy(inputs) if greedy else agent.act(inputs, agent.head.noise((len(obs),), generator))
+    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray, masks: np.ndarray | None = None) -> Any:
+        inputs, allowed = frames.add(obs, dones), None if masks is None else torch.as_tensor(masks)
+        if greedy:
+            actions = agent.greedy(inputs, allowed)
+        else:
+            actions = agent.act(inputs, agent.head.noise((len(obs),), generator), allowed)
         return env_actions(envs.single_action_space, actions.numpy())
 
     return policy

@@ -28,6 +28,8 @@ class RecurrentPPOAgent(nn.Module):
 
         (previous action) | (previous reward) | state of the actor's core | state of the critic's, unless both share one
 
+    `masks` [*, S] say which discrete actions are allowed; None: all are.
+
     `forward` is the one gradient path. It takes observations as `prepare` returns them, once a rollout.
 
     Args:
@@ -94,7 +96,7 @@ class RecurrentPPOAgent(nn.Module):
         features = values = self.actor_core(inputs, states[:, : self.state_size], batch.layout)  # [B, H]
         if self.critic_core is not None:
             values = self.critic_core(inputs, states[:, self.state_size :], batch.layout)
-        logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions)
+        logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions, batch.columns.get("masks"))
         return Outputs(logprobs, entropy, self.critic(values).squeeze(-1))
 
     def prepare(self, obs: Tensor) -> Tensor:
@@ -117,15 +119,15 @@ class RecurrentPPOAgent(nn.Module):
         """Part of memories [*, M] that holds the cores' states."""
         return memory[..., self.num_prev :]
 
-    def act(self, obs: Tensor, memory: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def act(self, obs: Tensor, memory: Tensor, noise: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws actions [N, A] at raw observations [N, ...], from noise of `head.noise`; and the states after."""
         features, states = self._step(obs, memory)
-        return self.head.sample(self.actor(features), noise), states
+        return self.head.sample(self.actor(features), noise, masks), states
 
-    def greedy(self, obs: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def greedy(self, obs: Tensor, memory: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The most likely actions [N, A] at raw observations [N, ...]; and the cores' states after."""
         features, states = self._step(obs, memory)
-        return self.head.mode(self.actor(features)), states
+        return self.head.mode(self.actor(features), masks), states
 
     def remember(self, actions: Tensor, rewards: Tensor, states: Tensor) -> Tensor:
         """The memory [N, M] after a step with `actions` [N, A] and `rewards` [N] that left the cores in `states`."""

@@ -36,8 +36,8 @@ def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentR
     noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs = rb.seen(t).to(device)  # [N, R]
-            drawn, states = player.act(obs, rb.memory_rows[t], noise[t])
+            obs, mask = rb.stacked_obs(t).to(device), rb.mask(t, device)  # [N, R], and actions that are allowed
+            drawn, states = player.act(obs, rb.memory_rows[t], noise[t], mask)
             actions = drawn.cpu().numpy()  # [N, A]
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
@@ -54,12 +54,12 @@ def returns_and_advantages(
     """The rollout as training data on the device, environment by environment, [N T, ...] each."""
     args, device = run.args, run.fabric.device
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
-    memory, actions, counts = rb.memory.to(device), rb.actions.to(device), rb.counts(device)
+    memory, actions = rb.memory.to(device), rb.actions.to(device)
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
     columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
     columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
-    obs = obs.rows(by_env) if args.frame_stack > 1 else obs[by_env]
-    data = Batch(obs=obs, counts=None if counts is None else counts[by_env], **columns)
+    obs = obs[by_env] if isinstance(obs, Tensor) else obs.rows(by_env)
+    data = Batch(obs=obs, **columns, **Batch(masks=rb.masks(device), counts=rb.counts(device))[by_env].columns)
     with run.fabric.autocast():
         logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted
         next_values = agent.prepared_value(next_obs, memory[-1]).float()  # [N]
@@ -118,7 +118,8 @@ def main() -> int:
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RecurrentRolloutBuffer(*shape, agent.memory_size, args.frame_stack, run.skips, run.player_device)
+        rest = agent.memory_size, args.frame_stack, run.skips, run.player_device, run.mask_size
+        rb = RecurrentRolloutBuffer(*shape, *rest)
 
         # --- Start
         if run.records:
@@ -126,11 +127,13 @@ def main() -> int:
                 sequences = Sequences(rb.dones, args.sequence_length)
                 data = returns_and_advantages(run, agent, rb, sequences)
                 train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
-        rb.start(run.reset())
+        rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
 
             # 2. Returns and advantages
             sequences = Sequences(rb.dones, args.sequence_length)
@@ -143,14 +146,15 @@ def main() -> int:
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
             run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
-            if agent.obs_normalizer is not None:  # after the update: a rollout's actions and losses see the same one
-                agent.obs_normalizer.update(rb.vectors(rb.obs[:-1][~rb.skipped]).to(run.fabric.device), run.fabric)
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
             run.record_rollout(rb)
+            run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

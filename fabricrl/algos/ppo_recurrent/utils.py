@@ -24,17 +24,17 @@ def make_policy(agent: RecurrentPPOAgent, envs: VectorEnv, greedy: bool, seed: i
     actions = states = torch.empty(0)
 
     @torch.inference_mode()
-    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> Any:
+    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray, masks: np.ndarray | None = None) -> Any:
         nonlocal actions, states
-        inputs = frames.add(obs, dones)
+        inputs, allowed = frames.add(obs, dones), None if masks is None else torch.as_tensor(masks)
         memory = torch.zeros(len(obs), agent.memory_size)
         if len(states):
             memory = agent.remember(actions, torch.as_tensor(rewards, dtype=torch.float32), states)
             memory = torch.where(torch.as_tensor(dones)[:, None], 0.0, memory)
         if greedy:
-            actions, states = agent.greedy(inputs, memory)
+            actions, states = agent.greedy(inputs, memory, allowed)
         else:
-            actions, states = agent.act(inputs, memory, agent.head.noise((len(obs),), generator))
+            actions, states = agent.act(inputs, memory, agent.head.noise((len(obs),), generator), allowed)
         return env_actions(envs.single_action_space, actions.numpy())
 
     return policy

@@ -177,6 +177,7 @@ def main() -> int:
 
             # 4. Log
             run.record_step()
+            run.evaluate(agent)
             if run.log_is_due:
                 run.log({"charts/learning_rate": args.policy_lr})
 

@@ -60,6 +60,7 @@ from fabricrl.utils.decoupled import (
     STOP,
     Channel,
     EndedByPeerError,
+    Fields,
     Group,
     Messages,
     Packet,
@@ -95,7 +96,7 @@ def make_messages(learner: Learner, run: Run, count: int, args: SACDecoupledArgs
         data |= {name: (buffer.shape, buffer.dtype) for name, buffer in agent.obs_normalizer.state_dict().items()}
     weights = {"weights": (learner.actor_optimizer.flat.vector.shape, torch.float32)}
     answer = REPORT | {"noted": INTEGER, "losses": ((2, len(METRICS)), torch.float64)} | weights
-    stored = {name: (value.shape, value.dtype) for name, value in hand_over(learner).items()}
+    stored: Fields = {name: (value.shape, value.dtype) for name, value in hand_over(learner).items()}
     stored["generators"] = (count, 2, *torch.get_rng_state().shape), torch.uint8
     start = {"path": ((PATH_MAX,), torch.uint8), "obs": obs}
     fields = {"D": data, "W": answer, "O": stored, "S": start, "B": {"code": INTEGER, "refill": INTEGER}}
@@ -191,6 +192,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
 
             # 4. Log
             run.record_step()
+            run.evaluate(agent)
             if run.log_is_due:
                 run.charts, lag = {"charts/lag": lag, "time/wait_trainer": trainers.share_waited()}, 0
                 run.log({"charts/learning_rate": args.policy_lr})
@@ -274,7 +276,7 @@ def trainer(args: SACDecoupledArgs, run: Run, channel: Channel) -> int:
     refill = False
     with telling(partial(give_up, channel, messages, "B", speaks, iteration), FIRST_TRAINER):
         rb = make_buffer(run, folder)
-        if run.state:
+        if run.state and run.path:
             with run.together(), reading(run.path):
                 refill = not restore_buffer(rb, run.state, run.path, args, fabric)
     rb.start(begun["obs"].numpy())
@@ -336,9 +338,8 @@ def report(channel: Channel, signal: int, metrics: dict[str, Tensor]) -> dict[st
 
 def add(rb: ReplayBuffer, packet: Packet) -> None:
     """[D] into the buffer."""
-    names = ("actions", "next_obs", "rewards", "terminated", "truncated", "final_obs")
-    *step, final_obs = (packet[name].numpy() for name in names)
-    rb.add(*step, {"final_obs": final_obs})
+    step = {name: packet[name].numpy() for name in ("actions", "next_obs", "rewards", "terminated", "truncated")}
+    rb.add(**step, infos={"final_obs": packet["final_obs"].numpy()})
 
 
 def main() -> int:

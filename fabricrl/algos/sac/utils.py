@@ -1,6 +1,7 @@
 """Names that evaluate.py looks for, of SAC."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,12 @@ __all__ = ["ACTION_SPACES", "make_agent", "make_policy"]  # what evaluate.py loo
 def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., np.ndarray]:
     """A function (observations [N, D]; rewards and dones [N] of the step before) → actions for `envs.step`."""
     generator = torch.Generator().manual_seed(seed)
+    action_space: Any = envs.single_action_space
 
     @torch.inference_mode()
-    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray, masks: None = None) -> np.ndarray:
         inputs = torch.as_tensor(obs, dtype=torch.float32)
         actions = agent.greedy(inputs) if greedy else agent.act(inputs, agent.head.noise((len(obs),), generator))
-        return rescale_actions(envs.single_action_space, actions.numpy())
+        return rescale_actions(action_space, actions.numpy())
 
     return policy

@@ -1,0 +1,72 @@
+"""Evaluation while an agent trains, which training does not notice."""
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
+
+from fabricrl.envs.backends import info_keys
+from fabricrl.envs.guard import generators_kept
+from fabricrl.envs.play import Episodes, play
+from fabricrl.envs.vector import make_eval_envs
+from fabricrl.utils.ranks import gather_rows
+from fabricrl.utils.utils import EVAL_STREAM, HALF, stream_seed
+
+
+class Evaluation:
+    """Plays a copy of the agent greedily, normalisers frozen, on environments and with seeds of its own.
+
+    Each rank has its share of the episodes. Seeds are those of the run and the step, so that a run that is resumed
+    plays the same episodes again.
+
+    Args:
+        algo: the algorithm, whose `utils.py` makes the policy.
+        envs: those in training: as many are played side by side, and in the same way.
+        masked: whether they have action masks.
+
+    Raises:
+        ConfigError, EnvError: the environments cannot be built.
+    """
+
+    def __init__(self, args: Any, algo: str, fabric: Any, envs: VectorEnv, masked: bool = False) -> None:
+        self._args, self._fabric, rank = args, fabric, fabric.global_rank
+        self._utils: Any = importlib.import_module(f"fabricrl.algos.{algo}.utils")
+        self._episodes = len(range(rank, args.eval_episodes, fabric.world_size))
+        num_envs = min(self._episodes, args.num_envs)
+        self._envs = make_eval_envs(args, rank, num_envs, masked, envs) if num_envs else None
+        self._keys = info_keys(args)
+
+    def play(self, agent: nn.Module, step: int, after_step: Callable[[int], Any]) -> Tensor:
+        """Plays this rank's share of the episodes: returns, lengths, and K numbers that were told, [E, 2 + K].
+
+        Raises:
+            EnvError, NonFiniteError: what an environment did, or what came from it.
+        """
+        if self._envs is None:
+            return torch.empty(0, 2 + len(self._keys), dtype=torch.float64)
+        seed = stream_seed(self._args.seed, EVAL_STREAM, step, self._fabric.global_rank)
+        with generators_kept():
+            player = copy.deepcopy(agent).cpu().eval()
+            policy = self._utils.make_policy(player, self._envs, True, seed)
+            episodes = play(self._envs, policy, self._episodes, seed % (HALF - self._envs.num_envs), after_step)
+        self._envs.take_episode_infos()  # type: ignore[attr-defined]  # which are here already
+        columns = episodes.returns, episodes.lengths, *episodes.infos.values()
+        return torch.from_numpy(np.stack(columns, 1).astype(np.float64))
+
+    def charts(self, played: Tensor) -> dict[str, float]:
+        """Charts of the episodes [E, 2 + K] of all ranks, which call it together."""
+        returns, lengths, *told = gather_rows(self._fabric, played).T.numpy()
+        summary = Episodes(returns, lengths, dict(zip(self._keys, told, strict=True))).summary()
+        names = ["return_mean", "return_std", "return_min", "return_max", "length_mean"]
+        names += [f"{key}_mean" for key in self._keys if f"{key}_mean" in summary]
+        return {f"eval/{name}": float(summary[name]) for name in names}
+
+    def close(self) -> None:
+        """Closes the environments."""
+        if self._envs is not None:
+            self._envs.close()

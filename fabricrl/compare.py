@@ -1,0 +1,334 @@
+"""Compares runs: learning curves, final returns, sample efficiency and time, with intervals over seeds.
+
+python fabricrl/compare.py logs/ppo/CartPole-v1 --out compare.png
+python fabricrl/compare.py ours='logs/ppo/CartPole-v1/*' sb3='runs/PPO_*' --metric eval/return_mean
+python fabricrl/compare.py logs/sac --threshold -200 --json
+
+Runs that differ in nothing but their seed form a group. Logs may be ours (TensorBoard or CSV), CleanRL's or
+Stable-Baselines3's.
+"""
+
+import argparse
+import csv
+import glob
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fabricrl.utils.ending import run_script
+from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
+from fabricrl.utils.utils import require
+
+TAGS = ("charts/episodic_return", "rollout/ep_rew_mean")  # ours and CleanRL's; Stable-Baselines3's
+POINTS = 100  # of a curve
+# Arguments that do not make another experiment of a run
+INCIDENTAL = {
+    "seed", "seeds", "jobs", "log_dir", "logger", "log_every", "track", "wandb_project_name", "wandb_entity",
+    "save_model", "checkpoint_every", "keep_checkpoints", "checkpoint_buffer", "upload_model", "hf_entity", "resume",
+    "capture_video", "video_every", "node_rank", "main_address", "main_port", "timeout",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Log:
+    """A run's log.
+
+    Attributes:
+        name: how the run is called where its arguments are not known.
+        arguments: what args.json holds; of other projects' runs nothing.
+        steps, returns: [K] each, the entries of the metric.
+        seconds: from the first entry to the last; NaN if the log does not tell.
+    """
+
+    folder: Path
+    name: str
+    arguments: dict[str, Any]
+    steps: np.ndarray
+    returns: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment.
+
+    Attributes:
+        grid: environment steps [G] at which the curves are compared, up to where the shortest run ends.
+        curves: returns [S, G] of each seed there; NaN before its first episode has ended.
+        finals: mean return [S] over the last part of each run.
+        seconds: [S], of each run.
+    """
+
+    env_id: str
+    name: str
+    grid: np.ndarray
+    curves: np.ndarray
+    finals: np.ndarray
+    seconds: np.ndarray
+
+
+def find_logs(where: str) -> list[Path]:
+    """Folders of runs that a path or a pattern names, or that lie below it, in order.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    places = sorted(map(Path, glob.glob(str(Path(where).expanduser()))))
+    kinds = "metrics.csv", "events.out.tfevents.*"
+    folders = sorted({file.parent for place in places for kind in kinds for file in place.rglob(kind)})
+    if not folders:
+        raise ConfigError(f"{where}: no run there; one is a folder with TensorBoard events or metrics.csv")
+    return folders
+
+
+def read_log(folder: Path, metric: str = "") -> Log:
+    """Reads one metric of a run; without a name, that of the training episodes' returns.
+
+    Raises:
+        ConfigError: the log cannot be read, or does not have the metric.
+    """
+    tags = (metric,) if metric else TAGS
+    read = _read_csv if (folder / "metrics.csv").exists() else _read_events
+    try:
+        columns, seconds = read(folder)
+        arguments = json.loads(path.read_text()) if (path := folder / "args.json").exists() else {}
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder}: its log cannot be read: {error}") from error
+    for tag in tags:
+        if tag in columns:
+            steps, returns = columns[tag]
+            return Log(folder, _name_of(folder), arguments, steps, returns, seconds)
+    known = ", ".join(sorted(columns)) or "nothing"
+    raise ConfigError(f"{folder} has no entries of {' or '.join(tags)}; it has {known}")
+
+
+def _read_csv(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
+    """Tag → steps and values, and the seconds, which follow from the last speed."""
+    entries: dict[str, list[tuple[int, float]]] = {}
+    with (folder / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            for tag, value in row.items():
+                if value and tag != "step":
+                    entries.setdefault(tag, []).append((int(row["step"]), float(value)))
+    columns = {tag: _columns(pairs) for tag, pairs in entries.items()}
+    steps, speeds = columns.get("charts/SPS", (np.array([np.nan]), np.array([1.0])))
+    return columns, float(steps[-1] / max(speeds[-1], 1e-9))
+
+
+def _read_events(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
+    """Tag → steps and values, and the seconds between first and last entry. What a resumed run redid counts once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    times, columns = [], {}
+    for tag in events.Tags()["scalars"]:
+        scalars = events.Scalars(tag)
+        times += [scalars[0].wall_time, scalars[-1].wall_time]
+        columns[tag] = _columns([(scalar.step, scalar.value) for scalar in scalars])
+    return columns, max(times) - min(times) if times else float("nan")
+
+
+def _columns(pairs: Iterable[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values [K] each, in order of the steps, without those that are not finite."""
+    finite = sorted((step, value) for step, value in pairs if np.isfinite(value))
+    steps, values = zip(*finite, strict=True) if finite else ((), ())
+    return np.array(steps), np.array(values)
+
+
+def _name_of(folder: Path) -> str:
+    """A run's name without seed and time: `PPO` of `PPO_3`, `Ant-v4 ppo` of `Ant-v4__ppo__1__1700000000`."""
+    parts = folder.name.split("__")
+    return " ".join(parts[:2]) if len(parts) == 4 else re.sub(r"(_\d[\d-]*)+$", "", folder.name)
+
+
+def group_logs(named: Sequence[tuple[str, Log]], final: float = 0.1) -> list[Group]:
+    """Groups logs whose arguments differ in the seed alone; `name=…` on the command line makes a group as well.
+
+    Args:
+        named: name that the command line gives, or "", and log.
+        final: share of a run, its last, over which its final return is the mean.
+    """
+    told = [log.arguments for _, log in named if log.arguments]
+    shared = set.intersection(*(set(arguments) for arguments in told)) if told else set()
+    telling = {name for name in shared - INCIDENTAL - {"env_id"} if len({str(a[name]) for a in told}) > 1}
+    groups: dict[tuple[str, str], list[Log]] = {}
+    for given, log in named:
+        a = log.arguments
+        changed = [f"{name.replace('_', '-')}={a[name]}" for name in sorted(telling - {"exp_name"})] if a else []
+        algo = a.get("exp_name") or (log.folder.parent.parent.name if a else log.name)
+        groups.setdefault((a.get("env_id", ""), given or " ".join([algo, *changed])), []).append(log)
+    return [make_group(env_id, name, logs, final) for (env_id, name), logs in groups.items()]
+
+
+def make_group(env_id: str, name: str, logs: Sequence[Log], final: float = 0.1) -> Group:
+    """Puts logs of one experiment beside each other.
+
+    Raises:
+        ConfigError: no episode has ended in one of them.
+    """
+    for log in logs:
+        if not len(log.steps):
+            raise ConfigError(f"{log.folder}: no episode has ended in it")
+    end = min(log.steps[-1] for log in logs)
+    edges = np.linspace(0, end, POINTS + 1)
+    curves = np.stack([resample(log.steps, log.returns, edges) for log in logs])  # [S, G]
+    finals = [log.returns[(log.steps > end * (1 - final)) & (log.steps <= end)] for log in logs]
+    ends = [log.returns[log.steps <= end][-1:] for log in logs]  # of a run with few entries
+    means = [(last if len(last) else one).mean() for last, one in zip(finals, ends, strict=True)]
+    return Group(env_id, name, edges[1:], curves, np.array(means), np.array([log.seconds for log in logs]))
+
+
+def resample(steps: np.ndarray, returns: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Means of the returns [K] between each two of the edges [G + 1]: [G].
+
+    A stretch without entries lies on the line between its neighbours, and is NaN before the first entry.
+    """
+    place = np.clip(np.searchsorted(edges, steps, side="left") - 1, 0, len(edges) - 2)
+    inside = steps <= edges[-1]
+    counts = np.bincount(place[inside], minlength=len(edges) - 1)
+    sums = np.bincount(place[inside], returns[inside], minlength=len(edges) - 1)
+    have = np.flatnonzero(counts)
+    return np.interp(np.arange(len(counts)), have, sums[have] / counts[have], left=np.nan)
+
+
+def steps_to(group: Group, threshold: float) -> np.ndarray:
+    """Environment steps [S] at which each seed's curve first reaches the threshold; infinite if it never does."""
+    reached = group.curves >= threshold  # [S, G]; NaN is below
+    return np.where(reached.any(1), group.grid[reached.argmax(1)], np.inf)
+
+
+def summarise(groups: Sequence[Group], threshold: float | None = None) -> list[dict[str, Any]]:
+    """Returns a row a group: its final return, sample efficiency and time, beside the first group of its environment.
+
+    Args:
+        threshold: return that counts as solved; None: nine tenths of the way from the lowest start of a curve to the
+            highest final return, in each environment.
+    """
+    rows = []
+    for group in groups:
+        peers = [other for other in groups if other.env_id == group.env_id]
+        goal = _goal(peers) if threshold is None else threshold
+        low, high = interval(group.finals)
+        row: dict[str, Any] = {"env": group.env_id, "group": group.name, "seeds": len(group.finals)}
+        row |= {"iqm": float(iqm(group.finals)), "iqm_low": float(low), "iqm_high": float(high)}
+        row |= {"mean": float(group.finals.mean()), "std": float(group.finals.std())}
+        row |= {"steps": int(group.grid[-1]), "seconds": float(group.seconds.mean())}
+        row |= {"threshold": float(goal), "steps_to_threshold": float(np.median(steps_to(group, goal)))}
+        better = better_low = better_high = np.array(np.nan)  # than itself
+        if group is not peers[0]:
+            samples = group.finals, peers[0].finals
+            better = probability_of_improvement(*samples)
+            better_low, better_high = interval(*samples, statistic=probability_of_improvement)
+        row |= {"better": float(better), "better_low": float(better_low), "better_high": float(better_high)}
+        rows.append(row)
+    return rows
+
+
+def _goal(groups: Sequence[Group]) -> float:
+    start = min(float(curve[np.isfinite(curve)][0]) for group in groups for curve in group.curves)
+    return start + 0.9 * (max(float(iqm(group.finals)) for group in groups) - start)
+
+
+def markdown(rows: Sequence[dict[str, Any]], first: dict[str, str]) -> str:
+    """The rows as a table; `first` names the group of each environment that the others are held against."""
+    head = ("environment", "runs", "seeds", "final return, IQM [95 %]", "mean ± std", "steps", "steps to", "seconds")
+    lines = [[*head, "better than the first"]]
+    for row in rows:
+        reached = f"{row['steps_to_threshold']:.0f}" if np.isfinite(row["steps_to_threshold"]) else "never"
+        cells = [row["env"], row["group"], str(row["seeds"]), _between(row["iqm"], row["iqm_low"], row["iqm_high"], 1)]
+        cells += [f"{row['mean']:.1f} ± {row['std']:.1f}", str(row["steps"]), f"{reached} ({row['threshold']:.4g})"]
+        cells += [f"{row['seconds']:.0f}" if np.isfinite(row["seconds"]) else "", ""]
+        if row["group"] != first[row["env"]]:
+            cells[-1] = _between(row["better"], row["better_low"], row["better_high"], 2)
+        lines.append([cell.replace("|", r"\|") for cell in cells])
+    lines.insert(1, ["-"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _between(value: float, low: float, high: float, digits: int) -> str:
+    known = np.isfinite(low)  # one seed has no interval
+    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if known else "")
+
+
+def plot(groups: Sequence[Group], path: Path, metric: str) -> None:
+    """Draws a panel an environment: interquartile means over seeds, and their 95 % intervals as bands."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    env_ids = list(dict.fromkeys(group.env_id for group in groups))
+    size = 6 * len(env_ids), 4
+    figure, panels = plt.subplots(1, len(env_ids), figsize=size, squeeze=False)
+    for env_id, axes in zip(env_ids, panels[0], strict=True):
+        for group in groups:
+            if group.env_id == env_id:
+                draw_curve(axes, group)
+        axes.set(title=env_id, xlabel="environment steps", ylabel=metric or "return of training episodes")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=8)
+    try:
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out is {path}: it cannot be written: {reason}") from error
+    plt.close(figure)
+
+
+def draw_curve(axes: Any, group: Group) -> None:
+    """Draws one group's interquartile mean, its interval as a band, and its seeds as thin lines."""
+    shown = np.isfinite(group.curves).all(0)
+    grid, curves = group.grid[shown], group.curves[:, shown]
+    (line,) = axes.plot(grid, iqm(curves), label=f"{group.name} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+    if len(curves) > 1 and shown.any():
+        axes.fill_between(grid, *interval(curves), color=line.get_color(), alpha=0.2, linewidth=0)
+    for curve in curves if len(curves) > 1 else ():
+        axes.plot(grid, curve, color=line.get_color(), alpha=0.25, linewidth=0.6)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUNS", help="run folders, folders of them, or patterns")
+    parser.add_argument("--out", type=Path, help="picture to draw: png, svg or pdf; tables go beside it (.md, .csv)")
+    parser.add_argument("--metric", default="", help="tag to compare (default: the returns of training episodes)")
+    parser.add_argument("--final", type=float, default=0.1, help="last share of a run for its final return (0.1)")
+    parser.add_argument("--threshold", type=float, help="return whose first steps are told (default: 0.9 of the way)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    options = parser.parse_args()
+    require(0 < options.final <= 1, "final", options.final, "above 0, at most 1")
+
+    named = []
+    for operand in options.runs:
+        name, equals, where = operand.partition("=")
+        name, where = (name, where) if equals and "/" not in name else ("", operand)
+        named += [(name, folder) for folder in find_logs(where)]
+    bar = tqdm(named, desc="logs", disable=None, leave=False)  # none without a terminal
+    groups = group_logs([(name, read_log(folder, options.metric)) for name, folder in bar], options.final)
+    rows = summarise(groups, options.threshold)
+    first: dict[str, str] = {}
+    for row in rows:
+        first.setdefault(row["env"], row["group"])
+    if options.out is not None:
+        plot(groups, options.out, options.metric)
+        options.out.with_suffix(".md").write_text(markdown(rows, first) + "\n")
+        with options.out.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    print(json.dumps(rows) if options.json else markdown(rows, first))
+    if min(row["seeds"] for row in rows) < 5:
+        print("note: over fewer than five seeds, an interval is narrower than it should be", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,214 @@
+"""Trains over several seeds, and every combination of a grid of arguments, side by side; then compares the runs.
+
+python fabricrl/sweep.py ppo --env-id CartPole-v1 --grid learning-rate=1e-4,1e-3 num-envs=1,4 --seeds 3 --jobs 2
+python fabricrl/sweep.py sac --env-id Pendulum-v1 --seeds 5 --jobs 2 --out logs/pendulum.png
+
+What is not listed below goes to the algorithm's script.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fabricrl.compare import group_logs, markdown, plot, read_log, summarise
+from fabricrl.utils.ending import run_script
+from fabricrl.utils.errors import ConfigError, RunError
+from fabricrl.utils.utils import require
+
+ALGOS = Path(__file__).parent / "algos"
+RESULT = re.compile(r"^result .*checkpoint=(.*)$", re.MULTILINE)
+GRACE = 30.0  # seconds for a run to save when the sweep is interrupted
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """End of a run.
+
+    Attributes:
+        folder: the run's folder; None if it did not come to a checkpoint.
+        error: the last line of its standard error, if the code is not 0.
+    """
+
+    command: Sequence[str]
+    code: int
+    folder: Path | None
+    error: str
+
+
+def scripts() -> dict[str, Path]:
+    """Name on the command line → script, for every algorithm there is a folder of: `ppo-decoupled` and so on."""
+    found = sorted(ALGOS.glob("*/*.py"))
+    return {path.stem.replace("_", "-"): path for path in found if path.stem.startswith(path.parent.name)}
+
+
+class Pool:
+    """Runs commands side by side, `jobs` at a time, and ends those that run when it is left early."""
+
+    def __init__(self, jobs: int) -> None:
+        self._threads = ThreadPoolExecutor(jobs)
+        self._running: set[subprocess.Popen] = set()
+        self._stopping = False
+
+    def run(self, commands: Sequence[Sequence[str]]) -> list[Outcome]:
+        """Runs all commands. One that ends in code 2 has arguments that do not fit, and ends the rest.
+
+        Interrupted, it asks those that run to stop, and waits until they have saved.
+
+        Raises:
+            ConfigError: a command has ended in code 2.
+        """
+        jobs = [self._threads.submit(self._run, command) for command in commands]
+        bar = tqdm(total=len(jobs), desc="runs", disable=None)  # none without a terminal
+        try:
+            for job in as_completed(jobs):
+                bar.update()
+                if job.result().code == ConfigError.exit_code:
+                    raise ConfigError(job.result().error)
+        except BaseException:
+            self._stop()
+            raise
+        finally:
+            bar.close()
+            self._threads.shutdown(cancel_futures=True)
+        return [job.result() for job in jobs]
+
+    def _run(self, command: Sequence[str]) -> Outcome:
+        if self._stopping:
+            return Outcome(command, 128 + signal.SIGTERM, None, "")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._running.add(process)
+        out, err = process.communicate()
+        self._running.discard(process)
+        result, lines = RESULT.search(out), err.strip().splitlines()
+        folder = Path(result[1]).parent.parent if result and result[1] != "None" else None
+        error = lines[-1].removeprefix("error: ") if lines and process.returncode else ""
+        return Outcome(command, process.returncode, folder, error)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for process in list(self._running):
+            process.send_signal(signal.SIGTERM)
+        for process in list(self._running):
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def grid(texts: Sequence[str]) -> list[list[str]]:
+    """Flags of every combination of `name=value,value,…`.
+
+    Raises:
+        ConfigError: a text has no values, or names an argument twice.
+    """
+    axes: dict[str, list[list[str]]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        flag = "--" + name.removeprefix("--").replace("_", "-")
+        require(bool(equals and name and all(values.split(","))), "grid", repr(text), "name=value,value,...")
+        require(flag not in axes, "grid", repr(text), "given once for each argument")
+        axes[flag] = [_flags(flag, value) for value in values.split(",")]
+    return [list(itertools.chain(*flags)) for flags in itertools.product(*axes.values())]
+
+
+def _flags(flag: str, value: str) -> list[str]:
+    """A flag with its value; of switches `--compile` and `--no-compile`."""
+    if value.lower() in ("true", "false"):
+        return [flag if value.lower() == "true" else flag.replace("--", "--no-", 1)]
+    return [f"{flag}={value}"]
+
+
+def train(base: Sequence[str], combinations: Sequence[Sequence[str]], seeds: Sequence[int], jobs: int) -> list[Outcome]:
+    """Runs a command once for each combination of flags and each seed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # after the runs have been stopped
+    commands = [[*base, *flags, "--seed", str(seed)] for flags in combinations for seed in seeds]
+    return Pool(jobs).run(commands)
+
+
+def run_seeds(seed: int, seeds: int, jobs: int, log_dir: str) -> int:
+    """Runs the command of this process once a seed, without `--seeds`, and compares the runs: the exit code.
+
+    Raises:
+        ConfigError: a launcher has started this process, or it resumes a run, which has one seed.
+    """
+    launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+    require(not launched, "seeds", seeds, "1 under a launcher: use --devices, or start a command a seed")
+    words = _without(sys.orig_argv[1:], "seeds", "jobs", "seed", "log-dir")
+    require(not any(re.match("--resume(=|$)", word) for word in words), "seeds", seeds, "1 beside --resume")
+    return report(
+        train([sys.executable, *words, *_folder(log_dir)], [[]], range(seed, seed + seeds), jobs), None, False
+    )
+
+
+def _without(words: Sequence[str], *names: str) -> list[str]:
+    """A command line without some flags and their values."""
+    kept, skip = [], False
+    for word in words:
+        name, equals, _ = word.removeprefix("--").replace("_", "-").partition("=")
+        if skip:
+            skip = False
+        elif word.startswith("--") and name in names:
+            skip = not equals
+        else:
+            kept.append(word)
+    return kept
+
+
+def _folder(log_dir: str) -> list[str]:
+    """The flag that gives a sweep's runs a folder of their own."""
+    return ["--log-dir", str(Path(log_dir) / f"sweep_{datetime.now():%Y%m%d-%H%M%S}")]
+
+
+def report(outcomes: Sequence[Outcome], out: Path | None, as_json: bool) -> int:
+    """Prints the comparison of the runs that came to their end, and what became of the others: the exit code."""
+    for outcome in outcomes:
+        if outcome.code:
+            print(f"failed: {shlex.join(outcome.command[1:])}: {outcome.error}", file=sys.stderr)
+    folders = sorted(outcome.folder for outcome in outcomes if outcome.folder is not None and not outcome.code)
+    code = next((outcome.code for outcome in outcomes if outcome.code), 0)
+    if not folders:
+        return code or RunError.exit_code
+    groups = group_logs([("", read_log(folder)) for folder in folders])
+    rows = summarise(groups)
+    rows.sort(key=lambda row: -row["iqm"])
+    if out is not None:
+        plot(groups, out, "")
+    print(json.dumps(rows) if as_json else markdown(rows, {groups[0].env_id: groups[0].name}))
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("algo", choices=scripts(), help="the algorithm to train with")
+    parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=V,V", help="an argument, and values to try")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each combination (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="the first seed, S (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
+    parser.add_argument("--log-dir", default="logs", help="a folder for this sweep's runs is made in it")
+    parser.add_argument("--out", type=Path, help="picture of the learning curves: png, svg or pdf")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    options, rest = parser.parse_known_args()
+    require(options.seeds >= 1, "seeds", options.seeds, "at least 1")
+    require(options.jobs >= 1, "jobs", options.jobs, "at least 1")
+    base = [sys.executable, str(scripts()[options.algo]), *rest, *_folder(options.log_dir)]
+    seeds = range(options.seed, options.seed + options.seeds)
+    return report(train(base, grid(options.grid), seeds, options.jobs), options.out, options.json)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,222 @@
+"""The other ranks: which of them live, and for which one this rank waits in vain."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from fabricrl.utils.errors import LostPeerError
+
+MINUTES = 10.0  # that a rank waits for another, unless it is told otherwise
+OFTEN = 5.0  # seconds between two signs of life, at most
+ROLL_CALL = 2.0  # seconds in which a rank that waits says so when it is asked
+LAST_RESORT = 30.0  # seconds after the time is up in which the main thread should have noticed
+
+
+def patience(minutes: float) -> timedelta:
+    """`--timeout` as PyTorch takes it; 0: for ever, which is as long as it can count."""
+    return timedelta(minutes=minutes) if minutes else timedelta(days=10_000)
+
+
+def waited(seconds: float) -> str:
+    """How long somebody has waited, in words."""
+    long = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
+    return f"for {long} (see --timeout)"
+
+
+def process_state(pid: int) -> str:
+    """The letter that Linux has for a process's state: T if it has been stopped, empty if it has ended."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+    return "" if letter in "ZX" else letter
+
+
+class Peers:
+    """The ranks as they show themselves in the store where they meet.
+
+    A thread notes there every few seconds that this rank lives, and when the others have last done so. Gloo gives up
+    by itself where a rank does not come; NCCL in a CUDA graph does not, and there the thread ends the process.
+
+    Args:
+        address, port: of the store.
+        rank, world_size: this rank, of how many.
+        minutes: how long to wait for another rank; 0: for ever.
+        keeps_store: the store is that of rank 0, and gone with it.
+
+    Raises:
+        LostPeerError: nobody answers there in this time.
+    """
+
+    def __init__(
+        self, address: str, port: int, rank: int, world_size: int, minutes: float, keeps_store: bool = True
+    ) -> None:
+        self.rank, self.world_size, self.seconds = rank, world_size, patience(minutes).total_seconds()
+        self._place, self._keeps_store = (address, port), keeps_store
+        self._often = min(OFTEN, self.seconds / 8)
+        self._prefix = f"fabricrl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._signs: dict[int, str] = {}  # of life, by rank: a number that grows, and where the rank is
+        self._clock, self._changed = 0.0, dict.fromkeys(range(world_size), 0.0)
+        self._looked, self._was_away = time.monotonic(), False
+        try:
+            self._store = self._connect(self.seconds)
+        except (OSError, RuntimeError) as error:
+            raise LostPeerError(f"rank {rank} has found nobody at {address}:{port} {self.waited}") from error
+        self._note(0)
+        self._over = threading.Event()
+        for task in (self._attend, self._watch):
+            threading.Thread(target=task, name="peers", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._over.set()
+
+    @property
+    def waited(self) -> str:
+        """Time that a rank waits, in words."""
+        return waited(self.seconds)
+
+    def _connect(self, seconds: float) -> TCPStore:
+        """Raises OSError or RuntimeError if nobody answers in this time."""
+        deadline = time.monotonic() + seconds
+        while True:  # PyTorch waits for somebody, too, but prints pages if nobody comes
+            try:
+                socket.create_connection(self._place, min(seconds, 60)).close()
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+        return TCPStore(*self._place, None, False, timeout=timedelta(seconds=seconds))
+
+    def _key(self, what: str, rank: int) -> str:
+        return f"{self._prefix}/{what}/{rank}"
+
+    # --- signs of life, in a thread of their own
+
+    def _note(self, number: int) -> None:
+        self._store.set(self._key("lives", self.rank), f"{number} {os.getpid()} {_machine()}")
+        for rank in range(self.world_size):
+            key = self._key("lives", rank)
+            sign = self._store.get(key).decode() if self._store.check([key]) else ""
+            if sign != self._signs.get(rank, ""):  # "": it has not come
+                self._signs[rank], self._changed[rank] = sign, self._clock
+
+    def _attend(self) -> None:
+        """Notes that this rank lives, again and again."""
+        number = 0
+        with contextlib.suppress(RuntimeError):  # the store is gone: then this rank's next message fails, too
+            while not self._over.wait(self._often):
+                number += 1
+                self._note(number)
+
+    def _watch(self) -> None:
+        """Ends the process some time after another's time is up, where the main thread does not notice.
+
+        Each pause counts as two at most: a job that was suspended as a whole has not waited.
+        """
+        while not self._over.wait(self._often):
+            self._was_away = self._is_away()
+            now = time.monotonic()
+            self._clock, self._looked = self._clock + min(now - self._looked, 2 * self._often), now
+            came = self._others(lambda rank: rank in self._signs)
+            if any(self._quiet(rank) > self.seconds + LAST_RESORT for rank in came):
+                who, first = self.roll_call()
+                if first:
+                    print(f"error: rank {self.rank} has waited {self.waited}; {who}", file=sys.stderr, flush=True)
+                os._exit(LostPeerError.exit_code)
+
+    def _is_away(self) -> bool:
+        """Tells if this process itself has been stopped, for so long that the others have left."""
+        return self._was_away or time.monotonic() - self._looked > 0.75 * self.seconds
+
+    def _quiet(self, rank: int) -> float:
+        """Seconds since a rank's last sign of life."""
+        return self._clock - self._changed[rank]
+
+    # --- who is missing
+
+    def roll_call(self) -> tuple[str, bool]:
+        """Says which ranks are missing, and whether this one is the first to ask, and so the one to tell.
+
+        All that wait, and those whose messages have failed since another left, answer. Ranks of this machine that have
+        been stopped are woken, to find out that the others have left, which have told.
+        """
+        missing, first = [0], self._first_of_node() and not self._is_away()
+        answer: list[tuple[list[int], bool]] = []
+        asking = threading.Thread(target=self._ask, args=(answer,), daemon=True)
+        asking.start()  # a store whose process has been stopped never answers
+        asking.join(ROLL_CALL + 3)
+        if answer:
+            missing, first = answer[0]
+        elif not self._keeps_store:
+            return "the launcher does not answer", first
+        text = "; ".join(map(self._describe, missing))
+        for rank in missing:
+            if self._state(rank) in ("T", "t"):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(int(self._signs[rank].split()[1]), signal.SIGCONT)
+                asking.join(ROLL_CALL)  # where it keeps the store, it finds there that this rank has asked
+        return text, first
+
+    def _ask(self, answer: list[tuple[list[int], bool]]) -> None:
+        """Adds the ranks that are missing, and whether nobody has asked before; nothing if the store is gone."""
+        try:
+            store = self._connect(ROLL_CALL)
+            store.set(self._key("waits", self.rank), "")
+            deadline = time.monotonic() + ROLL_CALL
+            missing = self._others(lambda rank: not store.check([self._key("waits", rank)]))
+            while missing and not any(map(self._is_gone, missing)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+                missing = self._others(lambda rank: not store.check([self._key("waits", rank)]))
+            time.sleep(1.0 if self._is_away() else 0.0)  # those that were not know more
+            first = store.add(f"{self._prefix}/told", 1) == 1
+        except (OSError, RuntimeError):
+            return
+        gone = [rank for rank in missing if self._is_gone(rank)]
+        quiet = [rank for rank in missing if self._quiet(rank) > 3 * self._often]
+        answer.append((gone or quiet or missing, first))
+
+    def _others(self, condition: Callable[[int], bool]) -> list[int]:
+        return [rank for rank in range(self.world_size) if rank != self.rank and condition(rank)]
+
+    def _state(self, rank: int) -> str | None:
+        """The state of a rank's process; None if it is not known here."""
+        sign = self._signs.get(rank, "").split(maxsplit=2)
+        return process_state(int(sign[1])) if sign and sign[2] == _machine() else None
+
+    def _is_gone(self, rank: int) -> bool:
+        return rank in self._signs and self._state(rank) in ("", "T", "t")
+
+    def _describe(self, rank: int) -> str:
+        sign, state = self._signs.get(rank, "").split(), self._state(rank)
+        if not sign:
+            return f"rank {rank} has not come"
+        if state is None:
+            what = "does not answer"
+        elif state in ("T", "t"):
+            what = "has been stopped"
+        else:
+            what = "runs, but has not come to where the others wait" if state else "has ended"
+        return f"rank {rank}, process {sign[1]} of {sign[2]}, {what}"
+
+    def _first_of_node(self) -> bool:
+        """Tells if this is the first rank of its machine but for rank 0, whose store does not answer."""
+        here = [rank for rank, sign in self._signs.items() if sign and sign.split(maxsplit=2)[2] == _machine()]
+        return self.rank == min([rank for rank in here if rank > 0], default=self.rank)
+
+
+def _machine() -> str:
+    """This machine's name, and which of its containers this process is in."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()

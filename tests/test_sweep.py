@@ -1,0 +1,129 @@
+"""sweep.py: grids and seeds side by side; a small script stands for the algorithm where training is not the point."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from fabricrl import sweep
+from fabricrl.utils.errors import ConfigError
+from tests.process import PPO, PYTHON, call, run, started, wait_for
+
+# Writes a run whose return is 100 · learning rate + seed; fails as it is told
+SCRIPT = """
+import argparse, json, pathlib, signal, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("--learning-rate", type=float, default=1.0)
+parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+parser.add_argument("--code", type=int, default=0)
+parser.add_argument("--wait", action="store_true")
+parser.add_argument("--seed", type=int)
+parser.add_argument("--log-dir", type=pathlib.Path)
+a = parser.parse_args()
+if a.code:
+    print("error: told to fail", file=sys.stderr)
+    sys.exit(a.code)
+folder = a.log_dir / "algo" / "Env-v0" / f"run_{a.learning_rate}_{a.compile}_{a.seed}"
+(folder / "checkpoints").mkdir(parents=True)
+if a.wait:
+    signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(143)))
+    (folder / "waiting").touch()
+    time.sleep(600)
+arguments = {"env_id": "Env-v0", "learning_rate": a.learning_rate, "compile": a.compile, "seed": a.seed}
+(folder / "args.json").write_text(json.dumps(arguments))
+(folder / "metrics.csv").write_text(f"step,charts/episodic_return\\n100,{100 * a.learning_rate + a.seed}\\n")
+print(f"result steps=100 checkpoint={folder / 'checkpoints' / 'step.ckpt'}")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    monkeypatch.setattr(sweep, "scripts", lambda: {"stub": path})
+    return path
+
+
+def test_scripts_are_found_by_their_folders() -> None:
+    found = sweep.scripts()
+    assert {"ppo", "ppo-recurrent", "ppo-decoupled", "sac", "sac-decoupled", "droq"} <= found.keys()
+    assert all(path.read_text().count("run_script(main)") == 1 for path in found.values())
+
+
+def test_a_grid_is_every_combination() -> None:
+    assert sweep.grid([]) == [[]]
+    assert sweep.grid(["learning_rate=1,2", "--compile=true,false"]) == [
+        ["--learning-rate=1", "--compile"], ["--learning-rate=1", "--no-compile"],
+        ["--learning-rate=2", "--compile"], ["--learning-rate=2", "--no-compile"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "x", "=1", "x=", "x=1,,2"])
+def test_a_grid_that_cannot_be(text: str) -> None:
+    with pytest.raises(ConfigError, match="name=value,value"):
+        sweep.grid([text])
+    with pytest.raises(ConfigError, match="once"):
+        sweep.grid(["x_y=1", "x-y=2"])
+
+
+def test_every_combination_is_run_with_every_seed(script: Path, tmp_path: Path) -> None:
+    flags = ["--grid", "learning-rate=1,2", "compile=true,false", "--seeds", 3, "--seed", 5, "--jobs", 2]
+    done = call(sweep.main, "stub", *flags, "--log-dir", tmp_path / "logs", "--json", "--out", tmp_path / "x.png")
+    assert done.code == 0, done
+    rows = json.loads(done.out)
+    assert [(row["seeds"], row["mean"]) for row in rows] == [(3, 206), (3, 206), (3, 106), (3, 106)]
+    assert all("learning-rate=" in row["group"] and "compile=" in row["group"] for row in rows)
+    assert (tmp_path / "x.png").exists()
+    assert len(list((tmp_path / "logs").glob("sweep_*/algo/Env-v0/run_*"))) == 12
+
+
+def test_a_run_that_fails_leaves_the_others_to_be_compared(script: Path, tmp_path: Path) -> None:
+    done = call(sweep.main, "stub", "--grid", "code=0,4", "--log-dir", tmp_path / "logs", "--json")
+    assert done.code == 4
+    assert len(json.loads(done.out)) == 1
+    assert "told to fail" in done.err
+
+
+def test_arguments_that_do_not_fit_end_the_sweep(script: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="told to fail"):
+        call(sweep.main, "stub", "--code", 2, "--seeds", 3, "--log-dir", tmp_path / "logs")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_stopped_lets_its_runs_save(script: Path, tmp_path: Path, number: int, code: int) -> None:
+    starter = tmp_path / "starter.py"
+    starter.write_text(
+        f"import pathlib\nfrom fabricrl import sweep\nfrom fabricrl.utils.ending import run_script\n"
+        f"sweep.scripts = lambda: {{'stub': pathlib.Path({str(script)!r})}}\nrun_script(sweep.main)\n"
+    )
+    flags = ["--wait", "--seeds", 4, "--jobs", 2, "--log-dir", tmp_path / "logs"]
+    with started(*PYTHON, starter, "stub", *flags) as running:
+        wait_for(lambda: len(list(tmp_path.glob("logs/*/algo/Env-v0/*/waiting"))) == 2, running)
+        os.kill(running.process.pid, number)
+        running.finish()
+    assert running.code == code, running.report()
+    assert len(list(tmp_path.glob("logs/*/algo/Env-v0/*/saved"))) == 2
+    assert len(list(tmp_path.glob("logs/*/algo/Env-v0/*"))) == 2  # no other was started
+
+
+def test_a_script_runs_itself_once_a_seed(tmp_path: Path) -> None:
+    flags = ["--num-envs", 2, "--num-steps", 32, "--num-minibatches", 1, "--update-epochs", 1]
+    flags += ["--total-timesteps", 640, "--vectorization", "sync", "--log-every", 64, "--log-dir", tmp_path]
+    done = run(*PYTHON, PPO, *flags, "--seeds=2", "--jobs", 2, "--seed", 7)
+    assert done.code == 0, done.report()
+    assert "| CartPole-v1 | ppo | 2 |" in done.out
+    runs = sorted(json.loads(path.read_text())["seed"] for path in tmp_path.glob("sweep_*/ppo/*/*/args.json"))
+    assert runs == [7, 8]
+
+
+@pytest.mark.parametrize(("more", "variables"), [(["--resume", "x"], {}), ([], {"LOCAL_RANK": "0"})])
+def test_seeds_are_for_new_runs_without_a_launcher(
+    more: list[str], variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.orig_argv", ["python", "script.py", *more, "--seeds", "2"])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="seeds is 2"):
+        sweep.run_seeds(1, 2, 1, "logs")

@@ -1,0 +1,142 @@
+"""tune.py: a small script stands for the algorithm; its evaluations peak at a learning rate of 0.01."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from fabricrl import sweep, tune
+from fabricrl.utils.errors import ConfigError
+from tests.process import PYTHON, call, started, wait_for
+
+optuna = pytest.importorskip("optuna")
+
+SCRIPT = """
+import argparse, math, pathlib, signal, sys, time
+parser = argparse.ArgumentParser()
+for name in ("--env-id", "--total-timesteps", "--eval-every", "--eval-episodes", "--logger", "--wait"):
+    parser.add_argument(name)
+parser.add_argument("--learning-rate", type=float, default=1.0)
+parser.add_argument("--anneal-lr", action=argparse.BooleanOptionalAction)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--log-dir", type=pathlib.Path)
+a = parser.parse_args()
+if a.learning_rate > 0.5:
+    print("error: --learning-rate is too much", file=sys.stderr)
+    sys.exit(2)
+value = -abs(math.log10(a.learning_rate) + 2) + a.seed + bool(a.anneal_lr)
+folder = a.log_dir / "algo" / "Env-v0" / "run"
+folder.mkdir(parents=True)
+(folder / "metrics.csv").write_text(f"step,eval/return_mean\\n100,-99\\n200,{value}\\n300,")
+if a.wait and not pathlib.Path(a.wait).exists():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    (a.log_dir / "waiting").touch()
+    time.sleep(600)
+"""
+SPACE = """
+learning_rate = { low = 1e-6, high = 1e-1, log = true }
+anneal-lr = [true, false]
+"""
+
+
+@pytest.fixture
+def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "space.toml").write_text(SPACE)
+    monkeypatch.setattr(tune, "scripts", lambda: {"stub": tmp_path / "script.py"})
+    monkeypatch.setattr(tune, "POLL", 0.02)
+    return ["stub", "--space", tmp_path / "space.toml", "--log-dir", tmp_path / "logs", "--sampler-seed", 1]
+
+
+def trials(tmp_path: Path) -> list[dict[str, str]]:
+    (path,) = tmp_path.glob("logs/tune/*/trials.csv")
+    return list(csv.DictReader(path.open()))
+
+
+def test_every_algorithm_has_a_space_of_its_own_arguments() -> None:
+    for name, script in sweep.scripts().items():
+        args = (script.parent / "args.py").read_text() + (script.parents[1] / "args.py").read_text()
+        args += (script.parents[1] / "off_policy/args.py").read_text() + (script.parents[1] / "ppo/args.py").read_text()
+        for argument in tune.read_space(script.parent / "space.toml"):
+            assert f"{argument.replace('-', '_')}:" in args, (name, argument)
+
+
+def test_the_search_finds_what_the_first_trial_lacked(flags: list[object], tmp_path: Path) -> None:
+    done = call(tune.main, *flags, "--learning-rate", "1e-6", "--trials", 20, "--seeds", 2, "--jobs", 2, "--json")
+    assert done.code == 0, done
+    best = json.loads(done.out)
+    assert best["value"] > 1.5  # at best 2.5: of seeds 1 and 2, annealed
+    assert f"--learning-rate={best['params']['learning-rate']}" in best["command"]
+    rows = trials(tmp_path)
+    assert len(rows) == 20
+    assert float(rows[0]["learning-rate"]) == 1e-6
+    folder = Path(best["folder"])
+    assert {path.name for path in folder.glob("*.png")} == {"history.png", "importance.png"}
+
+
+def test_a_study_goes_on_where_it_was(flags: list[object], tmp_path: Path) -> None:
+    for trials_, count in ((2, 2), (4, 4), (4, 4)):
+        assert call(tune.main, *flags, "--trials", trials_).code == 0
+        assert len(trials(tmp_path)) == count
+
+
+def test_trials_that_fail_are_told_and_count(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "space.toml").write_text("learning-rate = [0.9, 0.01]\n")
+    done = call(tune.main, *flags, "--trials", 6)
+    assert done.code == 0
+    assert "--learning-rate is too much" in done.err
+    assert {row["state"] for row in trials(tmp_path)} == {"complete", "fail"}
+    (tmp_path / "space.toml").write_text("learning-rate = [0.9]\n")
+    with pytest.raises(ConfigError, match="--learning-rate is too much"):
+        call(tune.main, *flags, "--trials", 2, "--study", "hopeless")
+
+
+def test_a_target_ends_the_search(flags: list[object], tmp_path: Path) -> None:
+    call(tune.main, *flags, "--trials", 50, "--learning-rate", 0.01, "--anneal-lr", "--target", 1.9)
+    assert len(trials(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_search_that_ends_early_tries_its_trial_again(
+    flags: list[object], tmp_path: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starter = tmp_path / "starter.py"
+    starter.write_text(
+        f"import pathlib\nfrom fabricrl import tune\nfrom fabricrl.utils.ending import run_script\n"
+        f"tune.HEARTBEAT = 1\n"
+        f"tune.scripts = lambda: {{'stub': pathlib.Path({str(tmp_path / 'script.py')!r})}}\nrun_script(tune.main)\n"
+    )
+    wait = ["--wait", tmp_path / "over", "--trials", 2]
+    with started(*PYTHON, starter, *flags, *wait) as running:
+        wait_for(lambda: list(tmp_path.glob("logs/tune/*/*/*/waiting")), running)
+        os.kill(running.process.pid, number)
+        running.process.wait()
+        assert running.process.returncode == code
+    (tmp_path / "over").touch()
+    monkeypatch.setattr(tune, "HEARTBEAT", 1)
+    if number == signal.SIGKILL:
+        import time
+
+        time.sleep(5)  # as long as a trial may be silent
+    assert call(tune.main, *flags, *wait).code == 0
+    rows = trials(tmp_path)
+    assert [row["state"] for row in rows] == ["fail", "complete", "complete"]
+    assert rows[1]["learning-rate"] == rows[0]["learning-rate"]
+
+
+def test_mistakes(flags: list[object], tmp_path: Path) -> None:
+    for text in ("x = 3", "x = []", "x = { low = 2, high = 1 }", "x = { low = 0, high = 1, log = true }", "x = ="):
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(ConfigError, match="space"):
+            tune.read_space(tmp_path / "bad.toml")
+    for more, message in (
+        (["--learning-rate", "1"], "1e-06 to 0.1"),
+        (["--trials", 0], "trials"),
+        (["--total-timesteps", 1.5], "whole"),
+        (["--storage", "nonsense"], "--storage nonsense"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call(tune.main, *flags, *more)
