@@ -6,7 +6,7 @@ ARGS ?=
 # A release inside the range that pyproject.toml allows; make TORCH='torch>=2.11,<2.14' takes the newest instead
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup train test lint format docs docs-serve clean
+.PHONY: help setup train test lint format docs docs-serve dist clean
 
 help:
 	@echo "make setup               create $(VENV) with everything that training and testing need"
@@ -14,6 +14,7 @@ help:
 	@echo "make test                style, types and all tests"
 	@echo "make lint / make format  check style and types / apply the style"
 	@echo "make docs / docs-serve   build the documentation into site/, strictly / show it at http://127.0.0.1:8000"
+	@echo "make dist                build the package into dist/, as a wheel and as source"
 	@echo "make clean               remove $(VENV) and caches"
 
 setup: $(VENV)/.done
@@ -58,5 +59,11 @@ docs: $(VENV)/.docs
 docs-serve: $(VENV)/.docs
 	$(BIN)/mkdocs serve
 
+dist: $(VENV)/.done
+	$(BIN)/python docs/generate.py --check
+	@$(BIN)/python -m pip install --quiet build
+	rm -rf dist
+	$(BIN)/python -m build
+
 clean:
-	rm -rf site $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site dist $(VENV) .pytest_cache .mypy_cache .ruff_cache

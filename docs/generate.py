@@ -1,14 +1,16 @@
-"""Writes the tables of arguments into the documentation's pages, from the code.
+"""Writes the tables of arguments into the documentation's pages, from the code, and description.md from README.md.
 
-    python docs/generate.py            rewrites the tables
-    python docs/generate.py --check    fails if one of them is not what the code says
+    python docs/generate.py            rewrites them
+    python docs/generate.py --check    fails if one of them is not what it should be
 
-A table stands between `<!-- arguments: NAME -->` and `<!-- end -->`; NAME is a key of TABLES.
+A table stands between `<!-- arguments: NAME -->` and `<!-- end -->`; NAME is a key of TABLES. description.md is what
+package indexes show, where links into this repository lead nowhere: see `description`.
 """
 
 import dataclasses
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 from fabricrl.algos.args import DecoupledArgs, StandardArgs
@@ -83,15 +85,31 @@ def generated(page: str) -> str:
     return MARKED.sub(table, page)
 
 
+def description(readme: str, repository: str | None) -> str:
+    """The README without pictures, its links into this repository led to the one on the web, or as plain text."""
+
+    def link(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        if target.startswith("http"):
+            return match[0]
+        return f"[{text}]({repository}/blob/main/{target})" if repository else text
+
+    without_pictures = re.sub(r"^!\[.*?\]\(.*?\)\n\n", "", readme, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\(([^)]*)\)", link, without_pictures)
+
+
 def main() -> int:
     pages = {path: path.read_text() for path in DOCS.rglob("*.md")}
-    stale = [path for path, text in pages.items() if generated(text) != text]
+    wanted = {path: generated(text) for path, text in pages.items()}
+    urls = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"].get("urls", {})
+    wanted[DOCS / "description.md"] = description((DOCS.parent / "README.md").read_text(), urls.get("Repository"))
+    stale = [path for path, text in wanted.items() if pages.get(path) != text]
     if "--check" in sys.argv[1:]:
         for path in stale:
             print(f"{path.relative_to(DOCS.parent)} is out of date: run python docs/generate.py", file=sys.stderr)
         return 1 if stale else 0
     for path in stale:
-        path.write_text(generated(pages[path]))
+        path.write_text(wanted[path])
     return 0
 
 

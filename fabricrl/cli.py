@@ -1,6 +1,7 @@
 """The `lightning` command: `lightning run model ... script.py` is another spelling of `fabric run ... script.py`.
 
-Lightning removed that spelling in 2.5.1; scripts, courses and papers still use it.
+Lightning removed that spelling in 2.5.1; scripts, courses and papers still use it. The name `lightning` belongs to
+lightning-sdk, which gets every other command where it is installed. (The command `fabricrl` is __main__.py.)
 """
 
 import contextlib
@@ -9,6 +10,8 @@ import signal
 import sys
 from datetime import timedelta
 from functools import partial
+from importlib import metadata
+from typing import Any
 
 from lightning.fabric.cli import _main as fabric_cli
 from torch.distributed import DistError, TCPStore
@@ -18,19 +21,22 @@ from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
 from fabricrl.utils.ending import one_line, report
 from fabricrl.utils.errors import LostPeerError, RunError
-from fabricrl.utils.network import check_address, open_store
+from fabricrl.utils.network import check_address, find_store, open_store
 from fabricrl.utils.peers import MINUTES, patience, waited
 from fabricrl.utils.signals import StopSignal
 
 USAGE = """usage: lightning run model [--accelerator A] [--strategy S] [--devices D] [--num-nodes N] ... SCRIPT [ARGS]
 
 The options before SCRIPT are those of `fabric run` (see `fabric run --help`); the rest go to the script."""
+OWNER = "lightning-sdk"
 
 
 def main() -> None:
     """Hands `run model` and `run` to Fabric's command line; ends with the exit code of the rank that failed first."""
     arguments = sys.argv[1:]
     if arguments[:1] != ["run"]:
+        if (owner := _owner()) is not None:
+            sys.exit(owner.load()())
         print(USAGE, file=sys.stdout if arguments in (["--help"], ["-h"]) else sys.stderr)
         sys.exit(0 if arguments in (["--help"], ["-h"]) else 2)
     rest = arguments[2:] if arguments[1:2] == ["model"] else arguments[1:]
@@ -53,6 +59,15 @@ def main() -> None:
     except RunError as error:
         report(str(error), error.exit_code)
         sys.exit(error.exit_code)
+
+
+def _owner() -> Any:
+    """The entry point of lightning-sdk's own `lightning` command; None where that package is not installed."""
+    try:
+        points = metadata.distribution(OWNER).entry_points
+    except metadata.PackageNotFoundError:
+        return None
+    return next((point for point in points if (point.group, point.name) == ("console_scripts", "lightning")), None)
 
 
 def _minutes(words: list[str]) -> float:
@@ -81,8 +96,8 @@ def _store(
         store.set_timeout(limit)
         return store
     try:
-        return TCPStore(address, port, world_size, False, limit, multi_tenant=multi_tenant)
-    except RuntimeError as error:
+        return find_store(address, port, limit.total_seconds())
+    except (OSError, RuntimeError) as error:
         raise LostPeerError(f"nobody answers at {address}:{port}: {one_line(error)}") from error
 
 

@@ -7,12 +7,10 @@ python fabricrl/evaluate.py <checkpoint or run folder> --json
 """
 
 import argparse
-import importlib
 import json
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -23,51 +21,48 @@ from fabricrl.envs import check_env, make_env
 from fabricrl.envs.backends import info_keys, option
 from fabricrl.envs.guard import GRACE, VIDEO_GRACE
 from fabricrl.envs.play import play
-from fabricrl.envs.spaces import describe
+from fabricrl.envs.structure import check_spaces
 from fabricrl.envs.vector import step_in_turn
 from fabricrl.envs.wrappers import NameFailures
-from fabricrl.utils.checkpoint import check_contents, check_spaces, load_checkpoint, reading, restore
+from fabricrl.policy import Policy, algorithm, run_args
+from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading
+from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.signals import StopSignal
-from fabricrl.utils.utils import HALF, require, stream_seed
-
-# Arguments that older checkpoints do not have, as they were meant
-OLDER = {"mask_velocities": False, "frame_stack": 1, "cnn_features": 512}
+from fabricrl.utils.utils import HALF, require
 
 
-def evaluate(
-    state: dict[str, Any], args: Any, greedy: bool, options: argparse.Namespace, video_folder: Path
-) -> dict[str, Any]:
+def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Plays one mode, greedy or sampled, on environments of its own."""
-    utils = importlib.import_module(f"fabricrl.algos.{state['algo']}.utils")
+    args, mode = policy.args, "greedy" if greedy else "sampled"
     one = options.render or options.capture_video  # one environment is watched, so it plays all episodes
-    mode = "greedy" if greedy else "sampled"
     num_envs = 1 if one else min(options.episodes, options.num_envs)
 
     def build(index: int) -> gym.Env:
-        folder = video_folder if options.capture_video else None
+        folder = video_folder(policy) if options.capture_video else None
         shown = "human" if options.render else None
         env = make_env(args, shown, folder, mode, video_episodes=options.episodes)
-        return NameFailures(env, index, info_keys(args), options.masked)
+        return NameFailures(env, index, info_keys(args), policy.mask_size > 0)
 
     makers = [partial(build, index) for index in range(num_envs)]
     grace = VIDEO_GRACE if options.capture_video else GRACE
     settings = {"timeout": option(args, "timeout"), "grace": grace, "told": options.told, "keys": info_keys(args)}
     envs = step_in_turn(makers, **settings)
-    with reading(options.path):
-        agent = utils.make_agent(args, envs)
-        restore(agent, state["agent"])
-    policy = utils.make_policy(agent.eval(), envs, greedy, stream_seed(options.seed, int(greedy)))
     try:
         with tqdm(total=options.episodes, desc="episodes", disable=None, leave=False) as bar:  # none without a terminal
-            return play(envs, policy, options.episodes, options.seed, bar.update).summary()
+            return play(envs, policy.act, options.episodes, options.seed, bar.update).summary()
     finally:
         envs.close()
 
 
+def video_folder(policy: Policy) -> Path:
+    """The folder for videos of a checkpoint, in that of its run."""
+    return policy.path.parent.parent / "videos" / policy.path.stem
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("path", help="checkpoint, or run folder, whose newest checkpoint is played")
     parser.add_argument("--episodes", type=int, default=100, help="episodes of each mode (default: 100)")
     parser.add_argument("--num-envs", type=int, default=8, help="environments played side by side (default: 8)")
@@ -89,31 +84,27 @@ def main() -> int:
 
     state, found = load_checkpoint(options.path)
     check_contents(state, found)
-    try:
-        utils = importlib.import_module(f"fabricrl.algos.{state['algo']}.utils")
-    except ModuleNotFoundError as error:
-        raise CheckpointError(f"{found} was made by {state['algo']}, which this version does not have") from error
-    mode = "human" if options.render else "rgb_array" if options.capture_video else None
+    utils, args = algorithm(state, found), run_args(state)
+    drawn = "human" if options.render else "rgb_array" if options.capture_video else None
+    spaces = check_env(args, utils.ACTION_SPACES, drawn, images=True)
     with reading(found):
-        args = SimpleNamespace(**OLDER | state["args"] | {"vectorization": "sync"})
-        env_id = args.env_id
-    spaces = check_env(args, utils.ACTION_SPACES, mode, images=True)
-    check_spaces(state["spaces"], describe(spaces.obs, spaces.actions))
-    options.masked = spaces.mask_size > 0
-    video_folder = found.parent.parent / "videos" / found.stem
-    modes = ("greedy", "sampled") if options.mode == "both" else (options.mode,)
-    results = {mode: evaluate(state, args, mode == "greedy", options, video_folder) for mode in modes}
+        check_spaces(state, spaces)
+    results = {}
+    for mode in ("greedy", "sampled") if options.mode == "both" else (options.mode,):
+        greedy = mode == "greedy"
+        policy = Policy(state, found, deterministic=greedy, seed=options.seed, spaces=spaces)
+        results[mode] = evaluate(policy, greedy, options)
     if options.json:
         print(json.dumps(results))
         return 0
-    lines = [f"{env_id}, {found}, {state['global_step']} steps, {options.episodes} episodes"]
+    lines = [f"{args.env_id}, {found}, {state['global_step']} steps, {options.episodes} episodes"]
     for mode, r in results.items():
         spread = f"± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
         length = f"{r['length_mean']:.1f} ± {r['length_std']:.1f}"
         told = [f"  {key} {r[f'{key}_mean']:.2f}" for key in info_keys(args) if f"{key}_mean" in r]
         lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}{''.join(told)}")
-    if options.capture_video and any(video_folder.glob("*.mp4")):
-        lines.append(f"  videos in {video_folder}")
+    if options.capture_video and any(video_folder(policy).glob("*.mp4")):
+        lines.append(f"  videos in {video_folder(policy)}")
     print(_printable("\n".join(lines)))
     return 0
 

@@ -101,9 +101,8 @@ def parsed(line: str) -> dict[str, str]:
 
 # A process that has imported what scripts import and forks those that are asked for: they start in milliseconds
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    ["fabricrl.algos.ppo.ppo_decoupled", "fabricrl.algos.sac.sac_decoupled", "fabricrl.algos.droq.droq", "tensorboard"]
-)
+TWINS = [f"fabricrl.algos.{algo}.{algo}_decoupled" for algo in ("ppo", "ppo_recurrent", "sac", "droq")]
+FORKSERVER.set_forkserver_preload([*TWINS, "tensorboard"])
 
 
 class Forked:

@@ -131,6 +131,7 @@ CHANGES_SOMETHING_ELSE = {
     "eval_every": "test_evaluations_come_as_often_as_asked_with_as_many_episodes_and_may_end_the_run",
     "eval_episodes": "test_evaluations_come_as_often_as_asked_with_as_many_episodes_and_may_end_the_run",
     "stop_at_return": "test_evaluations_come_as_often_as_asked_with_as_many_episodes_and_may_end_the_run",
+    "info_keys": "test_info_keys_are_logged",
     "exp_name": "test_name_and_folder_of_a_run",
     "log_dir": "test_name_and_folder_of_a_run",
     "logger": "test_logger_chooses_the_kind_of_files",
@@ -167,7 +168,7 @@ AS_IN_PPO = {
     "exp_name", "log_dir", "logger", "track", "wandb_project_name", "wandb_entity", "upload_model", "hf_entity",
     "accelerator", "cuda", "devices", "strategy", "num_nodes", "node_rank", "main_address", "main_port",
     "num_threads", "timeout", "matmul_precision", "torch_deterministic", "cuda_graphs", "player_device",
-    "eval_every", "eval_episodes", "stop_at_return",
+    "eval_every", "eval_episodes", "stop_at_return", "info_keys",
 }  # fmt: skip
 
 
@@ -232,7 +233,9 @@ GUARDS = {
     "SACArgs": "tests.test_off_policy_arguments",
     "DroQArgs": "tests.test_off_policy_arguments",
     "PPODecoupledArgs": "tests.test_decoupled_arguments",
+    "RecurrentPPODecoupledArgs": "tests.test_decoupled_arguments",
     "SACDecoupledArgs": "tests.test_decoupled_arguments",
+    "DroQDecoupledArgs": "tests.test_decoupled_arguments",
 }
 
 
@@ -370,7 +373,7 @@ def test_name_and_folder_of_a_run(ppo: Train, tmp_path: Path) -> None:
     run = ppo(*flags(TINY), "--exp-name", "mine", "--log-dir", tmp_path / "elsewhere")
     assert run.folder.parent == tmp_path / "elsewhere" / "ppo" / "tests.envs_Deterministic-v0"
     assert run.folder.name.startswith("mine_1_")
-    assert ppo(*flags(TINY)).folder.name.startswith("ppo_1_")
+    assert ppo(*flags(TINY)).folder.name.startswith("ppo_")
 
 
 def test_logger_chooses_the_kind_of_files(ppo: Train) -> None:
@@ -496,6 +499,15 @@ def test_evaluations_come_as_often_as_asked_with_as_many_episodes_and_may_end_th
     assert run(eval_every=32, stop_at_return=reached + 100).result["steps"] == "96"
 
 
+def test_info_keys_are_logged(run: Train) -> None:
+    def columns(*line: object) -> list[str]:
+        (file,) = run(*line, env_id="tests.envs:Dicey-v0", env_kwargs="{}").folder.glob("metrics.csv")
+        return file.read_text().splitlines()[0].split(",")
+
+    assert "charts/bias" not in columns()
+    assert "charts/bias" in columns("--info-keys", "bias")
+
+
 def test_resume_goes_on_with_the_stored_arguments_and_flags_win_over_them(algo: str, run: Train, train: Train) -> None:
     first = run(gamma=0.9)
     second = train(SCRIPTS[algo].main, "--resume", first.folder, "--total-timesteps", 160, "--ent-coef", 0.2)
@@ -560,7 +572,7 @@ def test_several_nodes_are_told_where_they_stand_and_where_to_meet(
 def test_messages_between_ranks_have_the_time_that_was_asked_for(
     told: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What happens then is in test_waiting.py; environments' time is in test_env_processes.py."""
+    """Their effect is in test_waiting.py; environments' time is in test_env_processes.py."""
     limits: list[timedelta] = []
 
     class Strategy(DDPStrategy):

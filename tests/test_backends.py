@@ -341,12 +341,13 @@ PICTURES += ["--frame-stack", 3, "--cnn-features", 16, "--clip-reward", "--total
 PICTURES += ["--checkpoint-every", 32, "--keep-checkpoints", 9, "--norm-obs", "--norm-reward", "--learning-rate", 1e-2]
 
 
+@pytest.mark.parametrize("script", [ppo, ppo_recurrent], ids=["ppo", "ppo_recurrent"])
 @pytest.mark.parametrize("flags", [NATIVE_CARTPOLE, PICTURES], ids=["native", "images"])
-def test_decoupled_ppo_without_lag_is_coupled_ppo(flags: list[object], tmp_path: Path) -> None:
+def test_decoupled_ppo_without_lag_is_coupled_ppo(script: Any, flags: list[object], tmp_path: Path) -> None:
     """On native environments, of which it leaves steps out, and on stacks of images, which travel put together."""
-    one = call(ppo.main, *flags, "--log-dir", tmp_path / "coupled")
+    one = call(script.main, *flags, "--log-dir", tmp_path / "coupled")
     apart = [*flags, "--max-lag", 0, "--log-dir", tmp_path / "logs"]
-    run_team("fabricrl.algos.ppo.ppo_decoupled", *apart, folder=tmp_path)
+    run_team(f"{script.__name__}_decoupled", *apart, folder=tmp_path)
     checkpoints = sorted((one.folder / "checkpoints").glob("step_*"))
     assert len(checkpoints) == 5
     for path in checkpoints:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,21 @@ def test_usage_is_shown_for_anything_else(
     output = capsys.readouterr()
     assert "usage: lightning run model" in (output.err if code else output.out)
     assert (output.out if code else output.err) == ""
+
+
+def test_every_other_command_goes_to_lightning_sdk_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "lightning_sdk-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-sdk\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[console_scripts]\nlightning = stand_in:main\n")
+    (tmp_path / "stand_in.py").write_text("import sys\ndef main(): return len(sys.argv)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        called(monkeypatch, "studio", "list")
+    assert caught.value.code == 3  # its own exit code
+    assert called(monkeypatch, "run", "model", "script.py") == [["run", "script.py"]]
 
 
 @pytest.mark.parametrize(("exitcode", "code"), [(5, 5), (3, 3), (-signal.SIGKILL, 137)])

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from fabricrl import evaluate
+from fabricrl.algos import decoupled
 from fabricrl.algos.droq import droq
-from fabricrl.algos.ppo import ppo, ppo_decoupled
+from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
-from fabricrl.algos.sac import sac, sac_decoupled
+from fabricrl.algos.sac import sac
 from fabricrl.utils.decoupled import Group
 from fabricrl.utils.errors import ConfigError
 from tests.process import differences, load, run_team
@@ -91,15 +92,14 @@ def test_more_gpus_than_there_are(run: Callable[..., Any]) -> None:
 
 def trainers_on_gpu(rank: int) -> None:
     """In a rank: what `--player-device cpu` beside `--accelerator cuda` does, with one GPU less."""
-    for script in (ppo_decoupled, sac_decoupled):
 
-        def group(fabric: Any, collective: Any = None, device: Any = None) -> Group:
-            return Group(fabric, collective, torch.device("cuda") if collective is not None else device)
+    def group(fabric: Any, collective: Any = None, device: Any = None) -> Group:
+        return Group(fabric, collective, torch.device("cuda") if collective is not None else device)
 
-        script.Group = group  # type: ignore[attr-defined]
+    decoupled.Group = group  # type: ignore[attr-defined,assignment]
 
 
-@pytest.mark.parametrize("algo", ["ppo", "sac"])
+@pytest.mark.parametrize("algo", ["ppo", "ppo_recurrent", "sac", "droq"])
 def test_player_on_the_cpu_and_trainer_on_the_gpu(algo: str, train: Callable[..., Any], tmp_path: Path) -> None:
     main, flags = RUNS[algo]
     here = train(main, *COMMON, *flags, "--checkpoint-every", 32)

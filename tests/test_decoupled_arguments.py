@@ -1,16 +1,23 @@
-"""The arguments of decoupled scripts are those of the coupled ones, and two of their own."""
+"""The arguments of decoupled scripts are those of the coupled ones, and one of their own."""
 
 import dataclasses
 
 import pytest
 
+from fabricrl.algos.droq.args import DroQArgs, DroQDecoupledArgs
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs, RecurrentPPODecoupledArgs
 from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
 from fabricrl.utils.errors import ConfigError
 from tests import test_decoupled_run
 
-TWINS = {"ppo": (PPOArgs, PPODecoupledArgs), "sac": (SACArgs, SACDecoupledArgs)}
-# Where tests show what the two do; the others reach the same functions as in the coupled script, whose runs are equal
+TWINS = {
+    "ppo": (PPOArgs, PPODecoupledArgs),
+    "ppo_recurrent": (RecurrentPPOArgs, RecurrentPPODecoupledArgs),
+    "sac": (SACArgs, SACDecoupledArgs),
+    "droq": (DroQArgs, DroQDecoupledArgs),
+}
+# Where tests show what it does; the others reach the same functions as in the coupled script, whose runs are equal
 OWN = {"max_lag": test_decoupled_run}
 
 
@@ -42,6 +49,6 @@ def test_every_argument_has_a_help_text(algo: str) -> None:
 
 
 def test_a_time_out_that_no_clock_can_hold_is_refused() -> None:
-    for minutes in (-0.5, 1e308, float("inf"), float("nan")):
+    for minutes in (-1.0, 1e308, float("inf"), float("nan")):
         with pytest.raises(ConfigError, match=r"--timeout is .* at most 100000"):
             PPODecoupledArgs(timeout=minutes)

@@ -15,13 +15,14 @@ from unittest import mock
 
 import pytest
 
+from fabricrl.__main__ import scripts
 from fabricrl.algos.args import StandardArgs, parse
 from fabricrl.algos.droq import droq
-from fabricrl.algos.droq.args import DroQArgs
+from fabricrl.algos.droq.args import DroQArgs, DroQDecoupledArgs
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
-from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs, RecurrentPPODecoupledArgs
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
 from tests.conftest import Trained
@@ -33,9 +34,11 @@ KINDS: dict[str, type[StandardArgs]] = {
     "ppo": PPOArgs,
     "ppo_decoupled": PPODecoupledArgs,
     "ppo_recurrent": RecurrentPPOArgs,
+    "ppo_recurrent_decoupled": RecurrentPPODecoupledArgs,
     "sac": SACArgs,
     "sac_decoupled": SACDecoupledArgs,
     "droq": DroQArgs,
+    "droq_decoupled": DroQDecoupledArgs,
 }
 SMALL_ROLLOUTS = ("--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 96)
 SMALL_REPLAY = ("--total-timesteps", 230, "--learning-starts", 20, "--batch-size", 4, "--hidden-sizes", 4)
@@ -52,8 +55,14 @@ def commands() -> list[tuple[Path, list[str]]]:
     """Each command in a page that starts a script, with what follows that script."""
     found = []
     for page, text in PAGES.items():
-        for line in re.findall(r"^(?:\$ )?(?:python|torchrun|fabric run|lightning run model) .*$", text, re.MULTILINE):
-            words = shlex.split(line.split("  #")[0])
+        starters = "python|torchrun|fabricrl|fabric run|lightning run model"
+        for line in re.findall(rf"^(?:\$ )?(?:{starters}) .*$", text, re.MULTILINE):
+            words = shlex.split(line.split("  #")[0].removeprefix("$ "))
+            if "fabricrl" in words:  # as a command, or behind python -m
+                at = words.index("fabricrl") + 1
+                path = "COMMAND" if words[at] in ("COMMAND", "--help") else scripts()[words[at]].relative_to(ROOT)
+                found.append((page, [str(path), *words[at + 1 :]]))
+                continue
             starts = [i for i, word in enumerate(words) if word.endswith(".py")]
             found.append((page, words[starts[0] :]))
     return found
@@ -75,13 +84,22 @@ def test_the_update_in_the_readme_is_that_of_ppo() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/environments.md"])
-def test_the_environment_of_a_page_trains(page: str, tmp_path: Path) -> None:
+def test_the_environment_of_a_page_trains_and_its_policy_is_loaded(
+    page: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (code,) = re.findall(r"^```python\n(# my_envs.py.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "my_envs.py").write_text(code)
     (words,) = [words for where, words in commands() if str(where) == page and "my_envs:Target-v0" in words]
     small = ["--total-timesteps", 1024, "--log-dir", tmp_path]
     ended = run(*FORKED, ROOT / words[0], *words[1:], *small, cwd=tmp_path)
     assert ended.code == 0, ended.report()
+    loads = re.findall(r"^```python\n(import fabricrl\n.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert len(loads) == (page == "README.md")
+    for program in loads:  # in this process, which does not have the environment
+        folder = str(Path(ended.result["checkpoint"]).parent.parent)
+        exec(re.sub(r'"logs/[^"]*"', repr(folder), program), {})
+        (action,) = re.findall(r"\[.*\]", capsys.readouterr().out)
+        assert -0.1 <= float(action.strip("[]")) <= 0.1
 
 
 def test_links_lead_somewhere() -> None:
@@ -115,6 +133,8 @@ def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
 )
 def test_commands_name_scripts_that_exist_and_arguments_that_they_have(page: Path, words: list[str]) -> None:
     name = Path(words[0]).stem
+    if name == "COMMAND":
+        return
     if name == "td3":  # run by tests/test_add_an_algorithm.py
         return
     assert (ROOT / words[0]).exists(), page

@@ -107,7 +107,7 @@ def test_short_episodes_do_not_count_more_often_than_long_ones() -> None:
     lengths = (1, 2, 30, 31)
     makers = [lambda length=length: Counting(terminate_after=length) for length in lengths]
     envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-    returns, played_lengths = evaluate.play(
+    returns, played_lengths, _ = evaluate.play(
         envs, lambda obs, rewards, dones: np.zeros(4, dtype=np.int64), episodes=8, seed=0
     )
     assert sorted(played_lengths) == [1, 1, 2, 2, 30, 30, 31, 31]

@@ -874,7 +874,7 @@ def test_an_algorithm_without_networks_for_images_refuses_them(obs: str, named: 
 
 def test_sac_takes_the_vectors_beside_an_image() -> None:
     args = SimpleNamespace(env_id=PICTURES, env_kwargs='{"obs": "dict"}', obs_keys=("speed",), vectorization="sync")
-    space, _ = check_env(args, ACTION_SPACES, None)
+    space = check_env(args, ACTION_SPACES, None).obs
     assert (space.shape, space.dtype) == ((3,), np.float32)
 
 

@@ -56,7 +56,7 @@ def main():
     numbers["num_nodes"] = place["num_nodes"] and int(place["num_nodes"])
     fabric = launch(types.SimpleNamespace(
         accelerator=None, strategy="ddp", precision=None, cuda=False, num_threads=1, matmul_precision="highest",
-        torch_deterministic=True, seed=1, timeout=float(place.pop("timeout", 1)), **place | numbers,
+        torch_deterministic=True, seed=1, timeout=10.0, **place | numbers,
     ))
     fabric.barrier()
     print(f"rank {fabric.global_rank} of {fabric.world_size} has met the others", flush=True)
@@ -327,7 +327,7 @@ def test_the_lightning_command_tells_in_one_line_why_ranks_could_not_meet(
         port, name = busy.getsockname()[1], "no-such-host.invalid"
         words = [flag.format(port=port, name=name) for flag in flags]
         monkeypatch.setattr(sys, "argv", ["lightning", "run", "model", "--accelerator=cpu", *words, __file__])
-        waits = mock.patch.object(cli, "TCPStore", side_effect=AssertionError("looks for an address in vain"))
+        waits = mock.patch.object(cli, "find_store", side_effect=AssertionError("looks for an address in vain"))
         with waits, pytest.raises(SystemExit) as caught:
             cli.main()
     assert caught.value.code == 2

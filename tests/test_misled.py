@@ -23,7 +23,7 @@ from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.utils import make_agent as make_sac_agent
-from fabricrl.envs import check_env, make_env, make_envs
+from fabricrl.envs import check_env, make_env, make_envs, play
 from fabricrl.envs.backends import EnvPoolVectorEnv
 from fabricrl.envs.wrappers import NameFailures, as_frame
 from fabricrl.models.models import RunningNormalizer
@@ -170,7 +170,7 @@ def test_a_name_that_a_package_has_not_is_no_missing_package(tmp_path: Path, mon
 @pytest.mark.parametrize("env_id", ["Target-v0", "Depot-v0", "MyEnv-v3"])
 def test_an_id_without_a_module_gets_advice_on_naming_one(env_id: str) -> None:
     message = complaint(env_id)
-    assert f"as my_envs:{env_id}" in message
+    assert f"as in my_envs:{env_id}" in message
     assert "did you mean" not in message
 
 
@@ -280,9 +280,9 @@ def test_numbers_in_records_are_looked_at_too() -> None:
     space = make_env(PPOArgs(env_id="tests.image_envs:Pictures-v0", env_kwargs='{"obs": "dict"}')).observation_space
     records = np.full((2, space.shape[0]), 255, np.uint8)  # as floats, 255 255 255 255 is NaN
     with pytest.raises(NonFiniteError, match="observation of environment 0"):
-        evaluate._check_finite(records, np.zeros(2), space)
+        play._check_finite(records, np.zeros(2), space)
     records[:, : 4 * space.num_floats] = 0
-    evaluate._check_finite(records, np.zeros(2), space)
+    play._check_finite(records, np.zeros(2), space)
 
 
 # --- Pictures

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data.buffers import ReplayBuffer
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching
+from fabricrl.utils import process
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.model import parameter_hash
 from tests import test_arguments
@@ -67,6 +69,7 @@ CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "replay_ratio": (1.0, {}),
     "n_step": (3, {}),
     "gamma": (0.9, {}),
+    "reward_scale": (3.0, {}),
     "norm_obs": (True, {}),
     "hidden_sizes": ((8, 4), {}),
     "activation": ("tanh", {}),
@@ -182,6 +185,23 @@ def test_a_temperature_that_is_not_learned_stays_where_it_is_and_matters(run: Tr
         assert trained.state["agent"]["log_alpha"].exp().item() == pytest.approx(alpha, rel=1e-6)
     networks = [name for name in first.state["agent"] if name != "log_alpha"]
     assert any(not torch.equal(first.state["agent"][name], second.state["agent"][name]) for name in networks)
+
+
+def test_a_reward_scale_is_rewards_that_are_so_much_larger(
+    run: Train, base: Callable, algo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled = run(reward_scale=4.0)  # by which rewards are multiplied without rounding
+    sample = ReplayBuffer.sample
+
+    def larger(self: ReplayBuffer, *given: Any) -> Any:
+        batch = sample(self, *given)
+        return batch.with_columns(rewards=4.0 * batch.rewards)
+
+    monkeypatch.setattr(ReplayBuffer, "sample", larger)
+    plain = run()
+    assert torch.equal(scaled.weights, plain.weights)
+    assert scaled.result["return_mean"] != "nan"  # and no return of the log is larger
+    assert float(scaled.result["return_mean"]) < 2 * abs(float(plain.result["return_mean"])) + 1
 
 
 def test_the_same_arguments_give_the_same_bits(algo: str, run: Train, base: Callable) -> None:
@@ -374,11 +394,45 @@ def test_a_rank_has_two_threads_where_there_are_two_cores_for_each(
     monkeypatch.setattr(launching, "Fabric", Fabric)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
-    monkeypatch.setattr(launching, "Path", lambda _: tmp_path / "cpu.max")
+    monkeypatch.setattr(process, "Path", lambda _: tmp_path / "cpu.max")
     launching.launch(SACArgs())
     assert torch.get_num_threads() == threads
     launching.launch(SACArgs(num_threads=3))
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(("cores", "busy", "warns"), [(2, 0.3, False), (2, 0.9, True), (4, 1.5, False), (4, 3.5, True)])
+def test_two_threads_on_a_busy_machine_are_warned_of(
+    cores: int, busy: float, warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Within the moment that is looked at, others take this many hundredths of a second for each that passes."""
+    table, passed = tmp_path / "stat", [0.0]
+
+    def write() -> None:
+        ticks, free = round(100 * passed[0] * busy), 10**9
+        rows = [
+            f"cpu {free} 0 0 0 0 0 0 0",
+            f"cpu0 {ticks} 0 0 {free} 0 0 0 0",
+            f"cpu99 {free * passed[0]:.0f} 0 0 0 0 0 0 0",
+        ]
+        table.write_text("\n".join(rows))
+
+    def sleep(seconds: float) -> None:
+        passed[0] += seconds
+        write()
+
+    write()
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: passed[0], process_time=lambda: 0.0)
+    monkeypatch.setattr(process, "time", clock)
+    monkeypatch.setattr(process, "Path", lambda path: table if path == "/proc/stat" else tmp_path / "none")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    rank = SimpleNamespace(world_size=1, global_rank=0)
+    assert launching._threads(SACArgs(), rank) == 2
+    said = capsys.readouterr().err
+    assert ("--num-threads 1" in said) == warns
+    assert not warns or f"keep {busy:.1f} of {cores} cores busy" in said
+    assert launching._threads(SACArgs(num_threads=2), rank) == 2
+    assert not capsys.readouterr().err  # who has chosen knows
 
 
 # DESIGN.md, section 4, what fabricrl/algos/droq/args.py gives a reason for, and CleanRL where that is silent
@@ -451,6 +505,8 @@ def test_cleanrls_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch) 
         ("num_critics", 0),
         ("learning_starts", -1),
         ("gamma", 2.0),
+        ("reward_scale", 0.0),
+        ("reward_scale", float("nan")),
         ("gamma", float("nan")),
         ("tau", 0.0),
         ("tau", 1.5),

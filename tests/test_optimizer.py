@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fabricrl.utils import optimizer as optimizer_module
+from fabricrl.utils import ranks
 from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.optimizer import Adam, average_gradients
@@ -265,3 +266,19 @@ def test_gradient_and_metrics_are_averaged_in_one_message(monkeypatch: pytest.Mo
     assert averaged.tolist() == [0.5, 2.0]
     assert averaged.dtype == torch.float32
     assert torch.equal(optimizer.gradient, gradient / 4)
+
+
+def test_many_ranks_average_by_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where gathering would cost more: the sum is divided by the number of ranks."""
+    own, total = torch.tensor([1.0, 2.0]), torch.tensor([16.0, 8.0])
+    monkeypatch.setattr(ranks.functional_collectives, "all_reduce", lambda vector, op, group: {"sum": total}[op])
+    monkeypatch.setattr(ranks.functional_collectives, "wait_tensor", lambda tensor: tensor)
+    fabric: Any = SimpleNamespace(world_size=ranks.FEW + 4, process_group="all of them")
+    assert ranks.mean_over_ranks(fabric, own).tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("other", [{"eps": 1e-5}, {"betas": (0.8, 0.999)}], ids=str)
+def test_moments_of_other_settings_are_refused(other: dict[str, Any]) -> None:
+    here, there = (Adam([torch.nn.Parameter(torch.ones(2))], 1e-3, **settings) for settings in ({}, other))
+    with pytest.raises(CheckpointError, match=next(iter(other))):
+        here.load_state_dict(there.state_dict())

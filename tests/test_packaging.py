@@ -1,5 +1,7 @@
 """Installation: the extras' promises, one version of each locked package, and a set-up that says what it does."""
 
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ from packaging.version import Version
 
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.envs import make_envs
+from fabricrl.utils import extras
 from tests.process import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -164,7 +167,46 @@ def test_type_checkers_find_the_types_of_what_is_installed() -> None:
     assert (ROOT / "fabricrl/py.typed").exists()  # packages take along what lies in them
 
 
+def test_the_message_about_a_missing_extra_fits_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert extras.pip_install("atari") == "pip install -e '.[atari]'"
+    monkeypatch.setattr(extras, "ROOT", tmp_path)  # where a wheel has been unpacked
+    assert extras.pip_install("atari") == "pip install 'fabricrl[atari]'"
+
+
+def test_links_of_the_description_lead_somewhere_from_anywhere() -> None:
+    text = (ROOT / PROJECT["readme"]).read_text()
+    assert "![" not in text
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    page = "![a plot](docs/a.png)\n\nSee [Running](docs/running.md) and [it](https://example.org)."
+    assert generate.description(page, None) == "See Running and [it](https://example.org)."
+    there = "https://example.org/fabricrl"
+    assert f"[Running]({there}/blob/main/docs/running.md)" in generate.description(page, there)
+
+
 def test_versions_agree() -> None:
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {PROJECT['version']}\n" in citation
     assert f"\n## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_container_has_what_it_names() -> None:
+    """Docker itself is not to be had here: what it would copy, install and start is there."""
+    lines = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines() if line]
+    args = {name: value.strip('"') for kind, *rest in lines if kind == "ARG" for name, value in [rest[0].split("=", 1)]}
+    (image,) = [rest[0] for kind, *rest in lines if kind == "FROM"]
+    assert image.removeprefix("python:").removesuffix("-slim") in SpecifierSet(PROJECT["requires-python"])
+    assert f"TORCH ?= {args['TORCH']}\n" in (ROOT / "Makefile").read_text()
+    assert set(args["EXTRAS"].split(",")) <= PROJECT["optional-dependencies"].keys()
+    copied = {name for kind, *rest in lines if kind == "COPY" for name in rest[:-1]}
+    assert copied >= {"fabricrl", "pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]}
+    assert all((ROOT / name).exists() for name in copied)
+    assert copied <= {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    (command,) = [" ".join(rest) for kind, *rest in lines if kind == "CMD"]
+    assert (ROOT / json.loads(command)[0]).exists()

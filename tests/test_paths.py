@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 
 from fabricrl import evaluate
-from fabricrl.algos.droq import droq
-from fabricrl.algos.droq.args import DroQArgs
+from fabricrl.algos.droq import droq, droq_decoupled
+from fabricrl.algos.droq.args import DroQArgs, DroQDecoupledArgs
 from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
-from fabricrl.algos.ppo_recurrent import ppo_recurrent
-from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
+from fabricrl.algos.ppo_recurrent import ppo_recurrent, ppo_recurrent_decoupled
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs, RecurrentPPODecoupledArgs
 from fabricrl.algos.sac import sac, sac_decoupled
 from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
 from fabricrl.utils.checkpoint import load_checkpoint, save_checkpoint
 from fabricrl.utils.errors import CheckpointError, ConfigError, RunError
 from tests.process import call
 
-SCRIPTS = [ppo, ppo_decoupled, ppo_recurrent, sac, sac_decoupled, droq]
-ARGS = [PPOArgs, PPODecoupledArgs, RecurrentPPOArgs, SACArgs, SACDecoupledArgs, DroQArgs]
+SCRIPTS = [ppo, ppo_recurrent, sac, droq, ppo_decoupled, ppo_recurrent_decoupled, sac_decoupled, droq_decoupled]
+ARGS = [PPOArgs, RecurrentPPOArgs, SACArgs, DroQArgs]
+ARGS += [PPODecoupledArgs, RecurrentPPODecoupledArgs, SACDecoupledArgs, DroQDecoupledArgs]
 UNDECODABLE = os.fsdecode(b"\xff\xfe")
 
 

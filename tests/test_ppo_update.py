@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete, Space
@@ -14,10 +15,11 @@ from torch.distributions import Bernoulli, Categorical, Normal
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.agent import PPOAgent, make_agent
 from fabricrl.algos.ppo.args import PPOArgs
-from fabricrl.algos.ppo.ppo import METRICS, returns_and_advantages, rollout, train_epoch
+from fabricrl.algos.ppo.ppo import METRICS, returns_and_advantages, rollout, shaped_rewards, train_epoch
 from fabricrl.data import Batch, RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.utils.optimizer import Adam
+from fabricrl.utils.utils import generators
 from tests.conftest import BareRun
 from tests.envs import vectors
 
@@ -195,7 +197,7 @@ def test_returns_and_advantages_equal_the_plain_ones(tmp_path: Path) -> None:
 
 
 def test_log_probabilities_and_values_are_those_of_the_normaliser_that_acted(tmp_path: Path) -> None:
-    run, agent, rb = played("Discrete", tmp_path, norm_obs=True)
+    run, agent, rb = played("Discrete", tmp_path, norm_obs=True, gae_lambda=0.0)
     agent.obs_normalizer.update(5 + 3 * torch.randn(100, 3))
     data = returns_and_advantages(run, agent, agent, rb)
     normalised = (rb.obs - agent.obs_normalizer.mean) / (agent.obs_normalizer.var + 1e-8).sqrt()
@@ -204,6 +206,25 @@ def test_log_probabilities_and_values_are_those_of_the_normaliser_that_acted(tmp
     logits = agent.actor(normalised[:-1].float())
     logprobs = Categorical(logits=logits).log_prob(rb.actions[..., 0])
     torch.testing.assert_close(data.logprobs.view(STEPS, ENVS), logprobs)
+    following = agent.value(rb.obs[1:])  # also of what follows the last step, and of final observations
+    for t, env, final_obs in zip(*rb.truncated_episodes(), strict=True):
+        following[t, env] = agent.value(final_obs)
+    deltas = rb.rewards + run.args.gamma * following - agent.value(rb.obs[:-1])
+    torch.testing.assert_close(data.advantages.view(STEPS, ENVS), deltas)
+    assert not rb.dones[-1].all()
+
+
+def test_the_discounted_return_that_scales_rewards_begins_anew_with_each_life() -> None:
+    args = PPOArgs(num_envs=1, num_steps=3, num_minibatches=1, norm_reward=True)
+    agent = PPOAgent(vectors(2), Discrete(2), norm_reward=True)
+    rb = RolloutBuffer(3, 1, vectors(2), 1, torch.int64)
+    rb.start(np.zeros((1, 2)))
+    no = np.zeros(1, bool)
+    for t in range(3):
+        rb.add(t, np.zeros((1, 1)), np.zeros((1, 2)), np.ones(1), no, no, {"life_lost": np.ones(1, bool)})
+    shaped_rewards(BareRun(args), agent, rb)
+    assert agent.reward_normalizer.mean.tolist() == [1.0]  # not 1, 1 + γ, ...
+    assert agent.reward_normalizer.count == 3
 
 
 def test_the_first_minibatch_sees_ratio_one_and_an_almost_uniform_policy(tmp_path: Path) -> None:
@@ -224,6 +245,41 @@ def test_target_kl_stops_the_epochs_once_it_is_passed(tmp_path: Path) -> None:
     assert minibatches(None) == 24
     assert minibatches(1e9) == 24
     assert minibatches(1e-9) == 4  # after the first epoch
+    kls = Updated(*played("Discrete", tmp_path, update_epochs=1)).metrics["losses/approx_kl"]
+    assert kls[-1] > 1.1 * kls.mean()
+    assert minibatches(float(kls[-1] + kls.mean()) / 2) == 4  # by the last minibatch, not by the mean of all
+
+
+@pytest.mark.parametrize("averaged", [0.0, 1.0])
+def test_ranks_stop_by_the_mean_of_their_kls(averaged: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by their own, or one waits for the other; here the mean is said to be nothing, or much."""
+
+    def average(fabric: Any, optimizer: Adam, metrics: Tensor) -> Tensor:
+        return metrics.detach().index_fill(0, torch.tensor(METRICS.index("losses/approx_kl")), averaged)
+
+    monkeypatch.setattr(ppo, "average_gradients", average)
+    target = 1e-9 if averaged == 0 else 0.5  # the rank's own KL lies between
+    updated = Updated(*played("Discrete", tmp_path, target_kl=target, update_epochs=3))
+    assert len(updated.metrics["losses/policy_loss"]) == (12 if averaged == 0 else 4)
+
+
+def test_a_rollout_leaves_the_generator_of_training_alone(tmp_path: Path) -> None:
+    run, *_ = played("Discrete", tmp_path)
+    act_rng, train_rng = generators(run.args.seed, 0)
+    assert torch.equal(run.train_rng.get_state(), train_rng.get_state())
+    assert not torch.equal(run.act_rng.get_state(), act_rng.get_state())
+
+
+def test_a_copy_that_acts_elsewhere_has_the_newest_weights() -> None:
+    run, agent = BareRun(PPOArgs()), PPOAgent(vectors(2), Discrete(2))
+    assert run.player(agent) is agent
+    run.player_device = torch.device("cpu", 0)  # to torch another one than "cpu"
+    for _ in range(2):
+        with torch.no_grad():
+            agent.actor.out.bias += 1
+        player = run.player(agent)
+        assert player is not agent
+        assert torch.equal(player.actor.out.bias, agent.actor.out.bias)
 
 
 def test_the_update_visits_every_row_once_an_epoch(tmp_path: Path) -> None:
@@ -258,7 +314,7 @@ def test_rows_that_do_not_count_move_nothing(tmp_path: Path) -> None:
     """Their contents do not matter, and the weights of the other rows add up to one."""
     run, agent, rb = played("Box", tmp_path)
     data = returns_and_advantages(run, agent, agent, rb)
-    batch = Batch(**{name: column for name, column in data.columns.items() if name != "counts"})
+    batch = Batch(**{name: column for name, column in data.columns.items() if name != "counts" and column is not None})
     counted = torch.arange(len(batch)) % 3 > 0
     others = gradient(run, agent, batch[counted].with_columns(weights=None), 0.3)
     assert others.any()

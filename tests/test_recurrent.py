@@ -385,3 +385,14 @@ def test_minibatches_of_the_agent_equal_a_loop_over_steps_in_outputs_and_all_gra
             gradients.append([parameter.grad.clone() for parameter in agent.parameters()])
         for ours, theirs in zip((*packed, *gradients[0]), (*loop, *gradients[1]), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("world_size", "length"), [(1, 5), (2, 5), (2, 128), (3, 3)])
+def test_parts_of_a_rollout_are_cut_into_the_sequences_of_the_whole(world_size: int, length: int) -> None:
+    """If each part has whole environments. A part knows where its sequences end, and nothing of environments."""
+    dones = random_dones(12, 6, 0.2, 1)
+    whole = Sequences(dones, length)
+    size = len(whole.ends) // world_size
+    parts = [Sequences(whole.ends[i : i + size, None], length) for i in range(0, len(whole.ends), size)]
+    assert [int(first) + i * size for i, part in enumerate(parts) for first in part.first] == whole.first.tolist()
+    assert [int(n) for part in parts for n in part.lengths] == whole.lengths.tolist()

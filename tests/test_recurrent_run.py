@@ -232,6 +232,8 @@ def test_the_first_rollout_is_learned_from_as_it_is_normalised(
     torch.testing.assert_close(first.std(0, correction=0), torch.ones(3), rtol=0, atol=1e-4)
     assert load(finished.checkpoint)["agent"]["obs_normalizer.count"] == 256  # each rollout once
     assert second.abs().max() < 10
+    rates = [value for _, value in logged(finished.folder)["charts/learning_rate"]]
+    assert rates == [pytest.approx(2.5e-4 / 2)]  # of the second iteration of two
 
 
 def test_checkpoints_from_before_velocities_could_be_masked_are_still_played(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Played:
     def data(self, **changes: Any) -> dict[str, Tensor]:
         """Training data that the script makes of the rollout, each [T, N, ...]."""
         self.run.args = RecurrentPPOArgs(**(vars(self.args) | changes))
-        data = returns_and_advantages(self.run, self.agent, self.rb, Sequences(self.rb.dones, 128))
+        data, _ = returns_and_advantages(self.run, self.agent, self.rb)
         columns = {name: column for name, column in data.columns.items() if column is not None}
         return {name: column.unflatten(0, (len(ENDS), STEPS)).transpose(0, 1) for name, column in columns.items()}
 
@@ -299,8 +299,8 @@ class Updated:
     """Trains on a rollout; in float64, unless told otherwise, so that differences are those of formulas."""
 
     def __init__(self, run: BareRun, agent: RecurrentPPOAgent, rb: Any, exact: bool = True) -> None:
-        args, sequences = run.args, Sequences(rb.dones, run.args.sequence_length)
-        self.data = returns_and_advantages(run, agent, rb, sequences)
+        args = run.args
+        self.data, sequences = returns_and_advantages(run, agent, rb)
         if exact:
             agent.double()
             columns = self.data.columns.items()
@@ -448,7 +448,7 @@ def test_sequences_begin_in_the_memory_that_was_stored_for_their_first_row(tmp_p
     starts = {sequence[0]: sequence for sequence in cut(rb.dones, 4)}
 
     def values() -> Tensor:
-        return returns_and_advantages(run, agent, rb, sequences).values
+        return returns_and_advantages(run, agent, rb)[0].values
 
     before = values()
     assert sorted(starts) == sequences.in_order().first[: len(starts)].tolist()

@@ -6,17 +6,23 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import gymnasium as gym
 import pytest
 
-from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.args import run_name
+from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.envs import make_envs
 from fabricrl.envs.wrappers import RecordEpisodes
+from fabricrl.utils.errors import from_here
+from fabricrl.utils.run import progress_bar
 from tests.process import FORKED, PPO, Finished, call, load, logged, run, run_folder, saved_steps
 
 RESULT = re.compile(r"result steps=(\d+) sps=(\d+) return_mean=(-?[\d.]+|nan) episodes=(\d+) checkpoint=(\S+)")
@@ -52,7 +58,8 @@ def test_args_json_holds_the_arguments_that_ran(finished: Finished) -> None:
     stored = json.loads((finished.folder / "args.json").read_text())
     expected = dataclasses.asdict(PPOArgs(num_envs=2, total_timesteps=2048, log_every=512, checkpoint_every=1024))
     expected |= {"capture_video": True, "video_every": 10, "seed": 3, "exp_name": "named.run-1"}
-    expected |= {"hidden_sizes": [64, 64], "obs_keys": [], "log_dir": str(finished.folder.parent.parent.parent)}
+    expected |= {"hidden_sizes": [64, 64], "obs_keys": [], "info_keys": []}
+    expected |= {"log_dir": str(finished.folder.parent.parent.parent)}
     assert stored == expected
 
 
@@ -119,7 +126,7 @@ def test_no_progress_bar_without_a_terminal_and_one_with_it(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "\r" not in finished.err
-    chosen, where = finished.err.splitlines()
+    chosen, where = finished.err.splitlines()  # and not how to watch
     assert re.fullmatch(r"vectorization: (a?sync|native)", chosen)
     assert "1 rank on cpu" in where
 
@@ -133,6 +140,104 @@ def test_no_progress_bar_without_a_terminal_and_one_with_it(
     assert main() == 0
     assert "1.02k/1.02k" in terminal.getvalue() or "1024/1024" in terminal.getvalue()
     assert re.search(r"return \d+\.\d", terminal.getvalue())
+    logs, address = re.search(r"to watch: tensorboard --logdir (\S+), and (\S+)\n", terminal.getvalue()).groups()  # type: ignore[union-attr]
+    assert logs == str(tmp_path)
+    assert parse_qs(urlsplit(address).query) == {
+        "pinnedCards": ['[{"plugin":"scalars","tag":"charts/episodic_return"}]']
+    }
+
+
+def test_a_narrow_terminal_shows_the_return_also_once_it_has_been_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    with progress_bar(1_000_000, 0, hidden=False) as bar:
+        bar.set_description_str("return 123.4", refresh=False)
+        for columns in (120, 60, 24, 16, 90):
+            bar.dynamic_ncols = lambda _, columns=columns: (columns, 24)  # stands for what the terminal answers
+            bar.update(1000)
+            bar.refresh()
+            shown = terminal.getvalue().split("\r")[-1].rstrip()
+            assert shown.startswith("return 123.4")
+            assert len(shown) <= columns
+            assert ("steps/s" in shown) == (columns > 60)
+
+
+def test_a_run_is_named_after_what_was_changed() -> None:
+    def name(kind: Any = PPOArgs, **given: Any) -> str:
+        return run_name(kind(**given), "ppo")
+
+    assert name() == name(seed=3, env_id="Acrobot-v1", log_dir="x", devices="1", vectorization="sync") == "ppo"
+    assert name(num_envs=16, norm_obs=True, clip_vloss=False) == "ppo_num-envs=16_norm-obs_no-clip-vloss"
+    assert name(hidden_sizes=(32, 16), env_kwargs='{"a": [1]}') == "ppo_env-kwargs=a-1_hidden-sizes=32-16"
+    assert name(hidden_sizes=()) == "ppo_hidden-sizes=none"
+    assert name(learning_rate=1e-3, exp_name="mine") == "mine"
+    preset = {"preset": "mujoco", **PRESETS["mujoco"]}
+    assert name(**preset) == "ppo_preset=mujoco"
+    assert name(**preset | {"num_envs": 4}) == "ppo_num-envs=4_preset=mujoco"  # though it is the default without preset
+    assert name(PPODecoupledArgs, max_lag=0) == "ppo_decoupled_max-lag=0"
+    many = {
+        "total_timesteps": 999_936,
+        "num_envs": 31,
+        "num_steps": 1024,
+        "num_minibatches": 8,
+        "learning_rate": 1.0e-3,
+    }
+    more = name(**many, gamma=0.999, gae_lambda=0.9, clip_coef=0.3, update_epochs=3, vf_coef=1.0)
+    assert re.fullmatch(r"ppo_num-envs=31_.*_and-\d-more", more)
+    assert len(more) < 120
+
+
+def test_tensorboard_compares_runs_by_arguments_and_last_metrics(finished: Finished) -> None:
+    """As its HParams tab asks: columns, a row for each run, and whether it has ended well."""
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2
+    from tensorboard.plugins.hparams.backend_context import Context
+    from tensorboard.plugins.hparams.list_session_groups import Handler
+
+    logs = finished.folder.parents[2]
+    other = call(main, "--total-timesteps", 512, "--learning-rate", 1e-3, "--log-dir", logs)
+    runs = EventMultiplexer()
+    runs.AddRunsFromDirectory(str(logs))
+    runs.Reload()
+    context, asked = Context(TBContext(data_provider=MultiplexerDataProvider(runs, str(logs)))), RequestContext()
+    wanted = api_pb2.ListSessionGroupsRequest(slice_size=9, allowed_statuses=range(4), include_metrics=True)
+    rows = {row.name.split("/")[-1]: row for row in Handler(asked, context, "", wanted).run().session_groups}
+    assert rows.keys() == {finished.folder.name, other.folder.name}
+    for each, rate in ((finished, 2.5e-4), (other, 1e-3)):
+        row = rows[each.folder.name]
+        assert row.hparams["learning_rate"].number_value == rate
+        assert row.hparams["hidden_sizes"].string_value == "(64, 64)"
+        assert row.hparams["clip_vloss"].string_value == "True"
+        last = {metric.name.tag: metric.value for metric in row.metric_values}
+        assert f"{last['charts/return_mean']:.2f}" == each.result["return_mean"]
+        assert [session.status for session in row.sessions] == [api_pb2.STATUS_SUCCESS]
+    shutil.rmtree(other.folder)
+
+
+def test_paths_below_the_current_folder_begin_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run that was named by its whole path."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--num-envs", 1, "--total-timesteps", 128]
+    first = call(main, *flags, "--log-dir", tmp_path / "logs")
+    again = call(main, "--resume", first.checkpoint.absolute())
+    for ended in (first, again):
+        assert ended.result["checkpoint"].startswith("logs/ppo/")
+        assert ended.checkpoint.exists()
+        assert str(tmp_path) not in ended.out + ended.err
+    assert "nothing to do: 128 of 128 steps are done; --total-timesteps 256 goes on" in again.err
+    assert call(main, "--resume", first.checkpoint, "--total-timesteps", 256).result["steps"] == "256"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("{0}/a", "a"), ("cannot read {0}/a/b: no", "cannot read a/b: no"), ("{0}", "{0}"), ("{0}2/a", "{0}2/a"),
+     ("/x{0}/a", "/x{0}/a"), ("'{0}/a'", "'a'"), ("../a", "../a")],
+)  # fmt: skip
+def test_texts_show_paths_from_here(text: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert from_here(text.format(tmp_path)) == shown.format(tmp_path)
 
 
 def test_csv_logger_writes_a_row_for_each_entry_and_two_runs_of_a_second_have_two_folders(tmp_path: Path) -> None:

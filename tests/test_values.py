@@ -20,7 +20,7 @@ from fabricrl.algos.ppo.utils import ACTION_SPACES
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
 from fabricrl.envs import check_env, make_env, make_envs
-from fabricrl.envs.spaces import describe
+from fabricrl.envs.spaces import text_of
 from fabricrl.envs.values import Observation
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
 from tests.conftest import Trained
@@ -373,7 +373,7 @@ def test_ppo_trains_on_the_observations_of_blackjack(train: Callable[..., Traine
 
 
 def test_checkpoints_from_before_know_their_spaces() -> None:
-    """Descriptions that `describe` wrote for each kind of space that was supported then."""
+    """What was written for each kind of space that was supported then."""
     texts = {
         "box": "Box(-1.0, 1.0, (3,), float32)",
         "box_2d": "Box(-1.0, 1.0, (6,), float32)",
@@ -385,8 +385,8 @@ def test_checkpoints_from_before_know_their_spaces() -> None:
         "multi_discrete_2d": "Box(0, 1, (11,), int64)",
     }
     for space, text in texts.items():
-        assert describe(*check_env(args_for(space=space), ACTION_SPACES, None))["obs"] == text
+        assert text_of(check_env(args_for(space=space), ACTION_SPACES, None).obs) == text
     images = PPOArgs(env_id="tests.image_envs:Pictures-v0", env_kwargs='{"obs": "dict"}')
-    assert describe(*check_env(images, ACTION_SPACES, None, images=True))["obs"] == (
+    assert text_of(check_env(images, ACTION_SPACES, None, images=True).obs) == (
         "Records(gear: float32 (3,), speed: float32 (3,), camera: uint8 (36, 40, 3), depth: uint8 (37, 39, 1))"
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -29,6 +29,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.extras import pip_install
 from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.utils import require
 
@@ -38,6 +39,13 @@ MAX_STEPS = 10**12 - 1  # what fits into the names of checkpoints, which sort by
 # Bytes that are taken at the very least: by an environment, one in a process of its own, a step of a rollout, and a
 # weight that is trained (itself, its gradient and two moments), in float32
 ENV_BYTES, PROCESS_BYTES, STEP_BYTES, WEIGHT_BYTES = 2**10, 8 * 2**20, 32, 16
+# Arguments that names of runs leave out
+UNNAMED_GROUPS = ("run, logging and checkpoints", "hardware and launching")
+UNNAMED = {
+    "env_id", "seed", "seeds", "jobs", "vectorization", "check_spaces", "capture_video", "video_every", "timeout",
+    "eval_every", "eval_episodes", "stop_at_return",
+}  # fmt: skip
+MOST_NAMED = 100  # letters: names of files may have 255
 REGISTRY = ConstructorRegistry()
 
 
@@ -53,7 +61,13 @@ def arg(default: Any, help: str, group: str | None = None, advanced: bool = Fals
 
 @dataclass(frozen=True)
 class StandardArgs:
-    """Arguments of every script. Checked when made: see `__post_init__`."""
+    """Arguments of every script. Checked when made: see `__post_init__`.
+
+    Attributes:
+        presets: name → arguments that a preset sets, where the algorithm has presets.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     # --- environment
     env_id: str = arg("CartPole-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
@@ -100,7 +114,11 @@ class StandardArgs:
     )
 
     # --- run
-    exp_name: str = arg("", "name of the run; empty: the algorithm's", "run, logging and checkpoints")
+    exp_name: str = arg(
+        "",
+        "name of the run; empty: the algorithm's, with what differs from the defaults",
+        "run, logging and checkpoints",
+    )
     log_dir: str = arg("logs", "folder of all runs")
     logger: Literal["tensorboard", "csv", "wandb"] = arg(
         "tensorboard", "where metrics go; wandb needs the extra of that name"
@@ -195,7 +213,7 @@ class StandardArgs:
         """Raises ConfigError if this machine cannot do it: a package, a folder, processors or memory are not there."""
         if self.track or self.logger == "wandb":
             there = importlib.util.find_spec("wandb") is not None
-            require(there, "logger", "wandb", "another one, or wandb after: pip install -e '.[wandb]'")
+            require(there, "logger", "wandb", f"another one, or wandb after: {pip_install('wandb')}")
         if self.upload_model:
             there = importlib.util.find_spec("huggingface_hub") is not None
             require(there, "upload_model", "set", "left out, or set after: pip install huggingface_hub")
@@ -245,6 +263,38 @@ class DecoupledArgs:
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
+
+
+def run_name(args: StandardArgs, algo: str) -> str:
+    """The name that was given, or the script's with what was changed: `ppo_num-envs=16_norm-obs`."""
+    script = next(field.default for field in dataclasses.fields(args) if field.name == "exp_name") or algo
+    if args.exp_name not in ("", script):
+        return args.exp_name
+    name, changed = str(script), _changed(args)
+    for index, change in enumerate(changed):
+        if len(name) + len(change) > MOST_NAMED:
+            return f"{name}_and-{len(changed) - index}-more"
+        name += f"_{change}"
+    return name
+
+
+def _changed(args: StandardArgs) -> list[str]:
+    """Arguments of environment and algorithm that differ from the defaults, or from those of the preset."""
+    preset = args.presets.get(getattr(args, "preset", ""), {})
+    told, group = [], ""
+    for field in dataclasses.fields(args):
+        group = field.metadata["group"] or group
+        value = getattr(args, field.name)
+        left_out = group in UNNAMED_GROUPS or field.name in UNNAMED
+        if left_out or value == preset.get(field.name, field.default):
+            continue
+        name = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            told.append(name if value else f"no-{name}")
+        else:
+            text = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            told.append(f"{name}={re.sub(r'[^A-Za-z0-9.+]+', '-', text).strip('-') or 'none'}")
+    return told
 
 
 def require_between(args: StandardArgs, low: float, high: float, *names: str) -> None:
@@ -326,7 +376,8 @@ def check_types(args: StandardArgs) -> None:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _fits(value: Any, hint: Any) -> bool:

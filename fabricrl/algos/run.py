@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,13 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.args import check_sizes, parse
+from fabricrl.algos.args import check_sizes, parse, run_name
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.data import ReplayBuffer, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.backends import info_keys
-from fabricrl.envs.spaces import describe
-from fabricrl.utils.checkpoint import check_batch, check_spaces, load_checkpoint, reading, restore
+from fabricrl.envs.structure import check_spaces, structure_of
+from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
@@ -66,7 +67,8 @@ class Run:
 
     Attributes:
         args: the arguments; fabric: Lightning's, or the `Group` of a decoupled script.
-        obs_space, action_space: of a single environment; mask_size: of its action masks, 0 if there are none.
+        spaces: of a single environment; obs_space, action_space: those that the agent knows; mask_size: of its action
+            masks, 0 if there are none.
         masks: actions that are allowed after a reset, [N, mask_size], or None.
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
@@ -74,11 +76,14 @@ class Run:
         updates: compiles and captures updates.
         episodes, losses, clock: statistics for the log; charts: further ones for the next entry alone.
         generators: states for the next checkpoint, of all ranks; None: of those generators that this run has.
+        trainers: those of a decoupled script, if this is its player; else None.
         exit_code: 0, or that of the signal that ends the run.
 
     Raises:
         RunError: here and later, on all ranks at once.
     """
+
+    trainers: Any = None
 
     def __init__(
         self, args: Any, algo: str, action_spaces: tuple[type[Space], ...], bounded: bool = False, images: bool = False
@@ -87,8 +92,9 @@ class Run:
         if args.compile:
             check_compiler()
         video_mode = "rgb_array" if args.capture_video else None
+        self.spaces = check_env(args, action_spaces, video_mode, bounded, images)
         self.action_space: Any  # one of `action_spaces`
-        self.obs_space, self.action_space, self.mask_size = check_env(args, action_spaces, video_mode, bounded, images)
+        self.obs_space, self.action_space, self.mask_size, _ = self.spaces
         self.path: Path | None
         check_sizes(args, algo, self.obs_space, self.action_space)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
@@ -130,7 +136,8 @@ class Run:
         require(acts, "player_device", args.player_device, "cpu or auto where the run trains on the CPU")
         if self.state:
             check_batch(self.state, args, fabric.world_size)
-            check_spaces(self.state["spaces"], describe(self.obs_space, self.action_space))
+            with reading(self.path):
+                check_spaces(self.state, self.spaces)
         self.join(fabric)
         return self
 
@@ -168,6 +175,11 @@ class Run:
         return self._envs
 
     @property
+    def env_spaces(self) -> SimpleNamespace:
+        """Spaces under the names that `make_agent` asks environments for, on a rank that has none."""
+        return SimpleNamespace(single_observation_space=self.obs_space, single_action_space=self.action_space)
+
+    @property
     def skips(self) -> bool:
         """True if some steps only reset an environment, and belong to no episode."""
         assert self._envs is not None
@@ -180,7 +192,8 @@ class Run:
 
     def _made_folder(self) -> RunFolder:
         if self._folder is None:
-            self._folder = RunFolder(self.fabric, self.args, self.algo, self.path, self.first_step)
+            name = run_name(self.args, self.algo)
+            self._folder = RunFolder(self.fabric, self.args, self.algo, name, self.path, self.first_step)
         return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
@@ -198,7 +211,8 @@ class Run:
         """Names the modules and optimizers that checkpoints hold, and loads their state if the run resumes one."""
         self._parts |= parts
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
-        if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and hasattr(self.args, "num_steps"):
+        acts_in_rollouts = self._envs is not None and hasattr(self.args, "num_steps")
+        if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and acts_in_rollouts:
             self.player_device = self._faster_device(parts["agent"])  # weights move once a rollout
         if not self.state:
             return
@@ -383,7 +397,7 @@ class Run:
         self._advance()
 
     def _take_infos(self) -> np.ndarray | None:
-        """Numbers that environments have told at the ends of the episodes since the last call, [E, K]."""
+        """Numbers that environments have reported at the ends of episodes since the last call, [E, K]."""
         return None if self._envs is None else self._envs.take_episode_infos()  # type: ignore[attr-defined]
 
     @property
@@ -478,6 +492,8 @@ class Run:
         """Logs charts, and beside them episodes, losses, speed and where the time went since the last entry."""
         assert self._folder is not None
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
+        if self.episodes.returns:
+            speed["charts/return_mean"] = self.episodes.mean_return
         self._hint()
         self._warn_of_missing_infos()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
@@ -515,26 +531,31 @@ class Run:
         best = self.evaluation_is_due or self._score > self._folder.best_return
         return self._folder.wants_checkpoint(self.global_step, self.is_last) or (best and self.args.save_model)
 
-    def checkpoint(self, rb: ReplayBuffer | None = None, shards: int = 0, **parts: Any) -> None:
+    def checkpoint(self, rb: ReplayBuffer | None = None, **parts: Any) -> None:
         """Saves the parts that `restore` has named, if a checkpoint is due.
 
         Args:
-            rb: this rank's replay buffer, which is saved unless the arguments say otherwise.
-            shards: replay buffers that a decoupled script's trainers have saved.
+            rb: this rank's replay buffer, which is saved unless the arguments say otherwise; trainers save theirs.
             parts: what else there is with a `state_dict`.
         """
         if self.checkpoint_is_due:
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
-            values: dict[str, Any] = {"shards": shards} if shards else {}
+            state["generators"] = self.generators
             if self.generators is None:
-                values["generators"] = rank_generators(self.fabric, self.act_rng, self.train_rng)
-            state |= {"generators": self.generators} | values
-            self.save(state, rb.state_dict() if rb is not None and self.args.checkpoint_buffer else None)
+                state["generators"] = rank_generators(self.fabric, self.act_rng, self.train_rng)
+            shard = None
+            if rb is not None and self.args.checkpoint_buffer:
+                if self.trainers is None:
+                    shard = rb.state_dict()
+                else:
+                    state["shards"] = self.trainers.count
+            self.save(state, shard)
         self.clock.lap("log")
 
     def save(self, state: dict[str, Any], shard: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint now, of this state and what every run has."""
         assert self._folder is not None
-        own = {"spaces": describe(self.obs_space, self.action_space), "episodes": self.episodes.state_dict()}
+        spaces = {"obs": structure_of(self.spaces.given), "actions": structure_of(self.action_space)}
+        own = {"spaces": spaces, "mask_size": self.mask_size, "episodes": self.episodes.state_dict()}
         mean_return = self.episodes.mean_return if self._evaluation is None else self._score
         self._folder.save(self.global_step, mean_return, own | state, shard)

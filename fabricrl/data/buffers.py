@@ -530,6 +530,55 @@ class ReplayBuffer:
         self._columns["final"][row, env] = slot
 
 
+class NewestSteps(ReplayBuffer):
+    """Only the newest steps, on their way to those who keep them.
+
+    Args:
+        most: how many may wait, S.
+
+    Attributes:
+        steps: what was added since `sent` was called, by name, [S, N, ...] each; the first `waiting` count.
+        waiting: how many these are; none: the environments were reset, and `next_obs` [0] are their observations.
+    """
+
+    def __init__(self, most: int, num_envs: int, obs_space: Box, num_actions: int) -> None:
+        super().__init__(num_envs, num_envs, obs_space, num_actions)
+        shape, obs = (most, num_envs), torch.zeros(most, *self.newest_obs().shape, dtype=self.newest_obs().dtype)
+        self.steps = {"actions": torch.zeros(*shape, num_actions), "rewards": torch.zeros(shape)}
+        self.steps |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("terminated", "truncated")}
+        self.steps |= {"next_obs": obs, "final_obs": obs.clone()}
+        self._arrays = {name: column.numpy() for name, column in self.steps.items()}
+        self.waiting = 0
+
+    def sent(self) -> None:
+        """Forgets the steps that were waiting."""
+        self.waiting = 0
+
+    def start(self, obs: np.ndarray) -> None:
+        super().start(obs)
+        self._arrays["next_obs"][0] = self._columns["obs"][self.position]
+
+    def add(
+        self,
+        actions: np.ndarray,
+        next_obs: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        infos: dict[str, Any],
+    ) -> None:
+        super().add(actions, next_obs, rewards, terminated, truncated, infos)
+        arrays, row = self._arrays, self.waiting
+        arrays["actions"][row] = actions
+        arrays["rewards"][row] = rewards
+        arrays["terminated"][row] = terminated
+        arrays["truncated"][row] = truncated
+        arrays["next_obs"][row] = self._columns["obs"][self.position]
+        for env, final_obs in self._ended:
+            arrays["final_obs"][row, env] = final_obs
+        self.waiting += 1
+
+
 def _place(record: np.dtype, name: str) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
     """Type, offset, shape and strides of a field, in a record viewed as a row of that type."""
     kind, offset = record.fields[name][:2]  # type: ignore[index]

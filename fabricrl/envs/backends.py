@@ -27,6 +27,7 @@ from fabricrl.envs.spaces import env_actions, mask_choices
 from fabricrl.envs.values import Part
 from fabricrl.envs.wrappers import Masks
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
+from fabricrl.utils.extras import missing
 from fabricrl.utils.records import Records
 
 # Values of arguments that an algorithm, or an older checkpoint, does not have
@@ -72,7 +73,7 @@ def episode_infos(infos: dict[str, Any]) -> np.ndarray | None:
 
 
 def batched_infos(keys: Sequence[str], given: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
-    """Reads what `episode_infos` reads, from infos that are arrays [N] themselves, as vector environments have them.
+    """Converts infos that are arrays [N], as vector environments return them, for `episode_infos`.
 
     Args:
         ended: [N], which episodes ended with this step.
@@ -119,7 +120,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
         close_problem(NativeVectorEnv(args, env).close)
         return
     if importlib.util.find_spec("envpool") is None:
-        raise ConfigError("--vectorization envpool needs a package that is not installed: pip install -e '.[envpool]'")
+        raise missing("--vectorization envpool", "envpool")
     import envpool  # here, as it takes a moment and few runs need it
 
     name = _envpool_id(args.env_id)

@@ -8,10 +8,10 @@ from gymnasium.spaces import Space
 from gymnasium.vector import VectorEnv
 
 from fabricrl.envs.backends import episode_infos
+from fabricrl.envs.rows import floats_in
 from fabricrl.utils.errors import NonFiniteError
-from fabricrl.utils.records import Records
 
-Policy = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None], Any]
+Policy = Callable[..., Any]
 
 
 class Episodes(NamedTuple):
@@ -48,8 +48,8 @@ def play(
 
     Args:
         envs: environments that reset in the step that ends an episode (SAME_STEP).
-        policy: maps observations [N, R], rewards and dones [N] of the step before, and masks of the actions that are
-            allowed [N, S], None if there are none, to actions for `envs.step`.
+        policy: maps observations [N, R], and rewards and dones [N] of the step before, to actions for `envs.step`. It
+            is also given the masks [N, S] of the actions that are allowed, where environments have masks.
         seed: of environment 0; environment i has `seed + i`.
         after_step: called after each step of the environments with the number of episodes that it has ended.
 
@@ -67,8 +67,8 @@ def play(
     _check_finite(obs, np.zeros(envs.num_envs), envs.single_observation_space)
     rewards, dones = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
     while quota.any():
-        actions = policy(obs, rewards, dones, infos.get("action_mask"))
-        obs, rewards, terminated, truncated, infos = envs.step(actions)
+        masks = [infos["action_mask"]] if "action_mask" in infos else []
+        obs, rewards, terminated, truncated, infos = envs.step(policy(obs, rewards, dones, *masks))
         _check_finite(obs, rewards, envs.single_observation_space)
         dones = terminated | truncated
         running, steps = running + rewards, steps + 1
@@ -81,14 +81,13 @@ def play(
             quota[i] -= 1
         running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
         after_step(len(ended))
-    columns = np.array(told).reshape(-1, len(keys)).T
+    columns = np.array(told).reshape(len(told), len(keys)).T
     return Episodes(np.array(returns), np.array(lengths), dict(zip(keys, columns, strict=True)))
 
 
 def _check_finite(obs: np.ndarray, rewards: np.ndarray, space: Space) -> None:
     """Raises NonFiniteError if there is NaN or infinity: the returns would be worth nothing."""
-    floats = obs[:, : 4 * space.num_floats].view(np.float32) if isinstance(space, Records) else obs
-    for name, values in (("reward", rewards), ("observation", floats)):
+    for name, values in (("reward", rewards), ("observation", floats_in(obs, space))):
         if not np.isfinite(values).all():
             bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
             raise NonFiniteError(f"{name} of environment {np.flatnonzero(bad)[0]} is not finite")

@@ -1,6 +1,6 @@
 """Checks of observation and action spaces, and conversion of actions for the environment."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, flatdim
@@ -12,6 +12,22 @@ MOST_NUMBERS = 50_000_000  # of an observation or action
 LARGEST_GRID = 16  # pixels a side from which an array with channels counts as an image
 VECTOR_SPACES = (Box, Discrete, MultiDiscrete, MultiBinary)
 SUPPORTED = "supported are Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
+
+
+class Spaces(NamedTuple):
+    """Spaces of one environment.
+
+    Attributes:
+        obs: of the rows that agents take.
+        actions: as the environment has them.
+        mask_size: S, of masks over actions; 0 if there are none.
+        given: of observations as the environment gives them, an Atari game as AtariPreprocessing does.
+    """
+
+    obs: Any
+    actions: Any
+    mask_size: int
+    given: Any
 
 
 def check_observation_space(space: Space, images: bool = True) -> None:
@@ -170,11 +186,6 @@ def rescale_actions(space: Box, actions: np.ndarray) -> np.ndarray:
     _check_finite(actions)
     share = (actions.astype(np.float64).reshape(-1, *space.shape) + 1) / 2
     return np.clip((1 - share) * space.low + share * space.high, space.low, space.high).astype(space.dtype)
-
-
-def describe(observation_space: Space, action_space: Space) -> dict[str, str]:
-    """A single environment's spaces as a checkpoint stores them and as messages print them."""
-    return {"obs": text_of(observation_space), "actions": text_of(action_space)}
 
 
 def text_of(space: Any) -> str:

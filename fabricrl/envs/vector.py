@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -50,6 +50,7 @@ from fabricrl.envs.guard import (
     watched,
 )
 from fabricrl.envs.spaces import (
+    Spaces,
     check_action_space,
     check_bounded,
     check_observation_space,
@@ -70,9 +71,9 @@ from fabricrl.envs.wrappers import (
     RecordEpisodes,
     has_masks,
     is_atari,
-    require_opencv,
 )
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
+from fabricrl.utils.extras import missing, require_opencv
 from fabricrl.utils.records import Records
 
 BUILD_STREAM = 3  # of the generators that environments draw from while they are built
@@ -124,7 +125,7 @@ def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
     repeat, noop_max = option(args, "action_repeat"), option(args, "noop_max")
     if option(args, "mask_velocities"):
         env = MaskVelocities(env)
-    if is_atari(env) and (repeat > 1 or noop_max > 0):
+    if _is_prepared_game(args, env):
         grayscale, size = option(args, "grayscale"), option(args, "resize")
         require_opencv("an Atari game with --action-repeat or --noop-max", "atari")
         screen = (160, 210) if size is None else size
@@ -139,6 +140,11 @@ def _preprocessed(args: Any, env: gym.Env) -> gym.Env:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is set: {args.env_id} has no images among its observations")
     return LifeLoss(env) if option(args, "life_loss") else env
+
+
+def _is_prepared_game(args: Any, env: gym.Env) -> bool:
+    """Tells if Gymnasium's AtariPreprocessing makes the observations: each is of two frames of the game."""
+    return is_atari(env) and (option(args, "action_repeat") > 1 or option(args, "noop_max") > 0)
 
 
 def make_envs(args: Any, rank: int, video_folder: Path, masked: bool = False) -> VectorEnv:
@@ -439,12 +445,10 @@ def check_env(
     render_mode: str | None,
     bounded: bool = False,
     images: bool = False,
-) -> "Spaces":
+) -> Spaces:
     """Builds one environment and discards it, so that mistakes are reported before anything starts.
 
     `bounded`: actions must be a Box with finite bounds; `images`: observations may have images.
-
-    Returns the observation and the action space that `make_envs` will give each environment, and the size of its masks.
 
     Raises:
         ConfigError: the environment does not exist, has spaces that are not supported, cannot be rendered, or has no
@@ -453,6 +457,7 @@ def check_env(
     """
     with _passing(args, _construct) as env:
         env = _preprocessed(args, env)
+        given = env.observation_space if _is_prepared_game(args, env) else env.get_wrapper_attr("given")
         check_observation_space(env.observation_space, images)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             texts = [f"warning: {text}" for text in odd_images(env.observation_space)]
@@ -475,15 +480,8 @@ def check_env(
         if masked and args.vectorization == "envpool":
             warn(f"--vectorization envpool: {args.env_id} has action masks, which are not there")
             masked = False
-        return Spaces(space, env.action_space, sum(mask_choices(env.action_space)) if masked else 0)
-
-
-class Spaces(NamedTuple):
-    """A single environment's spaces, and the size S of its action masks, 0 if it has none."""
-
-    obs: Box
-    actions: Space
-    mask_size: int
+        mask_size = sum(mask_choices(env.action_space)) if masked else 0
+        return Spaces(space, env.action_space, mask_size, given)
 
 
 def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
@@ -492,7 +490,7 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
     kwargs = json.loads(env_kwargs) | ({} if render_mode is None else {"render_mode": render_mode})
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         if importlib.util.find_spec("ale_py") is None:
-            raise ConfigError(f"--env-id {env_id} needs a package that is not installed: pip install -e '.[atari]'")
+            raise missing(f"--env-id {env_id}", "atari")
         import ale_py  # which registers its games when it is imported
 
         gym.register_envs(ale_py)
@@ -543,13 +541,13 @@ def _draws_nowhere(env_id: str) -> bool:
 def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
     """Explains to the user why an environment could not be built."""
     text = " ".join(str(error).split())
-    missing = error if isinstance(error, ImportError) else error.__cause__
-    if isinstance(missing, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
-        name = (getattr(missing, "name", None) or "").split(".")[0]
+    absent = error if isinstance(error, ImportError) else error.__cause__
+    if isinstance(absent, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
+        name = (getattr(absent, "name", None) or "").split(".")[0]
         hinted = [extra for extra in EXTRAS.values() if f"gymnasium[{extra}]" in text]  # by Gymnasium itself
         if extra := EXTRAS.get(name) or next(iter(hinted), None):
-            return ConfigError(f"--env-id {env_id} needs a package that is not installed: pip install -e '.[{extra}]'")
-        if type(missing) is ImportError and type(error) is ImportError:
+            return missing(f"--env-id {env_id}", extra)
+        if type(absent) is ImportError and type(error) is ImportError:
             return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
         looked = f"; modules of your own are looked up in {os.getcwd()}" if ":" in env_id else ""
         return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")

@@ -1,6 +1,5 @@
 """Single-environment wrappers that Gymnasium does not have, and what protects a run from its environments."""
 
-import importlib.util
 import math
 import sys
 import traceback
@@ -11,25 +10,17 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Dict, flatdim, flatten
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 from numpy import ndarray
 
 from fabricrl.envs.guard import Timeout
-from fabricrl.envs.spaces import SMALLEST_IMAGE, is_image, mask_choices
+from fabricrl.envs.packing import Packer, velocities
+from fabricrl.envs.spaces import mask_choices
 from fabricrl.envs.values import INTERFACE, NUMBERS, Observation, as_array, flag, number
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
 from fabricrl.utils.records import Records
 
 INFO = (dict, type(None), Mapping)  # what may stand beside an observation
-# Where observations hold velocities, by id without version: the places that rl-baselines3-zoo masks
-VELOCITIES = {
-    "CartPole": (1, 3),
-    "MountainCar": (1,),
-    "MountainCarContinuous": (1,),
-    "Pendulum": (2,),
-    "LunarLander": (2, 3, 5),
-}
 
 
 class KeepPromises(gym.Wrapper):
@@ -44,6 +35,7 @@ class KeepPromises(gym.Wrapper):
         everything: check the bounds of real numbers in every step, too.
 
     Attributes:
+        given: the space of what the environment returns.
         left_out: names of the parts that are text.
 
     Raises:
@@ -58,7 +50,8 @@ class KeepPromises(gym.Wrapper):
                 raise EnvError(f"{type(env.unwrapped).__name__} has no {name}")
         if not isinstance(env.metadata, dict):
             self.metadata = {}
-        observation = Observation(env.observation_space, keys)
+        self.given = env.observation_space
+        observation = Observation(self.given, keys)
         self.left_out = [] if keys else observation.left_out
         if observation.space is not env.observation_space:
             self.observation_space = observation.space
@@ -109,11 +102,7 @@ class MaskVelocities(gym.ObservationWrapper):
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
-        env_id = env.spec.id if env.spec is not None else str(env)
-        name = env_id.rpartition("-v")[0]
-        if name not in VELOCITIES:
-            raise ConfigError(f"--mask-velocities is set: it works with {', '.join(VELOCITIES)}, not with {env_id}")
-        self._masked = list(VELOCITIES[name])
+        self._masked = velocities(env.spec.id if env.spec is not None else str(env))
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
         observation = observation.copy()  # the environment may keep the one it returned
@@ -161,80 +150,20 @@ class LifeLoss(gym.Wrapper):
 
 
 class PackImages(gym.ObservationWrapper):
-    """Observations with images, alone or in a flat Dict, as records of bytes (see `utils/records.py`).
-
-    Args:
-        grayscale: images of three colours, transparent or not, become one channel, by the weights of ITU-R 601.
-        resize: height and width of images, by area; None: as they are.
-
-    Raises:
-        ConfigError: an image is too small for the encoder, or OpenCV is needed and not installed.
-    """
+    """Observations with images as records of bytes: see `Packer`."""
 
     def __init__(self, env: gym.Env, grayscale: bool = False, resize: int | None = None) -> None:
         super().__init__(env)
-        space = env.observation_space
-        parts = space.spaces if isinstance(space, Dict) else {"image": space}
-        self._vectors = {key: part for key, part in parts.items() if not is_image(part)}
-        self._images = {key: part for key, part in parts.items() if is_image(part)}
-        self._single = not isinstance(space, Dict)
-        self._grayscale, self._resize = grayscale, resize
-        if grayscale or resize is not None:
-            require_opencv("--grayscale" if grayscale else "--resize")
-        shapes = {key: self._process(np.zeros(part.shape or (), np.uint8)).shape for key, part in self._images.items()}
-        for key, shape in shapes.items():
-            sides = shape if len(shape) == 2 else shape[1:] if shape[0] < shape[-1] else shape[:-1]
-            if min(sides) < SMALLEST_IMAGE:
-                raise ConfigError(
-                    f"observation {key!r} is an image of {sides[0]} × {sides[1]}: the encoder takes "
-                    f"{SMALLEST_IMAGE} × {SMALLEST_IMAGE} and more; --resize 84 enlarges it"
-                )
-        self.records = Records({key: flatdim(part) for key, part in self._vectors.items()}, shapes)
-        self.observation_space = self.records
+        self._pack = Packer(env.observation_space, grayscale, resize)
+        self.observation_space = self._pack.space
 
     def observation(self, observation: Any) -> np.ndarray:
-        record = np.empty(self.records.size, np.uint8)
-        parts = {"image": observation} if self._single else observation
-        floats = record[: 4 * self.records.num_floats].view(np.float32)
-        at = 0
-        for key, part in self._vectors.items():
-            size = self.records.vectors[key]
-            floats[at : at + size] = np.asarray(flatten(part, parts[key]))
-            at += size
-        end = 4 * at
-        for key, image in self.records.images.items():
-            pixels = self._process(parts[key])
-            end = image.start + pixels.size
-            record[image.start : end] = pixels.reshape(-1)
-        record[end:] = 0
-        return record
-
-    def _process(self, image: np.ndarray) -> np.ndarray:
-        if not self._grayscale and self._resize is None:
-            return image
-        import cv2  # here, as it takes a moment and few runs need it
-
-        if image.ndim == 3 and image.shape[0] < image.shape[-1]:
-            image = np.ascontiguousarray(image.transpose(1, 2, 0))
-        if self._grayscale and image.ndim == 3 and image.shape[-1] in (3, 4):
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY if image.shape[-1] == 3 else cv2.COLOR_RGBA2GRAY)
-        if self._resize is not None and image.shape[:2] != (self._resize, self._resize):
-            planes = [image] if image.ndim == 2 else np.split(image, range(4, image.shape[-1], 4), -1)
-            size = (self._resize, self._resize)  # OpenCV takes up to four channels at once
-            image = np.dstack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes])
-            image = image[..., 0] if image.shape[-1] == 1 else image
-        return image
+        return self._pack(observation)
 
 
 def is_atari(env: gym.Env) -> bool:
     """Returns True for games of the Arcade Learning Environment."""
     return hasattr(env.unwrapped, "ale")
-
-
-def require_opencv(what: str, extra: str = "images") -> None:
-    """Raises ConfigError, with the command that installs it, unless OpenCV is installed."""
-    if importlib.util.find_spec("cv2") is None:
-        raise ConfigError(f"{what} needs a package that is not installed: pip install -e '.[{extra}]'")
 
 
 class NameFailures(gym.Wrapper):

@@ -114,13 +114,16 @@ class RecordEncoder(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         batch = obs.shape[: -2 if self.frame_stack > 1 else -1]
         records = obs.reshape(-1, self.frame_stack, obs.shape[-1])  # [B, S, R]
-        parts = []
-        for cnn, image in zip(self.cnns, self.space.images.values(), strict=True):
-            parts.append(cnn(image.of(records).flatten(1, 2)))  # [B, S C, H, W] →
-        vectors = floats_of(records[:, -1], self.space.num_floats).split(list(self.space.vectors.values()), -1)
-        for layer, vector in zip(self.layers, vectors, strict=False):
-            parts.append(torch.tanh(layer(vector)))
-        return torch.cat(parts, -1).view(*batch, -1)
+        images = [image.of(records).flatten(1, 2) for image in self.space.images.values()]  # [B, S C, H, W] each
+        return self.encode(images, floats_of(records[:, -1], self.space.num_floats)).view(*batch, -1)
+
+    def encode(self, images: Sequence[Tensor], numbers: Tensor) -> Tensor:
+        """What is in records: images [B, S C, H, W], and the numbers of all vectors [B, V] → [B, F]."""
+        parts = [cnn(image) for cnn, image in zip(self.cnns, images, strict=True)]
+        if len(self.layers):
+            vectors = numbers.split(list(self.space.vectors.values()), -1)
+            parts += [torch.tanh(layer(vector)) for layer, vector in zip(self.layers, vectors, strict=True)]
+        return torch.cat(parts, -1)
 
 
 def make_encoder(space: Box, frame_stack: int, cnn_features: int) -> RecordEncoder | None:

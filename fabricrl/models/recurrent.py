@@ -191,11 +191,15 @@ class Sequences:
 
     Args:
         dones: [T, N], whether an episode ended with that step.
+
+    Attributes:
+        ends: [N T], bool: rows that no sequence goes beyond, of whatever length; an episode or a rollout ends there.
     """
 
     def __init__(self, dones: Tensor, length: int) -> None:
         begins = np.ones((dones.shape[1], dones.shape[0]), dtype=bool)  # [N, T]
         begins[:, 1:] = dones.numpy().T[:, :-1]
+        self.ends = torch.from_numpy(np.append(begins.reshape(-1)[1:], True))
         rows = np.arange(begins.size)
         since = rows - np.maximum.accumulate(np.where(begins.reshape(-1), rows, 0))
         self._begins = since % length == 0

@@ -32,8 +32,8 @@ class Batch:
         return Batch(**(self.columns | columns))
 
     def __getitem__(self, rows: Any) -> "Batch":
-        """Some of the rows, of every column."""
-        return Batch(**{name: None if column is None else column[rows] for name, column in self.columns.items()})
+        """Some of the rows, of every column that is not None."""
+        return Batch(**{name: None if c is None else c[rows] for name, c in self.columns.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -45,12 +45,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        return Batch(**{name: column.to(device) for name, column in self.columns.items()})
+        return Batch(**{name: None if c is None else c.to(device) for name, c in self.columns.items()})
 
 
 pytree.register_pytree_node(
     Batch,
-    lambda batch: (list(batch.columns.values()), list(batch.columns)),
+    lambda batch: ([batch.columns[name] for name in sorted(batch.columns)], sorted(batch.columns)),
     lambda values, names: Batch(**dict(zip(names, values, strict=True))),
 )
 

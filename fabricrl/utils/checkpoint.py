@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fabricrl.utils.errors import CheckpointError, ConfigError, OutputError
+from fabricrl.utils.errors import CheckpointError, ConfigError, OutputError, from_here
 
 FORMAT = 1
 BEST = "best.ckpt"
@@ -249,12 +249,12 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and not math.isnan(value)
 
 
-def _is_table(value: Any, kind: type) -> bool:
+def _is_table(value: Any, kind: Any) -> bool:
     """Tells if it is a dict from text to this kind."""
     return isinstance(value, dict) and all(isinstance(key, str) for key in value) and _all(value.values(), kind)
 
 
-def _all(values: Any, kind: type) -> bool:
+def _all(values: Any, kind: Any) -> bool:
     return all(isinstance(value, kind) for value in values)
 
 
@@ -319,7 +319,8 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "global_step": lambda value: _is_count(value, 1),
     "world_size": lambda value: _is_count(value, 1),
     "args": lambda value: _is_table(value, object),
-    "spaces": lambda value: _is_table(value, str),
+    "spaces": lambda value: _is_table(value, str | dict),  # earlier versions wrote them as text
+    "mask_size": _is_count,
     "agent": lambda value: _is_table(value, torch.Tensor),
     "best_return": _is_number,
     "episodes": _are_episodes,
@@ -438,7 +439,7 @@ def _newest_good(candidates: list[Path]) -> tuple[dict[str, Any], Path]:
             return state, candidate
         except CheckpointError as error:
             problems.append(str(error))
-            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+            print(f"warning: {from_here(error)}; trying the one before it", file=sys.stderr)
     if without_shards:
         return without_shards[0]  # whether it can be used is for those who need them to say
     raise CheckpointError(f"no checkpoint can be read in {candidates[0].parent}: {problems[0]}")
@@ -522,7 +523,7 @@ def go_without(call: str, path: Path, loss: str) -> None:
         torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
     )
     if call not in _told and first:
-        print(f"warning: the file system of {path} has no {call}: {loss}", file=sys.stderr, flush=True)
+        print(f"warning: the file system of {from_here(path)} has no {call}: {loss}", file=sys.stderr, flush=True)
     _told.add(call)
 
 
@@ -534,10 +535,3 @@ def _cause(error: BaseException) -> str:
             return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__
     return str(error).split("\n")[0]
-
-
-def check_spaces(stored: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Raises CheckpointError, which prints both, if the checkpoint's environment had other spaces than this one."""
-    for name, space in own.items():
-        if stored.get(name) != space:
-            raise CheckpointError(f"the checkpoint's {name} space is {stored.get(name)}, this environment's is {space}")

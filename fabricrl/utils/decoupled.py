@@ -1,37 +1,82 @@
 """Decoupled training: the two groups of ranks, and messages that say what they are.
 
-Rank 0 plays, ranks 1 to W - 1 train. Groups are Lightning's TorchCollective; tensors travel from process to process as
-flat buffers of bytes that are allocated once. Every message has a letter, which its sender and its receiver both name.
+Rank 0 plays, ranks 1 to W - 1 train. Groups are Lightning's TorchCollective. A message is a record, a NamedTuple whose
+fields both ends know by name; it travels from process to process as one flat buffer of bytes, allocated once.
+`fabricrl.algos.decoupled` has the two ends.
 """
 
 import contextlib
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.collectives import TorchCollective
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from fabricrl.utils.ending import is_communication_error, reason, report
+from fabricrl.utils.ending import reason
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
-from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.peers import patience
-from fabricrl.utils.process import own_rank
 from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
-TRAIN, STOP, ABORT = 0, 1, 2  # what the header of an iteration commands
-TO_EACH = "DS"  # letters of the messages that go to every trainer: data, start
-Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name → shape and type
-INTEGER, REAL = ((), torch.int64), ((), torch.float64)
-HEADER: Fields = {"command": INTEGER, "code": INTEGER}  # the head of [H] and of every [D]
-HELLO: Fields = {**HEADER, "hash": INTEGER}  # [H]
-REPORT: Fields = {"code": INTEGER, "signal": INTEGER, "waited": REAL, "passed": REAL}
+TRAIN, STOP, ABORT = 0, 1, 2  # what the player commands
+PATH_MAX = 4096  # bytes of a path
+NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
+
+
+class Hello(NamedTuple):
+    """Player → each trainer, once: it is ready."""
+
+    command: int = TRAIN
+    code: int = 0  # exit code to end with, after ABORT
+    hash: int = 0  # of the parameters it starts from
+    folder: Tensor = torch.zeros(PATH_MAX, dtype=torch.uint8)  # of the run
+
+
+class Ready(NamedTuple):
+    """First trainer → player, once: so are the trainers."""
+
+    code: int = 0  # exit code of a fault
+    refill: bool = False  # whether a run that is resumed has to fill a new replay buffer first
+
+
+class Order(NamedTuple):
+    """Player → each trainer, once an iteration: its data, and what to do with them."""
+
+    command: int  # TRAIN, STOP or ABORT
+    code: int  # exit code to end with
+    iteration: int  # of the run, from 0
+    step: int  # environment steps so far
+    answers: bool  # an Answer is awaited
+    looks: bool  # with the losses since the last look
+    saves: bool  # and a State, for a checkpoint
+    bulk: bool  # the next Order has the record of many iterations
+    data: Any  # the script's record
+
+
+class Answer(NamedTuple):
+    """First trainer → player, after an update: what to act with, and how training goes."""
+
+    code: int  # exit code of a fault
+    signal: int  # exit code that a signal to a trainer asks for
+    waited: float  # seconds that the trainer has waited for data since the last answer
+    passed: float  # seconds since then
+    losses: Tensor | None  # sums and numbers of the metrics noted, [2, metrics]
+    weights: Tensor  # parameters of the policy [P]
+
+
+class State(NamedTuple):
+    """First trainer → player, where a checkpoint is due: what it holds besides."""
+
+    generators: Tensor  # of all trainers, [W - 1, 2, bytes]
+    learned: list[Tensor]  # optimizers' moments, and parameters that the policy does not act with
 
 
 class EndedByPeerError(RunError):
@@ -88,35 +133,70 @@ class _InPrecision(nn.Module):
         super().__init__()
         self.module, self._fabric = module, fabric
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **more: Any) -> Any:
         precision = self._fabric.strategy.precision
+        inputs, more = precision.convert_input((inputs, more))
         with self._fabric.autocast():
-            outputs = self.module(*precision.convert_input(inputs))
+            outputs = self.module(*inputs, **more)
         return precision.convert_output(outputs)
 
 
 class Packet:
-    """Tensors of fixed shapes as views of one buffer of bytes, each from a multiple of eight on."""
+    """A record as one buffer of bytes, each field from a multiple of eight on.
 
-    def __init__(self, fields: Fields) -> None:
-        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in fields.values()]
+    Args:
+        record: the NamedTuple that declares the fields, with batches, lists and other records in it. Numbers travel as
+            64 bits, tensors as they are in shape and type; a tensor that is None when it is sent is None at the other
+            end.
+    """
+
+    def __init__(self, record: Any) -> None:
+        leaves, self._spec = pytree.tree_flatten(record)
+        self.name = type(record).__name__
+        leaves = [torch.zeros(0) if leaf is None else leaf for leaf in leaves]
+        self._numbers = [not isinstance(leaf, Tensor) for leaf in leaves]
+        examples = [torch.ones(len(leaves), dtype=torch.bool)]  # which are not None
+        examples += [
+            torch.tensor(x, dtype=NUMBERS[type(x)]) if n else x for x, n in zip(leaves, self._numbers, strict=True)
+        ]
+        sizes = [example.numel() * example.itemsize for example in examples]
         self.buffer = torch.zeros(sum(-(-size // 8) * 8 for size in sizes), dtype=torch.uint8)
-        self.tensors: dict[str, Tensor] = {}
-        offset = 0
-        for (name, (shape, dtype)), size in zip(fields.items(), sizes, strict=True):
-            self.tensors[name] = self.buffer[offset : offset + size].view(dtype).view(shape)
+        views, offset = [], 0
+        for example, size in zip(examples, sizes, strict=True):
+            views.append(self.buffer[offset : offset + size].view(example.dtype).view(example.shape))
             offset += -(-size // 8) * 8
+        self._present, *self.tensors = views
 
-    def fill(self, **values: Any) -> "Packet":
-        """Writes tensors, or numbers, into their places."""
-        for name, value in values.items():
-            self.tensors[name].copy_(value) if isinstance(value, Tensor) else self.tensors[name].fill_(value)
+    def fill(self, record: Any) -> "Packet":
+        """Writes a record into the buffer, with the fields and shapes, and in the types that were declared."""
+        leaves, spec = pytree.tree_flatten(record)
+        assert spec == self._spec, f"{self.name} has other fields than declared: {spec}"
+        self._present.copy_(torch.tensor([leaf is not None for leaf in leaves]))
+        for view, leaf in zip(self.tensors, leaves, strict=True):
+            if isinstance(leaf, Tensor):
+                assert view.shape == leaf.shape, f"a field of {self.name} is {list(leaf.shape)}, not {list(view.shape)}"
+                view.copy_(leaf)
+            elif leaf is not None:
+                view.fill_(leaf)
         return self
 
-    def __getitem__(self, name: str) -> Any:
-        """A tensor; of a single number, that number."""
-        tensor = self.tensors[name]
-        return tensor if tensor.ndim else tensor.item()
+    def read(self) -> Any:
+        """The record in the buffer; its tensors are views."""
+        leaves = zip(self.tensors, self._numbers, self._present.tolist(), strict=True)
+        values = [(view.item() if number else view) if present else None for view, number, present in leaves]
+        return pytree.tree_unflatten(values, self._spec)
+
+
+class Outbox:
+    """Packets of one message in turn, so that none that is on its way is touched."""
+
+    def __init__(self, record: Any, turns: int) -> None:
+        self.record = record
+        self._packets = cycle([Packet(record) for _ in range(turns)])
+
+    def pack(self, record: Any) -> Packet:
+        """A record in the next packet."""
+        return next(self._packets).fill(record)
 
 
 class Channel:
@@ -140,19 +220,20 @@ class Channel:
         self._sent: deque[tuple[Any, str, int, int]] = deque()
         self.waited, self._since = 0.0, time.perf_counter()
 
-    def send(self, letter: str, packet: Packet, to: int, iteration: int) -> None:
-        with self._naming(letter, to, iteration, "to"):
-            work = torch.distributed.isend(packet.buffer, to, group=self._group, tag=ord(letter))
-        self._sent.append((work, letter, to, iteration))
+    def send(self, packet: Packet, to: int, iteration: int) -> None:
+        """Sends a packet under its record's name."""
+        with self._naming(packet.name, to, iteration, "to"):
+            work = torch.distributed.isend(packet.buffer, to, group=self._group, tag=tag(packet.name))
+        self._sent.append((work, packet.name, to, iteration))
         self._settle(self._capacity)
 
-    def receive(self, letter: str, packet: Packet, source: int, iteration: int) -> Packet:
-        """The packet, once it has come."""
+    def receive(self, packet: Packet, source: int, iteration: int) -> Any:
+        """The next record of the packet's name, once it has come; the next one overwrites its tensors."""
         started = time.perf_counter()
-        with self._naming(letter, source, iteration, "from"):
-            torch.distributed.recv(packet.buffer, source, group=self._group, tag=ord(letter))
+        with self._naming(packet.name, source, iteration, "from"):
+            torch.distributed.recv(packet.buffer, source, group=self._group, tag=tag(packet.name))
         self.waited += time.perf_counter() - started
-        return packet
+        return packet.read()
 
     def lap(self) -> tuple[float, float]:
         """Seconds spent waiting, and seconds passed, since the last call."""
@@ -165,110 +246,22 @@ class Channel:
 
     def _settle(self, count: int) -> None:
         while len(self._sent) > count:
-            work, letter, to, iteration = self._sent.popleft()
-            with self._naming(letter, to, iteration, "to"):
+            work, name, to, iteration = self._sent.popleft()
+            with self._naming(name, to, iteration, "to"):
                 work.wait()
 
     @contextmanager
-    def _naming(self, letter: str, peer: int, iteration: int, way: str) -> Iterator[None]:
+    def _naming(self, name: str, peer: int, iteration: int, way: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            what = f"message {letter} {way} it in iteration {iteration}"
+            what = f"message {name} {way} it in iteration {iteration}"
             raise LostPeerError(f"rank {self.rank} lost rank {peer}: {what}: {reason(error)}") from error
 
 
-class Messages:
-    """The packets of each letter, alike on both sides; several in turn, so that none that is on its way is touched.
-
-    Args:
-        fields: letter → fields of its packets.
-        count: trainers; each is sent packets of its own.
-        max_lag: iterations that may be on their way.
-    """
-
-    def __init__(self, fields: Mapping[str, Fields], count: int, max_lag: int) -> None:
-        often = {letter: max_lag + 2 if letter in "DW" else 1 for letter in fields}  # of the others one is on its way
-        turns = {letter: often[letter] * (count if letter in TO_EACH else 1) for letter in fields}
-        self._packets = {letter: cycle([Packet(fields[letter]) for _ in range(turns[letter])]) for letter in fields}
-
-    def __getitem__(self, letter: str) -> Packet:
-        """The next packet to fill, or to receive into."""
-        return next(self._packets[letter])
-
-
-class Trainers:
-    """The trainers as the player sees them.
-
-    Attributes:
-        count: how many.
-        ahead: iterations whose data have been sent and whose weights have not come back: what the policy lags behind.
-        iteration: the next.
-        signal: exit code that a signal to a trainer asks for, or 0.
-    """
-
-    def __init__(self, channel: Channel) -> None:
-        self.channel, self.count = channel, channel.world_size - FIRST_TRAINER
-        self.messages: Messages | None = None
-        self.ahead: deque[int] = deque()
-        self.iteration, self.signal = 0, 0
-        self._waited = self._passed = 0.0
-
-    def begin(self, messages: Messages, agent: nn.Module) -> None:
-        """[H] to each: the player is ready, and starts from these parameters."""
-        self._order(TRAIN, 0, hash=parameter_hash(agent))
-        self.messages = messages
-
-    def send(self, shares: Iterable[Mapping[str, Tensor]], answers: bool = True, **command: float) -> None:
-        """[D] to each, of an iteration that is answered by [W] or by nothing."""
-        assert self.messages is not None
-        for rank, share in enumerate(shares, FIRST_TRAINER):
-            packet = self.messages["D"].fill(command=TRAIN, **command, **share)
-            self.channel.send("D", packet, rank, self.iteration)
-        if answers:
-            self.ahead.append(self.iteration)
-        self.iteration += 1
-
-    def collect(self, most: int) -> Iterator[Packet]:
-        """[W] of the oldest iterations, until the player is `most` ahead.
-
-        Raises:
-            RunError: without text, if an update failed; the trainer has said why.
-        """
-        assert self.messages is not None
-        while len(self.ahead) > most:
-            iteration = self.ahead.popleft()
-            answer = self.channel.receive("W", self.messages["W"], FIRST_TRAINER, iteration)
-            if answer["code"] == LostPeerError.exit_code:
-                raise LostPeerError(f"rank 0 lost a trainer in iteration {iteration}: rank {FIRST_TRAINER} says so")
-            if answer["code"]:
-                raise EndedByPeerError(answer["code"])
-            self.signal = max(self.signal, answer["signal"])
-            self._waited, self._passed = self._waited + answer["waited"], self._passed + answer["passed"]
-            yield answer
-
-    def receive(self, letter: str) -> Packet:
-        """Receives what else the first trainer sends in the newest iteration."""
-        assert self.messages is not None
-        return self.channel.receive(letter, self.messages[letter], FIRST_TRAINER, max(self.iteration - 1, 0))
-
-    def share_waited(self) -> float:
-        """Share of the time that the first trainer has waited for data since the last call."""
-        share, self._waited, self._passed = self._waited / max(self._passed, 1e-9), 0.0, 0.0
-        return share
-
-    def dismiss(self, command: int, code: int) -> None:
-        """The last order to each, STOP or ABORT, and the exit code to end with. Those that are gone need none."""
-        with contextlib.suppress(LostPeerError):
-            self._order(command, code)
-            if code != LostPeerError.exit_code:  # there one may not be listening
-                self.channel.flush()
-
-    def _order(self, command: int, code: int, **more: Any) -> None:
-        for rank in range(FIRST_TRAINER, self.channel.world_size):
-            packet = Packet(HELLO) if self.messages is None else self.messages["D"]
-            letter = "H" if self.messages is None else "D"
-            self.channel.send(letter, packet.fill(command=command, code=code, **more), rank, self.iteration)
+def tag(name: str) -> int:
+    """The number that a message of this name travels under."""
+    return zlib.crc32(name.encode()) >> 1
 
 
 def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchCollective]:
@@ -314,81 +307,3 @@ def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step
     states = torch.cat((torch.stack(acting)[:, None], states), 1)  # [W - 1, 3, bytes]
     states[0, -1] = torch.get_rng_state()
     return states
-
-
-@contextmanager
-def telling(tell: Callable[[int], None], first_rank: int = PLAYER, iteration: int = 0) -> Iterator[None]:
-    """Reports an error of this rank at once, which ends its peers, too, rather than leave them waiting.
-
-    `first_rank` is that of the group that has agreed on who reports the error.
-
-    Raises:
-        EndedByPeerError: in place of the error that has been reported.
-    """
-    try:
-        yield
-    except LostPeerError:  # the others notice as this one ends
-        raise
-    except EndedByPeerError as error:
-        tell(error.exit_code)
-        raise
-    except RunError as error:
-        if own_rank() == error.told_by + first_rank:  # before the others end, which may end this process
-            report(str(error), error.exit_code, own_rank())
-        tell(error.exit_code)
-        raise EndedByPeerError(error.exit_code) from error
-    except RuntimeError as error:
-        if not is_communication_error(error):
-            raise
-        lost = f"rank {own_rank()} lost another trainer in iteration {iteration}"
-        report(f"{lost}: {reason(error)}", LostPeerError.exit_code)
-        tell(LostPeerError.exit_code)
-        raise EndedByPeerError(LostPeerError.exit_code) from error
-
-
-@contextmanager
-def before_the_player(channel: "Channel") -> Iterator[None]:
-    """Takes [H] before it reports a trainer's early error: the player has often had the same."""
-    try:
-        yield
-    except RunError:
-        with contextlib.suppress(RunError):
-            await_player(channel)
-        raise
-
-
-def give_up(channel: "Channel", messages: "Messages", letter: str, speaks: bool, iteration: int, code: int) -> None:
-    """A trainer's last message, if it speaks for all, and its end: when the player orders it, or is gone."""
-    with contextlib.suppress(LostPeerError):
-        if speaks:
-            channel.send(letter, messages[letter].fill(code=code), PLAYER, iteration)
-        while channel.receive("D", messages["D"], PLAYER, iteration)["command"] == TRAIN:
-            pass
-
-
-def await_player(channel: Channel, agent: nn.Module | None = None) -> None:
-    """[H], before the first iteration.
-
-    Raises:
-        RunError: without text, if the player cannot begin, which has said why; or `agent` differs from the player's.
-    """
-    hello = _heed(channel.receive("H", Packet(HELLO), PLAYER, 0))
-    if agent is not None and hello["hash"] != parameter_hash(agent).item():
-        raise RunError(
-            f"rank {channel.rank} starts from other parameters than the player: does the environment draw from torch?"
-        )
-
-
-def receive_data(channel: Channel, messages: Messages, iteration: int) -> Packet:
-    """[D], of which each iteration has one.
-
-    Raises:
-        RunError: without text, if the player has failed; it has said why.
-    """
-    return _heed(channel.receive("D", messages["D"], PLAYER, iteration))
-
-
-def _heed(packet: Packet) -> Packet:
-    if packet["command"] == ABORT:
-        raise EndedByPeerError(packet["code"])
-    return packet

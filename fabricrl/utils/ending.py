@@ -15,7 +15,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import TCPStore
 
-from fabricrl.utils.errors import LostPeerError, RunError
+from fabricrl.utils.errors import LostPeerError, RunError, from_here
 from fabricrl.utils.network import LOOPBACK, open_store
 from fabricrl.utils.process import (
     PLACE,
@@ -116,7 +116,7 @@ def report(message: str, code: int, told_by: int = 0) -> None:
     else:
         speaks = _asks_first() if alike and srun else own_rank() == told_by
     if message and (speaks or not alike):
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {from_here(' '.join(message.split()))}", file=sys.stderr, flush=True)
     if alike and srun and code != LostPeerError.exit_code:
         _wait_for_askers()
 

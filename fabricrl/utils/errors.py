@@ -1,5 +1,8 @@
 """Errors that end a run: each kind has its exit code and is reported to the user in one line."""
 
+import re
+from pathlib import Path
+
 
 class RunError(Exception):
     """Base of the errors that end a run with `exit_code` and one line on standard error."""
@@ -42,3 +45,14 @@ class LostPeerError(RunError):
     """Another rank stopped answering."""
 
     exit_code = 7
+
+
+def from_here(text: object) -> str:
+    """A path, or a text with paths, in which those below the current folder begin there: `logs/ppo`, not `/home/…`."""
+    try:
+        here = str(Path.cwd())
+    except FileNotFoundError:  # it has been removed
+        return str(text)
+    if here == "/":
+        return str(text)
+    return re.sub(rf"(?<![\w./-]){re.escape(here)}(/\.)?/(?=[^/\s])", "", str(text))

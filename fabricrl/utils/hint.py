@@ -38,7 +38,7 @@ def hint(args: Any, algo: str, device: str, world_size: int, seconds: Mapping[st
             return f"{text} about {1 - left / step:.0%} of that"
     playing, threads = shares["env"] + shares["act"], args.num_threads or 1
     alone = world_size == 1 and not hasattr(args, "max_lag") and cores >= 2 * threads
-    if alone and algo in ("ppo", "sac") and min(playing, shares["train"]) > 0.3:
+    if alone and min(playing, shares["train"]) > 0.3:
         text = f"env and act {playing:.2f}, train {shares['train']:.2f} of the time"
         return f"{text}: {algo}_decoupled.py --devices 2 does both at once"
     return None

@@ -26,6 +26,7 @@ from fabricrl.utils.process import (
     STORE_IS_KEPT,
     available_cores,
     check_launcher,
+    cores_of_others,
     environ_number,
     follow_launcher,
     keep_memory,
@@ -198,7 +199,13 @@ def _threads(args: Any, fabric: Fabric) -> int:
     """Those asked for, else two if each rank here can have two cores: threads that share one spend it waiting."""
     if args.num_threads is not None:
         return args.num_threads
-    return 2 if available_cores() >= 2 * ranks_here(fabric) else 1
+    cores, ranks = available_cores(), ranks_here(fabric)
+    if cores < 2 * ranks:
+        return 1
+    if fabric.global_rank == 0 and (busy := cores_of_others()) > cores - 2 * ranks + (ranks - 1) + 0.5:
+        text = f"other processes keep {busy:.1f} of {cores:g} cores busy, and threads wait for each other"
+        print(f"warning: {text}: runs side by side are faster with --num-threads 1", file=sys.stderr, flush=True)
+    return 2
 
 
 def ranks_here(fabric: Fabric) -> int:

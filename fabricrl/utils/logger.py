@@ -17,6 +17,8 @@ from lightning.fabric.loggers import Logger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from fabricrl.utils.errors import from_here
+
 
 class CsvLogger(Logger):
     """`metrics.csv`: a row an entry, a column a metric, empty where an entry lacks it.
@@ -64,7 +66,8 @@ class CsvLogger(Logger):
             aside = next(path for path in _numbered(self._path.with_name("metrics.damaged")) if not path.exists())
             os.replace(self._path, aside)
             print(
-                f"warning: {others} lines of {self._path} are no entries; it is kept as {aside.name}", file=sys.stderr
+                f"warning: {others} lines of {from_here(self._path)} are no entries; it is kept as {aside.name}",
+                file=sys.stderr,
             )
         return rows
 
@@ -94,6 +97,7 @@ class EventLogger(Logger):
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._path, self._file = _create(folder / name)
         self._records = RecordWriter(self._file)
+        self._end: Any = None  # of the run, for HParams
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if step:  # entries after the checkpoint that is resumed are hidden: the run is about to write them again
             start = SessionLog(status=SessionLog.START)
@@ -109,12 +113,18 @@ class EventLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Writes the arguments as a table, shown under Text."""
-        from torch.utils.tensorboard.summary import text
+        """Writes the arguments as a table, shown under Text, and for the HParams tab, beside the last metrics of a run.
 
+        What TensorBoard calls an experiment, a list of columns, is left out: it then takes those of all runs together.
+        """
+        from torch.utils.tensorboard.summary import hparams, text
+
+        plain = {name: value if type(value) in (int, float) else str(value) for name, value in params.items()}
+        _, start, self._end = hparams(plain, {})
         rows = "\n".join(f"|{name}|{value}|" for name, value in params.items())
         summary = text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        self._write(Event(wall_time=time.time(), step=kwargs.get("step", 0), summary=summary))
+        for part in (summary, start):
+            self._write(Event(wall_time=time.time(), step=kwargs.get("step", 0), summary=part))
         self._flush()
 
     @rank_zero_only
@@ -127,6 +137,8 @@ class EventLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        if status == "success" and self._end is not None:
+            self._write(Event(wall_time=time.time(), summary=self._end))
         self._file.close()
 
     def _write(self, event: Event) -> None:

@@ -6,6 +6,8 @@ import os
 import socket
 import struct
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,6 +51,20 @@ def open_store(address: str, port: int, named: str) -> TCPStore:
             return TCPStore(address, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
     except OSError as error:
         raise ConfigError(f"{named} {port} on {address} cannot be used: {error.strerror}; try another") from error
+
+
+def find_store(address: str, port: int, seconds: float) -> TCPStore:
+    """Connects to a store that another process keeps; raises OSError or RuntimeError if none answers in this time."""
+    deadline = time.monotonic() + seconds
+    while True:  # PyTorch waits, too, but prints a page if nobody comes
+        try:
+            socket.create_connection((address, port), min(seconds, 60)).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    return TCPStore(address, port, None, False, timeout=timedelta(seconds=seconds))
 
 
 def prepare_network(address: str, one_node: bool) -> None:

@@ -46,6 +46,10 @@ class FlatState:
         self.exp_avg.copy_(exp_avg)
         self.exp_avg_sq.copy_(exp_avg_sq)
         self.steps.copy_(steps)
+        self.compare_steps()
+
+    def compare_steps(self) -> None:
+        """Finds out whether all parameters have taken as many steps, once these have been changed."""
         self.equal_steps = bool((self.steps == self.steps[0]).all())
 
     def gather(self) -> Tensor:

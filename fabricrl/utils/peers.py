@@ -11,9 +11,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import TCPStore
-
 from fabricrl.utils.errors import LostPeerError
+from fabricrl.utils.network import find_store
 
 MINUTES = 10.0  # that a rank waits for another, unless it is told otherwise
 OFTEN = 5.0  # seconds between two signs of life, at most
@@ -27,7 +26,7 @@ def patience(minutes: float) -> timedelta:
 
 
 def waited(seconds: float) -> str:
-    """How long somebody has waited, in words."""
+    """Time that somebody has waited, in words."""
     long = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
     return f"for {long} (see --timeout)"
 
@@ -68,7 +67,7 @@ class Peers:
         self._clock, self._changed = 0.0, dict.fromkeys(range(world_size), 0.0)
         self._looked, self._was_away = time.monotonic(), False
         try:
-            self._store = self._connect(self.seconds)
+            self._store = find_store(*self._place, self.seconds)
         except (OSError, RuntimeError) as error:
             raise LostPeerError(f"rank {rank} has found nobody at {address}:{port} {self.waited}") from error
         self._note(0)
@@ -84,19 +83,6 @@ class Peers:
     def waited(self) -> str:
         """Time that a rank waits, in words."""
         return waited(self.seconds)
-
-    def _connect(self, seconds: float) -> TCPStore:
-        """Raises OSError or RuntimeError if nobody answers in this time."""
-        deadline = time.monotonic() + seconds
-        while True:  # PyTorch waits for somebody, too, but prints pages if nobody comes
-            try:
-                socket.create_connection(self._place, min(seconds, 60)).close()
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
-        return TCPStore(*self._place, None, False, timeout=timedelta(seconds=seconds))
 
     def _key(self, what: str, rank: int) -> str:
         return f"{self._prefix}/{what}/{rank}"
@@ -152,15 +138,18 @@ class Peers:
         been stopped are woken, to find out that the others have left, which have told.
         """
         missing, first = [0], self._first_of_node() and not self._is_away()
-        answer: list[tuple[list[int], bool]] = []
+        answer: list[tuple[list[int], str, bool]] = []
         asking = threading.Thread(target=self._ask, args=(answer,), daemon=True)
         asking.start()  # a store whose process has been stopped never answers
         asking.join(ROLL_CALL + 3)
         if answer:
-            missing, first = answer[0]
-        elif not self._keeps_store:
+            missing, text, first = answer[0]
+        elif self._keeps_store:
+            text = self._describe(0)
+        else:
             return "the launcher does not answer", first
-        text = "; ".join(map(self._describe, missing))
+        if not first:
+            time.sleep(0.5)  # who tells sees them as they were
         for rank in missing:
             if self._state(rank) in ("T", "t"):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -168,23 +157,27 @@ class Peers:
                 asking.join(ROLL_CALL)  # where it keeps the store, it finds there that this rank has asked
         return text, first
 
-    def _ask(self, answer: list[tuple[list[int], bool]]) -> None:
-        """Adds the ranks that are missing, and whether nobody has asked before; nothing if the store is gone."""
+    def _ask(self, answer: list[tuple[list[int], str, bool]]) -> None:
+        """Adds the ranks that are missing, in words, too, and whether nobody has asked before.
+
+        Nothing if the store is gone.
+        """
         try:
-            store = self._connect(ROLL_CALL)
+            store = find_store(*self._place, ROLL_CALL)
             store.set(self._key("waits", self.rank), "")
             deadline = time.monotonic() + ROLL_CALL
             missing = self._others(lambda rank: not store.check([self._key("waits", rank)]))
             while missing and not any(map(self._is_gone, missing)) and time.monotonic() < deadline:
                 time.sleep(0.02)
                 missing = self._others(lambda rank: not store.check([self._key("waits", rank)]))
+            gone = [rank for rank in missing if self._is_gone(rank)]
+            quiet = [rank for rank in missing if self._quiet(rank) > 3 * self._often]
+            missing = gone or quiet or missing
+            text = "; ".join(map(self._describe, missing))
             time.sleep(1.0 if self._is_away() else 0.0)  # those that were not know more
-            first = store.add(f"{self._prefix}/told", 1) == 1
+            answer.append((missing, text, store.add(f"{self._prefix}/told", 1) == 1))
         except (OSError, RuntimeError):
             return
-        gone = [rank for rank in missing if self._is_gone(rank)]
-        quiet = [rank for rank in missing if self._quiet(rank) > 3 * self._often]
-        answer.append((gone or quiet or missing, first))
 
     def _others(self, condition: Callable[[int], bool]) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank and condition(rank)]

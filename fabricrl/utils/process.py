@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -192,3 +193,19 @@ def available_cores() -> float:
     if quota.exists() and not (text := quota.read_text()).startswith("max"):
         cores = min(cores, int(text.split()[0]) / int(text.split()[1]))
     return cores
+
+
+def cores_of_others(seconds: float = 0.2) -> float:
+    """How many of the cores that this process may use are busy with others, looked at for a moment (Linux; else 0)."""
+    if not (table := Path("/proc/stat")).exists():
+        return 0.0
+
+    def busy() -> float:
+        lines = [line.split() for line in table.read_text().splitlines() if re.match(r"cpu\d", line)]
+        own = [line for line in lines if int(line[0][3:]) in os.sched_getaffinity(0)]
+        ticks = sum(sum(map(int, line[1:4] + line[6:8])) for line in own)  # in programs, the kernel and interrupts
+        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+    before, started = busy(), time.monotonic()
+    time.sleep(seconds)
+    return (busy() - before) / (time.monotonic() - started)

@@ -6,11 +6,13 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from lightning.fabric import Fabric
@@ -19,15 +21,19 @@ from tqdm import tqdm
 
 from fabricrl.utils.checkpoint import LACKING, go_without, save_checkpoint, save_shard
 from fabricrl.utils.ending import failing_together
-from fabricrl.utils.errors import ConfigError, OutputError
+from fabricrl.utils.errors import ConfigError, OutputError, from_here
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.utils import freeze_gc
 
+# Where TensorBoard shows itself, with the card of the mean return in front
+PINNED = json.dumps([{"plugin": "scalars", "tag": "charts/episodic_return"}], separators=(",", ":"))
+RETURN_PINNED = f"http://localhost:6006/?pinnedCards={quote(PINNED)}#timeseries"
+
 
 class RunFolder:
-    """`logs/<algo>/<env_id>/<exp_name>_<seed>_<time>/`, or the folder of the run that is resumed.
+    """`logs/<algo>/<env_id>/<name>_<seed>_<time>/`, or the folder of the run that is resumed.
 
     Attributes:
         folder: the run's folder, the same on every rank.
@@ -38,8 +44,10 @@ class RunFolder:
         ConfigError: the folder cannot be made, or the logger's package is missing.
     """
 
-    def __init__(self, fabric: Fabric, args: Any, algo: str, resumed: Path | None = None, step: int = 0) -> None:
-        self.fabric, self.args, self.algo = fabric, args, algo
+    def __init__(
+        self, fabric: Fabric, args: Any, algo: str, name: str, resumed: Path | None = None, step: int = 0
+    ) -> None:
+        self.fabric, self.args, self.algo, self.name = fabric, args, algo, name
         self.best_return = -math.inf
         self.checkpoint: Path | None = resumed
         self.first_step = self._logged_step = self._saved_step = step
@@ -74,7 +82,7 @@ class RunFolder:
         """Moves the progress bar and the end of the time over which steps per second are counted."""
         self._stopped = time.perf_counter()
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+            self._bar.set_description_str(f"return {mean_return:.1f}", refresh=False)
             self._bar.update(step - self._bar.n)
 
     def sps(self, step: int) -> float:
@@ -134,33 +142,34 @@ class RunFolder:
 
         `evaluated`: mean return of the last evaluation, if there was one; `stopped`: by a signal.
         """
-        self.close()
+        self.close("success")
         if self.fabric.global_rank == 0:
             if self.args.upload_model:
                 self._upload()
             if stopped and self.checkpoint is not None:
-                print(f"stopped at step {step}; --resume {self.folder} goes on", file=sys.stderr, flush=True)
+                print(f"stopped at step {step}; --resume {from_here(self.folder)} goes on", file=sys.stderr, flush=True)
             if step == self.first_step and not stopped:
                 done = f"{step} of {self.args.total_timesteps} steps are done"
                 done += ", and --stop-at-return is reached" * self.has_stopped
-                print(f"nothing to do: {done}", file=sys.stderr)
+                how = "another --stop-at-return" if self.has_stopped else f"--total-timesteps {2 * step}"
+                print(f"nothing to do: {done}; {how} goes on", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
             fields += f" episodes={episodes.count}"
             fields += "" if evaluated is None else f" eval_return_mean={evaluated:.2f}"
             try:
-                print(f"result {fields} checkpoint={self.checkpoint}", flush=True)
+                print(f"result {fields} checkpoint={from_here(self.checkpoint)}", flush=True)
             except OSError as error:  # no reason to fail after the work is done
                 if not isinstance(error, BrokenPipeError):  # else nobody reads it
                     print(f"warning: the result is not printed: {error.strerror}", file=sys.stderr, flush=True)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def close(self) -> None:
-        """Flushes the logs; harmless when called again."""
+    def close(self, status: str = "failed") -> None:
+        """Flushes the logs; harmless when called again. `status`: success or failed, for the log."""
         if self._bar is not None:
             self._bar.close()
         if self._logger is not None:
             try:
-                self._logger.finalize("success")
+                self._logger.finalize(status)
             except OSError as error:
                 self._stop_logging(error)
             self._logger = None
@@ -177,7 +186,7 @@ class RunFolder:
         """Sends the run's folder to a model repository named after environment and run; a failure is only reported."""
         from huggingface_hub import HfApi
 
-        name = "-".join(self.folder.parts[-2:])
+        name = re.sub(r"[^\w.-]", "-", "-".join(self.folder.parts[-2:]))
         try:
             api = HfApi()
             repository = api.create_repo(
@@ -185,7 +194,7 @@ class RunFolder:
             )
             api.upload_folder(repo_id=repository.repo_id, folder_path=self.folder)
         except Exception as error:  # whatever the package or its network raises: the run itself is on disk
-            print(f"warning: {self.folder} was not uploaded: {error}", file=sys.stderr, flush=True)
+            print(f"warning: {from_here(self.folder)} was not uploaded: {error}", file=sys.stderr, flush=True)
 
     def _open_logs(self) -> None:
         arguments = dataclasses.asdict(self.args)
@@ -199,12 +208,14 @@ class RunFolder:
         ranks, threads = self.fabric.world_size, torch.get_num_threads()
         who = "player" if hasattr(self.args, "max_lag") else f"{ranks} rank{'s' * (ranks > 1)}"  # beside its trainers
         where = f"{who} on {self.fabric.device.type}, {threads} thread{'s' * (threads > 1)} each"
-        since = f"; from step {self.first_step} of {self.checkpoint}" if self.first_step else ""
-        print(f"{self.algo} {self.args.env_id}: {where}; writing to {self.folder}{since}", file=sys.stderr, flush=True)
-        total, hidden = self.args.total_timesteps, not sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total, initial=self.first_step, disable=hidden, unit=" steps", smoothing=0.05, dynamic_ncols=True
-        )
+        since = f"; from step {self.first_step} of {from_here(self.checkpoint)}" if self.first_step else ""
+        writing = f"writing to {from_here(self.folder)}{since}"
+        print(f"{self.algo} {self.args.env_id}: {where}; {writing}", file=sys.stderr, flush=True)
+        on_terminal = sys.stderr.isatty()
+        if on_terminal and kind == "tensorboard":
+            logs = shlex.quote(from_here(self.folder.absolute().parents[2]))
+            print(f"to watch: tensorboard --logdir {logs}, and {RETURN_PINNED}", file=sys.stderr, flush=True)
+        self._bar = progress_bar(self.args.total_timesteps, self.first_step, hidden=not on_terminal)
 
     def _make_folder(self, resumed: Path | None) -> Path:
         """Returns the resumed run's folder, if it or its newest checkpoint was named; else makes a new one."""
@@ -213,11 +224,24 @@ class RunFolder:
             if newest == resumed or Path(self.args.resume).expanduser().is_dir():
                 return resumed.parent.parent
         env = re.sub(r"[^\w.-]", "_", self.args.env_id)
-        name = f"{self.args.exp_name or self.algo}_{self.args.seed}_{datetime.now():%Y%m%d-%H%M%S}"
+        name = f"{self.name}_{self.args.seed}_{datetime.now():%Y%m%d-%H%M%S}"
         try:
             return _fresh_folder(Path(self.args.log_dir).expanduser() / self.algo / env, name)
         except OSError as error:
             raise ConfigError(f"--log-dir {self.args.log_dir} cannot be written: {error.strerror}") from error
+
+
+def progress_bar(total: int, initial: int, hidden: bool) -> tqdm:
+    """A bar of steps. The narrower the terminal is, or becomes, the more is cut off at its right; the return stays."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        disable=hidden,
+        unit=" steps",
+        smoothing=0.05,
+        dynamic_ncols=True,
+        bar_format="{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}] |{bar:20}|",
+    )
 
 
 def rank_generators(fabric: Fabric, *generators: torch.Generator) -> torch.Tensor:

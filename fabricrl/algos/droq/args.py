@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fabricrl.algos.args import arg, require_between
+from fabricrl.algos.args import DecoupledArgs, arg, require_between
 from fabricrl.algos.off_policy.args import EntropyArgs
 
 
@@ -25,3 +25,13 @@ class DroQArgs(EntropyArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_between(self, 0, 0.99, "dropout")
+
+
+@dataclass(frozen=True)
+class DroQDecoupledArgs(DecoupledArgs, DroQArgs):
+    """DroQ's arguments; environments, buffer and batch are the player's and the trainers' together."""
+
+    exp_name: str = arg("droq_decoupled", "name of the run", "run, logging and checkpoints")
+    num_envs: int = arg(1, "environments, all of them the player's; trainers share their steps")
+    buffer_size: int = arg(1_000_000, "transitions that all trainers keep together", "replay")
+    batch_size: int = arg(256, "transitions per update, of all trainers together")

@@ -40,7 +40,8 @@ def update_critics(
     with torch.no_grad(), run.fabric.autocast():
         next_actions, next_logprobs = agent.head.sample_with_logprob(actor(batch.next_obs), noise)  # a' ~ π(·|s')
         next_q = agent.target_critics(batch.next_obs, next_actions, dropped=target_dropped)  # [C, B]
-        targets = td_target(batch.rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
+        rewards = run.args.reward_scale * batch.rewards  # [B]
+        targets = td_target(rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
     q = critics(batch.obs, batch.actions, dropped=dropped)  # [C, B]
     loss = critic_loss(q, targets)
 
@@ -97,6 +98,16 @@ def train(
         run.note(ACTOR_METRICS, step_actor(batches.obs[row], noise[row], dropped))
 
 
+def make_updates(run: Run, learner: Learner, batches: Batch) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The critics' update and the actor's, as they are, or compiled and captured, by batches [2, B, ...]."""
+    step_critics = run.captured(run.compiled(partial(update_critics, run, learner)))
+    step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
+    if run.records:
+        with run.rehearsal():
+            train(run, learner, step_critics, step_actor, batches, 1)
+    return step_critics, step_actor
+
+
 def main() -> int:
     args = parse(DroQArgs, "droq")
     with Run(args, "droq", ACTION_SPACES, bounded=True) as run:
@@ -110,16 +121,12 @@ def main() -> int:
         # --- Agent and optimizers
         agent = make_agent(args, envs)
         learner = setup(run, agent)
-        step_critics = run.captured(run.compiled(partial(update_critics, run, learner)))
-        step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
 
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
         restore_replay(run, rb, schedule)
 
         # --- Start
-        if run.records:
-            with run.rehearsal():
-                train(run, learner, step_critics, step_actor, rb.sample(2, args.batch_size, run.train_rng), 1)
+        step_critics, step_actor = make_updates(run, learner, rb.sample(2, args.batch_size, torch.Generator()))
         rb.start(run.reset())
 
         for step in run.iterations(args.num_envs):

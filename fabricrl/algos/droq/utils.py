@@ -1,6 +1,6 @@
-"""Names that evaluate.py looks for, of DroQ."""
+"""Names that policy.py and export.py look for, of DroQ."""
 
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
-from fabricrl.algos.sac.utils import make_policy
+from fabricrl.algos.sac.utils import env_actions, make_policy
 
-__all__ = ["ACTION_SPACES", "make_agent", "make_policy"]  # what evaluate.py looks for
+__all__ = ["ACTION_SPACES", "env_actions", "make_agent", "make_policy"]

@@ -110,8 +110,14 @@ class OffPolicyArgs(StandardArgs):
 
 @dataclass(frozen=True)
 class EntropyArgs(OffPolicyArgs):
-    """The temperature of an algorithm that rewards entropy."""
+    """The temperature of an algorithm that rewards entropy, and the scale of rewards, which are weighed against it."""
 
+    reward_scale: float = arg(
+        1.0,
+        "multiply rewards by this for the critics; logs show them as the environment gave them",
+        "replay",
+        advanced=True,
+    )
     alpha: float = arg(1.0, "entropy temperature α: initial with --autotune, else constant", "update")
     autotune: bool = arg(True, "learn the temperature so that the policy's entropy approaches the target")
     target_entropy: float | None = arg(
@@ -120,6 +126,6 @@ class EntropyArgs(OffPolicyArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_above_zero(self, "alpha")
+        require_above_zero(self, "alpha", "reward_scale")
         entropy, allowed = self.target_entropy, f"a number between {-LARGEST:g} and {LARGEST:g}, or None"
         require(entropy is None or abs(entropy) <= LARGEST, "target_entropy", entropy, allowed)

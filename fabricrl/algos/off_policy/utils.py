@@ -10,13 +10,15 @@ from lightning.fabric import Fabric
 
 from fabricrl.algos.off_policy.args import EntropyArgs, OffPolicyArgs
 from fabricrl.algos.run import Run
-from fabricrl.data.buffers import ReplayBuffer, record_type
+from fabricrl.data.buffers import NewestSteps, ReplayBuffer, record_type
 from fabricrl.data.memory import GIB, check_memory
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
-from fabricrl.utils.errors import CheckpointError
+from fabricrl.utils.errors import CheckpointError, from_here
 from fabricrl.utils.launch import ranks_here
 from fabricrl.utils.ranks import all_max
 from fabricrl.utils.utils import require
+
+BLOCK = 64  # steps of exploration that travel together
 
 
 def make_schedule(run: Run) -> "UpdateSchedule":
@@ -41,30 +43,42 @@ def make_schedule(run: Run) -> "UpdateSchedule":
 def make_buffer(run: Run, folder: Path | None = None) -> ReplayBuffer:
     """The replay buffer of this rank; rank 0 prints what it takes. `folder`: the run's, where another rank has made it.
 
+    A decoupled player has only the newest steps: each trainer keeps the transitions of its environments.
+
     Raises:
         ConfigError: it does not fit into memory or onto the disk.
     """
     args, folder = run.args, (folder or run.folder) if run.args.buffer_memmap else None
-    shape = args.buffer_size, args.num_envs, run.obs_space, int(np.prod(run.action_space.shape))
+    shape = args.num_envs, run.obs_space, int(np.prod(run.action_space.shape))
+    if run.trainers is not None:
+        return NewestSteps(BLOCK, *shape)
     with run.together():
-        rb = ReplayBuffer(*shape, args.gamma, args.n_step, args.implicit_next_obs, folder)
+        rb = ReplayBuffer(args.buffer_size, *shape, args.gamma, args.n_step, args.implicit_next_obs, folder)
     if run.fabric.global_rank == 0:
-        where = f"in a temporary file in {folder}" if folder else "in memory"
+        where = f"in a temporary file in {from_here(folder)}" if folder else "in memory"
         size = f"{rb.capacity * rb.num_envs} transitions, {rb.num_bytes / GIB:.3f} GiB"
         print(f"replay buffer: {size} per rank, {where}", file=sys.stderr, flush=True)
     return rb
 
 
-def restore_replay(run: Run, rb: ReplayBuffer, schedule: "UpdateSchedule") -> None:
-    """Goes on with the buffer and the schedule of the checkpoint that is resumed, if any.
+def restore_replay(run: Run, rb: ReplayBuffer, schedule: "UpdateSchedule | None" = None) -> bool:
+    """Goes on with the buffer and the schedule of the checkpoint that is resumed; True if a new buffer is to be filled.
+
+    A decoupled player has no buffer, a trainer no schedule.
 
     Raises:
         CheckpointError: as `restore_buffer`.
     """
+    refill = False
     if run.state and run.path:
         with run.together(), reading(run.path):
-            refill = not restore_buffer(rb, run.state, run.path, run.args, run.fabric)
-            schedule.load_state_dict(run.state["schedule"], run.global_step, refill)
+            if run.trainers is None:
+                refill = not restore_buffer(rb, run.state, run.path, run.args, run.fabric)
+            else:
+                refill = run.trainers.refill
+            if schedule is not None:
+                schedule.load_state_dict(run.state["schedule"], run.global_step, refill)
+    return refill
 
 
 def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: Any, fabric: Fabric) -> bool:
@@ -89,7 +103,7 @@ def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: An
                 return False  # the rank that it concerns says why, and ends all
             raise CheckpointError(f"{problem}; --allow-empty-buffer goes on without, after filling a new one")
         if problem is not None:
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
+            print(f"warning: {from_here(problem)}", file=sys.stderr, flush=True)
     if fabric.global_rank == 0:
         steps = max(args.learning_starts, args.batch_size * fabric.world_size)
         left = args.total_timesteps - state["global_step"]

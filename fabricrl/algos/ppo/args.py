@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fabricrl.algos.args import (
     LARGEST,
@@ -57,6 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class PPOArgs(StandardArgs):
     """CleanRL's names and defaults, and some that it lacks."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     num_envs: int = arg(4, "environments per rank")
     total_timesteps: int = arg(500_000, "environment steps over all environments and ranks, in whole iterations")

@@ -1,4 +1,4 @@
-"""Names that evaluate.py looks for, of PPO."""
+"""Names that policy.py and export.py look for, of PPO."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from fabricrl.algos.ppo.agent import ACTION_SPACES, PPOAgent, make_agent
 from fabricrl.envs.spaces import env_actions
 
-__all__ = ["ACTION_SPACES", "make_agent", "make_policy"]  # what evaluate.py looks for
+__all__ = ["ACTION_SPACES", "env_actions", "make_agent", "make_policy"]
 
 
 class FrameStack:
@@ -27,7 +27,7 @@ class FrameStack:
         if self.depth == 1:
             return newest
         newest = newest[:, None]
-        if not len(self.frames):
+        if len(self.frames) != len(newest):  # the first
             self.frames = newest.repeat(1, self.depth, 1)
         shifted = torch.cat((self.frames[:, 1:], newest), 1)
         self.frames = torch.where(torch.as_tensor(dones)[:, None, None], newest, shifted)
@@ -35,7 +35,9 @@ class FrameStack:
 
 
 def make_policy(agent: PPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., Any]:
-    """A function (observations [N, R]; rewards and dones [N] of the step before) → actions for `envs.step`."""
+    """A function (observations [N, R]; rewards and dones [N] of the step before; masks [N, S], where there are any) →
+    actions for `envs.step`.
+    """
     generator = torch.Generator().manual_seed(seed)
     frames = FrameStack(agent)
 

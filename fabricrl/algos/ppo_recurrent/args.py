@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fabricrl.algos.args import arg, num_weights, require_counts, require_widths
+from fabricrl.algos.args import DecoupledArgs, arg, num_weights, require_counts, require_widths
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 
-__all__ = ["PRESETS", "RecurrentPPOArgs"]
+__all__ = ["PRESETS", "RecurrentPPOArgs", "RecurrentPPODecoupledArgs"]
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,12 @@ class RecurrentPPOArgs(PPOArgs):
         core = gates * size * (encoded + size + 2 * size * (self.rnn_layers - 1))
         cores = (1 if self.shared_core else 2) * (num_weights(1, *self.encoder_sizes) + core)
         return cores + 2 * num_weights(size, *self.hidden_sizes, 1)
+
+
+@dataclass(frozen=True)
+class RecurrentPPODecoupledArgs(DecoupledArgs, RecurrentPPOArgs):
+    """Recurrent PPO's arguments; `num_envs` are the player's, and each minibatch is shared by the trainers."""
+
+    exp_name: str = arg("ppo_recurrent_decoupled", "name of the run", "run, logging and checkpoints")
+    num_envs: int = arg(8, "environments, all of them the player's")
+    num_minibatches: int = arg(4, "minibatches per epoch, each divided among the trainers")

@@ -48,11 +48,9 @@ def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentR
 
 
 @torch.no_grad()
-def returns_and_advantages(
-    run: Run, agent: RecurrentPPOAgent, rb: RecurrentRolloutBuffer, sequences: Sequences
-) -> Batch:
-    """The rollout as training data on the device, environment by environment, [N T, ...] each."""
-    args, device = run.args, run.fabric.device
+def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRolloutBuffer) -> tuple[Batch, Sequences]:
+    """The rollout as training data on the device, environment by environment, [N T, ...] each; and its sequences."""
+    args, device, sequences = run.args, run.fabric.device, Sequences(rb.dones, run.args.sequence_length)
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
     memory, actions = rb.memory.to(device), rb.actions.to(device)
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
@@ -71,7 +69,7 @@ def returns_and_advantages(
     old_values, dones = values.view(rb.num_envs, -1).T, rb.dones.to(device)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
     estimates = {"advantages": advantages.T.flatten(), "returns": returns.T.flatten()}
-    return data.with_columns(logprobs=logprobs, values=values, **estimates)
+    return data.with_columns(logprobs=logprobs, values=values, **estimates), sequences
 
 
 def evaluated(agent: RecurrentPPOAgent, data: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -124,9 +122,7 @@ def main() -> int:
         # --- Start
         if run.records:
             with run.rehearsal():
-                sequences = Sequences(rb.dones, args.sequence_length)
-                data = returns_and_advantages(run, agent, rb, sequences)
-                train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
+                train(run, update_step, *returns_and_advantages(run, agent, rb), *run.numbers(0.0, 0.0))
         rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):
@@ -136,8 +132,7 @@ def main() -> int:
                 run.observe(agent, rb)
 
             # 2. Returns and advantages
-            sequences = Sequences(rb.dones, args.sequence_length)
-            data = returns_and_advantages(run, agent, rb, sequences)
+            data, sequences = returns_and_advantages(run, agent, rb)
 
             # 3. Update
             progress = step / args.total_timesteps

@@ -1,4 +1,4 @@
-"""Names that evaluate.py looks for, of recurrent PPO."""
+"""Names that policy.py and export.py look for, of recurrent PPO."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,12 @@ from fabricrl.algos.ppo.utils import FrameStack
 from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
 from fabricrl.envs.spaces import env_actions
 
-__all__ = ["ACTION_SPACES", "make_agent", "make_policy"]
+__all__ = ["ACTION_SPACES", "env_actions", "make_agent", "make_policy"]
 
 
 def make_policy(agent: RecurrentPPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., Any]:
-    """A function (observations [N, R]; rewards and dones [N] of the step before) → actions for `envs.step`.
+    """A function (observations [N, R]; rewards and dones [N] of the step before; masks [N, S], where there are any) →
+    actions for `envs.step`.
 
     It remembers, and forgets where an episode was done.
     """
@@ -28,7 +29,7 @@ def make_policy(agent: RecurrentPPOAgent, envs: VectorEnv, greedy: bool, seed: i
         nonlocal actions, states
         inputs, allowed = frames.add(obs, dones), None if masks is None else torch.as_tensor(masks)
         memory = torch.zeros(len(obs), agent.memory_size)
-        if len(states):
+        if len(states) == len(obs):  # not the first
             memory = agent.remember(actions, torch.as_tensor(rewards, dtype=torch.float32), states)
             memory = torch.where(torch.as_tensor(dones)[:, None], 0.0, memory)
         if greedy:

@@ -1,4 +1,4 @@
-"""Names that evaluate.py looks for, of SAC."""
+"""Names that policy.py and export.py look for, of SAC."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent, make_agent
-from fabricrl.envs.spaces import rescale_actions
+from fabricrl.envs.spaces import rescale_actions as env_actions
 
-__all__ = ["ACTION_SPACES", "make_agent", "make_policy"]  # what evaluate.py looks for
+__all__ = ["ACTION_SPACES", "env_actions", "make_agent", "make_policy"]
 
 
 def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., np.ndarray]:
@@ -19,9 +19,9 @@ def make_policy(agent: SACAgent, envs: VectorEnv, greedy: bool, seed: int) -> Ca
     action_space: Any = envs.single_action_space
 
     @torch.inference_mode()
-    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray, masks: None = None) -> np.ndarray:
+    def policy(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
         inputs = torch.as_tensor(obs, dtype=torch.float32)
         actions = agent.greedy(inputs) if greedy else agent.act(inputs, agent.head.noise((len(obs),), generator))
-        return rescale_actions(action_space, actions.numpy())
+        return env_actions(action_space, actions.numpy())
 
     return policy

@@ -1,0 +1,446 @@
+"""Both ends of a decoupled run: `Trainers`, whom the player drives, and `Player`, whom a trainer obeys.
+
+    Hello    player → each trainer    once: it is ready
+    Ready    trainer 1 → player       once: so are the trainers
+    Order    player → each trainer    once an iteration: its data, and what to do with them
+    Answer   trainer 1 → player       the weights to act with, if an update was due; losses, faults and signals
+    State    trainer 1 → player       what else a checkpoint holds, if one is due
+
+With `--max-lag 0` the player waits for the Answer to its Order, with K it is up to K iterations ahead of it. After the
+last iteration an Order ends the trainers; after a fault, whoever has it tells the others, by Order, Ready or Answer.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fabricrl.algos.run import Run
+from fabricrl.data import ReplayBuffer
+from fabricrl.utils.checkpoint import save_shard
+from fabricrl.utils.decoupled import (
+    ABORT,
+    FIRST_TRAINER,
+    PATH_MAX,
+    PLAYER,
+    STOP,
+    TRAIN,
+    Answer,
+    Channel,
+    EndedByPeerError,
+    Group,
+    Hello,
+    Order,
+    Outbox,
+    Packet,
+    Ready,
+    State,
+    make_groups,
+    player_device,
+    with_player,
+)
+from fabricrl.utils.ending import is_communication_error, reason, report
+from fabricrl.utils.errors import LostPeerError, RunError
+from fabricrl.utils.metric import Stopwatch
+from fabricrl.utils.model import parameter_hash
+from fabricrl.utils.optimizer import Adam
+from fabricrl.utils.process import own_rank
+from fabricrl.utils.run import rank_generators
+from fabricrl.utils.utils import freeze_gc, require
+
+__all__ = ["Messages", "Player", "Trainers", "run_ranks"]
+
+
+class Messages:
+    """Declaration of what the two ends exchange; both make one.
+
+    Args:
+        data: what a trainer is sent in an iteration, a NamedTuple; its values do not matter.
+        metrics: tags of the losses.
+        agent: what is trained.
+        acting: the optimizer of the parameters that the policy acts with, which come back after each update.
+        others: the other optimizers.
+        bulk: the record in which data of several iterations travel together, if there are such.
+        most: how many iterations these may be.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        metrics: tuple[str, ...],
+        agent: nn.Module,
+        acting: Adam,
+        *others: Adam,
+        bulk: Any = None,
+        most: int = 1,
+    ) -> None:
+        self.metrics, self.agent, self.acting, self.most = metrics, agent, acting, most
+        self._data = {False: data} if bulk is None else {False: data, True: bulk}
+        self.optimizers = (acting, *others)
+        for optimizer in self.optimizers:
+            optimizer.follow()
+        trained = {id(parameter) for optimizer in self.optimizers for parameter in optimizer.flat.parameters}
+        self._targets = [parameter for parameter in agent.parameters() if id(parameter) not in trained]
+
+    @property
+    def weights(self) -> Tensor:
+        """The parameters that the policy acts with, [P]."""
+        return self.acting.flat.vector
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """What else training changes: other parameters, moments, and parameters that follow them, as targets do."""
+        _, *moments = self.acting.tensors()
+        return moments + [tensor for other in self.optimizers[1:] for tensor in other.tensors()] + self._targets
+
+    @torch.no_grad()
+    def load(self, learned: list[Tensor]) -> None:
+        """Takes what the other end has learned."""
+        for own, sent in zip(self.learned, learned, strict=True):
+            own.copy_(sent)
+        for optimizer in self.optimizers:
+            optimizer.flat.compare_steps()
+
+    def orders(self) -> dict[bool, Order]:
+        """By whether they are of many iterations."""
+        return {bulk: Order(TRAIN, 0, 0, 0, False, False, False, False, data) for bulk, data in self._data.items()}
+
+    def answer(self) -> Answer:
+        return Answer(0, 0, 0.0, 0.0, torch.zeros(2, len(self.metrics), dtype=torch.float64), self.weights)
+
+    def state(self, count: int) -> State:
+        return State(torch.zeros(count, 2, *torch.get_rng_state().shape, dtype=torch.uint8), self.learned)
+
+
+class Trainers:
+    """The trainers as the player sees them.
+
+    Attributes:
+        count: how many.
+        ahead: iterations whose data have been sent and whose weights have not come back: what the policy lags behind.
+        iteration: the next.
+        bulk: True if the next order is of many iterations.
+        refill: True if a run that is resumed has to fill a new replay buffer first.
+    """
+
+    def __init__(self, run: Run, channel: Channel) -> None:
+        self.run, self.channel, self.count = run, channel, channel.world_size - FIRST_TRAINER
+        self.ahead: deque[int] = deque()
+        self.iteration, self.bulk, self.refill = 0, False, False
+        self._held = 0  # iterations whose data wait
+        self._messages: Messages | None = None
+        self._lag = 0  # the most since the last log entry
+        self._waited = self._passed = 0.0
+
+    def begin(self, messages: Messages) -> None:
+        """→ Hello, ← Ready: all start from the same parameters.
+
+        Raises:
+            RunError: without text, if a trainer cannot start; it has said why.
+        """
+        run = self.run
+        name = str(run.folder.absolute()).encode()
+        require(len(name) <= PATH_MAX, "log_dir", run.folder, f"a path of at most {PATH_MAX} bytes")
+        folder = torch.frombuffer(bytearray(name.ljust(PATH_MAX, b"\0")), dtype=torch.uint8)
+        self._each(Outbox(Hello(), self.count), Hello(hash=int(parameter_hash(messages.agent)), folder=folder))
+        self._messages = messages
+        turns = self.count * (run.args.max_lag + 2)
+        self._orders = {bulk: Outbox(order, turns) for bulk, order in messages.orders().items()}
+        self._answer, self._state = Packet(messages.answer()), Packet(messages.state(self.count))
+        run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
+        ready = self.channel.receive(Packet(Ready()), FIRST_TRAINER, self.iteration)
+        if ready.code:
+            raise EndedByPeerError(ready.code)
+        self.refill = ready.refill
+
+    def train(self, shares: Iterable[Any], due: bool = True, bulk: bool = False) -> None:
+        """The line `train(...)` of the coupled script, done by others: → Order, ← Answer.
+
+        Notes losses, takes weights, and, where a checkpoint is due, everything that it holds.
+
+        Args:
+            shares: the record for each trainer; not asked for where data may wait.
+            due: whether updates are.
+            bulk: whether data may wait for those of further iterations, as long as nothing is due.
+
+        Raises:
+            RunError: without text, if an update failed; the trainer has said why.
+        """
+        run, max_lag = self.run, self.run.args.max_lag
+        saves, logs = run.checkpoint_is_due, run.log_is_due
+        looks = saves or logs or hasattr(run.args, "num_steps")  # as a coupled run: after a rollout, or now and then
+        self._lag, self._held = max(self._lag, len(self.ahead)), self._held + 1
+        if bulk and not (due or looks) and self._messages is not None and self._held < self._messages.most:
+            self.iteration += 1
+            return
+        run.clock.lap("train")
+        self.collect(max(max_lag, 1) - 1)
+        run.clock.lap("wait_player")
+        self.send(shares, bulk, answers=due or looks, looks=looks, saves=saves)
+        run.clock.lap("comm")
+        self.collect(0 if run.is_last or saves else max_lag)
+        if saves:
+            self._receive_state()
+        if logs:
+            run.charts = {"charts/lag": self._lag, "time/wait_trainer": self._waited / max(self._passed, 1e-9)}
+            self._lag, self._waited, self._passed = 0, 0.0, 0.0
+        run.clock.lap("wait_player")
+
+    def send(self, shares: Iterable[Any], bulk: bool = False, **wanted: bool) -> None:
+        """→ Order: its record to each trainer, and what is `wanted` of it. `bulk`: the next one is of many."""
+        order = self._orders[self.bulk].record._replace(step=self.run.global_step, iteration=self.iteration, bulk=bulk)
+        for rank, share in enumerate(shares, FIRST_TRAINER):
+            packet = self._orders[self.bulk].pack(order._replace(data=share, **wanted))
+            self.channel.send(packet, rank, self.iteration)
+        if wanted.get("answers"):
+            self.ahead.append(self.iteration)
+        self.iteration, self.bulk, self._held = self.iteration + 1, bulk, 0
+
+    def collect(self, most: int) -> None:
+        """← Answer of the oldest iterations, until the player is `most` ahead."""
+        assert self._messages is not None
+        while len(self.ahead) > most:
+            iteration = self.ahead.popleft()
+            answer = self.channel.receive(self._answer, FIRST_TRAINER, iteration)
+            if answer.code == LostPeerError.exit_code:
+                raise LostPeerError(f"rank 0 lost a trainer in iteration {iteration}: rank {FIRST_TRAINER} says so")
+            if answer.code:
+                raise EndedByPeerError(answer.code)
+            self.run.exit_code = max(self.run.exit_code, answer.signal)
+            self._waited, self._passed = self._waited + answer.waited, self._passed + answer.passed
+            if answer.losses is not None:
+                for tag, total, count in zip(self._messages.metrics, *answer.losses.clone(), strict=True):
+                    if count:
+                        self.run.losses.add(tag, total, int(count))
+            self._messages.weights.copy_(answer.weights)
+
+    def _receive_state(self) -> None:
+        """← State."""
+        assert self._messages is not None
+        state, run = self.channel.receive(self._state, FIRST_TRAINER, self.iteration - 1), self.run
+        self._messages.load(state.learned)
+        run.generators = with_player(state.generators, run.act_rng, run.args.seed, run.global_step)
+
+    def stop(self) -> None:
+        """← Answer of what is still under way, as before an early end; → Order, the last one: the run is over."""
+        self.collect(0)
+        self._dismiss(STOP, self.run.exit_code)
+
+    def tell(self, code: int) -> None:
+        """→ Order, or Hello: the player has failed, with this exit code."""
+        self._dismiss(ABORT, code)
+
+    def _dismiss(self, command: int, code: int) -> None:
+        with contextlib.suppress(LostPeerError):  # who is gone needs no order
+            if self._messages is None:
+                self._each(Outbox(Hello(), self.count), Hello(command, code))
+            else:
+                orders = self._orders[self.bulk]
+                self._each(orders, orders.record._replace(command=command, code=code))
+            if code != LostPeerError.exit_code:  # there one may not be listening
+                self.channel.flush()
+
+    def _each(self, outbox: Outbox, record: Any) -> None:
+        for rank in range(FIRST_TRAINER, self.channel.world_size):
+            self.channel.send(outbox.pack(record), rank, self.iteration)
+
+
+class Player:
+    """The player as a trainer sees it.
+
+    Attributes:
+        iteration: the one that is trained on.
+        exit_code: that of the last Order.
+        folder: the run's.
+    """
+
+    def __init__(self, run: Run, channel: Channel) -> None:
+        self.run, self.channel = run, channel
+        self.speaks = run.fabric.global_rank == 0  # the first trainer, for all of them
+        self.iteration = self.exit_code = 0
+        self.folder = Path()
+        self._messages: Messages | None = None
+        self._dismissed = self._ready = self._bulk = False
+
+    def meet(self, messages: Messages) -> Path:
+        """← Hello: waits until the player is ready; the run's folder.
+
+        Raises:
+            RunError: without text, if the player cannot start, which has said why; or it starts from other parameters.
+        """
+        run = self.run
+        run.restore_generators()
+        hello = self._receive(Packet(Hello()))
+        self.folder = Path(bytes(hello.folder.tolist()).rstrip(b"\0").decode())
+        self._messages, max_lag = messages, run.args.max_lag
+        self._orders = {bulk: Packet(order) for bulk, order in messages.orders().items()}
+        self._answers, self._states = (
+            Outbox(messages.answer(), max_lag + 2),
+            Outbox(messages.state(run.fabric.world_size), 1),
+        )
+        if hello.hash != int(parameter_hash(messages.agent)):
+            us = f"rank {self.channel.rank}"
+            raise RunError(f"{us} starts from other parameters than the player: does the environment draw from torch?")
+        return self.folder
+
+    def orders(self, refill: bool = False) -> Iterator[Order]:
+        """→ Ready, then ← Order of each iteration, until the player stops. Its tensors are overwritten by the next.
+
+        Args:
+            refill: whether a run that is resumed has to fill a new replay buffer first.
+
+        Raises:
+            RunError: without text, if the player has failed; it has said why.
+        """
+        freeze_gc()
+        if self.speaks:
+            self.channel.send(Packet(Ready()).fill(Ready(refill=refill)), PLAYER, self.iteration)
+        self._ready = True
+        while (order := self._receive_order()).command == TRAIN:
+            self.iteration = order.iteration
+            yield order
+            self.iteration += 1
+        self.channel.flush()
+        self.exit_code = order.code
+
+    def answer(self, order: Order, rb: ReplayBuffer | None = None) -> None:
+        """→ Answer and → State, as far as the order wants them; saves the replay buffer with a checkpoint.
+
+        Raises:
+            NonFiniteError: a metric or a parameter is not finite.
+            OutputError: the replay buffer cannot be saved.
+        """
+        assert self._messages is not None
+        if not order.answers:
+            return
+        run, messages, metrics = self.run, self._messages, {}
+        with run.together():
+            if order.looks or run.has_noted_much:
+                metrics = run.look()
+        if order.saves:
+            generators = rank_generators(run.fabric, run.train_rng)
+            if rb is not None and run.args.checkpoint_buffer:
+                with run.together():
+                    save_shard(self.folder / "checkpoints", order.step, run.fabric.global_rank, rb.state_dict())
+        if self.speaks:
+            noted = [metrics.get(tag, torch.zeros(0)) for tag in messages.metrics]
+            losses = torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]]) if metrics else None
+            answer = Answer(0, run.exit_code, *self.channel.lap(), losses, messages.weights)
+            self.channel.send(self._answers.pack(answer), PLAYER, self.iteration)
+            if order.saves:
+                state = State(generators, messages.learned)
+                self.channel.send(self._states.pack(state), PLAYER, self.iteration)
+
+    def tell(self, code: int) -> None:
+        """→ Answer, or Ready: the trainers have failed, with this exit code. Waits until the player ends, too."""
+        if self._dismissed:
+            return
+        with contextlib.suppress(RunError):
+            if self.speaks and self._ready:
+                failed = self._answers.record._replace(code=code, losses=None)
+                self.channel.send(self._answers.pack(failed), PLAYER, self.iteration)
+            elif self.speaks:
+                self.channel.send(Packet(Ready()).fill(Ready(code)), PLAYER, self.iteration)
+                self.channel.flush()
+            while self._messages is not None and self._receive_order().command == TRAIN:
+                pass
+
+    def await_hello(self) -> None:
+        """← Hello, if it has not come.
+
+        Raises:
+            RunError: without text, if the player has failed; it has said why.
+        """
+        if self._messages is None and not self._dismissed:
+            with contextlib.suppress(LostPeerError):
+                self._receive(Packet(Hello()))
+
+    def _receive_order(self) -> Order:
+        """← Order."""
+        order = self._receive(self._orders[self._bulk])
+        self._bulk = order.bulk
+        return order
+
+    def _receive(self, packet: Packet) -> Any:
+        """← Hello or Order, unless it is to end at once."""
+        record = self.channel.receive(packet, PLAYER, self.iteration)
+        if record.command == ABORT:
+            self._dismissed = True
+            raise EndedByPeerError(record.code)
+        return record
+
+
+class End(Protocol):
+    """An end that can tell the other of its failure."""
+
+    iteration: int
+
+    def tell(self, code: int) -> None: ...
+
+
+@contextmanager
+def telling(end: End, first_rank: int = PLAYER) -> Iterator[None]:
+    """Reports an error of this rank at once, which ends its peers, too, rather than leave them waiting.
+
+    `first_rank` is that of the group that has agreed on who reports the error.
+
+    Raises:
+        EndedByPeerError: in place of the error that has been reported.
+    """
+    try:
+        yield
+    except LostPeerError:  # the others notice as this one ends
+        raise
+    except EndedByPeerError as error:
+        end.tell(error.exit_code)
+        raise
+    except RunError as error:
+        if own_rank() == error.told_by + first_rank:  # before the others end, which may end this process
+            report(str(error), error.exit_code, own_rank())
+        end.tell(error.exit_code)
+        raise EndedByPeerError(error.exit_code) from error
+    except RuntimeError as error:
+        if not is_communication_error(error):
+            raise
+        lost = f"rank {own_rank()} lost another trainer in iteration {end.iteration}"
+        report(f"{lost}: {reason(error)}", LostPeerError.exit_code)
+        end.tell(LostPeerError.exit_code)
+        raise EndedByPeerError(LostPeerError.exit_code) from error
+
+
+@contextmanager
+def before_hello(end: Player) -> Iterator[None]:
+    """Takes Hello before a trainer's early fault is reported: the player has often had the same, and reports it."""
+    try:
+        yield
+    except RunError:
+        end.await_hello()
+        raise
+
+
+def run_ranks(
+    run: Run, player: Callable[[Any, Run, Trainers], int], trainer: Callable[[Any, Run, Player], None]
+) -> int:
+    """Does this rank's part of a decoupled run, the player's or a trainer's; its exit code.
+
+    Raises:
+        ConfigError: there is nobody but the player, or no GPU for it.
+        LostPeerError: another rank is gone, or silent for `--timeout` minutes; says which, and in which message.
+    """
+    args, fabric = run.args, run.fabric
+    world, team = make_groups(fabric, args.timeout)
+    if fabric.global_rank == PLAYER:
+        trainers = run.trainers = Trainers(run, Channel(world, (fabric.world_size - 1) * (args.max_lag + 1)))
+        with telling(trainers):
+            run.join(Group(fabric, device=player_device(args, fabric)))
+            return player(args, run, trainers)
+    run.join(Group(fabric, team))
+    end = Player(run, Channel(world, args.max_lag + 1))
+    with telling(end, FIRST_TRAINER), before_hello(end):
+        trainer(args, run, end)
+    return end.exit_code

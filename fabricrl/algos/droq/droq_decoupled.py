@@ -1,0 +1,119 @@
+"""droq.py, decoupled: rank 0 plays, ranks 1 to W - 1 train (Hiraoka et al. 2022, arXiv:2110.02034v2).
+
+    python fabricrl/algos/droq/droq_decoupled.py --env-id HalfCheetah-v4 --devices 2
+    lightning run model --accelerator=cpu --strategy=ddp --devices=3 fabricrl/algos/droq/droq_decoupled.py --num-envs 2
+
+Each trainer owns the replay buffer of its share of the environments, and draws its share of every batch from that: a
+transition travels once, however often it is learned from. An iteration's messages; with --max-lag 0 the player waits
+for Answer, with K it is up to K iterations ahead of it:
+
+    Order     player → each trainer    Steps of its environments, the normaliser, and which updates are due
+    Answer    trainer 1 → player       parameters of the actor, and the temperature; losses, faults and signals
+    State     trainer 1 → player       critics, targets, optimizers and generators, if a checkpoint is due
+
+Everything but the update is SAC's. Shapes as in droq.py.
+"""
+
+import torch
+
+from fabricrl.algos.decoupled import Player, Trainers, run_ranks
+from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
+from fabricrl.algos.droq.args import DroQDecoupledArgs
+from fabricrl.algos.droq.droq import make_updates, rollout, setup, train
+from fabricrl.algos.off_policy.decoupled import check_division, divide, divided, store
+from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
+from fabricrl.algos.run import Run, parse, run_script
+from fabricrl.algos.sac.sac_decoupled import make_messages
+
+
+def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
+    """droq.py's main(), whose line `train(...)` is messages."""
+    with run:
+        # --- Schedule and buffer
+        schedule = make_schedule(run)
+        rb = make_buffer(run)
+
+        # --- Environments
+        envs = run.make_envs()
+
+        # --- Agent, and the optimizers' state for checkpoints
+        agent = make_agent(args, envs)
+        learner = setup(run, agent)
+
+        run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+        trainers.begin(make_messages(run, learner, args.num_envs // trainers.count))  # → Hello, ← Ready
+        restore_replay(run, rb, schedule)
+
+        # --- Start
+        rb.start(run.reset())
+        trainers.send(divide(rb, agent, trainers), bulk=schedule.explores(run.global_step))  # → Order
+
+        for step in run.iterations(args.num_envs):
+            # 1. Rollout
+            rollout(run, run.player(agent), envs, rb, schedule.explores(step))
+            if agent.obs_normalizer is not None:
+                agent.obs_normalizer.update(rb.newest_obs().to(run.fabric.device), run.fabric)
+
+            # 2. Sample
+            steps = min(max(run.global_step - schedule.starts, 0), run.global_step - step)  # that updates are due for
+            _, count = schedule.take(run.global_step)
+
+            # 3. Update
+            shares = divide(rb, agent, trainers, (count, steps))
+            trainers.train(shares, steps > 0, schedule.explores(run.global_step))  # → Order, ← Answer
+            run.clock.lap("train")
+
+            # 4. Log
+            run.record_step()
+            run.evaluate(agent)
+            if run.log_is_due:
+                run.log({"charts/learning_rate": args.policy_lr})
+
+            # 5. Checkpoint
+            run.checkpoint(rb, schedule=schedule)
+
+        # --- Close
+        trainers.stop()  # → Order
+    return run.exit_code
+
+
+def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
+    """The lines of droq.py's main() that sample and update, for as long as the player wants them."""
+    args = divided(run)
+
+    # --- Agent and optimizers
+    agent = make_agent(args, run.env_spaces)
+    learner = setup(run, agent)
+
+    run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
+
+    # --- Buffer
+    folder = player.meet(make_messages(run, learner, args.num_envs))  # ← Hello
+    rb = make_buffer(run, folder)
+    refill = restore_replay(run, rb)
+    step_critics, step_actor = make_updates(run, learner, rb.sample(2, args.batch_size, torch.Generator()))
+
+    for order in player.orders(refill):  # → Ready, ← Order
+        store(rb, agent, order.data)
+
+        # 2. Sample
+        count, steps = order.data.due
+        if steps:
+            batches = rb.sample(count + steps, args.batch_size, run.train_rng)
+
+            # 3. Update
+            train(run, learner, step_critics, step_actor, batches, steps)
+
+        # 4. Log, 5. Checkpoint
+        player.answer(order, rb)  # → Answer, State
+
+
+def main() -> int:
+    args = parse(DroQDecoupledArgs, "droq")
+    run = Run(args, "droq", ACTION_SPACES, bounded=True)
+    check_division(run)
+    return run_ranks(run, player, trainer)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,86 @@
+"""What the decoupled twins of off-policy algorithms share: the steps that travel, and who keeps which of them.
+
+Each trainer owns the replay buffer of its share of the environments, and draws its share of every batch from that: a
+transition travels once, however often it is learned from. Shapes: N environments, n of each trainer, A action size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fabricrl.algos.decoupled import Trainers
+from fabricrl.algos.off_policy.utils import BLOCK
+from fabricrl.algos.run import Run
+from fabricrl.data import NewestSteps, ReplayBuffer
+from fabricrl.utils.utils import require
+
+
+class Steps(NamedTuple):
+    """Steps of a trainer's environments: one, or a block of S where nothing is learned yet.
+
+    Without steps `next_obs` [0] are the observations that the environments start from.
+    """
+
+    due: tuple[int, int]  # updates, as the script counts them
+    filled: int  # how many of the S steps are there
+    normalizer: dict[str, Tensor]  # running statistics of observations, if there are any
+    actions: Tensor  # [S, n, A]
+    rewards: Tensor  # [S, n]
+    terminated: Tensor  # [S, n]
+    truncated: Tensor  # [S, n]
+    next_obs: Tensor  # [S, n, ...]
+    final_obs: Tensor  # [S, n, ...], where an episode has ended
+
+
+def declare_steps(run: Run, agent: Any, num_envs: int, count: int) -> Steps:
+    """`count` steps of `num_envs` environments in names, shapes and types."""
+    rb = NewestSteps(count, num_envs, run.obs_space, agent.head.num_actions)
+    return Steps((0, 0), 0, normalizer_state(agent), **rb.steps)
+
+
+def divide(rb: ReplayBuffer, agent: Any, trainers: Trainers, due: tuple[int, int] = (0, 0)) -> Iterator[Steps]:
+    """The waiting steps for each trainer, with its environments side by side; they have been sent then."""
+    assert isinstance(rb, NewestSteps)
+    envs, size = rb.num_envs // trainers.count, BLOCK if trainers.bulk else 1
+    for first in range(0, rb.num_envs, envs):
+        columns = {name: column[:size, first : first + envs] for name, column in rb.steps.items()}
+        yield Steps(due, rb.waiting, normalizer_state(agent), **columns)
+    rb.sent()
+
+
+def store(rb: ReplayBuffer, agent: Any, steps: Steps) -> None:
+    """Puts steps into a trainer's buffer, and takes the player's statistics of observations."""
+    if agent.obs_normalizer is not None:
+        agent.obs_normalizer.load_state_dict(steps.normalizer)
+    if steps.filled == 0:
+        rb.start(steps.next_obs[0].numpy())
+    names = ("actions", "next_obs", "rewards", "terminated", "truncated")
+    columns, final_obs = {name: getattr(steps, name).numpy() for name in names}, steps.final_obs.numpy()
+    for i in range(steps.filled):
+        rb.add(**{name: column[i] for name, column in columns.items()}, infos={"final_obs": final_obs[i]})
+
+
+def normalizer_state(agent: Any) -> dict[str, Tensor]:
+    """Running statistics of observations; empty if there are none."""
+    return {} if agent.obs_normalizer is None else agent.obs_normalizer.state_dict()
+
+
+def check_division(run: Run) -> None:
+    """Raises ConfigError unless environments and batches can be divided among the trainers."""
+    args, count = run.args, max(run.fabric.world_size - 1, 1)
+    with run.together():  # none leaves while another is still about to meet the rest
+        for name in ("num_envs", "batch_size"):
+            require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
+        rows = args.buffer_size // args.num_envs * args.num_envs
+        require(rows >= args.batch_size, "buffer_size", args.buffer_size, f"such that {rows} is at least batch-size")
+
+
+def divided(run: Run) -> Any:
+    """The arguments of a trainer, with its share of environments, buffer and batch; its run goes by them from here."""
+    args, count = run.args, run.fabric.world_size
+    envs = args.num_envs // count
+    rows = args.buffer_size // args.num_envs  # of each environment, as many as with any other number of trainers
+    run.args = replace(args, num_envs=envs, buffer_size=rows * envs, batch_size=args.batch_size // count)
+    return run.args

@@ -1,0 +1,162 @@
+"""ppo_recurrent.py, decoupled: rank 0 plays, ranks 1 to W - 1 train (Schulman et al. 2017, arXiv:1707.06347).
+
+    python fabricrl/algos/ppo_recurrent/ppo_recurrent_decoupled.py --env-id CartPole-v1 --mask-velocities --devices 2
+    lightning run model --accelerator=cpu --strategy=ddp --devices=3 \
+        fabricrl/algos/ppo_recurrent/ppo_recurrent_decoupled.py
+
+An iteration's messages; with --max-lag 0 the player waits for Answer, with K it is up to K iterations ahead of it:
+
+    Order     player → each trainer    a Rollout: its share, and the coefficients to train with
+    Answer    trainer 1 → player       all parameters; losses, faults and signals of the trainers
+    State     trainer 1 → player       the optimizer's state and the trainers' generators, if a checkpoint is due
+
+Memory stays with the player. With each step travels the state of the cores before it: a trainer's minibatch may cut a
+sequence anywhere. Normalisers stay with the player, too. Shapes as in ppo_recurrent.py; B rows of a share.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fabricrl.algos.decoupled import Messages, Player, Trainers, run_ranks
+from fabricrl.algos.ppo.ppo import METRICS, update
+from fabricrl.algos.ppo.ppo_decoupled import check_division, declare_share
+from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
+from fabricrl.algos.ppo_recurrent.args import PRESETS, RecurrentPPODecoupledArgs
+from fabricrl.algos.ppo_recurrent.ppo_recurrent import returns_and_advantages, rollout, train
+from fabricrl.algos.run import Run, parse, run_script
+from fabricrl.data import Batch, RecurrentRolloutBuffer
+from fabricrl.models.recurrent import Sequences
+from fabricrl.utils import Adam, anneal, explained_variance
+
+
+class Rollout(NamedTuple):
+    """A trainer's share of a rollout, consecutive rows of it, and how to train on it."""
+
+    learning_rate: float
+    clip_coef: float
+    ent_coef: float
+    data: Batch  # [B, ...]; frame stacks are put together
+    ends: Tensor  # [B], rows that no sequence goes beyond
+
+
+def declare_rollout(run: Run, agent: RecurrentPPOAgent, count: int) -> Rollout:
+    """The share of each of `count` trainers in names, shapes and types."""
+    data = declare_share(run, agent, count)
+    rows = len(data.actions)  # B
+    memory = {"previous": torch.zeros(rows, agent.num_prev)}
+    memory["states"] = torch.zeros(rows, agent.memory_size - agent.num_prev)
+    return Rollout(0.0, 0.0, 0.0, data.with_columns(**memory), torch.zeros(rows, dtype=torch.bool))
+
+
+def divide(data: Batch, ends: Tensor, count: int) -> Iterator[tuple[Batch, Tensor]]:
+    """The rollout, environment by environment, and its `ends` [N T], in equal parts.
+
+    A sequence that lies in two of them is cut there.
+    """
+    rows = len(ends) // count
+    for first in range(0, len(ends), rows):
+        part = slice(first, first + rows)
+        yield data[part], ends[part]
+
+
+def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int:
+    """ppo_recurrent.py's main(), whose line `train(...)` is messages."""
+    with run:
+        # --- Environments
+        envs = run.make_envs()
+
+        # --- Agent, and the optimizer's state for checkpoints
+        agent = make_agent(args, envs)
+        _, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
+
+        run.restore(agent=agent, optimizer=optimizer)
+        share = declare_rollout(run, agent, trainers.count)
+        trainers.begin(Messages(share, METRICS, agent, optimizer))  # → Hello, ← Ready
+
+        # --- Buffer
+        shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
+        rest = agent.memory_size, args.frame_stack, run.skips, run.player_device, run.mask_size
+        rb = RecurrentRolloutBuffer(*shape, *rest)
+
+        # --- Start
+        rb.start(run.reset(), run.masks)
+
+        for step in run.iterations(args.num_steps * args.num_envs):
+            # 1. Rollout
+            rollout(run, run.player(agent), envs, rb)
+            if step == 0:  # nothing is learned from observations that are not normalised yet
+                run.observe(agent, rb)
+
+            # 2. Returns and advantages
+            data, sequences = returns_and_advantages(run, agent, rb)
+
+            # 3. Update
+            progress = step / args.total_timesteps
+            learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
+            clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
+            ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)
+            shares = divide(data, sequences.ends, trainers.count)
+            trainers.train(Rollout(learning_rate, clip_coef, ent_coef, *share) for share in shares)  # → Order, ← Answer
+            if step > 0:  # after the update: a rollout's actions and losses see the same statistics
+                run.observe(agent, rb)
+            run.clock.lap("train")
+
+            # 4. Log
+            run.record_rollout(rb)
+            run.evaluate(agent)
+            if run.log_is_due:
+                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
+                run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
+
+            # 5. Checkpoint
+            run.checkpoint()
+            rb.start()
+
+        # --- Close
+        trainers.stop()  # → Order
+    return run.exit_code
+
+
+def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
+    """The line `train(...)` of ppo_recurrent.py's main(), for as long as the player wants it."""
+    # --- Agent and optimizer
+    agent = make_agent(args, run.env_spaces)
+    model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
+    update_step = run.compiled(partial(update, run, model, optimizer))
+
+    run.restore(agent=agent, optimizer=optimizer)
+
+    # --- Start
+    share = declare_rollout(run, agent, run.fabric.world_size)
+    player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
+    if run.records:
+        with run.rehearsal():
+            data = share.data.with_columns(counts=None).to(run.fabric.device)
+            sequences = Sequences(share.ends[:, None], args.sequence_length)
+            train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
+
+    for order in player.orders():  # → Ready, ← Order
+        # 3. Update
+        learning_rate, clip_coef, ent_coef, data, ends = order.data
+        optimizer.param_groups[0]["lr"].fill_(learning_rate)
+        data, sequences = data.to(run.fabric.device), Sequences(ends[:, None], args.sequence_length)
+        run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
+
+        # 4. Log, 5. Checkpoint
+        player.answer(order)  # → Answer, State
+
+
+def main() -> int:
+    args = parse(RecurrentPPODecoupledArgs, "ppo_recurrent", PRESETS)
+    run = Run(args, "ppo_recurrent", ACTION_SPACES, images=True)
+    check_division(run)
+    return run_ranks(run, player, trainer)
+
+
+if __name__ == "__main__":
+    run_script(main)
