@@ -44,8 +44,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.hidden:
-            x = self.activation(layer(x))
-        return self.out(x)
+            x = self.activation(linear(layer, x))
+        return linear(self.out, x)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`, whatever that is: a plain linear layer without a module's call, which takes a quarter of acting."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if hooks or type(layer) is not nn.Linear:
+        return layer(x)
+    return functional.linear(x, layer._parameters["weight"], layer._parameters["bias"])  # type: ignore[arg-type]
 
 
 class NatureCNN(nn.Module):

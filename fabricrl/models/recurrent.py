@@ -84,7 +84,7 @@ class RecurrentCore(nn.Module):
         nothing real ever sees it, and nothing of it is returned.
         """
         x = self._encode(x)
-        weights: list[Tensor] = [*self.rnn.parameters()]
+        weights: list[Tensor] = [*itertools.chain(*self.rnn.all_weights)]
         if not is_recording():
             return _through_time(x, states, *layout[1:], weights, self.parts, self.num_layers)
         return _opaque_forward(
@@ -94,18 +94,16 @@ class RecurrentCore(nn.Module):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: inputs [N, I] and states [N, state_size] → outputs [N, H] and the states after it."""
         x = self._encode(x)
-        h, *c = state.view(state.shape[0], self.parts, self.num_layers, self.hidden_size).unbind(1)
-        after: list[list[Tensor]] = [[] for _ in range(self.parts)]
-        for layer in range(self.num_layers):
-            names = (f"{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-            weights = [getattr(self.rnn, name) for name in names]
-            if c:
-                x, cell = torch.lstm_cell(x, (h[:, layer], c[0][:, layer]), *weights)
-                after[1].append(cell)
+        before = state.split(self.hidden_size, -1)  # outputs of all layers, then their cells
+        after = list(before)
+        for layer, weights in enumerate(self.rnn.all_weights):
+            cell = self.num_layers + layer
+            if self.parts == 2:
+                x, after[cell] = torch.lstm_cell(x, (before[layer], before[cell]), *weights)
             else:
-                x = torch.gru_cell(x, h[:, layer], *weights)
-            after[0].append(x)
-        return x, torch.cat([part for parts in after for part in parts], -1)
+                x = torch.gru_cell(x, before[layer], *weights)
+            after[layer] = x
+        return x, torch.cat(after, -1)
 
     def _encode(self, x: Tensor) -> Tensor:
         return x if self.encoder is None else self.activation(self.encoder(x))
@@ -129,7 +127,7 @@ def _through_time(
         outputs, *_ = torch.lstm(padded, (h, *c), weights, *settings)
     else:
         outputs, _ = torch.gru(padded, h, weights, *settings)
-    return outputs.flatten(0, 1)[place]
+    return outputs.flatten(0, 1).index_select(0, place)
 
 
 # A compiler sees two operations of fixed shapes, and not the time steps inside, of which there are as many as there are

@@ -76,7 +76,7 @@ def evaluated(agent: RecurrentPPOAgent, data: Batch, layout: Layout) -> tuple[Te
     rows = agent.rows_at_once or len(data.actions)
     features = torch.cat([agent.features(data.obs[i : i + rows]) for i in range(0, len(data.actions), rows)])
     logprobs, _, values = agent.evaluate(features, data.with_columns(layout=layout, states=data.states[layout.first]))
-    return logprobs.float(), values.float()
+    return logprobs, values
 
 
 def train(
