@@ -18,7 +18,7 @@ USAGE = """usage: fabricrl COMMAND [ARGS]     (or python -m fabricrl COMMAND [AR
 
 {commands}
 
-fabricrl COMMAND --help shows the arguments of a command. Launchers take the command, too, as in
+Each command's --help shows its arguments. Launchers take the command, too, as in
   torchrun --nproc-per-node 2 -m fabricrl ppo --env-id CartPole-v1"""
 
 

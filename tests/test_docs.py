@@ -96,7 +96,7 @@ def test_the_environment_of_a_page_trains_and_its_policy_is_loaded(
     loads = re.findall(r"^```python\n(import fabricrl\n.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     assert len(loads) == (page == "README.md")
     for program in loads:  # in this process, which does not have the environment
-        folder = str(Path(ended.result["checkpoint"]).parent.parent)
+        folder = str(tmp_path / Path(ended.result["checkpoint"]).parent.parent)
         exec(re.sub(r'"logs/[^"]*"', repr(folder), program), {})
         (action,) = re.findall(r"\[.*\]", capsys.readouterr().out)
         assert -0.1 <= float(action.strip("[]")) <= 0.1

@@ -319,7 +319,7 @@ def test_what_does_not_fit_is_refused_in_one_line(runs: Callable[[str], Finished
     for obs, told in (
         (np.zeros(3, np.float32), r"shape \(3,\)"),
         (np.zeros((2, 3), np.float32), r"shape \(3,\)"),
-        ("left", "no array of numbers"),
+        ("left", "not an array of numbers"),
         (np.array([np.nan, 0, 0, 0], np.float32), "not finite"),
     ):
         with pytest.raises(ValueError, match=told) as caught:
