@@ -196,9 +196,23 @@ GPU = {  # arguments; the sketch of the same update, or the steps per second ask
     "ppo": (f"{PPO} {CHEETAH} --preset mujoco --total-timesteps 24576 --log-every 2048", "ppo", ">= 0.75"),
     "ppo, compiled": (f"{PPO} {CHEETAH} --preset mujoco --total-timesteps 24576 --compile", "ppoc", ">= 0.75"),
     "sac": (f"{SAC} {CHEETAH} --learning-starts 1000 --total-timesteps 6000 --log-every 500", "sac", ">= 0.75"),
-    "sac, compiled": (f"{SAC} {CHEETAH} --learning-starts 1000 --total-timesteps 6000 --compile", "sacc", ">= 0.75"),
+    "sac, compiled": (
+        f"{SAC} {CHEETAH} --learning-starts 1000 --total-timesteps 6000 --log-every 500 --compile",
+        "sacc",
+        ">= 0.75",
+    ),
     "droq": (f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250", 170, ">= 1"),
+    "droq, compiled": (
+        f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250 --compile",
+        350,
+        ">= 1",
+    ),
     "recurrent ppo": (f"{RECURRENT} --env-id CartPole-v1 --mask-velocities --total-timesteps 61440", 15_000, ">= 1"),
+    "recurrent ppo, compiled": (
+        f"{RECURRENT} --env-id CartPole-v1 --mask-velocities --total-timesteps 61440 --compile",
+        25_000,
+        ">= 1",
+    ),
 }
 HUMANOID = (
     f"--env-id Humanoid-v5 --num-envs 56 --replay-ratio {1 / 56} --policy-frequency 1 --learning-starts 2000 "
@@ -432,6 +446,8 @@ def bench_overlap(name: str, options: argparse.Namespace) -> bool:
 def bench_gpu(name: str, options: argparse.Namespace) -> bool:
     """Steps per second on a GPU beside the sketch of the same update, or beside a number where there is no sketch."""
     arguments, sketch, bar = GPU[name]
+    if options.no_sketches:
+        sketch, bar = 1, ""
     peer = f"sketch {sketch}" if isinstance(sketch, str) else "number asked for"
     comparisons = [Comparison("steps/s", "fabricrl", peer, "a / b", bar)]
 
@@ -563,6 +579,10 @@ def main() -> int:
     parser.add_argument("--memory", action="store_true", help="instead of tasks: memory (Linux)")
     parser.add_argument("--ranks", action="store_true", help="instead of tasks: two ranks beside one")
     parser.add_argument("--gpu", action="store_true", help="instead of tasks: a GPU, beside sketches of its limits")
+    parser.add_argument(
+        "--gpu-task", choices=GPU, action="append", default=[], help="one part of --gpu; can be repeated"
+    )
+    parser.add_argument("--no-sketches", action="store_true", help="of --gpu our runs alone, which also run on a CPU")
     parser.add_argument("--decoupled", action="store_true", help="instead of tasks: a player and a trainer")
     parser.add_argument("--repetitions", type=int, default=5, help="pairs (default: 5)")
     parser.add_argument("--ours-args", default="", help="more flags for our script, such as --ours-args=--compile")
@@ -577,12 +597,13 @@ def main() -> int:
     jobs += [("--sampling", bench_sampling)] * options.sampling
     jobs += [("--memory", bench_memory)] * options.memory
     jobs += [("--ranks", partial(bench_ranks, name)) for name in RANKS] * options.ranks
-    jobs += [("--gpu", partial(bench_gpu, name)) for name in GPU] * options.gpu
+    parts = [*GPU] if options.gpu else options.gpu_task
+    jobs += [(f"--gpu-task {shlex.quote(name)}", partial(bench_gpu, name)) for name in parts]
     jobs += [("--decoupled", partial(bench_overlap, name)) for name in OVERLAP] * options.decoupled
     jobs += [("--decoupled", partial(bench_messages, name)) for name in MESSAGES] * options.decoupled
     tasks = options.task or ([*TASKS, *UPDATE_TASKS] if not jobs else [])
     jobs += [(f"--task {name}", partial(bench_task if name in TASKS else bench_updates, name)) for name in tasks]
-    options.machine = machine(options.gpu)
+    options.machine = machine(bool(parts) and not options.no_sketches)
     if tasks:
         python = ROOT / options.peer_python
         if not python.exists():

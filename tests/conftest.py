@@ -18,10 +18,15 @@ import torch
 import torch._inductor
 from gymnasium.spaces import Space
 from lightning.fabric import Fabric
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fabricrl.algos.droq import agent as droq_agent
 from fabricrl.algos.run import Run
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
+from fabricrl.utils.update import Runner
 
 
 @pytest.fixture(autouse=True)
@@ -104,9 +109,10 @@ class BareRun(Run):
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted, self._parts, self._modules, self._optimizers = {}, {}, [], []
         self._contexts = contextlib.ExitStack()
-        self._envs = self._player = self._folder = self._evaluation = None
+        self._envs = self._folder = self._evaluation = None
         self._evaluated_step, self._agreed, self._is_last, self._eval_charts = 0, 0.0, None, {}
         self._score = float("nan")
+        self.while_evaluating = lambda: None
         self.join(fabric or Fabric(accelerator="cpu", devices=1, precision=args.precision))
 
 
@@ -136,6 +142,76 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--compile` without the compiler, which takes a while: what has been recorded runs operation by operation."""
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
+
+
+class Graph:
+    """Stands in for a CUDA graph: operations, which a replay repeats on the memory that they had."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def replay(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for function, args, kwargs, results in self.calls:
+                again = function(*args, **kwargs)
+                for result, value in zip(pytree.tree_leaves(results), pytree.tree_leaves(again), strict=True):
+                    if isinstance(result, torch.Tensor) and result.data_ptr() != value.data_ptr():
+                        result.copy_(value)
+
+
+class NoValues(TorchFunctionMode):
+    """Refuses what asks for a tensor's value, as a stream that is captured does."""
+
+    VALUES = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__")
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in self.VALUES:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {function.__name__}")
+        return function(*args, **(kwargs or {}))
+
+
+class Capture(TorchDispatchMode):
+    """What runs inside becomes a graph, and may not ask for a tensor's value."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph, self.refuses = graph, NoValues()
+
+    def __enter__(self) -> Any:
+        self.refuses.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.refuses.__exit__(*error)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        results = function(*args, **(kwargs or {}))
+        self.graph.calls.append((function, args, kwargs or {}, results))
+        return results
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs are stood in for."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+@pytest.fixture
+def captured(graphs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts capture on the CPU as they do on a GPU."""
+    monkeypatch.setattr("fabricrl.algos.run.Runner", lambda compile, capture, *rest: Runner(compile, True, *rest))
+    # On the CPU it asks how many have been drawn
+    monkeypatch.setattr(
+        droq_agent, "draw_dropped", lambda rate, shape, rng: (torch.rand(shape, generator=rng) < rate).float()
+    )
 
 
 class Trained:

@@ -126,6 +126,8 @@ CHANGES = [(algo, name) for algo in SCRIPTS for name in (CHANGES_PARAMETERS | OW
 CHANGES_SOMETHING_ELSE = {
     "vectorization": "test_vectorization_chooses_processes_and_changes_nothing_else",
     "check_spaces": "test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space",
+    "seeds": "test_seeds_and_jobs_run_the_command_once_a_seed",
+    "jobs": "test_seeds_and_jobs_run_the_command_once_a_seed",
     "capture_video": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
     "video_every": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
     "eval_every": "test_evaluations_come_as_often_as_asked_with_as_many_episodes_and_may_end_the_run",
@@ -168,7 +170,7 @@ AS_IN_PPO = {
     "exp_name", "log_dir", "logger", "track", "wandb_project_name", "wandb_entity", "upload_model", "hf_entity",
     "accelerator", "cuda", "devices", "strategy", "num_nodes", "node_rank", "main_address", "main_port",
     "num_threads", "timeout", "matmul_precision", "torch_deterministic", "cuda_graphs", "player_device",
-    "eval_every", "eval_episodes", "stop_at_return", "info_keys",
+    "eval_every", "eval_episodes", "stop_at_return", "info_keys", "seeds", "jobs",
 }  # fmt: skip
 
 
@@ -374,6 +376,16 @@ def test_name_and_folder_of_a_run(ppo: Train, tmp_path: Path) -> None:
     assert run.folder.parent == tmp_path / "elsewhere" / "ppo" / "tests.envs_Deterministic-v0"
     assert run.folder.name.startswith("mine_1_")
     assert ppo(*flags(TINY)).folder.name.startswith("ppo_")
+
+
+def test_seeds_and_jobs_run_the_command_once_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_sweep.py runs them; `parse` is what every script calls."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("fabricrl.sweep.run_seeds", lambda *given: asked.append(given) or 7)
+    with pytest.raises(SystemExit) as ended:
+        parsed(monkeypatch, "--seeds", 3, "--jobs", 2, "--seed", 5, "--log-dir", "there")
+    assert ended.value.code == 7
+    assert asked == [(5, 3, 2, "there")]
 
 
 def test_logger_chooses_the_kind_of_files(ppo: Train) -> None:

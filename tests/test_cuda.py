@@ -1,6 +1,6 @@
 """On a GPU every script does what it does on a CPU; where there is none, these tests are skipped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from fabricrl.algos import decoupled
 from fabricrl.algos.droq import droq
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
+from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
+from fabricrl.models.distributions import TanhNormalHead
+from fabricrl.utils import device as device_module
 from fabricrl.utils.decoupled import Group
 from fabricrl.utils.errors import ConfigError
 from tests.process import differences, load, run_team
@@ -43,11 +46,78 @@ def run(request: pytest.FixtureRequest, train: Callable[..., Any]) -> Callable[.
     return lambda *more: train(main, *([] if "--resume" in more else [*COMMON, *flags]), *more)
 
 
-def test_as_on_the_cpu(run: Callable[..., Any]) -> None:
-    here, there = run(), run(*CUDA)
+EAGER = ["--no-cuda-graphs"]
+HOST_RING = ["--buffer-device", "cpu"]
+
+
+def draw_on_the_cpu() -> None:
+    """Updates of SAC and DroQ draw the numbers that they draw on a CPU; a graph could not."""
+    noise = TanhNormalHead.noise
+    Run.draw_on = lambda run, device: None  # type: ignore[method-assign]
+    TanhNormalHead.noise = lambda *args: noise(*args).cuda()  # type: ignore[method-assign]
+
+
+def test_as_on_the_cpu(
+    run: Callable[..., Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, flags = run(), []
+    if "sac" in request.node.name or "droq" in request.node.name:
+        for holder, name in ((TanhNormalHead, "noise"), (Run, "draw_on")):
+            monkeypatch.setattr(holder, name, getattr(holder, name))  # to be put back
+        draw_on_the_cpu()
+        flags = [*EAGER, *HOST_RING]
+    there = run(*CUDA, *flags)
     assert "on cuda" in there.output
     assert not here.weights.equal(torch.zeros_like(here.weights))
     torch.testing.assert_close(there.weights.cpu(), here.weights, rtol=0, atol=2e-4)
+
+
+def test_captured_is_as_it_is(run: Callable[..., Any]) -> None:
+    captured, eager = run(*CUDA), run(*CUDA, *EAGER)
+    torch.testing.assert_close(captured.weights.cpu(), eager.weights.cpu(), rtol=0, atol=2e-4)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Iterations that wait for the GPU anywhere but in `fabricrl.utils.device.wait` fail; how often each did."""
+    wait, iterations, checkpoint, waits = device_module.wait, Run.iterations, Run.checkpoint, []
+
+    def may_wait(where: torch.device) -> None:
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        wait(where)
+        torch.cuda.set_sync_debug_mode(mode)
+        if waits:
+            waits[-1] += 1
+
+    def watched(run: Run, steps: int) -> Iterator[int]:
+        for step in iterations(run, steps):
+            waits.append(0)
+            torch.cuda.set_sync_debug_mode("error")
+            yield step
+            torch.cuda.set_sync_debug_mode("default")
+
+    def unwatched(*args: Any, **parts: Any) -> None:  # what is saved has to be read
+        torch.cuda.set_sync_debug_mode("default")
+        checkpoint(*args, **parts)
+
+    monkeypatch.setattr(device_module, "wait", may_wait)
+    monkeypatch.setattr(Run, "iterations", watched)
+    monkeypatch.setattr(Run, "checkpoint", unwatched)
+    yield waits
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("player", ["cpu", "cuda"])
+def test_iterations_wait_in_one_place(
+    run: Callable[..., Any], player: str, strict: list[int], request: pytest.FixtureRequest
+) -> None:
+    assert run(*CUDA, "--player-device", player, "--log-every", 1_000).code == 0
+    off_policy = "sac" in request.node.name or "droq" in request.node.name
+    if off_policy and player == "cuda":
+        assert max(strict[:-1]) == 1  # the actions; the last iteration is logged
+    if not off_policy and player == "cpu":
+        assert max(strict[:-1]) <= 2  # weights to act with, and the losses
 
 
 @pytest.mark.parametrize("flags", [[], ["--vectorization", "native"]], ids=["images", "native"])
@@ -77,12 +147,30 @@ def test_checkpoint_changes_devices(run: Callable[..., Any], script: Callable[..
     assert on_cpu.result["steps"] == "96"
 
 
-@pytest.mark.parametrize(
-    "flags", [["--precision", "bf16-mixed"], ["--compile"], ["--matmul-precision", "high"]], ids=str
-)
+FASTER = [
+    ["--precision", "bf16-mixed"], ["--compile"], ["--matmul-precision", "high"], ["--compile", *EAGER],
+    ["--compile", "--precision", "bf16-mixed"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", FASTER, ids=str)
 def test_faster_ways(run: Callable[..., Any], flags: list[str]) -> None:
     plain, other = run(*CUDA), run(*CUDA, *flags)
     torch.testing.assert_close(other.weights.cpu(), plain.weights.cpu(), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("algo", ["sac", "droq"])
+@pytest.mark.parametrize("there", ["cpu", "cuda"])
+def test_replay_changes_devices(algo: str, there: str, train: Callable[..., Any], tmp_path: Path) -> None:
+    main, flags = RUNS[algo]
+    line = [*COMMON, *flags, *CUDA, "--buffer-device", there, "--checkpoint-every", 32]
+    first = train(main, *line)
+    assert ("per rank, on cuda" in first.output) == (there == "cuda")
+    half, here = first.checkpoint.with_name(f"step_{64:012d}.ckpt"), {"cpu": "cuda", "cuda": "cpu"}[there]
+    other = train(main, "--resume", half, "--buffer-device", here, "--log-dir", tmp_path / "other")
+    assert other.result["steps"] == "96"
+    kept = [load(r.checkpoint)["shard"]["records"][: len(load(half)["shard"]["records"]) // 2] for r in (first, other)]
+    assert torch.equal(*kept)
 
 
 def test_more_gpus_than_there_are(run: Callable[..., Any]) -> None:
@@ -92,6 +180,8 @@ def test_more_gpus_than_there_are(run: Callable[..., Any]) -> None:
 
 def trainers_on_gpu(rank: int) -> None:
     """In a rank: what `--player-device cpu` beside `--accelerator cuda` does, with one GPU less."""
+    if rank > 0:
+        draw_on_the_cpu()
 
     def group(fabric: Any, collective: Any = None, device: Any = None) -> Group:
         return Group(fabric, collective, torch.device("cuda") if collective is not None else device)
@@ -104,6 +194,7 @@ def test_player_on_the_cpu_and_trainer_on_the_gpu(algo: str, train: Callable[...
     main, flags = RUNS[algo]
     here = train(main, *COMMON, *flags, "--checkpoint-every", 32)
     twin, line = f"fabricrl.algos.{algo}.{algo}_decoupled", [*COMMON, *flags, "--checkpoint-every", 32, "--max-lag", 0]
+    line += [*EAGER, *HOST_RING] if algo == "sac" else []
     there = run_team(twin, *line, "--log-dir", tmp_path / "there", folder=tmp_path / "team", prepare=trainers_on_gpu)
     state = load(there.result["checkpoint"])
     weights = torch.cat([v.reshape(-1) for name, v in state["agent"].items() if "normalizer" not in name])

@@ -343,11 +343,10 @@ def test_two_trainers_of_sac_make_the_update_of_one_learner_with_both_their_batc
     both = Batch(**{name: torch.cat([part[name] for part in columns], 1) for name in columns[0]})
     agent.head.noise = lambda *_: torch.cat(noise, 1)  # type: ignore[method-assign,union-attr]
     fabric = Fabric(accelerator="cpu", devices=1)
-    alone: Any = SimpleNamespace(args=args, fabric=fabric, setup=fabric.setup, train_rng=None, note=lambda *_: None)
+    alone: Any = SimpleNamespace(args=args, fabric=fabric, setup=fabric.setup, device_rng=None)
     learner = sac.setup(alone, agent)
-    sac.train(
-        alone, learner, partial(sac.update_critics, alone, learner), partial(sac.update_actor, alone, learner), both, 1
-    )
+    steps = partial(sac.update_critics, alone, learner), partial(sac.update_actor, alone, learner)
+    sac.train(alone, learner, *steps, both, sac.planned(args, 1, 1))
     for name, value in after["agent"].items():
         torch.testing.assert_close(agent.state_dict()[name], value, rtol=0, atol=1e-5)
     for name in ("critics.layers", "actor"):
@@ -418,19 +417,20 @@ def spy(rank: int) -> None:
             calls.append(1)
             if len(calls) == 1:
                 wait(33 + lag)  # the 33rd rollout brings the first updates
-            original(run, learner, *rest)
-            *_, batches, first = rest
+            result = original(run, learner, *rest)
+            batches = next(part for part in rest if isinstance(part, Batch))
             tensors = learner.q_optimizer.tensors() + learner.actor_optimizer.tensors()
             note(
                 update=acting(learner.agent), data=[sha(*batches.columns.values())],
-                everything=sha(*learner.agent.state_dict().values(), *tensors), first=first,
+                everything=sha(*learner.agent.state_dict().values(), *tensors), first=len(calls),
             )  # fmt: skip
+            return result
 
         return watched
 
     for module in (ppo_decoupled, ppo_recurrent_decoupled):
         module.train = train_on_policy(module.train)
-    for module in (sac_decoupled, droq_decoupled):
+    for module in (sac, droq):  # whose `make_updates` the twins have
         module.train = train_off_policy(module.train)
     for module in (ppo_decoupled, ppo_recurrent_decoupled, sac_decoupled, droq_decoupled):
         module.rollout = rollout(module.rollout)
@@ -653,11 +653,11 @@ def test_a_killed_rank_ends_the_others_with_code_7_and_a_line(
 
 def test_a_stopped_trainer_ends_the_others_with_code_7_once_the_time_is_out(tmp_path: Path) -> None:
     """The player waits for the first trainer, which waits for the second."""
-    flags = endless("sac", tmp_path, "--timeout", 0.05)  # 3 s
+    flags = endless("sac", tmp_path, "--timeout", 0.1)  # 6 s
     with team(MODULE["sac"], *flags, folder=tmp_path, world_size=3) as running:
         wait_for_checkpoint(running, tmp_path)
         os.kill(running.ranks[2].pid or 0, signal.SIGSTOP)
-        assert_ended(running, [7, 7, 7], within=3 + 30)  # the others wake it, and what it finds ends it, too
+        assert_ended(running, [7, 7, 7], within=6 + 30)  # the others wake it, and what it finds ends it, too
     assert re.fullmatch(rf"rank 2, process {running.ranks[2].pid} of \S+, has been stopped", loss_told(running))
     assert_newest_loads("sac", tmp_path)
 

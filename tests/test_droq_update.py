@@ -39,6 +39,26 @@ class Training(test_sac_update.Training):
 
     script = droq
 
+    def train(self, batches: Batch, number: int, seed: int = 3) -> dict[str, Tensor]:
+        """What an iteration of `number` environment steps makes of its batches; the last ones are the actor's."""
+        self.run.train_rng.manual_seed(seed)
+        count, metrics = len(batches) - number, []
+        for step, rows in enumerate(rows_of(count, number)):
+            of_step = batches[[*rows, count + step]]
+            metrics.append(droq.train(self.run, self.learner, self.step_critics, self.step_actor, of_step))
+        return self.noted(*metrics)
+
+
+def rows_of(count: int, steps: int) -> list[range]:
+    """The updates of each environment step, numbered from 0."""
+    return [range(count * step // steps, count * (step + 1) // steps) for step in range(steps)]
+
+
+@pytest.mark.parametrize(("count", "steps"), [(20, 1), (12, 3), (7, 3), (1, 4), (0, 1), (0, 0)])
+def test_updates_are_shared_out_over_environment_steps(count: int, steps: int) -> None:
+    assert droq.shares(count, steps) == [len(rows) for rows in rows_of(count, steps)]
+    assert sum(droq.shares(count, steps)) == count
+
 
 def make_args(**changes: Any) -> DroQArgs:
     settings: dict[str, Any] = {"hidden_sizes": (8, 6), "batch_size": BATCH, "dropout": 0.2, "alpha": 0.3}
@@ -114,19 +134,17 @@ class PlainDroQ(PlainSAC):
 
     def train(self, batches: Batch, steps: int, generator: torch.Generator) -> None:
         updates = len(batches) - steps
-        noise = torch.randn(updates + steps, BATCH, ACTIONS, generator=generator).double()
-        k = 0
-        for step in range(steps):
-            while k < updates * (step + 1) // steps:  # lines 4 to 9
+        for step, rows in enumerate(rows_of(updates, steps)):
+            noise = torch.randn(len(rows) + 1, BATCH, ACTIONS, generator=generator).double()
+            for i, k in enumerate(rows):  # lines 4 to 9
                 of_critics, of_targets = self.drop(2, BATCH, generator)
                 self.set_masks(self.critics, of_critics)
                 self.set_masks(self.targets, of_targets)
                 batch = Batch(**{name: column[k].double() for name, column in batches.columns.items()})
-                self.update_critics(batch, noise[k])
+                self.update_critics(batch, noise[i])
                 self.update_targets()
-                k += 1
             self.set_masks(self.critics, self.drop(1, BATCH, generator)[0])  # line 10
-            self.update_actor(batches.obs[updates + step].double(), noise[updates + step])
+            self.update_actor(batches.obs[updates + step].double(), noise[-1])
 
     def check(self, agent: DroQAgent) -> None:
         ours = (plain_actor(agent.actor), *(plain_critics(e, self.args) for e in (agent.critics, agent.target_critics)))

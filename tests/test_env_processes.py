@@ -231,7 +231,7 @@ def test_a_call_that_never_returns_ends_in_an_error_that_names_the_environment(
 def test_a_constructor_that_never_returns_is_reported_before_anything_starts() -> None:
     args = PPOArgs(env_id="tests.process_envs:Simulated-v0", env_kwargs='{"hang": "init"}')
     with pytest.raises(EnvError, match=r"tests.process_envs:Simulated-v0 .* has not returned for 1.2 seconds"):
-        check_env(SimpleNamespace(**vars(args), timeout=0.02), (object,), None)  # type: ignore[arg-type]
+        check_env(SimpleNamespace(**vars(args) | {"timeout": 0.02}), (object,), None)  # type: ignore[arg-type]
 
 
 def test_native_environments_that_never_return_end_in_an_error(build: Callable) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fabricrl import evaluate
+from fabricrl.algos import decoupled
 from fabricrl.algos import run as runs
 from fabricrl.algos.droq import droq
 from fabricrl.algos.evaluation import Evaluation
@@ -21,6 +22,7 @@ from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
+from fabricrl.utils.decoupled import TRAIN, WAIT, Order, Outbox
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.utils import EVAL_STREAM, HALF, stream_seed
 from tests.conftest import BareRun, on_ranks
@@ -221,7 +223,7 @@ class Slow(Evaluation):
     """Takes many steps on rank 0, none on others, and is interrupted or fails if that is wanted."""
 
     def __init__(self, fabric: Any, fails: bool = False) -> None:
-        self._fabric, self.fails, self.steps = fabric, fails, 0
+        self._fabric, self._keys, self.fails, self.steps = fabric, (), fails, 0
 
     def play(self, agent: Any, step: int, after_step: Callable[[int], Any]) -> torch.Tensor:
         if self._fabric.global_rank > 0:
@@ -272,6 +274,26 @@ def test_ranks_that_wait_hear_often_from_the_one_that_plays(monkeypatch: pytest.
         assert first.is_last
         assert second.is_last
         assert np.isnan(first._score)
+
+
+def test_a_player_that_evaluates_for_long_has_its_trainers_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a minute that they wait for a message, a quarter passes at most without one; it is no iteration."""
+    clock, sent = [100.0], []
+    monkeypatch.setattr(decoupled, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    run: Any = SimpleNamespace(args=SimpleNamespace(timeout=1.0), fabric=SimpleNamespace(global_rank=0))
+    order = Order(TRAIN, 0, 0, 0, False, False, False, False, torch.zeros(2))
+    channel: Any = SimpleNamespace(world_size=3, send=lambda packet, to, iteration: sent.append((to, packet.read())))
+    trainers = decoupled.Trainers(run, channel)
+    trainers._orders, trainers._spoke = {False: Outbox(order, 8)}, 100.0
+    for clock[0] in range(100, 140, 4):
+        run.while_evaluating()
+    assert [(to, message.command) for to, message in sent] == [(1, WAIT), (2, WAIT)] * 2  # at 116 and 132
+    assert trainers.iteration == 0
+
+    messages = iter([message for _, message in sent] + [order._replace(iteration=7)])
+    player = decoupled.Player(run, SimpleNamespace(receive=lambda *_: next(messages)))  # type: ignore[arg-type]
+    player._orders = {False: None}  # type: ignore[dict-item]
+    assert player._receive_order().iteration == 7
 
 
 def test_two_ranks_share_the_episodes_and_train_as_without(tmp_path: Path) -> None:

@@ -49,8 +49,7 @@ def test_means_over_the_episodes_are_charts_and_stand_in_evaluations(
 
 def test_environments_that_tell_nothing_have_no_chart_and_no_warning(tmp_path: Path) -> None:
     run = call(ppo.main, *PPO, "--log-dir", tmp_path)
-    tags = {tag for tag in logged(run.folder) if tag.startswith("charts/")}
-    assert tags == {"charts/episodic_return", "charts/episodic_length", "charts/learning_rate", "charts/SPS"}
+    assert not [tag for tag in logged(run.folder) if "is_success" in tag]
     assert "info-keys" not in run.err
 
 

@@ -197,13 +197,13 @@ def test_it_is_the_same_run_compiled_by_method_and_in_processes(tmp_path: Path, 
         torch.testing.assert_close(load(compiled.checkpoint)["agent"][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_decoupled_run_is_that_of_the_coupled_script(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [ppo, ppo_recurrent], ids=["ppo", "ppo_recurrent"])
+def test_the_decoupled_run_is_that_of_the_coupled_script(script: Any, tmp_path: Path) -> None:
     flags = ["--env-id", "tests.envs:Masked-v0", "--env-kwargs", '{"kind": "MultiDiscrete"}', *TINY]
     flags += ["--eval-every", 256]
-    coupled = call(ppo.main, *flags, "--log-dir", tmp_path / "a")
-    twin = run_team(
-        "fabricrl.algos.ppo.ppo_decoupled", *flags, "--max-lag", 0, "--log-dir", tmp_path / "b", folder=tmp_path / "out"
-    )
+    coupled = call(script.main, *flags, "--log-dir", tmp_path / "a")
+    flags += ["--max-lag", 0, "--log-dir", tmp_path / "b"]
+    twin = run_team(f"{script.__name__}_decoupled", *flags, folder=tmp_path / "out")
     first, second = load(coupled.checkpoint), load(twin.result["checkpoint"])
     assert differences(first["agent"], second["agent"]) == []
     assert first["best_return"] == second["best_return"]

@@ -200,6 +200,24 @@ def shaken(ensemble: EnsembleMLP) -> EnsembleMLP:
     return ensemble
 
 
+def test_layers_are_called_as_what_has_become_of_them() -> None:
+    network, x, seen = MLP(3, 2, (4, 4)), torch.randn(5, 3), []
+    before = network(x)
+    network.hidden[0].register_forward_hook(lambda layer, inputs, output: seen.append(output) or output + 1)
+    network.out.register_full_backward_hook(lambda layer, inputs, outputs: seen.append(outputs))
+    after = network(x)
+    assert len(seen) == 1
+    assert not torch.equal(after, before)
+    after.sum().backward()
+    assert len(seen) == 2
+    nn.utils.parametrizations.weight_norm(network.out)
+    torch.testing.assert_close(network(x), after)
+    network.out.parametrizations.weight.original0.data.mul_(2)
+    torch.testing.assert_close(network(x), 2 * after)
+    network.out = nn.Identity()
+    assert network(x).shape == (5, 4)
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])
 @pytest.mark.parametrize(("activation", "module"), MODULES)
 @pytest.mark.parametrize(("count", "hidden"), [(1, (7,)), (3, (8, 5)), (2, ())])

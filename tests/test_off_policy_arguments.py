@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from gymnasium.vector import SyncVectorEnv
 
 from fabricrl.algos import run as run_module
 from fabricrl.algos.args import StandardArgs, parse
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.args import DroQArgs
+from fabricrl.algos.off_policy import utils as off_policy
 from fabricrl.algos.off_policy.args import OffPolicyArgs
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
@@ -89,6 +91,7 @@ CHANGES = [(algo, name) for algo in SCRIPTS for name in (CHANGES_PARAMETERS | OW
 
 # Field -> the test below that shows its effect
 CHANGES_SOMETHING_ELSE = {
+    "preset": "test_tuned_settings_are_those_of_the_environment",
     "vectorization": "test_vectorization_chooses_processes_and_changes_nothing_else",
     "check_spaces": "test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space",
     "capture_video": "test_videos_are_recorded_only_if_asked_and_as_often_as_asked",
@@ -101,6 +104,7 @@ CHANGES_SOMETHING_ELSE = {
     "compile": "test_compile_compiles_the_update",
     "implicit_next_obs": "test_implicit_next_observations_take_less_memory_and_change_nothing_else",
     "buffer_memmap": "test_a_buffer_in_a_file_changes_nothing_else",
+    "buffer_device": "test_auto_puts_the_buffer_on_the_gpu_if_it_takes_at_most_half_of_what_is_free",
     "checkpoint_buffer": "test_a_checkpoint_has_the_buffer_unless_told_otherwise",
     "allow_empty_buffer": "test_an_empty_buffer_is_allowed_only_if_asked",
 }
@@ -111,6 +115,13 @@ Train = Callable[..., Trained]
 @pytest.fixture(params=SCRIPTS)
 def algo(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def test_tuned_settings_are_those_of_the_environment(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    env_id, name, value = {"sac": ("Pendulum-v1", "policy_lr", 1e-3), "droq": ("Humanoid-v5", "dropout", 0.1)}[algo]
+    for preset in ("default", "tuned"):
+        monkeypatch.setattr(sys, "argv", ["script.py", "--preset", preset, "--env-id", env_id])
+        assert (getattr(parse(ARGS[algo], algo), name) == value) == (preset == "tuned")
 
 
 @pytest.fixture(scope="module")
@@ -530,3 +541,23 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(name: str, value: Any) -
     with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} is ") as caught:
         kind(**{name: value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "free", "chosen"),
+    [("auto", 8_100, "cuda:0"), ("auto", 7_900, None), ("cuda", 7_900, "cuda:0"), ("cpu", 8_100, None)],
+)
+def test_auto_puts_the_buffer_on_the_gpu_if_it_takes_at_most_half_of_what_is_free(
+    asked: str, free: int, chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80_000))
+    fabric = SimpleNamespace(device=torch.device("cuda:0"))
+    args = SACArgs(buffer_device=asked, buffer_size=99, batch_size=9)  # 100 records of 40 bytes
+    spaces = {"obs_space": Box(-1, 1, (3,), np.float32), "action_space": SimpleNamespace(shape=(2,))}
+    device, why_not = off_policy.buffer_device(SimpleNamespace(args=args, fabric=fabric, **spaces))  # type: ignore[arg-type]
+    assert str(device) == str(chosen)
+    assert ("--buffer-device cuda puts it there all the same" in why_not) == (asked == "auto" and chosen is None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 80_000))
+    if asked == "cuda":
+        with pytest.raises(ConfigError, match=r"--buffer-device is cuda: the buffer would take .* cpu keeps it"):
+            off_policy.buffer_device(SimpleNamespace(args=args, fabric=fabric, **spaces))  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from fabricrl.algos.ppo_recurrent.ppo_recurrent import returns_and_advantages, r
 from fabricrl.data import Batch, RecurrentRolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.models.recurrent import Sequences
+from fabricrl.utils.batch import Outputs
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.optimizer import Adam
 from tests.conftest import BareRun
@@ -282,11 +283,11 @@ class Spy(nn.Module):
         self.logratios: list[Tensor] = []
         self.sizes: list[Tensor] = []
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = self.agent(batch)
-        self.logratios.append((outputs[0] - batch.logprobs).detach())
+    def forward(self, batch: Batch) -> Outputs:
+        logprobs, entropy, values = self.agent(batch)
+        self.logratios.append((logprobs - batch.logprobs).detach())
         self.sizes.append(batch.layout.size)
-        return outputs
+        return Outputs(logprobs, entropy, values)
 
     @property
     def padded(self) -> bool:

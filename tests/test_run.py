@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import gymnasium as gym
 import pytest
 
-from fabricrl.algos.args import run_name
+from fabricrl.algos.args import _preset, run_name
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.envs import make_envs
@@ -173,6 +173,8 @@ def test_a_run_is_named_after_what_was_changed() -> None:
     preset = {"preset": "mujoco", **PRESETS["mujoco"]}
     assert name(**preset) == "ppo_preset=mujoco"
     assert name(**preset | {"num_envs": 4}) == "ppo_num-envs=4_preset=mujoco"  # though it is the default without preset
+    tuned = {**_preset(PPOArgs, "tuned", PRESETS, "CartPole-v1"), "preset": "tuned"}
+    assert name(**tuned) == "ppo_preset=tuned"
     assert name(PPODecoupledArgs, max_lag=0) == "ppo_decoupled_max-lag=0"
     many = {
         "total_timesteps": 999_936,

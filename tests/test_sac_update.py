@@ -70,9 +70,16 @@ class Training:
         self.step_actor = self.run.compiled(partial(self.script.update_actor, self.run, self.learner))
 
     def train(self, batches: Batch, number: int, seed: int = 3) -> dict[str, Tensor]:
-        """Trains on batches, as an iteration does; returns its metrics. `number`: as the script's `train` takes it."""
+        """Trains on batches, as an iteration does; returns its metrics. `number`: of the first update."""
         self.run.train_rng.manual_seed(seed)
-        self.script.train(self.run, self.learner, self.step_critics, self.step_actor, batches, number)
+        steps = self.step_critics, self.step_actor
+        plan = sac.planned(self.run.args, number, len(batches))
+        return self.noted(sac.train(self.run, self.learner, *steps, batches, plan))
+
+    def noted(self, *metrics: dict[tuple[str, ...], Tensor]) -> dict[str, Tensor]:
+        for found in metrics:
+            for tags, values in found.items():
+                self.run.note(tags, values)
         return self.run.look()
 
     def state_dict(self) -> dict[str, Any]:

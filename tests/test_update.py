@@ -8,7 +8,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ import torch
 from gymnasium.spaces import Discrete
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.agent import DroQAgent
@@ -161,48 +158,7 @@ UPDATES: dict[str, type[Any]] = {"ppo": PPOUpdates, "sac": SACUpdates, "droq": D
 EACH = pytest.mark.parametrize("kind", UPDATES)
 
 
-# --- A CUDA graph on the CPU
-
-
-class Graph:
-    """Stands in for a CUDA graph: operations, which a replay repeats on the memory that they had."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        for function, args, kwargs, results in self.calls:
-            again = function(*args, **kwargs)
-            for result, value in zip(pytree.tree_leaves(results), pytree.tree_leaves(again), strict=True):
-                if isinstance(result, Tensor) and result.data_ptr() != value.data_ptr():
-                    result.copy_(value)
-
-
-class Capture(TorchDispatchMode):
-    """Refuses to give a tensor's value, as while a graph is captured."""
-
-    def __init__(self, graph: Graph) -> None:
-        super().__init__()
-        self.graph = graph
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        results = function(*args, **(kwargs or {}))
-        self.graph.calls.append((function, args, kwargs or {}, results))
-        return results
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs are stood in for."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Capture)
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+# --- The modes
 
 
 def capturing(updates: Any) -> Any:

@@ -280,7 +280,9 @@ def run_name(args: StandardArgs, algo: str) -> str:
 
 def _changed(args: StandardArgs) -> list[str]:
     """Arguments of environment and algorithm that differ from the defaults, or from those of the preset."""
-    preset = args.presets.get(getattr(args, "preset", ""), {})
+    preset: dict[str, Any] = {}
+    with contextlib.suppress(ConfigError):
+        preset = _preset(type(args), getattr(args, "preset", "default"), args.presets, args.env_id)
     told, group = [], ""
     for field in dataclasses.fields(args):
         group = field.metadata["group"] or group
@@ -456,7 +458,10 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
         require(resume != "", "resume", "empty", "a checkpoint or a run folder")
         defaults = _inherited(kind, *load_checkpoint(resume, algo))
     elif preset is not None:
-        defaults = {"preset": preset, **_preset(kind, preset, presets or {"default": {}})}
+        defaults = {
+            "preset": preset,
+            **_preset(kind, preset, presets or {"default": {}}, _early("--env-id") or kind.env_id),
+        }
     args = kind(**_parse_flags(kind, defaults))
     args.check_machine()
     if args.seeds > 1:
@@ -466,7 +471,7 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
     return args
 
 
-def _preset(kind: type[StandardArgs], name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _preset(kind: type[StandardArgs], name: str, presets: dict[str, dict[str, Any]], env_id: str) -> dict[str, Any]:
     """The defaults of a preset; `tuned` looks into the algorithm's presets.toml for the environment.
 
     Raises:
@@ -475,7 +480,6 @@ def _preset(kind: type[StandardArgs], name: str, presets: dict[str, dict[str, An
     if name != "tuned":
         require(name in presets, "preset", name, f"one of {', '.join([*presets, 'tuned'])}")
         return presets[name]
-    env_id = _early("--env-id") or kind.env_id
     if env_id.startswith("ALE/") and "atari" in presets:
         return presets["atari"] | {"env_id": env_id}
     path = Path(sys.modules[kind.__module__].__file__ or "").with_name("presets.toml")

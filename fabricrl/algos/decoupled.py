@@ -11,6 +11,7 @@ last iteration an Order ends the trainers; after a fault, whoever has it tells t
 """
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fabricrl.algos.run import Run
-from fabricrl.data import ReplayBuffer
+from fabricrl.data import Replay
 from fabricrl.utils.checkpoint import save_shard
 from fabricrl.utils.decoupled import (
     ABORT,
@@ -30,6 +31,7 @@ from fabricrl.utils.decoupled import (
     PLAYER,
     STOP,
     TRAIN,
+    WAIT,
     Answer,
     Channel,
     EndedByPeerError,
@@ -133,6 +135,8 @@ class Trainers:
         self.ahead: deque[int] = deque()
         self.iteration, self.bulk, self.refill = 0, False, False
         self._held = 0  # iterations whose data wait
+        self._spoke = 0.0  # when the last Order was sent
+        run.while_evaluating = self.keep_waiting
         self._messages: Messages | None = None
         self._lag = 0  # the most since the last log entry
         self._waited = self._passed = 0.0
@@ -200,6 +204,13 @@ class Trainers:
         if wanted.get("answers"):
             self.ahead.append(self.iteration)
         self.iteration, self.bulk, self._held = self.iteration + 1, bulk, 0
+        self._spoke = time.monotonic()
+
+    def keep_waiting(self) -> None:
+        """→ Order, to wait for the next: in an evaluation that takes long, since trainers give up a silent player."""
+        if 0 < 15 * self.run.args.timeout < time.monotonic() - self._spoke:  # a quarter of what they wait, in seconds
+            self._spoke, orders = time.monotonic(), self._orders[self.bulk]
+            self._each(orders, orders.record._replace(command=WAIT, bulk=self.bulk))
 
     def collect(self, most: int) -> None:
         """← Answer of the oldest iterations, until the player is `most` ahead."""
@@ -308,7 +319,7 @@ class Player:
         self.channel.flush()
         self.exit_code = order.code
 
-    def answer(self, order: Order, rb: ReplayBuffer | None = None) -> None:
+    def answer(self, order: Order, rb: Replay | None = None) -> None:
         """→ Answer and → State, as far as the order wants them; saves the replay buffer with a checkpoint.
 
         Raises:
@@ -320,13 +331,13 @@ class Player:
             return
         run, messages, metrics = self.run, self._messages, {}
         with run.together():
-            if order.looks or run.has_noted_much:
+            if order.looks or run.has_noted_much or not run.is_healthy():
                 metrics = run.look()
         if order.saves:
             generators = rank_generators(run.fabric, run.train_rng)
             if rb is not None and run.args.checkpoint_buffer:
                 with run.together():
-                    save_shard(self.folder / "checkpoints", order.step, run.fabric.global_rank, rb.state_dict())
+                    save_shard(self.folder / "checkpoints", order.step, run.fabric.global_rank, run.shard(rb))
         if self.speaks:
             noted = [metrics.get(tag, torch.zeros(0)) for tag in messages.metrics]
             losses = torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]]) if metrics else None
@@ -363,6 +374,8 @@ class Player:
     def _receive_order(self) -> Order:
         """← Order."""
         order = self._receive(self._orders[self._bulk])
+        while order.command == WAIT:
+            order = self._receive(self._orders[self._bulk])
         self._bulk = order.bulk
         return order
 

@@ -17,7 +17,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 from fabricrl.algos.args import check_sizes, parse, run_name
 from fabricrl.algos.evaluation import Evaluation
-from fabricrl.data import ReplayBuffer, RolloutBuffer
+from fabricrl.data import Replay, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.backends import info_keys
 from fabricrl.envs.structure import check_spaces, structure_of
 from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
+from fabricrl.utils.device import to_device, to_host
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
@@ -73,10 +74,12 @@ class Run:
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: generators of action noise and of training, different on every rank.
+        device_rng: what updates draw from that sample for themselves: `train_rng`, or one on a GPU, see `draw_on`.
         updates: compiles and captures updates.
         episodes, losses, clock: statistics for the log; charts: further ones for the next entry alone.
         generators: states for the next checkpoint, of all ranks; None: of those generators that this run has.
         trainers: those of a decoupled script, if this is its player; else None.
+        while_evaluating: called every second or so in an evaluation; a decoupled script's player has others waiting.
         exit_code: 0, or that of the signal that ends the run.
 
     Raises:
@@ -116,7 +119,6 @@ class Run:
         self._optimizers: list[Adam] = []
         self._contexts = ExitStack()
         self._envs: VectorEnv | None = None
-        self._player: nn.Module | None = None
         self._hinted = self._missed = False
         self.masks: np.ndarray | None = None
         self._folder: RunFolder | None = None
@@ -126,6 +128,7 @@ class Run:
         self._eval_return: float | None = None  # mean of the last evaluation
         self._score = math.nan  # mean return that decides if a checkpoint is the best; NaN: this iteration has none
         self._agreed = 0.0  # when ranks did last in an evaluation
+        self.while_evaluating: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Run":
         """Checks the arguments against the number of ranks, and seeds this rank's generators."""
@@ -148,9 +151,13 @@ class Run:
         """
         self.fabric, args = fabric, self.args
         self.act_rng, self.train_rng = generators(args.seed, fabric.global_rank, self.first_step)
+        self.device_rng = self.train_rng
         graphs = fabric.device.type == "cuda" and args.cuda_graphs
         self.updates = Runner(args.compile, graphs, self._modules, self._optimizers, [self.train_rng])
         self.player_device = torch.device("cpu") if args.player_device == "cpu" else fabric.device
+        self._player: nn.Module | None = None
+        self._acts: dict[nn.Module, Callable[..., Any]] = {}  # captured
+        self._health: Tensor | None = None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Closes the environments and prints the result, unless something has gone wrong."""
@@ -261,6 +268,11 @@ class Run:
         """True if updates are compiled or captured, which happens before the clock starts."""
         return self.updates.records
 
+    @property
+    def captures(self) -> bool:
+        """True if updates are captured as CUDA graphs, of which one is made for every kind of arguments."""
+        return self.updates.captures
+
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """An update as one program with `--compile`, else as it is."""
         return self.updates.compiled(function)
@@ -271,10 +283,16 @@ class Run:
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Undoes what an update inside changes and notes: it is there to be compiled and captured."""
+        """Undoes what an update inside changes and notes: it is there to be compiled and captured, as is acting."""
         with self.updates.rehearsal():
+            if self.captures and self._envs is not None:
+                agent = self._parts["agent"]
+                with torch.inference_mode():
+                    self.act(self.player(agent), *self._acting_inputs(agent))
             yield
         self._noted.clear()
+        if self._health is not None:
+            self._health.zero_()
 
     def numbers(self, *values: float) -> tuple[Any, ...]:
         """Coefficients that vary, as scalar tensors where updates are recorded: a recording freezes plain numbers."""
@@ -282,37 +300,96 @@ class Run:
             return values
         return tuple(torch.full((), value, device=self.fabric.device) for value in values)
 
+    def to_device(self, tensor: Tensor, device: torch.device | None = None) -> Tensor:
+        """The tensor on a device, that which trains if none is named, without waiting for it."""
+        return to_device(tensor, device or self.fabric.device)
+
+    def draw_on(self, device: torch.device) -> None:
+        """Makes `device_rng` a generator of this device, with a seed of its own on every rank; before any recording."""
+        if device.type != "cpu":
+            self.device_rng = torch.Generator(device).manual_seed(self.train_rng.initial_seed())
+            self.updates.generators.append(self.device_rng)
+
+    def watch(self, metrics: Iterable[Tensor]) -> None:
+        """Notes, where they are, if these and all parameters are finite: `on_host` finds out. May be captured."""
+        if self._health is None:
+            self._health = torch.zeros((), device=self.fabric.device)
+        for values in (*metrics, *(optimizer.flat.vector for optimizer in self._optimizers)):
+            self._health += 0.0 * values.sum()  # 0, or NaN for good
+
+    # --- acting
+
     def player(self, agent: nn.Module) -> Any:
         """The policy of the coming rollout: the agent, or its copy where acting is faster, with the newest weights."""
         if self.player_device == self.fabric.device:
             return agent
+        state = agent.state_dict()
+        state = dict(zip(state, to_host(*state.values()), strict=True))
         if self._player is None:
             self._player = copy.deepcopy(agent).to(self.player_device)
-        self._player.load_state_dict(agent.state_dict())
+        self._player.load_state_dict(state)
         return self._player
+
+    def act(self, player: Any, *inputs: Tensor | None) -> Any:
+        """What `player.act` makes of inputs from anywhere, as one CUDA graph if it acts on a GPU; it stays there."""
+        act = player.act
+        if self.player_device.type == "cpu" and not self.captures:
+            return act(*inputs)
+        if self.captures and self.player_device == self.fabric.device:
+            if player not in self._acts:
+                self._acts[player] = self.captured(act)
+            act = self._acts[player]
+        return act(*(t if t is None else to_device(t, self.player_device) for t in inputs))
+
+    def on_host(self, values: Tensor) -> Tensor:
+        """Brings values to the CPU: the one wait for a GPU in a step.
+
+        Raises:
+            NonFiniteError: a metric or a parameter is not finite since an update that was watched.
+        """
+        if self._health is None:
+            return values if values.device.type == "cpu" else to_host(values)[0]
+        values, health = to_host(values, self._health)
+        if health != 0:
+            self.losses.update(self.look())
+            self._health.zero_()  # a sum was too large, and all of its terms are finite
+        return values
+
+    def is_healthy(self) -> bool:
+        """Tells if all that was watched was finite; this waits for a GPU."""
+        return self._health is None or not to_host(self._health)[0].item()
+
+    def _acting_inputs(self, agent: Any) -> list[Tensor | None]:
+        """Something to act on: observations, the memory if it has one, noise, and on-policy the mask of actions."""
+        assert self._envs is not None
+        num_envs, space = self.args.num_envs, self.obs_space
+        kind = torch.uint8 if space.dtype == np.uint8 else torch.float32
+        shape = num_envs, *getattr(agent, "obs_shape", space.shape)
+        inputs: list[Tensor | None] = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", kind))]
+        inputs += [torch.zeros(num_envs, agent.memory_size)] if hasattr(agent, "memory_size") else []
+        inputs.append(agent.head.noise((num_envs,), torch.Generator().manual_seed(0)))
+        if not hasattr(self.args, "num_steps"):
+            return inputs
+        return [*inputs, torch.ones(num_envs, self.mask_size, dtype=torch.bool) if self.mask_size else None]
 
     def _faster_device(self, agent: Any) -> torch.device:
         """The device on which the agent acts faster, the CPU or the one that trains; says so."""
-        assert self._envs is not None
-        copies, seconds = {device: copy.deepcopy(agent).to(device) for device in ("cpu", self.fabric.device)}, {}
-        num_envs, rng = self.args.num_envs, torch.Generator().manual_seed(0)
-        shape = (num_envs, *getattr(agent, "obs_shape", self.obs_space.shape))
-        inputs = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", torch.float32))]
-        inputs += [torch.zeros(num_envs, agent.memory_size)] if hasattr(agent, "memory_size") else []
-        inputs.append(agent.head.noise((num_envs,), rng))
+        inputs, seconds = self._acting_inputs(agent), {}
         with torch.inference_mode():
-            for device, player in copies.items():
-                for acts in (20, 100):  # the first ones choose kernels
+            for device in (torch.device("cpu"), self.fabric.device):
+                self.player_device, player = device, copy.deepcopy(agent).to(device)
+                for acts in (20, 100):  # the first ones choose kernels, or capture them
                     started = time.perf_counter()
                     for _ in range(acts):
-                        result = player.act(*(tensor.to(device) for tensor in inputs))
-                        (result[0] if isinstance(result, tuple) else result).cpu()
+                        result = self.act(player, *inputs)
+                        to_host(result[0] if isinstance(result, tuple) else result)
                     seconds[device] = (time.perf_counter() - started) / acts
+        self._acts.clear()
         best = min(seconds, key=seconds.__getitem__)
         if self.fabric.global_rank == 0:
             times = ", ".join(f"{device} {1e6 * taken:.0f} µs" for device, taken in seconds.items())
             print(f"player device: {best} ({times} an action)", file=sys.stderr, flush=True)
-        return torch.device(best)
+        return best
 
     # --- in the loop
 
@@ -355,7 +432,8 @@ class Run:
 
     def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
         """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
-        self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
+        if metrics.numel():
+            self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
 
     def observe(self, agent: Any, rb: RolloutBuffer) -> None:
         """Adds what all ranks have seen in a rollout to the agent's running statistics, if it has any.
@@ -365,7 +443,7 @@ class Run:
         """
         if agent.obs_normalizer is not None:
             seen = rb.vectors(rb.obs[:-1][~rb.skipped])
-            agent.obs_normalizer.update(seen.to(self.fabric.device), self.fabric)
+            agent.obs_normalizer.update(self.to_device(seen), self.fabric)
 
     def record_rollout(self, rb: RolloutBuffer) -> None:
         """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.
@@ -406,7 +484,7 @@ class Run:
         return sum(map(len, self._noted.values())) >= LOOK_EVERY
 
     def look(self) -> dict[str, Tensor]:
-        """Returns the metrics noted since the last call, [K] under each tag; this waits for a GPU.
+        """Returns the metrics noted since the last call, [K] under each tag, on the CPU; this waits for a GPU.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite, as it is once a gradient was not.
@@ -417,10 +495,12 @@ class Run:
             metrics |= dict(zip(tags, torch.cat(noted).unbind(1), strict=True))  # [K] each
         self._noted.clear()
         checked = metrics | parameters
-        finite = torch.stack([values.isfinite().all() for values in checked.values()]).tolist()
-        if not all(finite):
-            bad = [name for name, good in zip(checked, finite, strict=True) if not good]
+        finite = torch.stack([values.isfinite().all() for values in checked.values()])
+        finite, *values = to_host(finite, *metrics.values())
+        if not finite.all():
+            bad = [name for name, good in zip(checked, finite.tolist(), strict=True) if not good]
             raise NonFiniteError(f"not finite after the update: {', '.join(bad)}")
+        metrics = dict(zip(metrics, values, strict=True))
         return metrics
 
     def _advance(self) -> None:
@@ -466,8 +546,8 @@ class Run:
         else:
             self._eval_charts = self._evaluation.charts(played)
             self._score = self._eval_return = self._eval_charts["eval/return_mean"]
-            stop = self.args.stop_at_return
-            self._is_last = self._is_last or (True if stop is not None and self._score >= stop else None)
+            if self.args.stop_at_return is not None and self._score >= self.args.stop_at_return:
+                self._is_last = True
         self.clock.lap("eval")
 
     def _after_step(self, ended: int) -> None:
@@ -479,6 +559,7 @@ class Run:
         """Agrees with the other ranks on signals, and on whether one still plays; none waits long for a word."""
         told = all_gather(self.fabric, torch.tensor([playing, self._signals.code])).T  # [2, W]
         self.exit_code, self._agreed = max(self.exit_code, *told[1].tolist()), time.monotonic()
+        self.while_evaluating()
         return bool(told[0].any())
 
     @property
@@ -531,7 +612,7 @@ class Run:
         best = self.evaluation_is_due or self._score > self._folder.best_return
         return self._folder.wants_checkpoint(self.global_step, self.is_last) or (best and self.args.save_model)
 
-    def checkpoint(self, rb: ReplayBuffer | None = None, **parts: Any) -> None:
+    def checkpoint(self, rb: Replay | None = None, **parts: Any) -> None:
         """Saves the parts that `restore` has named, if a checkpoint is due.
 
         Args:
@@ -546,11 +627,16 @@ class Run:
             shard = None
             if rb is not None and self.args.checkpoint_buffer:
                 if self.trainers is None:
-                    shard = rb.state_dict()
+                    shard = self.shard(rb)
                 else:
                     state["shards"] = self.trainers.count
             self.save(state, shard)
         self.clock.lap("log")
+
+    def shard(self, rb: Replay) -> dict[str, Any]:
+        """This rank's part of a checkpoint: its replay buffer, and the generator on a GPU that samples it, if any."""
+        own = {} if self.device_rng is self.train_rng else {"device_rng": self.device_rng.get_state()}
+        return rb.state_dict() | own
 
     def save(self, state: dict[str, Any], shard: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint now, of this state and what every run has."""

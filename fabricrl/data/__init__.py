@@ -2,12 +2,17 @@
 
 from fabricrl.data.batches import minibatches, shuffled, with_moments
 from fabricrl.data.buffers import NewestSteps, RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, StackedFrames
+from fabricrl.data.device_buffer import DeviceReplayBuffer
 from fabricrl.utils.batch import Batch
+
+Replay = ReplayBuffer | DeviceReplayBuffer
 
 __all__ = [
     "Batch",
+    "DeviceReplayBuffer",
     "NewestSteps",
     "RecurrentRolloutBuffer",
+    "Replay",
     "ReplayBuffer",
     "RolloutBuffer",
     "StackedFrames",

@@ -7,6 +7,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.utils.batch import Batch
+from fabricrl.utils.device import to_device, to_host
 from fabricrl.utils.ranks import all_gather
 
 
@@ -22,7 +23,7 @@ def shuffled(fabric: Fabric, data: Batch, epochs: int, count: int, rng: torch.Ge
     if data.counts is None:
         orders = [torch.randperm(len(data.advantages), generator=rng) for _ in range(epochs)]
         return with_moments(fabric, data, torch.stack(orders).view(epochs, count, -1))
-    counts = data.counts.cpu()
+    (counts,) = to_host(data.counts)
     real, others = (counts > 0).nonzero()[:, 0], (counts == 0).nonzero()[:, 0]
     orders = [torch.cat((real[torch.randperm(len(real), generator=rng)], others)) for _ in range(epochs)]
     return with_moments(fabric, data, torch.stack(orders).view(epochs, -1, count).mT)  # a row to each minibatch in turn
@@ -37,7 +38,7 @@ def with_moments(fabric: Fabric, data: Batch, rows: Tensor) -> Batch:
     Returns:
         rows; mean and deviation; and total, how many rows of a minibatch count on the average rank; [E, M, 1].
     """
-    rows = rows.to(data.advantages.device)
+    rows = to_device(rows, data.advantages.device)
     values = data.advantages[rows]  # [E, M, B]
     counted = torch.ones_like(values) if data.counts is None else data.counts[rows]
     totals = counted.sum(-1)  # [E, M]

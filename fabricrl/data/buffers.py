@@ -14,10 +14,12 @@ from torch.utils import _pytree as pytree
 
 from fabricrl.data.memory import map_file
 from fabricrl.utils.batch import Batch
+from fabricrl.utils.device import pinned, to_device
 from fabricrl.utils.errors import CheckpointError, NonFiniteError
 from fabricrl.utils.records import Records, floats_of
 from fabricrl.utils.utils import require
 
+CPU = torch.device("cpu")
 TORCH_TYPES = {"f4": torch.float32, "i4": torch.int32, "u1": torch.uint8, "b1": torch.bool}
 
 
@@ -44,6 +46,7 @@ class RolloutBuffer:
         frame_stack: S.
         skips: environments may have steps that only reset.
         mask_size: S; 0 if environments have no masks.
+        device: where the rollout is learned from; for a GPU, memory is pinned.
     """
 
     def __init__(
@@ -56,19 +59,18 @@ class RolloutBuffer:
         frame_stack: int = 1,
         skips: bool = False,
         mask_size: int = 0,
+        device: torch.device = CPU,
     ) -> None:
         self.num_envs, self.frame_stack, self.skips = num_envs, frame_stack, skips
         self.num_floats = obs_space.num_floats if isinstance(obs_space, Records) else None
         dtype = torch.float32 if self.num_floats is None else torch.uint8
-        self.frames = torch.zeros(frame_stack + num_steps, num_envs, *obs_space.shape, dtype=dtype)
+        pin, steps = pinned(device), (num_steps, num_envs)
+        self.frames = torch.zeros(frame_stack + num_steps, num_envs, *obs_space.shape, dtype=dtype, pin_memory=pin)
         self.obs = self.frames[frame_stack - 1 :]
-        self.actions = torch.zeros(num_steps, num_envs, num_actions, dtype=action_dtype)
-        self.rewards = torch.zeros(num_steps, num_envs)
-        self.terminated = torch.zeros(num_steps, num_envs, dtype=torch.bool)
-        self.truncated = torch.zeros(num_steps, num_envs, dtype=torch.bool)
-        self.skipped = torch.zeros(num_steps, num_envs, dtype=torch.bool)
-        self.ends = torch.zeros(num_steps, num_envs, dtype=torch.bool)
-        masked = torch.ones(num_steps + 1, num_envs, mask_size, dtype=torch.bool)
+        self.actions = torch.zeros(*steps, num_actions, dtype=action_dtype, pin_memory=pin)
+        self.rewards = torch.zeros(steps, pin_memory=pin)
+        self.terminated, self.truncated, self.skipped, self.ends = torch.zeros(4, *steps, dtype=torch.bool)
+        masked = torch.ones(num_steps + 1, num_envs, mask_size, dtype=torch.bool, pin_memory=pin)
         self.allowed = masked if mask_size > 0 else None
         self.obs_rows = self.obs.unbind()  # T + 1 views [N, R], made once
         self._obs, self._actions = self.obs.numpy(), self.actions.numpy()
@@ -149,24 +151,24 @@ class RolloutBuffer:
 
     def counts(self, device: torch.device) -> Tensor | None:
         """1 where a step can be learned from, 0 where it only reset, [T N]; None: there are no such steps."""
-        return (~self.skipped).flatten().to(device, torch.float32) if self.skips else None
+        return to_device((~self.skipped).flatten().float(), device) if self.skips else None
 
     def mask(self, t: int, device: torch.device) -> Tensor | None:
         """The actions that are allowed at step t, [N, S]; None if environments have no masks."""
-        return None if self.allowed is None else self.allowed[t].to(device)
+        return None if self.allowed is None else to_device(self.allowed[t], device)
 
     def masks(self, device: torch.device) -> Tensor | None:
         """Those of the whole rollout, [T N, S]."""
-        return None if self.allowed is None else self.allowed[:-1].flatten(0, 1).to(device)
+        return None if self.allowed is None else to_device(self.allowed[:-1].flatten(0, 1), device)
 
     def inputs(
         self, prepare: Callable[[Tensor], Tensor], device: torch.device
     ) -> "tuple[Tensor | StackedFrames, Tensor]":
         """Prepared observations on the device: those of the rollout [T N, ...], and the next ones [N, ...]."""
-        frames = prepare(self.frames.to(device))
+        frames = prepare(to_device(self.frames, device))
         if self.frame_stack == 1:
             return frames[:-1].flatten(0, 1), frames[-1]
-        stacks = StackedFrames(frames.flatten(0, 1), self.stacks.flatten(0, 1).to(device))
+        stacks = StackedFrames(frames.flatten(0, 1), to_device(self.stacks.flatten(0, 1), device))
         count = self.actions.shape[:2].numel()
         return stacks.rows(slice(count)), stacks[slice(count, None)]
 
@@ -247,8 +249,11 @@ pytree.register_pytree_node(
 class RecurrentRolloutBuffer(RolloutBuffer):
     """A rollout of a recurrent policy: with each observation it stores the memory *before* it.
 
+    Args:
+        player_device: where the policy acts.
+
     Attributes:
-        memory: [T + 1, N, M], on the device of the agent; zero at the first observation of an episode.
+        memory: [T + 1, N, M], where the policy acts; zero at the first observation of an episode.
     """
 
     def __init__(
@@ -261,11 +266,14 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         memory_size: int,
         frame_stack: int = 1,
         skips: bool = False,
-        device: torch.device | str = "cpu",
+        player_device: torch.device = CPU,
         mask_size: int = 0,
+        device: torch.device = CPU,
     ) -> None:
-        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, frame_stack, skips, mask_size)
-        self.memory = torch.zeros(num_steps + 1, num_envs, memory_size, device=device)
+        rest = frame_stack, skips, mask_size, device
+        super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, *rest)
+        pin = pinned(device) and not pinned(player_device)
+        self.memory = torch.zeros(num_steps + 1, num_envs, memory_size, device=player_device, pin_memory=pin)
         self.memory_rows = self.memory.unbind()
         self._final_memory: list[Tensor] = []
 
@@ -281,7 +289,7 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         ended = self._ends[t] | self._skipped[t]  # not where a life was lost: the game goes on
         if ended.any():
             self._final_memory += [memory[env] for step, env, _ in self._final if step == t]
-            row[torch.from_numpy(ended).to(memory.device)] = 0.0
+            row.masked_fill_(to_device(torch.from_numpy(ended), memory.device)[:, None], 0.0)
 
     def final_memory(self) -> Tensor:
         """Memory at the final observations of `truncated_episodes`, [E, M]."""
@@ -341,8 +349,7 @@ class ReplayBuffer:
         names = dtype.names or ()
         self._columns = {name: self._records[name] for name in names}  # [rows, N, ...] views, made once
         self._flat = {name: torch.from_numpy(self._records.reshape(-1)[name]) for name in names}  # [rows N, ...]
-        self._places = {name: _place(dtype, name) for name in names}
-        self._types = {place[0] for place in self._places.values()}
+        self._places = places(dtype)
         self._finals = np.zeros((0, *obs_space.shape), dtype["obs"].base)  # next observations kept apart, [F, ...]
         self._free: list[int] = []  # rows of `_finals` that are not in use
         self._ended: list[tuple[int, np.ndarray]] = []  # environments whose episode the newest step ended
@@ -426,6 +433,10 @@ class ReplayBuffer:
         """Observations at which the next step starts, [N, *obs_shape]; a view."""
         return torch.from_numpy(self._columns["obs"][self.position])
 
+    def records(self, row: int) -> Tensor:
+        """The records of a row, as 4-byte words [N, L]; a view."""
+        return self._words[row * self.num_envs : (row + 1) * self.num_envs]
+
     def check_finite(self) -> None:
         """Raises NonFiniteError if the newest step has brought NaN or infinity."""
         if problem := self.find_nonfinite():
@@ -447,7 +458,11 @@ class ReplayBuffer:
         used = self._rows if self.size == self.capacity else self.position + 1
         records = torch.from_numpy(self._records[:used].reshape(-1).view(np.uint8))
         state = {"records": records, "position": self.position, "size": self.size, "layout": self._layout()}
-        return state | {"finals": torch.from_numpy(self._finals), "free": list(self._free)}
+        return state | self.kept_apart()
+
+    def kept_apart(self) -> dict[str, Any]:
+        """Next observations that stand in no record, and which places for them are free."""
+        return {"finals": torch.from_numpy(self._finals), "free": list(self._free)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError unless the buffer was of this capacity, for as many environments, of this layout."""
@@ -464,21 +479,12 @@ class ReplayBuffer:
         Raises:
             CheckpointError: as `load_state_dict`.
         """
-        width, parts, offset = total // len(shards), [], 0  # environments of a shard
+        width = total // len(shards)  # environments of a shard
         for shard in shards:
             if shard["layout"] != self._layout(width) or shard["position"] != shards[0]["position"]:
                 raise CheckpointError(self._differs(shard["layout"], width))
-            part = shard["records"].numpy().view(self._records.dtype).reshape(-1, width).copy()
-            if self.implicit_next:
-                part["final"] += offset * (part["final"] >= 0)
-                offset += len(shard["finals"])
-            parts.append(part)
-        records = np.ascontiguousarray(np.concatenate(parts, 1)[:, first : first + self.num_envs])
-        state = dict(shards[0]) | {"records": torch.from_numpy(records.reshape(-1).view(np.uint8))}
-        if self.implicit_next:
-            state["finals"] = torch.cat([shard["finals"] for shard in shards])
-            state["free"] = sorted(set(range(offset)) - set(records["final"].ravel().tolist()), reverse=True)
-        self.load_state_dict(state | {"layout": self._layout()})
+        merged = merge_shards(shards, self._records.dtype, slice(first, first + self.num_envs), width)
+        self.load_state_dict(merged | {"layout": self._layout()})
 
     def clear(self) -> None:
         """Forgets all transitions."""
@@ -488,25 +494,14 @@ class ReplayBuffer:
             self._columns["final"][:] = -1
 
     def _layout(self, num_envs: int | None = None) -> str:
-        return f"{self.capacity} × {self.num_envs if num_envs is None else num_envs} of {self._records.dtype.descr}"
+        return layout(self.capacity, self.num_envs if num_envs is None else num_envs, self._records.dtype)
 
     def _differs(self, stored: str, num_envs: int) -> str:
-        """Explains how a stored layout differs from this one, and what to do."""
-        (there, fields), (here, own) = (layout.split(" of ", 1) for layout in (stored, self._layout(num_envs)))
-        if fields != own:
-            return f"the checkpoint's replay buffer has records of {fields}, this run's {own}: keep its arguments"
-        rows, envs = (int(number) for number in there.split(" × "))
-        advice = f"--buffer-size {rows * self.num_envs} (of a rank) fits" if envs == num_envs else "keep --num-envs"
-        return f"the checkpoint's replay buffer holds {there} transitions, this run's {here}: {advice}"
+        return why_it_differs(stored, self._layout(num_envs), self.num_envs)
 
     def _gather(self, index: Tensor) -> dict[str, Tensor]:
         """The records [I] as one read; [I, ...] each, views of one block."""
-        words = self._words.index_select(0, index)
-        views = {dtype: words.view(dtype) for dtype in self._types}
-        return {
-            name: views[dtype].as_strided((len(index), *shape), (views[dtype].stride(0), *strides), offset)
-            for name, (dtype, offset, shape, strides) in self._places.items()
-        }
+        return columns_of(self._words.index_select(0, index), self._places)
 
     def _look_ahead(self, index: Tensor, rewards: Tensor, discounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Σ_k γ^k r_{t+k} up to n steps, the episode's end or the newest transition: last index, sum, γ^m; [I] each."""
@@ -579,11 +574,59 @@ class NewestSteps(ReplayBuffer):
         self.waiting += 1
 
 
-def _place(record: np.dtype, name: str) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
-    """Type, offset, shape and strides of a field, in a record viewed as a row of that type."""
-    kind, offset = record.fields[name][:2]  # type: ignore[index]
-    strides = tuple(math.prod(kind.shape[i + 1 :]) for i in range(len(kind.shape)))
-    return TORCH_TYPES[kind.base.str[1:]], offset // kind.base.itemsize, kind.shape, strides
+Place = tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]
+
+
+def places(record: np.dtype) -> dict[str, Place]:
+    """Finds the fields in a record that is read as a row of a field's type: that type, where, shape and strides."""
+    found = {}
+    for name in record.names or ():
+        kind, offset = record.fields[name][:2]  # type: ignore[index]
+        strides = tuple(math.prod(kind.shape[i + 1 :]) for i in range(len(kind.shape)))
+        found[name] = TORCH_TYPES[kind.base.str[1:]], offset // kind.base.itemsize, kind.shape, strides
+    return found
+
+
+def columns_of(words: Tensor, where: Mapping[str, Place]) -> dict[str, Tensor]:
+    """The fields, at their `places`, of records that are rows of 4-byte words [I, L]; [I, ...] each, views."""
+    views = {dtype: words.view(dtype) for dtype in {place[0] for place in where.values()}}
+    return {
+        name: views[dtype].as_strided((len(words), *shape), (views[dtype].stride(0), *strides), offset)
+        for name, (dtype, offset, shape, strides) in where.items()
+    }
+
+
+def layout(capacity: int, num_envs: int, record: np.dtype) -> str:
+    """Names what has to be equal where a stored replay buffer is loaded."""
+    return f"{capacity} × {num_envs} of {record.descr}"
+
+
+def why_it_differs(stored: str, own: str, num_envs: int) -> str:
+    """Explains how a stored layout differs from `own`, and what a buffer of so many environments can do."""
+    (there, columns), (here, own_columns) = (text.split(" of ", 1) for text in (stored, own))
+    if columns != own_columns:
+        return f"the checkpoint's replay buffer has records of {columns}, this run's {own_columns}: keep its arguments"
+    rows, envs = (int(number) for number in there.split(" × "))
+    same = envs == int(here.split(" × ")[1])
+    advice = f"--buffer-size {rows * num_envs} (of a rank) fits" if same else "keep --num-envs"
+    return f"the checkpoint's replay buffer holds {there} transitions, this run's {here}: {advice}"
+
+
+def merge_shards(shards: Sequence[Mapping[str, Any]], record: np.dtype, envs: slice, width: int) -> dict[str, Any]:
+    """The state of a buffer with some of the environments of several, which hold `width` each, but for its layout."""
+    parts, offset, implicit = [], 0, "final" in (record.names or ())
+    for shard in shards:
+        part = shard["records"].numpy().view(record).reshape(-1, width).copy()
+        if implicit:
+            part["final"] += offset * (part["final"] >= 0)
+            offset += len(shard["finals"])
+        parts.append(part)
+    records = np.ascontiguousarray(np.concatenate(parts, 1)[:, envs])
+    state = dict(shards[0]) | {"records": torch.from_numpy(records.reshape(-1).view(np.uint8))}
+    if implicit:
+        state["finals"] = torch.cat([shard["finals"] for shard in shards])
+        state["free"] = sorted(set(range(offset)) - set(records["final"].ravel().tolist()), reverse=True)
+    return state
 
 
 def record_type(obs_space: Box, num_actions: int, implicit_next: bool) -> np.dtype:

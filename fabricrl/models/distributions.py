@@ -189,7 +189,7 @@ class TanhNormalHead(nn.Module):
         return torch.tanh(u), terms.sum(-1) - constant
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.randn(*shape, self.num_actions, generator=generator)
+        return torch.randn(*shape, self.num_actions, generator=generator, device=generator.device)
 
 
 Head = CategoricalHead | BernoulliHead | NormalHead

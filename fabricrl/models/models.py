@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fabricrl.utils.device import to_device
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.model import orthogonal_init
 from fabricrl.utils.ranks import all_gather
@@ -43,8 +44,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.hidden:
-            x = self.activation(layer(x))
-        return self.out(x)
+            x = self.activation(linear(layer, x))
+        return linear(self.out, x)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`, whatever that is: a plain linear layer without a module's call, which takes a quarter of acting."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if hooks or type(layer) is not nn.Linear:
+        return layer(x)
+    return functional.linear(x, layer._parameters["weight"], layer._parameters["bias"])  # type: ignore[arg-type]
 
 
 class NatureCNN(nn.Module):
@@ -230,7 +239,7 @@ class RunningNormalizer(nn.Module):
     def update(self, x: Tensor, fabric: Fabric | None = None) -> None:
         """Adds a batch [*, size]. Given a Fabric, adds those of all ranks, which must call it together."""
         x = x.reshape(-1, self.mean.shape[0]).double()
-        count = x.new_tensor(len(x))
+        count = x.new_full((), len(x))
         mean, square = x.mean(0), x.var(0, correction=0)
         moments = torch.cat((mean, square, count[None]))[None]  # [1, 2 size + 1]
         if fabric is not None:
@@ -271,15 +280,15 @@ class RewardNormalizer(RunningNormalizer):
 
     @torch.no_grad()
     def scale(self, rewards: Tensor, dones: Tensor, skipped: Tensor, gamma: float, fabric: Fabric) -> Tensor:
-        """Rewards [T, N] of a rollout on the CPU, scaled and clipped to ±clip, once its statistics are in.
+        """Rewards [T, N] of a rollout on the CPU, scaled and clipped to ±clip, once the statistics have them; there.
 
         `skipped`: steps that belong to no episode. All ranks must call it together.
         """
         if self.discounted is None:
             self.discounted = torch.zeros(rewards.shape[1])
         returns, self.discounted = discounted_returns(rewards, dones, self.discounted, gamma)
-        self.update(returns[~skipped][:, None].to(self.mean.device), fabric)
-        return (rewards / self.deviation.cpu()).clamp(-self.clip, self.clip)
+        self.update(to_device(returns[~skipped][:, None], self.mean.device), fabric)
+        return (to_device(rewards, self.mean.device) / self.deviation).clamp(-self.clip, self.clip)
 
 
 def make_normalizer(space: Box) -> RunningNormalizer:

@@ -6,7 +6,7 @@ Shapes: T steps, N environments, B rows of a minibatch in S sequences of up to L
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fabricrl.models.models import ACTIVATIONS, MLP
+from fabricrl.utils.device import to_device
 from fabricrl.utils.recording import is_recording
 
 CORES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -28,15 +29,16 @@ class Layout(NamedTuple):
     Attributes:
         first: [B] the row that each of the S sequences begins with; what follows those is of no matter.
         place: [B] where each row stands among L × S.
-        size: [2], on the CPU: L, of the longest sequence, and S.
+        size: L, of the longest sequence, and S, [2] on the CPU; or two numbers, not below these, that a CUDA graph is
+            made for.
     """
 
     first: Tensor
     place: Tensor
-    size: Tensor
+    size: Tensor | tuple[int, int]
 
     def to(self, device: torch.device) -> "Layout":
-        return Layout(self.first.to(device), self.place.to(device), self.size)
+        return Layout(to_device(self.first, device), to_device(self.place, device), self.size)
 
 
 class RecurrentCore(nn.Module):
@@ -82,36 +84,42 @@ class RecurrentCore(nn.Module):
         nothing real ever sees it, and nothing of it is returned.
         """
         x = self._encode(x)
-        weights: list[Tensor] = [*self.rnn.parameters()]
+        weights: list[Tensor] = [*itertools.chain(*self.rnn.all_weights)]
         if not is_recording():
             return _through_time(x, states, *layout[1:], weights, self.parts, self.num_layers)
-        return _opaque_forward(x, states, *layout[1:], weights, self.parts, self.num_layers)[0]
+        return _opaque_forward(
+            x, states, layout.place, torch.as_tensor(layout.size), weights, self.parts, self.num_layers
+        )[0]
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: inputs [N, I] and states [N, state_size] → outputs [N, H] and the states after it."""
         x = self._encode(x)
-        h, *c = state.view(state.shape[0], self.parts, self.num_layers, self.hidden_size).unbind(1)
-        after: list[list[Tensor]] = [[] for _ in range(self.parts)]
-        for layer in range(self.num_layers):
-            names = (f"{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-            weights = [getattr(self.rnn, name) for name in names]
-            if c:
-                x, cell = torch.lstm_cell(x, (h[:, layer], c[0][:, layer]), *weights)
-                after[1].append(cell)
+        before = state.split(self.hidden_size, -1)  # outputs of all layers, then their cells
+        after = list(before)
+        for layer, weights in enumerate(self.rnn.all_weights):
+            cell = self.num_layers + layer
+            if self.parts == 2:
+                x, after[cell] = torch.lstm_cell(x, (before[layer], before[cell]), *weights)
             else:
-                x = torch.gru_cell(x, h[:, layer], *weights)
-            after[0].append(x)
-        return x, torch.cat([part for parts in after for part in parts], -1)
+                x = torch.gru_cell(x, before[layer], *weights)
+            after[layer] = x
+        return x, torch.cat(after, -1)
 
     def _encode(self, x: Tensor) -> Tensor:
         return x if self.encoder is None else self.activation(self.encoder(x))
 
 
 def _through_time(
-    x: Tensor, states: Tensor, place: Tensor, size: Tensor, weights: list[Tensor], parts: int, layers: int
+    x: Tensor,
+    states: Tensor,
+    place: Tensor,
+    size: Tensor | tuple[int, int],
+    weights: list[Tensor],
+    parts: int,
+    layers: int,
 ) -> Tensor:
     """The core's outputs [B, H]; two parts make an LSTM, one a GRU."""
-    length, count = size.tolist()
+    length, count = size.tolist() if isinstance(size, Tensor) else size
     padded = x.new_zeros(length * count, x.shape[-1]).index_copy(0, place, x).view(length, count, -1)
     h, *c = states[:count].view(count, parts, layers, -1).permute(1, 2, 0, 3).contiguous()  # [layers, S, H] each
     settings = True, layers, 0.0, torch.is_grad_enabled(), False, False  # biases; neither dropout nor two directions
@@ -119,7 +127,7 @@ def _through_time(
         outputs, *_ = torch.lstm(padded, (h, *c), weights, *settings)
     else:
         outputs, _ = torch.gru(padded, h, weights, *settings)
-    return outputs.flatten(0, 1)[place]
+    return outputs.flatten(0, 1).index_select(0, place)
 
 
 # A compiler sees two operations of fixed shapes, and not the time steps inside, of which there are as many as there are
@@ -205,17 +213,32 @@ class Sequences:
         rows = np.arange(begins.size)
         since = rows - np.maximum.accumulate(np.where(begins.reshape(-1), rows, 0))
         self._begins = since % length == 0
+        self._longest = min(length, len(dones))
         self.first = np.flatnonzero(self._begins)
         self.lengths = np.diff(self.first, append=begins.size)
+
+    @classmethod
+    def of_all_sizes(cls, dones: Tensor, length: int, few_sizes: bool) -> Iterator["Sequences"]:
+        """Sequences of one step, two, four and so on, as `minibatches` has few sizes; if not, those of `dones`."""
+        steps = torch.arange(1, len(dones) + 1)[:, None]
+        if not few_sizes:
+            yield cls(dones, length)
+            return
+        for doubled in range(min(length, len(dones)).bit_length() + 1):
+            yield cls((steps % 2**doubled == 0).expand(dones.shape), length)
 
     def in_order(self) -> Layout:
         """All rows as one minibatch."""
         return _lay_out(self._begins)
 
-    def minibatches(self, count: int, rng: torch.Generator) -> tuple[Tensor, list[Layout]]:
+    def minibatches(self, count: int, rng: torch.Generator, few_sizes: bool = False) -> tuple[Tensor, list[Layout]]:
         """The sequences in random order, divided into minibatches of equal size.
 
         One that lies across a border is cut there, since a sequence can begin at any row: all states are stored.
+
+        Args:
+            few_sizes: whether layouts get one of a few sizes, as many as their sequences might be long, and a power of
+                two of them; a CUDA graph is made for each.
 
         Returns:
             the rows of each minibatch [M, B], and how each is laid out.
@@ -226,15 +249,21 @@ class Sequences:
         rows = np.repeat(first - places, lengths) + np.arange(len(self._begins))
         begins = np.isin(np.arange(len(rows)), places).reshape(count, -1)  # [M, B]
         begins[:, 0] = True
-        return torch.from_numpy(rows.reshape(count, -1)), [_lay_out(minibatch) for minibatch in begins]
+        longest = self._longest if few_sizes else None
+        return torch.from_numpy(rows.reshape(count, -1)), [_lay_out(minibatch, longest) for minibatch in begins]
 
 
-def _lay_out(begins: np.ndarray) -> Layout:
-    """Sequences that lie one after another, side by side; `begins` [B]: whether a row is the first of one."""
+def _lay_out(begins: np.ndarray, longest: int | None = None) -> Layout:
+    """Sequences that lie one after another, side by side, in few sizes if a longest is given.
+
+    `begins` [B]: whether a row is the first of one.
+    """
     starts, rows = np.flatnonzero(begins), np.arange(len(begins))
     sequence = np.cumsum(begins) - 1
     step = rows - starts[sequence]
     first = np.zeros_like(rows)
     first[: len(starts)] = starts
-    place, size = step * len(starts) + sequence, np.array([step.max() + 1, len(starts)])
-    return Layout(torch.from_numpy(first), torch.from_numpy(place), torch.from_numpy(size))
+    count = len(starts) if longest is None else min(1 << (len(starts) - 1).bit_length(), len(begins))
+    place, length = torch.from_numpy(step * count + sequence), int(step.max()) + 1
+    size = torch.tensor([length, count]) if longest is None else (min(longest, len(begins)), count)
+    return Layout(torch.from_numpy(first), place, size)

@@ -1,10 +1,13 @@
-"""Batches: columns of tensors by name."""
+"""Batches: columns of tensors by name; and what a network makes of them."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from fabricrl.utils.device import to_device
 
 
 class Batch:
@@ -43,8 +46,8 @@ class Batch:
             yield Batch(**dict(zip(self.columns, parts, strict=True)))
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        return Batch(**{name: None if c is None else c.to(device) for name, c in self.columns.items()})
+        """The batch on a device, without waiting for it."""
+        return Batch(**{name: None if c is None else to_device(c, device) for name, c in self.columns.items()})
 
 
 pytree.register_pytree_node(
@@ -52,3 +55,17 @@ pytree.register_pytree_node(
     lambda batch: ([batch.columns[name] for name in sorted(batch.columns)], sorted(batch.columns)),
     lambda values, names: Batch(**dict(zip(names, values, strict=True))),
 )
+
+
+class Outputs:
+    """Outputs of a network, which unpack like a tuple: `logprobs, entropy, values = model(batch)`.
+
+    To Fabric it is a thing of its own: in the backward pass it would stop at every tensor that it finds, which takes
+    small networks as long as another layer. So it is here that half precision ends.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._tensors)

@@ -26,7 +26,7 @@ from fabricrl.utils.peers import patience
 from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
-TRAIN, STOP, ABORT = 0, 1, 2  # what the player commands
+TRAIN, STOP, ABORT, WAIT = 0, 1, 2, 3  # what the player commands
 PATH_MAX = 4096  # bytes of a path
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
@@ -50,7 +50,7 @@ class Ready(NamedTuple):
 class Order(NamedTuple):
     """Player → each trainer, once an iteration: its data, and what to do with them."""
 
-    command: int  # TRAIN, STOP or ABORT
+    command: int  # TRAIN, STOP, ABORT, or WAIT for the next Order
     code: int  # exit code to end with
     iteration: int  # of the run, from 0
     step: int  # environment steps so far

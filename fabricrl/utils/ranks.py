@@ -7,6 +7,8 @@ import torch.distributed._functional_collectives as functional_collectives
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from fabricrl.utils.recording import is_recording
+
 FEW = 4  # ranks
 # The names that they have from PyTorch 2.13 on, and those before
 gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
@@ -60,10 +62,17 @@ def gather_rows(fabric: Fabric, rows: Tensor) -> Tensor:
 
 
 def mean_over_ranks(fabric: Fabric, vector: Tensor) -> Tensor:
-    """The mean of a vector over all ranks, or over those of a `Group`, by one collective that can be compiled."""
+    """The mean of a vector over all ranks, or over those of a `Group`, by one collective; the same bits on all.
+
+    A compiler takes collectives that return their result, which cost twice what those into a given tensor do.
+    """
     group = group_of(fabric)
-    if fabric.world_size <= FEW and vector.device.type == "cpu":  # one message each way; a sum takes two rounds of them
-        rows = _gather(vector, 0, group)
-        return functional_collectives.wait_tensor(rows).view(fabric.world_size, -1).mean(0)
-    total = functional_collectives.all_reduce(vector, "sum", group)
-    return functional_collectives.wait_tensor(total) / fabric.world_size
+    if fabric.world_size > FEW or vector.device.type != "cpu":
+        total = functional_collectives.all_reduce(vector, "sum", group)
+        return functional_collectives.wait_tensor(total) / fabric.world_size
+    # One message each way; a sum takes two rounds of them
+    if is_recording():
+        rows = functional_collectives.wait_tensor(_gather(vector, 0, group)).view(fabric.world_size, -1)
+    else:
+        rows = all_gather(fabric, vector)
+    return rows.mean(0)

@@ -36,6 +36,8 @@ class Runner:
         modules, optimizers, generators: all that updates change; the lists may still grow.
 
     Attributes:
+        captures: whether anything is captured.
+        generators: those that updates draw from.
         recordings: how often something has been compiled or captured.
     """
 
@@ -47,8 +49,8 @@ class Runner:
         optimizers: Sequence[Adam],
         generators: Sequence[torch.Generator] = (),
     ) -> None:
-        self._compile, self._capture = compile, capture
-        self._modules, self._optimizers, self._generators = modules, optimizers, generators
+        self._compile, self.captures = compile, capture
+        self._modules, self._optimizers, self.generators = modules, optimizers, list(generators)
         self.recordings = 0
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,12 +59,12 @@ class Runner:
 
     def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as one CUDA graph, if that was asked for."""
-        return _Recorded(self, function, self._capture_variant) if self._capture else function
+        return _Recorded(self, function, self._capture_variant) if self.captures else function
 
     @property
     def records(self) -> bool:
         """True if anything is compiled or captured."""
-        return self._compile or self._capture
+        return self._compile or self.captures
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -75,7 +77,7 @@ class Runner:
         tensors += [tensor for module in self._modules for tensor in (*module.parameters(), *module.buffers())]
         before = [tensor.detach().clone() for tensor in tensors]
         branches = self.branches
-        states = [generator.get_state() for generator in self._generators]
+        states = [generator.get_state() for generator in self.generators]
         default = torch.get_rng_state()
         try:
             yield
@@ -86,7 +88,7 @@ class Runner:
             self.branches = branches
             for optimizer in self._optimizers:
                 optimizer.zero_grad()
-            for generator, state in zip(self._generators, states, strict=True):
+            for generator, state in zip(self.generators, states, strict=True):
                 generator.set_state(state)
             torch.set_rng_state(default)
 
@@ -119,7 +121,7 @@ class Runner:
     def _capture_variant(self, function: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
         held = [tensor.clone() for tensor in inputs]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        for generator in self._generators:
+        for generator in self.generators:
             if generator.device.type == "cuda":
                 graph.register_generator_state(generator)
         with self.rehearsal():
@@ -132,7 +134,8 @@ class Runner:
                 outputs = function(held)
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
-            torch._foreach_copy_(held, tensors)
+            if held:
+                torch._foreach_copy_(held, tensors)
             graph.replay()
             return [output.clone() for output in outputs]  # the next replay writes over them
 
@@ -176,7 +179,9 @@ class _Recorded:
             ends[:] = outputs_structure, self._runner.branches
             return outputs
 
-        run = self._record(function, tensors)
+        grad = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):  # its tensors may be met again outside of both
+            run = self._record(function, tensors)
         self._runner.recordings += 1
         return _Variant(run, *ends)
 

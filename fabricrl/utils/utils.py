@@ -7,6 +7,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from fabricrl.utils.device import to_host
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.ranks import all_gather
 
@@ -92,10 +93,12 @@ def anneal(initial: float, progress: float, enabled: bool) -> float:
 def explained_variance(fabric: Fabric, values: Tensor, returns: Tensor, counts: Tensor | None = None) -> Tensor:
     """1 − Var[returns − values] / Var[returns]: 1 is a perfect critic, 0 predicts the mean. NaN if they are equal.
 
-    Over all ranks, which must call it together, and the rows that count, where some do not. All [B].
+    Over all ranks, which must call it together, and the rows that count, where some do not. All [B];
+    the result is on the CPU.
     """
     counts = torch.ones_like(values) if counts is None else counts
-    values, returns, counts = all_gather(fabric, torch.stack((values, returns, counts))).movedim(1, 0).flatten(1)
+    (gathered,) = to_host(all_gather(fabric, torch.stack((values, returns, counts))))
+    values, returns, counts = gathered.movedim(1, 0).flatten(1)
     values, returns = values[counts > 0], returns[counts > 0]
     variance = returns.var(correction=0)
     return torch.where(variance == 0, torch.nan, 1 - (returns - values).var(correction=0) / variance)

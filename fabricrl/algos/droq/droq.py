@@ -5,9 +5,10 @@
     lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/droq/droq.py --env-id HalfCheetah-v4
 
 Everything but the update is SAC's. Shapes: N environments of a rank, W ranks, D observation size, A action size,
-C critics, H units of a hidden layer, S environment steps that updates are due for, K critic updates, B rows of a batch.
+C critics, H units of a hidden layer, K critic updates of an environment step, B rows of a batch.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,16 +18,15 @@ from torch import Tensor
 
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
+from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, rollout, setup
-from fabricrl.data import Batch
 from fabricrl.utils import average_gradients, frozen, polyak_update
 
 
 def update_critics(
-    run: Run, learner: Learner, batch: Batch, noise: Tensor, dropped: list[Tensor], target_dropped: list[Tensor]
+    run: Run, learner: Learner, batch: Any, noise: Tensor, dropped: list[Tensor], target_dropped: list[Tensor]
 ) -> Tensor:
     """One optimizer step of the critics, and one of their targets (Algorithm 2, lines 5–9), on a batch [B, ...].
 
@@ -75,37 +75,44 @@ def train(
     learner: Learner,
     step_critics: Callable[..., Tensor],
     step_actor: Callable[..., Tensor],
-    batches: Batch,
-    steps: int,
-) -> None:
-    """The update of Algorithm 2: for each environment step its share of critic updates (lines 4–9), then one update of
-    actor and temperature (line 10) on a batch of its own.
+    batches: Any,
+) -> dict[tuple[str, ...], Tensor]:
+    """The update of Algorithm 2 for one environment step: its share of critic updates (lines 4–9), then one of actor
+    and temperature (line 10) on a batch of its own.
 
     Args:
-        batches: [K + S, B, ...], as sampled; the last S are the actor's.
-        steps: S.
+        batches: [K + 1, B, ...], as sampled; the last is the actor's.
+
+    Returns the metrics, [4] and [K, 2], by their tags.
     """
     agent: Any = learner.agent
-    device = run.fabric.device
-    batches = agent.prepared(batches.to(device))
-    count, size = len(batches) - steps, run.args.batch_size  # K, B
-    noise = agent.head.noise((len(batches), size), run.train_rng).to(device)  # [K + S, B, A]
-    for step in range(steps):
-        for i in range(count * step // steps, count * (step + 1) // steps):
-            dropped, target_dropped = agent.drop(2, size, run.train_rng)
-            run.note(CRITIC_METRICS, step_critics(batches[i], noise[i], dropped, target_dropped))
-        (dropped,), row = agent.drop(1, size, run.train_rng), count + step
-        run.note(ACTOR_METRICS, step_actor(batches.obs[row], noise[row], dropped))
+    size, rng = run.args.batch_size, run.device_rng
+    *batches, last = agent.prepared(batches)
+    *noises, last_noise = agent.head.noise((len(batches) + 1, size), rng)  # [K + 1, B, A]
+    critic_metrics = []
+    for batch, noise in zip(batches, noises, strict=True):
+        dropped, target_dropped = agent.drop(2, size, rng)
+        critic_metrics.append(step_critics(batch, noise, dropped, target_dropped))
+    (dropped,) = agent.drop(1, size, rng)
+    metrics = {ACTOR_METRICS: step_actor(last.obs, last_noise, dropped)}
+    return metrics | ({CRITIC_METRICS: torch.stack(critic_metrics)} if critic_metrics else {})
 
 
-def make_updates(run: Run, learner: Learner, batches: Batch) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The critics' update and the actor's, as they are, or compiled and captured, by batches [2, B, ...]."""
-    step_critics = run.captured(run.compiled(partial(update_critics, run, learner)))
-    step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
+def shares(count: int, steps: int) -> list[int]:
+    """How many of `count` critic updates each environment step gets: as even as can be."""
+    return [count * (i + 1) // steps - count * i // steps for i in range(steps)]
+
+
+def make_updates(run: Run, learner: Learner, rb: Any) -> Updates:
+    """Training on batches that are drawn from the buffer: as it is, or compiled and captured."""
+    step_critics = run.compiled(partial(update_critics, run, learner))
+    step_actor = run.compiled(partial(update_actor, run, learner))
+    update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor))
     if run.records:
         with run.rehearsal():
-            train(run, learner, step_critics, step_actor, batches, 1)
-    return step_critics, step_actor
+            for count in {math.floor(run.args.replay_ratio), math.ceil(run.args.replay_ratio)}:  # updates a step
+                update(count + 1)
+    return update
 
 
 def main() -> int:
@@ -126,23 +133,22 @@ def main() -> int:
         restore_replay(run, rb, schedule)
 
         # --- Start
-        step_critics, step_actor = make_updates(run, learner, rb.sample(2, args.batch_size, torch.Generator()))
+        update = make_updates(run, learner, rb)
         rb.start(run.reset())
 
         for step in run.iterations(args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb, schedule.explores(step))
             if agent.obs_normalizer is not None:
-                agent.obs_normalizer.update(rb.newest_obs().to(run.fabric.device), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.newest_obs()), run.fabric)
 
             # 2. Sample
             steps = min(max(run.global_step - schedule.starts, 0), run.global_step - step)  # that updates are due for
             _, count = schedule.take(run.global_step)
-            if steps:
-                batches = rb.sample(count + steps, args.batch_size, run.train_rng)
 
-                # 3. Update
-                train(run, learner, step_critics, step_actor, batches, steps)
+            # 3. Update
+            for updates in shares(count, steps):
+                update(updates + 1)  # batches, which it draws
             run.clock.lap("train")
 
             # 4. Log

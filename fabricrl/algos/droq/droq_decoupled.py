@@ -14,12 +14,10 @@ for Answer, with K it is up to K iterations ahead of it:
 Everything but the update is SAC's. Shapes as in droq.py.
 """
 
-import torch
-
 from fabricrl.algos.decoupled import Player, Trainers, run_ranks
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQDecoupledArgs
-from fabricrl.algos.droq.droq import make_updates, rollout, setup, train
+from fabricrl.algos.droq.droq import make_updates, rollout, setup, shares
 from fabricrl.algos.off_policy.decoupled import check_division, divide, divided, store
 from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
@@ -52,7 +50,7 @@ def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb, schedule.explores(step))
             if agent.obs_normalizer is not None:
-                agent.obs_normalizer.update(rb.newest_obs().to(run.fabric.device), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.newest_obs()), run.fabric)
 
             # 2. Sample
             steps = min(max(run.global_step - schedule.starts, 0), run.global_step - step)  # that updates are due for
@@ -91,18 +89,17 @@ def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
     folder = player.meet(make_messages(run, learner, args.num_envs))  # ← Hello
     rb = make_buffer(run, folder)
     refill = restore_replay(run, rb)
-    step_critics, step_actor = make_updates(run, learner, rb.sample(2, args.batch_size, torch.Generator()))
+    update = make_updates(run, learner, rb)
 
     for order in player.orders(refill):  # → Ready, ← Order
         store(rb, agent, order.data)
 
         # 2. Sample
         count, steps = order.data.due
-        if steps:
-            batches = rb.sample(count + steps, args.batch_size, run.train_rng)
 
-            # 3. Update
-            train(run, learner, step_critics, step_actor, batches, steps)
+        # 3. Update
+        for updates in shares(count, steps):
+            update(updates + 1)  # batches, which it draws
 
         # 4. Log, 5. Checkpoint
         player.answer(order, rb)  # → Answer, State

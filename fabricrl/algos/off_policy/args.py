@@ -51,6 +51,11 @@ class OffPolicyArgs(StandardArgs):
         "keep the buffer in a temporary memory-mapped file in the run folder, for one larger than memory",
         advanced=True,
     )
+    buffer_device: Literal["auto", "cpu", "cuda"] = arg(
+        "auto",
+        "where the buffer lies; auto: on the GPU that trains, if it takes at most half of the free memory there",
+        advanced=True,
+    )
     checkpoint_buffer: bool = arg(
         True,
         "save the buffer in checkpoints; without it, a resumed run first plays --learning-starts steps to fill one",
@@ -83,6 +88,9 @@ class OffPolicyArgs(StandardArgs):
         # An iteration draws the batches of all its updates at once, and cannot be stopped before they are done
         require(0 < self.replay_ratio <= 1000, "replay_ratio", self.replay_ratio, "above 0 and at most 1000")
         require_widths(self, "hidden_sizes")
+        for flag in ("buffer_memmap", "implicit_next_obs"):
+            clash = self.buffer_device == "cuda" and getattr(self, flag)
+            require(not clash, "buffer_device", "cuda", f"auto or cpu beside --{flag.replace('_', '-')}")
         self._check_amounts()
 
     def _check_amounts(self) -> None:

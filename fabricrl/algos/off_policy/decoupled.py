@@ -13,7 +13,7 @@ from torch import Tensor
 from fabricrl.algos.decoupled import Trainers
 from fabricrl.algos.off_policy.utils import BLOCK
 from fabricrl.algos.run import Run
-from fabricrl.data import NewestSteps, ReplayBuffer
+from fabricrl.data import NewestSteps, Replay
 from fabricrl.utils.utils import require
 
 
@@ -40,7 +40,7 @@ def declare_steps(run: Run, agent: Any, num_envs: int, count: int) -> Steps:
     return Steps((0, 0), 0, normalizer_state(agent), **rb.steps)
 
 
-def divide(rb: ReplayBuffer, agent: Any, trainers: Trainers, due: tuple[int, int] = (0, 0)) -> Iterator[Steps]:
+def divide(rb: Replay, agent: Any, trainers: Trainers, due: tuple[int, int] = (0, 0)) -> Iterator[Steps]:
     """The waiting steps for each trainer, with its environments side by side; they have been sent then."""
     assert isinstance(rb, NewestSteps)
     envs, size = rb.num_envs // trainers.count, BLOCK if trainers.bulk else 1
@@ -50,7 +50,7 @@ def divide(rb: ReplayBuffer, agent: Any, trainers: Trainers, due: tuple[int, int
     rb.sent()
 
 
-def store(rb: ReplayBuffer, agent: Any, steps: Steps) -> None:
+def store(rb: Replay, agent: Any, steps: Steps) -> None:
     """Puts steps into a trainer's buffer, and takes the player's statistics of observations."""
     if agent.obs_normalizer is not None:
         agent.obs_normalizer.load_state_dict(steps.normalizer)

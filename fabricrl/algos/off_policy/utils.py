@@ -1,23 +1,30 @@
 """Replay buffers of off-policy algorithms, and the schedule of their updates."""
 
+import math
 import sys
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from fabricrl.algos.off_policy.args import EntropyArgs, OffPolicyArgs
 from fabricrl.algos.run import Run
-from fabricrl.data.buffers import NewestSteps, ReplayBuffer, record_type
+from fabricrl.data import Batch, DeviceReplayBuffer, NewestSteps, Replay, ReplayBuffer
+from fabricrl.data.buffers import record_type
 from fabricrl.data.memory import GIB, check_memory
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
-from fabricrl.utils.errors import CheckpointError, from_here
+from fabricrl.utils.errors import CheckpointError, ConfigError, from_here
 from fabricrl.utils.launch import ranks_here
 from fabricrl.utils.ranks import all_max
 from fabricrl.utils.utils import require
 
+SHARE = 0.5  # of a GPU's free memory that a replay buffer takes at most unless it is told to
+IN_A_GRAPH = 64  # updates, times the numbers that a first one may have
 BLOCK = 64  # steps of exploration that travel together
 
 
@@ -34,34 +41,116 @@ def make_schedule(run: Run) -> "UpdateSchedule":
             there, here = ("fixed", "learned") if args.autotune else ("learned", "fixed")
             raise CheckpointError(f"--autotune: the temperature was {there} there and is {here} here")
         schedule = UpdateSchedule(args, run.fabric)
-        record = record_type(run.obs_space, int(np.prod(run.action_space.shape)), args.implicit_next_obs)
-        if not args.buffer_memmap:
+        on_gpu = args.buffer_device == "cuda" or buffer_device(run)[0] is not None
+        if not args.buffer_memmap and not on_gpu:
+            record = record_type(run.obs_space, int(np.prod(run.action_space.shape)), args.implicit_next_obs)
             check_memory(args.buffer_size * record.itemsize, ranks_here(run.fabric), args.implicit_next_obs)
     return schedule
 
 
-def make_buffer(run: Run, folder: Path | None = None) -> ReplayBuffer:
+def buffer_device(run: Run) -> tuple[torch.device | None, str]:
+    """The GPU that the replay buffer is to lie on, or None; and why it does not, if it might.
+
+    Raises:
+        ConfigError: it is to lie on a GPU, and there is none, or too little memory on it.
+    """
+    args, device = run.args, run.fabric.device
+    asked = args.buffer_device == "cuda"
+    require(not asked or device.type == "cuda", "buffer_device", "cuda", "cpu or auto where the run trains on the CPU")
+    if args.buffer_device == "cpu" or device.type != "cuda" or args.buffer_memmap or args.implicit_next_obs:
+        return None, ""
+    need = (args.buffer_size + args.num_envs) * record_type(run.obs_space, _num_actions(run), False).itemsize
+    free = torch.cuda.mem_get_info(device)[0]
+    figures = f"{need / GIB:.2f} GiB of the {free / GIB:.2f} GiB that are free on {device}"
+    if need > free and asked:
+        raise ConfigError(f"--buffer-device is cuda: the buffer would take {figures}; cpu keeps it in memory")
+    if need > SHARE * free and not asked:
+        return None, f", as it would take {figures}; --buffer-device cuda puts it there all the same"
+    return device, ""
+
+
+def make_buffer(run: Run, folder: Path | None = None) -> Replay:
     """The replay buffer of this rank; rank 0 prints what it takes. `folder`: the run's, where another rank has made it.
 
     A decoupled player has only the newest steps: each trainer keeps the transitions of its environments.
 
     Raises:
-        ConfigError: it does not fit into memory or onto the disk.
+        ConfigError: it does not fit into memory, onto the GPU or onto the disk.
     """
     args, folder = run.args, (folder or run.folder) if run.args.buffer_memmap else None
-    shape = args.num_envs, run.obs_space, int(np.prod(run.action_space.shape))
+    shape = args.num_envs, run.obs_space, _num_actions(run)
     if run.trainers is not None:
         return NewestSteps(BLOCK, *shape)
+    rb: Replay
     with run.together():
-        rb = ReplayBuffer(args.buffer_size, *shape, args.gamma, args.n_step, args.implicit_next_obs, folder)
+        device, why_not = buffer_device(run)
+        settings = args.buffer_size, *shape, args.gamma, args.n_step
+        if device is not None:
+            rb = DeviceReplayBuffer(*settings, device)
+        else:
+            rb = ReplayBuffer(*settings, args.implicit_next_obs, folder)
+    run.draw_on(run.fabric.device)
     if run.fabric.global_rank == 0:
-        where = f"in a temporary file in {from_here(folder)}" if folder else "in memory"
+        in_file = f"in a temporary file in {from_here(folder)}" if folder else ""
+        where = f"on {device}" if device else in_file or f"in memory{why_not}"
         size = f"{rb.capacity * rb.num_envs} transitions, {rb.num_bytes / GIB:.3f} GiB"
         print(f"replay buffer: {size} per rank, {where}", file=sys.stderr, flush=True)
     return rb
 
 
-def restore_replay(run: Run, rb: ReplayBuffer, schedule: "UpdateSchedule | None" = None) -> bool:
+def _num_actions(run: Run) -> int:
+    return int(np.prod(run.action_space.shape))
+
+
+class Updates:
+    """Training on batches that are drawn for it: on a GPU one CUDA graph, in which a buffer that lies there is sampled.
+
+    Args:
+        train: a function (batches [K, B, ...], plan) → metrics by their tags, which `run.note` takes.
+        period: updates after which what an update consists of repeats itself.
+    """
+
+    def __init__(
+        self, run: Run, rb: Replay, train: Callable[..., dict[tuple[str, ...], Tensor]], period: int = 1
+    ) -> None:
+        self._run, self._rb, self._train, self._period = run, rb, train, period
+        self._on_device = run.captured(lambda count, *plan: self._watched(self._sample(count, run.device_rng), *plan))
+        self._on_batches = run.captured(self._watched)
+        due = Fraction(str(run.args.replay_ratio)) * run.args.num_envs * run.fabric.world_size
+        counts = {math.floor(due), math.ceil(due)} if run.captures else set()  # an iteration's
+        self._counts = {1} | {count for count in counts if 0 < count * period <= IN_A_GRAPH}
+
+    def __call__(self, count: int, *plan: Any) -> None:
+        """Draws K batches, trains on them as planned, and notes the metrics."""
+        run = self._run
+        if isinstance(self._rb, DeviceReplayBuffer):
+            metrics = self._on_device(count, *plan)
+        else:
+            metrics = self._on_batches(self._sample(count, run.train_rng).to(run.fabric.device), *plan)
+        for tags, values in metrics.items():
+            run.note(tags, values)
+
+    def kinds(self) -> Iterator[tuple[int, int]]:
+        """Number of a first update and how many are made at once, of every kind that a run makes: to be rehearsed."""
+        yield from ((first, count) for count in self._counts for first in range(1, min(self._period, 1000) + 1))
+
+    def parts(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """The updates that are due, all at once; or one by one, where graphs would be too many or too large."""
+        if not self._run.captures or count in self._counts:
+            yield from [(first, count)] if count else []
+        else:
+            yield from ((number, 1) for number in range(first, first + count))
+
+    def _sample(self, count: int, rng: torch.Generator) -> Batch:
+        return self._rb.sample(count, self._run.args.batch_size, rng)
+
+    def _watched(self, batches: Batch, *plan: Any) -> dict[tuple[str, ...], Tensor]:
+        metrics = self._train(batches, *plan)
+        self._run.watch(metrics.values())
+        return metrics
+
+
+def restore_replay(run: Run, rb: Replay, schedule: "UpdateSchedule | None" = None) -> bool:
     """Goes on with the buffer and the schedule of the checkpoint that is resumed; True if a new buffer is to be filled.
 
     A decoupled player has no buffer, a trainer no schedule.
@@ -72,28 +161,26 @@ def restore_replay(run: Run, rb: ReplayBuffer, schedule: "UpdateSchedule | None"
     refill = False
     if run.state and run.path:
         with run.together(), reading(run.path):
-            if run.trainers is None:
-                refill = not restore_buffer(rb, run.state, run.path, run.args, run.fabric)
-            else:
-                refill = run.trainers.refill
+            refill = not restore_buffer(run, rb) if run.trainers is None else run.trainers.refill
             if schedule is not None:
                 schedule.load_state_dict(run.state["schedule"], run.global_step, refill)
     return refill
 
 
-def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: Any, fabric: Fabric) -> bool:
-    """Fills the buffer with this rank's part of a checkpoint; whether it did. Rank 0 says so if not.
+def restore_buffer(run: Run, rb: Replay) -> bool:
+    """Fills the buffer with this rank's part of the checkpoint that is resumed; whether it did. Rank 0 says so if not.
 
     Raises:
         CheckpointError: the part is missing or does not fit, and neither `checkpoint_buffer` was off in the run that
             saved it nor `allow_empty_buffer` is on.
     """
     problem: CheckpointError | None = None
+    args, fabric, state = run.args, run.fabric, run.state
     stored = state["args"]["checkpoint_buffer"]
     if stored:
         try:
-            with reading(path):  # also what is no buffer at all: every rank has to come to the next line
-                load_buffer(rb, state, path, fabric)
+            with reading(run.path):  # also what is no buffer at all: every rank has to come to the next line
+                load_buffer(run, rb)
         except CheckpointError as error:
             problem = error
         if not all_max(fabric, int(problem is not None)):
@@ -113,18 +200,23 @@ def restore_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, args: An
     return False
 
 
-def load_buffer(rb: ReplayBuffer, state: dict[str, Any], path: Path, fabric: Fabric) -> None:
+def load_buffer(run: Run, rb: Replay) -> None:
     """Loads this rank's environments from a checkpoint of as many ranks, or of another number.
 
     Raises:
         CheckpointError: a part is missing, or of another layout.
     """
-    shards, world_size = shard_ranks(state), fabric.world_size
+    state, path, world_size = run.state, run.path, run.fabric.world_size
+    assert path is not None
+    shards = shard_ranks(state)
     if len(shards) in (0, world_size):
-        rb.load_state_dict(load_shard(state, path, fabric.global_rank))
+        shard = load_shard(state, path, run.fabric.global_rank)
+        rb.load_state_dict(shard)
+        if "device_rng" in shard and run.device_rng is not run.train_rng:
+            run.device_rng.set_state(shard["device_rng"])
     else:
         parts = [load_shard(state, path, rank) for rank in shards]
-        rb.load_shards(parts, fabric.global_rank * rb.num_envs, world_size * rb.num_envs)
+        rb.load_shards(parts, run.fabric.global_rank * rb.num_envs, world_size * rb.num_envs)
 
 
 class UpdateSchedule:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fabricrl.models.distributions import make_head
 from fabricrl.models.models import MLP, RewardNormalizer, make_encoder, make_normalizer, normalized
-from fabricrl.utils.batch import Batch
+from fabricrl.utils.batch import Batch, Outputs
 
 ACTION_SPACES = (Discrete, MultiDiscrete, MultiBinary, Box)
 
@@ -60,11 +60,11 @@ class PPOAgent(nn.Module):
         self.obs_normalizer = make_normalizer(obs_space) if norm_obs else None
         self.reward_normalizer = RewardNormalizer() if norm_reward else None
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch) -> Outputs:
         """Prepared `obs` [B, ...], `actions` [B, A] and `masks` [B, S] → log π(a|s), entropy, value; each [B]."""
         features = self.features(batch.obs)
         logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions, batch.columns.get("masks"))
-        return logprobs, entropy, self.critic(features).squeeze(-1)
+        return Outputs(logprobs, entropy, self.critic(features).squeeze(-1))
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Observations [*, D] or [*, R] as the networks take them."""

@@ -55,20 +55,16 @@ def entropy_loss(entropy: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def approx_kl(logratio: Tensor, weights: Tensor | None = None) -> Tensor:
-    """KL(π_old ‖ π_new) ≈ mean(r − 1 − log r) over samples of π_old: unbiased and never negative (k3 of Schulman 2020,
-    joschu.net/blog/kl-approx.html)."""
-    return mean(logratio.exp() - 1 - logratio, weights)
-
-
-@torch.no_grad()
-def clip_fraction(logratio: Tensor, clip_coef: Any, weights: Tensor | None = None) -> Tensor:
-    """Share of samples whose ratio lies outside 1 ± ε."""
-    return mean(((logratio.exp() - 1).abs() > clip_coef).to(logratio.dtype), weights)
-
-
-@torch.no_grad()
 def policy_metrics(logratio: Tensor, clip_coef: Any, weights: Tensor | None = None) -> Tensor:
-    """Measures of how far the policy has moved: the mean of −log r, `approx_kl`, and `clip_fraction`; [3]."""
-    kl, clipfrac = approx_kl(logratio, weights), clip_fraction(logratio, clip_coef, weights)
-    return torch.stack((-mean(logratio, weights), kl, clipfrac))
+    """Measures of how far the policy has moved: means over samples of π_old, [3].
+
+        old_approx_kl = mean( −log r )          ≈ KL(π_old ‖ π_new)
+        approx_kl     = mean( r − 1 − log r )   ≈ KL(π_old ‖ π_new): unbiased, too, and never negative
+        clipfrac      = mean( |r − 1| > ε )     share of samples that are clipped
+
+    The second is k3 of Schulman 2020, joschu.net/blog/kl-approx.html.
+    """
+    change = logratio.expm1()  # r − 1
+    clipped = (change.abs() > clip_coef).to(logratio.dtype)
+    samples = torch.stack((-logratio, change - logratio, clipped))  # [3, B]
+    return samples.mean(-1) if weights is None else (samples * weights).sum(-1)

@@ -32,12 +32,12 @@ METRICS = tuple(f"losses/{name}" for name in LOSSES)
 @torch.inference_mode()
 def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    device = run.player_device
-    noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
+    shape, device = rb.actions.shape[:2], run.player_device
+    noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs, mask = rb.stacked_obs(t).to(device), rb.mask(t, device)  # [N, R], [N, S]
-            actions = player.act(obs, noise[t], mask).cpu().numpy()  # [N, A]
+            drawn = run.act(player, rb.stacked_obs(t), noise[t], rb.mask(t, device))  # [N, A]
+            actions = run.on_host(drawn).numpy()
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
             run.clock.lap("env")
@@ -59,17 +59,17 @@ def returns_and_advantages(run: Run, model: nn.Module, agent: PPOAgent, rb: Roll
     """The rollout as training data on the device, [T N, ...] each: what was seen and done, how likely, and how good."""
     args, device = run.args, run.fabric.device
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
-    actions = rb.actions.flatten(0, 1).to(device)  # [T N, A]
+    actions = run.to_device(rb.actions.flatten(0, 1))  # [T N, A]
     data = Batch(obs=obs, actions=actions, masks=rb.masks(device), counts=rb.counts(device))
     logprobs, values = evaluated(model, data, agent.rows_at_once)  # [T N]: the policy is still the one that acted
     with run.fabric.autocast():
         next_values = agent.prepared_value(next_obs).float()  # [N]
 
-    rewards = shaped_rewards(run, agent, rb).to(device)  # [T, N]
+    rewards = run.to_device(shaped_rewards(run, agent, rb))  # [T, N]
     if args.bootstrap_truncated and rb.has_truncated:
-        t, env, final_obs = (part.to(device) for part in rb.truncated_episodes())
+        t, env, final_obs = (run.to_device(part) for part in rb.truncated_episodes())
         rewards[t, env] += args.gamma * agent.value(final_obs)  # truncated, not terminated
-    old_values, dones = values.view(rewards.shape), rb.dones.to(device)  # [T, N]
+    old_values, dones = values.view(rewards.shape), run.to_device(rb.dones)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
     estimates = {"advantages": advantages.flatten(), "returns": returns.flatten()}
     return data.with_columns(logprobs=logprobs, values=values, **estimates)
@@ -141,7 +141,7 @@ def main() -> int:
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.mask_size)
+        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.mask_size, run.fabric.device)
 
         # --- Start
         if run.records:

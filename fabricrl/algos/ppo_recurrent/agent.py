@@ -11,7 +11,7 @@ from fabricrl.algos.ppo.agent import ACTION_SPACES
 from fabricrl.models.distributions import make_head
 from fabricrl.models.models import MLP, RewardNormalizer, make_encoder, make_normalizer, normalized
 from fabricrl.models.recurrent import RecurrentCore
-from fabricrl.utils.batch import Batch
+from fabricrl.utils.batch import Batch, Outputs
 
 __all__ = ["ACTION_SPACES", "RecurrentPPOAgent", "make_agent"]
 
@@ -82,7 +82,7 @@ class RecurrentPPOAgent(nn.Module):
         self.state_size = self.actor_core.state_size
         self.memory_size = self.num_prev + self.state_size * (1 if shared_core else 2)  # M
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch) -> Outputs:
         """Prepared observations `obs` [B, ...], `actions` [B, A] → log π(a|s), entropy, value; each [B].
 
         The rows are sequences, as `layout` says; what the cores' states were before the first of each is `states`, and
@@ -90,14 +90,14 @@ class RecurrentPPOAgent(nn.Module):
         """
         return self.evaluate(self.features(batch.obs), batch)
 
-    def evaluate(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, features: Tensor, batch: Batch) -> Outputs:
         """`forward` from features [B, ...] on."""
         inputs, states = self.inputs(features, batch.previous), batch.states
         features = values = self.actor_core(inputs, states[:, : self.state_size], batch.layout)  # [B, H]
         if self.critic_core is not None:
             values = self.critic_core(inputs, states[:, self.state_size :], batch.layout)
         logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions, batch.columns.get("masks"))
-        return logprobs, entropy, self.critic(values).squeeze(-1)
+        return Outputs(logprobs, entropy, self.critic(values).squeeze(-1))
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Observations [*, D] or [*, R] as the networks take them."""

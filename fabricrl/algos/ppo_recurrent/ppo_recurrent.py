@@ -32,18 +32,17 @@ from fabricrl.utils import Adam, anneal, explained_variance, gae
 @torch.inference_mode()
 def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentRolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    device = run.player_device
-    noise = player.head.noise(rb.actions.shape[:2], run.act_rng).to(device).unbind()  # T × [N, ...]
+    shape, device = rb.actions.shape[:2], run.player_device
+    noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            obs, mask = rb.stacked_obs(t).to(device), rb.mask(t, device)  # [N, R], and actions that are allowed
-            drawn, states = player.act(obs, rb.memory_rows[t], noise[t], mask)
-            actions = drawn.cpu().numpy()  # [N, A]
+            drawn, states = run.act(player, rb.stacked_obs(t), rb.memory_rows[t], noise[t], rb.mask(t, device))
+            actions = run.on_host(drawn).numpy()  # [N, A]
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
             run.clock.lap("env")
             rb.add(t, actions, next_obs, rewards, terminated, truncated, infos)
-            rb.remember(t, player.remember(drawn, rb.rewards[t].to(device), states))
+            rb.remember(t, player.remember(drawn, run.to_device(rb.rewards[t], run.player_device), states))
     run.clock.lap("comm")
 
 
@@ -52,7 +51,7 @@ def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRoll
     """The rollout as training data on the device, environment by environment, [N T, ...] each; and its sequences."""
     args, device, sequences = run.args, run.fabric.device, Sequences(rb.dones, run.args.sequence_length)
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
-    memory, actions = rb.memory.to(device), rb.actions.to(device)
+    memory, actions = run.to_device(rb.memory), run.to_device(rb.actions)
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
     columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
     columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
@@ -62,11 +61,11 @@ def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRoll
         logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted
         next_values = agent.prepared_value(next_obs, memory[-1]).float()  # [N]
 
-    rewards = shaped_rewards(run, agent, rb).to(device)  # [T, N]
+    rewards = run.to_device(shaped_rewards(run, agent, rb))  # [T, N]
     if args.bootstrap_truncated and rb.has_truncated:
-        t, env, final_obs = (part.to(device) for part in rb.truncated_episodes())
-        rewards[t, env] += args.gamma * agent.value(final_obs, rb.final_memory().to(device))  # and not terminated
-    old_values, dones = values.view(rb.num_envs, -1).T, rb.dones.to(device)  # [T, N]
+        t, env, final_obs = (run.to_device(part) for part in rb.truncated_episodes())
+        rewards[t, env] += args.gamma * agent.value(final_obs, run.to_device(rb.final_memory()))  # and not terminated
+    old_values, dones = values.view(rb.num_envs, -1).T, run.to_device(rb.dones)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
     estimates = {"advantages": advantages.T.flatten(), "returns": returns.T.flatten()}
     return data.with_columns(logprobs=logprobs, values=values, **estimates), sequences
@@ -77,7 +76,7 @@ def evaluated(agent: RecurrentPPOAgent, data: Batch, layout: Layout) -> tuple[Te
     rows = agent.rows_at_once or len(data.actions)
     features = torch.cat([agent.features(data.obs[i : i + rows]) for i in range(0, len(data.actions), rows)])
     logprobs, _, values = agent.evaluate(features, data.with_columns(layout=layout, states=data.states[layout.first]))
-    return logprobs.float(), values.float()
+    return logprobs, values
 
 
 def train(
@@ -88,7 +87,9 @@ def train(
     Returns METRICS of all minibatches, [K, 6].
     """
     args, device = run.args, run.fabric.device
-    drawn = [sequences.minibatches(args.num_minibatches, run.train_rng) for _ in range(args.update_epochs)]
+    drawn = [
+        sequences.minibatches(args.num_minibatches, run.train_rng, run.captures) for _ in range(args.update_epochs)
+    ]
     epochs = with_moments(run.fabric, data, torch.stack([rows for rows, _ in drawn]))
     history: list[Tensor] = []
     for epoch, (_, layouts) in zip(epochs, drawn, strict=True):
@@ -110,19 +111,21 @@ def main() -> int:
         # --- Agent and optimizer
         agent = make_agent(args, envs)
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
-        update_step = run.compiled(partial(update, run, model, optimizer))
+        update_step = run.captured(run.compiled(partial(update, run, model, optimizer)))
 
         run.restore(agent=agent, optimizer=optimizer)
 
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
         rest = agent.memory_size, args.frame_stack, run.skips, run.player_device, run.mask_size
-        rb = RecurrentRolloutBuffer(*shape, *rest)
+        rb = RecurrentRolloutBuffer(*shape, *rest, device=run.fabric.device)
 
         # --- Start
         if run.records:
             with run.rehearsal():
-                train(run, update_step, *returns_and_advantages(run, agent, rb), *run.numbers(0.0, 0.0))
+                for sequences in Sequences.of_all_sizes(rb.dones, args.sequence_length, run.captures):
+                    data, _ = returns_and_advantages(run, agent, rb)
+                    train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
         rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):

@@ -80,7 +80,7 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
         # --- Buffer
         shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
         rest = agent.memory_size, args.frame_stack, run.skips, run.player_device, run.mask_size
-        rb = RecurrentRolloutBuffer(*shape, *rest)
+        rb = RecurrentRolloutBuffer(*shape, *rest, device=run.fabric.device)
 
         # --- Start
         rb.start(run.reset(), run.masks)
@@ -127,7 +127,7 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     # --- Agent and optimizer
     agent = make_agent(args, run.env_spaces)
     model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
-    update_step = run.compiled(partial(update, run, model, optimizer))
+    update_step = run.captured(run.compiled(partial(update, run, model, optimizer)))
 
     run.restore(agent=agent, optimizer=optimizer)
 
@@ -137,8 +137,8 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     if run.records:
         with run.rehearsal():
             data = share.data.with_columns(counts=None).to(run.fabric.device)
-            sequences = Sequences(share.ends[:, None], args.sequence_length)
-            train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
+            for sequences in Sequences.of_all_sizes(share.ends[:, None], args.sequence_length, run.captures):
+                train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order
         # 3. Update

@@ -15,12 +15,12 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
+from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent, make_agent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
-from fabricrl.data import Batch, ReplayBuffer
+from fabricrl.data import Batch, Replay
 from fabricrl.envs import rescale_actions
 from fabricrl.utils import Adam, average_gradients, frozen, polyak_update
 
@@ -29,15 +29,14 @@ ACTOR_METRICS = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "lo
 
 
 @torch.inference_mode()
-def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: ReplayBuffer, explores: bool) -> None:
+def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, explores: bool) -> None:
     """Takes one step in every environment, by uniform actions if `explores`, into the replay buffer."""
     with run.together():
         if explores:
             actions = 2 * torch.rand(rb.num_envs, player.head.num_actions, generator=run.act_rng) - 1  # [N, A]
         else:
             noise = player.head.noise((rb.num_envs,), run.act_rng)
-            obs = rb.newest_obs()  # [N, D]
-            actions = player.act(obs.to(run.player_device), noise.to(run.player_device)).cpu()  # [N, A]
+            actions = run.on_host(run.act(player, rb.newest_obs(), noise))  # [N, A]
             run.check_finite("the policy's actions", actions)
         run.clock.lap("act")
         env_actions = rescale_actions(run.action_space, actions.numpy())
@@ -108,42 +107,48 @@ def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor) -> Tens
     return metrics
 
 
+def planned(args: SACArgs, first: int, count: int) -> tuple[tuple[bool, int], ...]:
+    """For each of K critic updates, numbered from `first` in the run: whether the targets move with it, and how many
+    updates of the actor follow. Those are delayed, and then as many as were put off."""
+    delay, numbers = args.policy_frequency, range(first, first + count)
+    return tuple((n % args.target_network_frequency == 0, delay * (n % delay == 0)) for n in numbers)
+
+
 def train(
     run: Run,
     learner: Learner,
     step_critics: Callable[..., Tensor],
     step_actor: Callable[..., Tensor],
     batches: Batch,
-    first: int,
-) -> None:
-    """K critic updates on a batch each, and the actor's among them: delayed, and then as often as it was put off.
+    plan: tuple[tuple[bool, int], ...],
+) -> dict[tuple[str, ...], Tensor]:
+    """K critic updates on a batch [B, ...] each of `batches` [K, B, ...], and the actor's among them, as planned.
 
-    Args:
-        batches: [K, B, ...], as sampled.
-        first: number of the first of these updates in the run, from 1.
+    Returns the metrics of all, [K, 2] and [L, 4], by their tags.
     """
-    args, delay = run.args, run.args.policy_frequency
-    agent = learner.agent
-    batches = agent.prepared(batches.to(run.fabric.device))
-    count, batch_size = batches.rewards.shape  # K, B
-    actor_updates = delay * ((first - 1 + count) // delay - (first - 1) // delay)
-    noise = iter(agent.head.noise((count + actor_updates, batch_size), run.train_rng).to(run.fabric.device))
-    for number, batch in enumerate(batches, first):
-        moves_targets = number % args.target_network_frequency == 0
-        run.note(CRITIC_METRICS, step_critics(batch, next(noise), moves_targets))
-        for _ in range(delay if number % delay == 0 else 0):
-            run.note(ACTOR_METRICS, step_actor(batch.obs, next(noise)))
+    agent, critic_metrics, actor_metrics = learner.agent, [], []
+    batches = agent.prepared(batches)
+    shape = len(plan) + sum(updates for _, updates in plan), run.args.batch_size
+    noise = iter(agent.head.noise(shape, run.device_rng))  # [K + L, B, A]
+    for batch, (moves_targets, updates) in zip(batches, plan, strict=True):
+        critic_metrics.append(step_critics(batch, next(noise), moves_targets))
+        for _ in range(updates):
+            actor_metrics.append(step_actor(batch.obs, next(noise)))
+    metrics = {CRITIC_METRICS: torch.stack(critic_metrics)}
+    return metrics | ({ACTOR_METRICS: torch.stack(actor_metrics)} if actor_metrics else {})
 
 
-def make_updates(run: Run, learner: Learner, batches: Batch) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The critics' update and the actor's, as they are, or compiled and captured, by batches [2, B, ...]."""
-    step_critics = run.captured(run.compiled(partial(update_critics, run, learner)))
-    step_actor = run.captured(run.compiled(partial(update_actor, run, learner)))
+def make_updates(run: Run, learner: Learner, rb: Replay) -> Updates:
+    """Training on batches that are drawn from the buffer: as it is, or compiled and captured."""
+    step_critics = run.compiled(partial(update_critics, run, learner))
+    step_actor = run.compiled(partial(update_actor, run, learner))
+    period = run.args.policy_frequency * run.args.target_network_frequency
+    update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor), period)
     if run.records:
         with run.rehearsal():
-            every_kind = run.args.policy_frequency * run.args.target_network_frequency  # of update: this one, the next
-            train(run, learner, step_critics, step_actor, batches, every_kind)
-    return step_critics, step_actor
+            for plan in {planned(run.args, *kind) for kind in update.kinds()}:
+                update(len(plan), plan)
+    return update
 
 
 def main() -> int:
@@ -164,22 +169,21 @@ def main() -> int:
         restore_replay(run, rb, schedule)
 
         # --- Start
-        step_critics, step_actor = make_updates(run, learner, rb.sample(2, args.batch_size, torch.Generator()))
+        update = make_updates(run, learner, rb)
         rb.start(run.reset())
 
         for step in run.iterations(args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb, schedule.explores(step))
             if agent.obs_normalizer is not None:
-                agent.obs_normalizer.update(rb.newest_obs().to(run.fabric.device), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.newest_obs()), run.fabric)
 
             # 2. Sample
-            first, count = schedule.take(run.global_step)
-            if count:
-                batches = rb.sample(count, args.batch_size, run.train_rng)
+            due = schedule.take(run.global_step)  # `update` draws a batch for each
 
-                # 3. Update
-                train(run, learner, step_critics, step_actor, batches, first)
+            # 3. Update
+            for first, count in update.parts(*due):
+                update(count, planned(args, first, count))
             run.clock.lap("train")
 
             # 4. Log

@@ -14,15 +14,13 @@ for Answer, with K it is up to K iterations ahead of it:
 Shapes as in sac.py.
 """
 
-import torch
-
 from fabricrl.algos.decoupled import Messages, Player, Trainers, run_ranks
 from fabricrl.algos.off_policy.decoupled import BLOCK, check_division, declare_steps, divide, divided, store
 from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.sac.args import SACDecoupledArgs
-from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, make_updates, rollout, setup, train
+from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, make_updates, planned, rollout, setup
 
 
 def make_messages(run: Run, learner: Learner, num_envs: int) -> Messages:
@@ -58,7 +56,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb, schedule.explores(step))
             if agent.obs_normalizer is not None:
-                agent.obs_normalizer.update(rb.newest_obs().to(run.fabric.device), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.newest_obs()), run.fabric)
 
             # 2. Sample
             first, count = schedule.take(run.global_step)
@@ -96,18 +94,17 @@ def trainer(args: SACDecoupledArgs, run: Run, player: Player) -> None:
     folder = player.meet(make_messages(run, learner, args.num_envs))  # ← Hello
     rb = make_buffer(run, folder)
     refill = restore_replay(run, rb)
-    step_critics, step_actor = make_updates(run, learner, rb.sample(2, args.batch_size, torch.Generator()))
+    update = make_updates(run, learner, rb)
 
     for order in player.orders(refill):  # → Ready, ← Order
         store(rb, agent, order.data)
 
         # 2. Sample
-        first, count = order.data.due
-        if count:
-            batches = rb.sample(count, args.batch_size, run.train_rng)
+        due = order.data.due  # `update` draws a batch for each
 
-            # 3. Update
-            train(run, learner, step_critics, step_actor, batches, first)
+        # 3. Update
+        for first, count in update.parts(*due):
+            update(count, planned(args, first, count))
 
         # 4. Log, 5. Checkpoint
         player.answer(order, rb)  # → Answer, State

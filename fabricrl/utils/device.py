@@ -1,0 +1,43 @@
+"""Moving tensors between the CPU and a GPU: everything is queued, and one function waits.
+
+A GPU works through a queue while the CPU goes on; a copy from ordinary memory, and whatever asks for a tensor's value,
+makes the CPU wait until the queue is empty. Copies from page-locked ("pinned") memory are queued like everything else.
+"""
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for it.
+
+    A pinned tensor must not be written to before `to_host` has been called; others are copied first.
+    """
+    if tensor.device == device or device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # memory that is pinned already is taken as it is
+
+
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """The tensors on the CPU. The one place that waits for a GPU: the values of all come in a single wait."""
+    copies, devices = [], set()
+    for tensor in tensors:
+        if tensor.device.type != "cuda":
+            copies.append(tensor.cpu())
+            continue
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copies.append(copy.copy_(tensor, non_blocking=True))
+        devices.add(tensor.device)
+    for device in devices:
+        wait(device)
+    return copies
+
+
+def wait(device: torch.device) -> None:
+    """Waits until a GPU has done everything that is queued."""
+    torch.cuda.current_stream(device).synchronize()
+
+
+def pinned(device: torch.device) -> bool:
+    """True if memory that is copied to this device is better pinned."""
+    return device.type == "cuda"

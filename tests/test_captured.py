@@ -1,0 +1,287 @@
+"""Runs that capture, and replay buffers on a device: on the CPU, where graphs are stood in for (`captured`).
+
+What a graph would refuse, the stand-in refuses: `.item()`, `.cpu()`, `.numpy()`, `.tolist()` and branches on values.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fabricrl.algos.droq import droq
+from fabricrl.algos.off_policy import utils as off_policy
+from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo_recurrent import ppo_recurrent
+from fabricrl.algos.run import Run
+from fabricrl.algos.sac import sac
+from fabricrl.data import DeviceReplayBuffer
+from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
+from fabricrl.utils.update import Runner
+from tests.conftest import Graph, NoValues, Trained
+from tests.process import differences, load
+from tests.test_replay_buffer import GAMMA, IMAGE, NUM_ACTIONS, VECTOR, World, play, rng, same, stored
+from tests.test_replay_buffer import make as make_numpy
+
+CPU = torch.device("cpu")
+
+
+# --- The ring on a device
+
+
+def make(num_envs: int = 2, capacity: int = 13, space: Any = VECTOR, n_step: int = 1) -> DeviceReplayBuffer:
+    return DeviceReplayBuffer(capacity, num_envs, space, NUM_ACTIONS, GAMMA, n_step, CPU)
+
+
+def both(steps: int, num_envs: int = 2, **more: Any) -> tuple[DeviceReplayBuffer, Any, World]:
+    """A ring on a device and one of NumPy's that have seen the same world, and that world."""
+    rings: Any = make(num_envs, **more), make_numpy(num_envs, **more)
+    world = World(num_envs, more.get("space", VECTOR))
+    obs = world.reset()
+    for ring in rings:
+        ring.start(obs)
+    for _ in range(steps):
+        step = world.step()
+        for ring in rings:
+            ring.add(*step)
+    return *rings, world
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize(
+    ("capacity", "num_envs", "space"), [(20, 3, VECTOR), (13, 1, VECTOR), (13, 2, IMAGE), (5, 3, IMAGE)]
+)
+def test_every_sample_happened_and_whatever_is_stored_is_sampled(
+    capacity: int, num_envs: int, space: Any, n_step: int
+) -> None:
+    rb, world = make(num_envs, capacity, space, n_step), World(num_envs, space, 0.2, seed=n_step)
+    rows, generator = capacity // num_envs, rng()
+    rb.start(world.reset())
+    for _ in range(4 * rows + 3):
+        play(rb, world, 1)
+        everything = world.stored(rows)
+        assert world.check(rb.sample(10, 6 * len(everything), generator), rows, n_step) == everything
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 6, 7, 8, 40])
+def test_the_state_is_that_of_the_buffer_in_memory(steps: int) -> None:
+    ours, theirs, world = both(steps)
+    assert differences(stored(ours), stored(theirs)) == []
+    assert torch.equal(ours.newest_obs(), theirs.newest_obs())
+    fresh = make()
+    fresh.load_state_dict(stored(theirs))
+    obs = world.reset()
+    for ring in (fresh, theirs):
+        ring.start(obs)
+    for _ in range(5):
+        step = world.step()
+        for ring in (fresh, theirs):
+            ring.add(*step)
+    assert differences(stored(fresh), stored(theirs)) == []
+    assert world.check(fresh.sample(4, 50, rng()), 6, 1) == world.stored(6)
+
+
+@pytest.mark.parametrize("steps", [5, 9])
+def test_draws_are_uniform(steps: int) -> None:
+    rb, _, world = both(steps)
+    draws = rb.sample(100, 400, rng(1)).obs.flatten(0, 1)
+    counts = Counter(world.where[obs.numpy().tobytes()] for obs in draws)
+    expected, cells = len(draws) / len(world.stored(6)), len(world.stored(6))
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert len(counts) == cells
+    assert chi_square < cells - 1 + 4 * math.sqrt(2 * (cells - 1))
+
+
+def test_a_ring_of_another_layout_is_refused_and_shards_are_divided_anew() -> None:
+    with pytest.raises(CheckpointError, match="--buffer-size 6 "):
+        make(capacity=13).load_state_dict(stored(make(capacity=7)))
+    wide, _, world = both(9, num_envs=4, capacity=24)
+    obs = world.reset()
+    for first in (0, 2):
+        parts: list[Any] = [make(2, 12), make_numpy(2, 12)]
+        for part in parts:
+            part.load_shards([stored(wide)], first, 4)
+            part.start(obs[first : first + 2])
+        assert differences(*map(stored, parts)) == []
+
+
+def test_a_captured_sample_follows_the_ring_as_it_fills_and_wraps(graphs: None) -> None:
+    rb, world, graph = make(n_step=2), World(2, VECTOR), Graph()
+    rb.start(world.reset())
+    generator, twin = rng(), rng()
+    with torch.cuda.graph(graph):  # type: ignore[arg-type]
+        batch = rb.sample(2, 30, generator)
+    rb.sample(2, 30, twin)
+    for _ in range(20):
+        play(rb, world, 1)
+        graph.replay()
+        assert same(batch, rb.sample(2, 30, twin))
+        world.check(batch, 6, 2)
+
+
+# --- Runs
+
+ON_POLICY = ["--env-id", "tests.envs:Deterministic-v0", "--num-envs", 2, "--num-steps", 16, "--total-timesteps", 96]
+OFF_POLICY = [
+    "--env-id", "tests.envs:Deterministic-v0", "--num-envs", 2, "--learning-starts", 32, "--batch-size", 16,
+    "--total-timesteps", 96, "--num-threads", 1, "--buffer-size", 50,
+]  # fmt: skip
+ENDING = ["--env-kwargs", '{"continuous": true, "truncate": true}', "--norm-obs", "--hidden-sizes", 8]
+RUNS: dict[str, tuple[Callable[[], int], list[Any]]] = {
+    "ppo": (ppo.main, [*ON_POLICY, "--norm-reward"]),
+    "ppo_recurrent": (ppo_recurrent.main, [*ON_POLICY, "--prev-action", "--prev-reward", "--norm-reward"]),
+    "sac": (sac.main, OFF_POLICY),
+    "sac, several at once": (sac.main, [*OFF_POLICY, "--replay-ratio", 1.5, "--policy-frequency", 3]),
+    "sac, one by one": (sac.main, [*OFF_POLICY, "--replay-ratio", 3.5, "--target-network-frequency", 40]),
+    "droq": (droq.main, [*OFF_POLICY, "--replay-ratio", 2.5]),
+}
+EVERY = pytest.mark.parametrize("name", RUNS)
+REPLAY = pytest.mark.parametrize("name", [name for name in RUNS if "ppo" not in name])
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replay buffers lie on a device, which is the CPU."""
+    monkeypatch.setattr(off_policy, "buffer_device", lambda run: (CPU, ""))
+
+
+@pytest.fixture
+def elementary() -> Iterator[None]:
+    """Recurrent cores run operation by operation."""
+    torch._C._set_mkldnn_enabled(False)
+    yield
+    torch._C._set_mkldnn_enabled(True)
+
+
+@EVERY
+def test_a_captured_run_is_the_run_that_is_not_and_records_nothing_after_its_start(
+    name: str, train: Callable[..., Trained], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, flags = RUNS[name]
+    runs: list[tuple[Run, int]] = []
+    reset = Run.reset
+    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.updates.recordings)) or reset(run))
+    request.getfixturevalue("captured")
+    if name == "ppo_recurrent":  # the kernel for whole sequences returns other things where no gradient is wanted
+        request.getfixturevalue("elementary")
+    recorded = train(main, *flags, *ENDING)
+    monkeypatch.setattr("fabricrl.algos.run.Runner", lambda compile, capture, *rest: Runner(False, False, *rest))
+    plain = train(main, *flags, *ENDING)
+    if name == "ppo_recurrent":  # sequences are padded further
+        torch.testing.assert_close(recorded.weights, plain.weights, rtol=0, atol=1e-5)
+    elif "one by one" not in name:  # where batches and noise are drawn in another order
+        assert torch.equal(recorded.weights, plain.weights)
+    (run, at_start), (eager, _) = runs
+    assert run.updates.recordings == at_start > 1  # an update and acting
+    assert eager.updates.recordings == 0
+
+
+@REPLAY
+@pytest.mark.usefixtures("captured", "on_device")
+def test_a_run_with_its_ring_on_the_device_is_the_same_resumed_and_goes_on_with_one_in_memory(
+    name: str, train: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, flags = RUNS[name]
+    flags = [*flags, *ENDING, "--checkpoint-every", 32, "--keep-checkpoints", 9]
+    straight = train(main, *flags)
+    half = straight.folder / "checkpoints" / f"step_{64:012d}.ckpt"
+    resumed = train(main, "--resume", half, "--log-dir", tmp_path / "more")
+    assert torch.equal(straight.weights, resumed.weights)
+    assert not torch.equal(load(half)["agent"]["actor.out.bias"], straight.state["agent"]["actor.out.bias"])
+    monkeypatch.undo()
+    in_memory = train(main, "--resume", half, "--log-dir", tmp_path / "memory")
+    assert in_memory.result["steps"] == "96"
+    shards = [load(r.checkpoint)["shard"] for r in (straight, in_memory)]
+    assert [shard["layout"] for shard in shards] == [shards[0]["layout"]] * 2
+
+
+@REPLAY
+@pytest.mark.usefixtures("captured", "on_device")
+def test_a_ring_on_the_device_is_sampled_inside_the_graph(
+    name: str, train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[int] = []
+    sample = DeviceReplayBuffer.sample
+    monkeypatch.setattr(DeviceReplayBuffer, "sample", lambda *args: sampled.append(1) or sample(*args))
+    reset = Run.reset
+    monkeypatch.setattr(Run, "reset", lambda run: sampled.clear() or reset(run))
+    main, flags = RUNS[name]
+    assert train(main, *flags, *ENDING).code == 0
+    assert sampled == []
+
+
+@pytest.mark.parametrize("ask", ["item", "tolist", "cpu", "numpy", "__bool__", "__float__"])
+def test_what_asks_for_a_value_is_refused(ask: str) -> None:
+    x = torch.ones(())
+    with NoValues(), pytest.raises(RuntimeError, match="not permitted"):
+        getattr(x, ask)()
+    assert getattr(x, ask)() is not None
+
+
+# --- Faults
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("algo", ["sac", "droq"])
+def test_what_is_not_finite_ends_a_run_before_another_update(
+    algo: str,
+    capture: bool,
+    where: str,
+    train: Callable[..., Trained],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if capture:
+        request.getfixturevalue("captured")
+    factor, updates = torch.ones(()), []
+    loss = sac.critic_loss
+
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * factor if where == "loss" else x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad * factor if where == "gradient" else grad
+
+    for script in (sac, droq):
+        monkeypatch.setattr(script, "critic_loss", lambda q, targets: Spoiled.apply(loss(q, targets)))
+    call = off_policy.Updates.__call__
+
+    def update(self: Any, *rest: Any) -> None:
+        updates.append(self._run.global_step)
+        factor.fill_(math.nan if self._run.global_step == 50 else 1.0)
+        call(self, *rest)
+
+    monkeypatch.setattr(off_policy.Updates, "__call__", update)
+    main, flags = RUNS[algo]
+    with pytest.raises(NonFiniteError, match="not finite after the update"):
+        train(main, *flags, *ENDING, "--log-every", 10_000)
+    assert updates[-1] == 50
+
+
+# --- Arguments
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            ["--buffer-device", "cuda"],
+            "--buffer-device is cuda: it must be cpu or auto where the run trains on the CPU",
+        ),
+        (
+            ["--buffer-device", "cuda", "--buffer-memmap"],
+            "--buffer-device is cuda: .*auto or cpu beside --buffer-memmap",
+        ),
+        (["--buffer-device", "cuda", "--implicit-next-obs"], "auto or cpu beside --implicit-next-obs"),
+    ],
+)
+def test_a_buffer_device_that_cannot_be_is_refused(line: list, words: str, train: Callable[..., Trained]) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(sac.main, *OFF_POLICY, *ENDING, *line)
