@@ -284,16 +284,15 @@ def largest_difference(policy: Policy, module: ExportedPolicy, path: Path) -> fl
     )
     space.seed(0)
     policy.reset()
-    rewards, masks, rng = np.zeros(ROWS), None, np.random.default_rng(0)
+    rewards, rng = np.zeros(ROWS), np.random.default_rng(0)
     for step in range(4):
         observations = [_moderate(space, space.sample()) for _ in range(ROWS)]
         rows = np.stack([policy.rows.one(obs) for obs in observations])
-        if policy.mask_size:
-            masks = rng.random((ROWS, policy.mask_size)) < 0.5
-            choices = mask_choices(policy.action_space)
-            masks[:, np.cumsum([0, *choices[:-1]])] = True  # something is allowed
-        expected = policy.act(rows, rewards, np.full(ROWS, step == 0), masks)
-        found = stepper(observations, rewards, True if masks is None else masks)
+        masks = [rng.random((ROWS, policy.mask_size)) < 0.5] if policy.mask_size else []
+        for allowed in masks:
+            allowed[:, np.cumsum([0, *mask_choices(policy.action_space)[:-1]])] = True  # something is
+        expected = policy.act(rows, rewards, np.full(ROWS, step == 0), *masks)
+        found = stepper(observations, rewards, *masks)
         if found.shape != expected.shape or found.dtype != expected.dtype:
             raise RunError(f"{path} acts otherwise than the policy: {found.dtype} {found.shape} for {expected.shape}")
         gap = np.abs(found.astype(np.float64) - expected) / np.maximum(1, np.abs(expected))
