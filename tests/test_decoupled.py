@@ -156,9 +156,7 @@ def test_a_packet_is_used_again_only_after_all_that_may_be_on_their_way() -> Non
     """With lag K, K + 1 iterations may be on their way, each with a packet for every trainer."""
     for count, max_lag in itertools.product((1, 3), (0, 2)):
         trainers, _ = watched(count, max_lag=max_lag)
-        packets = [
-            trainers._orders[False].pack(Order(TRAIN, 0, 0, 0, True, True, False, False, Data(0))) for _ in range(100)
-        ]
+        packets = [trainers._orders[False].pack(Order(TRAIN, 0, 0, 0, True, True, False, Data(0))) for _ in range(100)]
         again = packets[1:].index(packets[0]) + 1
         assert again > count * (max_lag + 1)
         assert len({packet.buffer.data_ptr() for packet in packets[:again]}) == again
@@ -211,7 +209,7 @@ def some_run(max_lag: int = 2, rank: int = 0) -> Any:
     run = SimpleNamespace(args=SimpleNamespace(max_lag=max_lag, seed=1), folder=Path("/runs/ünique"), exit_code=0)
     run.fabric = SimpleNamespace(world_size=1, global_rank=rank)
     run.losses, run.clock, run.charts, run.global_step = MeanMetrics(), Stopwatch("train"), {}, 64
-    run.is_last = run.checkpoint_is_due = run.log_is_due = False
+    run.is_last = run.checkpoint_is_due = run.log_is_due = run.skips = False
     run.restore_generators = lambda: None
     return run
 
@@ -246,7 +244,7 @@ def test_each_trainer_is_sent_its_share_and_all_the_same_order() -> None:
     trainers.train(shares(2, 10))
     trainers.run.log_is_due = False
     trainers.train(shares(2, 20), due=False)
-    expected = [("Order", rank, i, Order(TRAIN, 0, i, 64, not i, not i, False, False, Data(10 * (i + 1) + rank - 1)))
+    expected = [("Order", rank, i, Order(TRAIN, 0, i, 64, not i, not i, False, Data(10 * (i + 1) + rank - 1)))
                 for i in (0, 1) for rank in (1, 2)]  # fmt: skip
     assert notes.sent[2:] == expected
     assert list(trainers.ahead) == [0]
@@ -377,7 +375,7 @@ def test_trainers_that_cannot_start_end_the_player_silently_with_their_code() ->
 def test_the_last_order_goes_to_every_trainer_whether_they_have_begun_or_not() -> None:
     notes = Notes(PLAYER, 2, [])
     Trainers(some_run(), notes).tell(4)  # type: ignore[arg-type]
-    assert notes.sent == [("Hello", rank, 0, Hello(ABORT, 4, 0, None)) for rank in (1, 2)]  # type: ignore[arg-type]
+    assert notes.sent == [("Hello", rank, 0, Hello(ABORT, 4, 0, False, None)) for rank in (1, 2)]  # type: ignore[arg-type]
     trainers, notes = watched(2)
     trainers.run.exit_code = 143
     trainers.stop()
@@ -409,12 +407,12 @@ def obeying(*orders: Any, rank: int = 0) -> tuple[Player, Notes]:
     return Player(some_run(rank=rank), notes), notes  # type: ignore[arg-type]
 
 
-def hello(messages: Messages, command: int = TRAIN, code: int = 0) -> Hello:
-    return Hello(command, code, int(parameter_hash(messages.agent)))
+def hello(messages: Messages, command: int = TRAIN, code: int = 0, skips: bool = False) -> Hello:
+    return Hello(command, code, int(parameter_hash(messages.agent)), skips)
 
 
 def order(command: int = TRAIN, code: int = 0, row: int = 0, bulk: bool = False, data: Any = None) -> Order:
-    return Order(command, code, 0, 0, True, False, False, bulk, data or Data(row))
+    return Order(command, code, 0, 0, True, False, bulk, data or Data(row))
 
 
 def test_a_trainer_obeys_until_the_player_stops_and_the_first_one_speaks_for_all() -> None:

@@ -281,7 +281,7 @@ def test_a_player_that_evaluates_for_long_has_its_trainers_wait(monkeypatch: pyt
     clock, sent = [100.0], []
     monkeypatch.setattr(decoupled, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     run: Any = SimpleNamespace(args=SimpleNamespace(timeout=1.0), fabric=SimpleNamespace(global_rank=0))
-    order = Order(TRAIN, 0, 0, 0, False, False, False, False, torch.zeros(2))
+    order = Order(TRAIN, 0, 0, 0, False, False, False, torch.zeros(2))
     channel: Any = SimpleNamespace(world_size=3, send=lambda packet, to, iteration: sent.append((to, packet.read())))
     trainers = decoupled.Trainers(run, channel)
     trainers._orders, trainers._spoke = {False: Outbox(order, 8)}, 100.0

@@ -2,12 +2,13 @@
 
     Hello    player → each trainer    once: it is ready
     Ready    trainer 1 → player       once: so are the trainers
-    Order    player → each trainer    once an iteration: its data, and what to do with them
+    Order    player → each trainer    the data of an iteration or of several, and what to do with them
     Answer   trainer 1 → player       the weights to act with, if an update was due; losses, faults and signals
-    State    trainer 1 → player       what else a checkpoint holds, if one is due
+    State    trainer 1 → player       what else a checkpoint holds, at one
 
-With `--max-lag 0` the player waits for the Answer to its Order, with K it is up to K iterations ahead of it. After the
-last iteration an Order ends the trainers; after a fault, whoever has it tells the others, by Order, Ready or Answer.
+A checkpoint has an Order of its own, as an evaluation may have to tell first if there is to be one. With `--max-lag 0`
+the player waits for the Answer to its Order, with K it is up to K iterations ahead of it. After the last iteration an
+Order ends the trainers; after a fault, whoever has it tells the others, by Order, Ready or Answer.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from fabricrl.utils.decoupled import (
     FIRST_TRAINER,
     PATH_MAX,
     PLAYER,
+    SAVE,
     STOP,
     TRAIN,
     WAIT,
@@ -110,7 +112,7 @@ class Messages:
 
     def orders(self) -> dict[bool, Order]:
         """By whether they are of many iterations."""
-        return {bulk: Order(TRAIN, 0, 0, 0, False, False, False, False, data) for bulk, data in self._data.items()}
+        return {bulk: Order(TRAIN, 0, 0, 0, False, False, False, data) for bulk, data in self._data.items()}
 
     def answer(self) -> Answer:
         return Answer(0, 0, 0.0, 0.0, torch.zeros(2, len(self.metrics), dtype=torch.float64), self.weights)
@@ -151,7 +153,8 @@ class Trainers:
         name = str(run.folder.absolute()).encode()
         require(len(name) <= PATH_MAX, "log_dir", run.folder, f"a path of at most {PATH_MAX} bytes")
         folder = torch.frombuffer(bytearray(name.ljust(PATH_MAX, b"\0")), dtype=torch.uint8)
-        self._each(Outbox(Hello(), self.count), Hello(hash=int(parameter_hash(messages.agent)), folder=folder))
+        hello = Hello(hash=int(parameter_hash(messages.agent)), skips=run.skips, folder=folder)
+        self._each(Outbox(Hello(), self.count), hello)
         self._messages = messages
         turns = self.count * (run.args.max_lag + 2)
         self._orders = {bulk: Outbox(order, turns) for bulk, order in messages.orders().items()}
@@ -165,7 +168,7 @@ class Trainers:
     def train(self, shares: Iterable[Any], due: bool = True, bulk: bool = False) -> None:
         """The line `train(...)` of the coupled script, done by others: → Order, ← Answer.
 
-        Notes losses, takes weights, and, where a checkpoint is due, everything that it holds.
+        Notes losses and takes weights: the newest, where a checkpoint is due or may be.
 
         Args:
             shares: the record for each trainer; not asked for where data may wait.
@@ -185,11 +188,9 @@ class Trainers:
         run.clock.lap("train")
         self.collect(max(max_lag, 1) - 1)
         run.clock.lap("wait_player")
-        self.send(shares, bulk, answers=due or looks, looks=looks, saves=saves)
+        self.send(shares, bulk, answers=due or looks, looks=looks)
         run.clock.lap("comm")
         self.collect(0 if run.is_last or saves else max_lag)
-        if saves:
-            self._receive_state()
         if logs:
             run.charts = {"charts/lag": self._lag, "time/wait_trainer": self._waited / max(self._passed, 1e-9)}
             self._lag, self._waited, self._passed = 0, 0.0, 0.0
@@ -209,8 +210,8 @@ class Trainers:
     def keep_waiting(self) -> None:
         """→ Order, to wait for the next: in an evaluation that takes long, since trainers give up a silent player."""
         if 0 < 15 * self.run.args.timeout < time.monotonic() - self._spoke:  # a quarter of what they wait, in seconds
-            self._spoke, orders = time.monotonic(), self._orders[self.bulk]
-            self._each(orders, orders.record._replace(command=WAIT, bulk=self.bulk))
+            self._spoke = time.monotonic()
+            self._command(WAIT)
 
     def collect(self, most: int) -> None:
         """← Answer of the oldest iterations, until the player is `most` ahead."""
@@ -230,10 +231,18 @@ class Trainers:
                         self.run.losses.add(tag, total, int(count))
             self._messages.weights.copy_(answer.weights)
 
-    def _receive_state(self) -> None:
-        """← State."""
+    def save(self) -> None:
+        """→ Order, ← Answer, ← State: takes what a checkpoint holds besides; trainers save their replay buffers.
+
+        Raises:
+            RunError: without text, if a trainer cannot save; it has said why.
+        """
         assert self._messages is not None
-        state, run = self.channel.receive(self._state, FIRST_TRAINER, self.iteration - 1), self.run
+        run, iteration = self.run, self.iteration - 1  # the one that has ended
+        self._command(SAVE, step=run.global_step, iteration=iteration, answers=True)
+        self.ahead.append(iteration)
+        self.collect(0)
+        state = self.channel.receive(self._state, FIRST_TRAINER, iteration)
         self._messages.load(state.learned)
         run.generators = with_player(state.generators, run.act_rng, run.args.seed, run.global_step)
 
@@ -251,10 +260,14 @@ class Trainers:
             if self._messages is None:
                 self._each(Outbox(Hello(), self.count), Hello(command, code))
             else:
-                orders = self._orders[self.bulk]
-                self._each(orders, orders.record._replace(command=command, code=code))
+                self._command(command, code=code)
             if code != LostPeerError.exit_code:  # there one may not be listening
                 self.channel.flush()
+
+    def _command(self, command: int, **fields: Any) -> None:
+        """→ Order, without data."""
+        orders = self._orders[self.bulk]
+        self._each(orders, orders.record._replace(command=command, bulk=self.bulk, **fields))
 
     def _each(self, outbox: Outbox, record: Any) -> None:
         for rank in range(FIRST_TRAINER, self.channel.world_size):
@@ -268,13 +281,14 @@ class Player:
         iteration: the one that is trained on.
         exit_code: that of the last Order.
         folder: the run's.
+        skips: True if some of the player's steps only reset an environment.
     """
 
     def __init__(self, run: Run, channel: Channel) -> None:
         self.run, self.channel = run, channel
         self.speaks = run.fabric.global_rank == 0  # the first trainer, for all of them
         self.iteration = self.exit_code = 0
-        self.folder = Path()
+        self.folder, self.skips = Path(), False
         self._messages: Messages | None = None
         self._dismissed = self._ready = self._bulk = False
 
@@ -288,6 +302,7 @@ class Player:
         run.restore_generators()
         hello = self._receive(Packet(Hello()))
         self.folder = Path(bytes(hello.folder.tolist()).rstrip(b"\0").decode())
+        self.skips = hello.skips
         self._messages, max_lag = messages, run.args.max_lag
         self._orders = {bulk: Packet(order) for bulk, order in messages.orders().items()}
         self._answers, self._states = (
@@ -299,32 +314,36 @@ class Player:
             raise RunError(f"{us} starts from other parameters than the player: does the environment draw from torch?")
         return self.folder
 
-    def orders(self, refill: bool = False) -> Iterator[Order]:
+    def orders(self, rb: Replay | None = None, refill: bool = False) -> Iterator[Order]:
         """→ Ready, then ← Order of each iteration, until the player stops. Its tensors are overwritten by the next.
 
         Args:
+            rb: this trainer's replay buffer, if it has one: saved with each checkpoint.
             refill: whether a run that is resumed has to fill a new replay buffer first.
 
         Raises:
+            OutputError: the replay buffer cannot be saved.
             RunError: without text, if the player has failed; it has said why.
         """
         freeze_gc()
         if self.speaks:
             self.channel.send(Packet(Ready()).fill(Ready(refill=refill)), PLAYER, self.iteration)
         self._ready = True
-        while (order := self._receive_order()).command == TRAIN:
+        while (order := self._receive_order()).command in (TRAIN, SAVE):
             self.iteration = order.iteration
-            yield order
+            if order.command == SAVE:
+                self._save(order, rb)
+            else:
+                yield order
             self.iteration += 1
         self.channel.flush()
         self.exit_code = order.code
 
-    def answer(self, order: Order, rb: Replay | None = None) -> None:
-        """→ Answer and → State, as far as the order wants them; saves the replay buffer with a checkpoint.
+    def answer(self, order: Order) -> None:
+        """→ Answer, if the order wants one.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
-            OutputError: the replay buffer cannot be saved.
         """
         assert self._messages is not None
         if not order.answers:
@@ -333,19 +352,24 @@ class Player:
         with run.together():
             if order.looks or run.has_noted_much or not run.is_healthy():
                 metrics = run.look()
-        if order.saves:
-            generators = rank_generators(run.fabric, run.train_rng)
-            if rb is not None and run.args.checkpoint_buffer:
-                with run.together():
-                    save_shard(self.folder / "checkpoints", order.step, run.fabric.global_rank, run.shard(rb))
         if self.speaks:
             noted = [metrics.get(tag, torch.zeros(0)) for tag in messages.metrics]
             losses = torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]]) if metrics else None
             answer = Answer(0, run.exit_code, *self.channel.lap(), losses, messages.weights)
             self.channel.send(self._answers.pack(answer), PLAYER, self.iteration)
-            if order.saves:
-                state = State(generators, messages.learned)
-                self.channel.send(self._states.pack(state), PLAYER, self.iteration)
+
+    def _save(self, order: Order, rb: Replay | None) -> None:
+        """→ Answer, → State, once the replay buffer is saved."""
+        assert self._messages is not None
+        run = self.run
+        generators = rank_generators(run.fabric, run.train_rng)
+        if rb is not None and run.args.checkpoint_buffer:
+            with run.together():
+                save_shard(self.folder / "checkpoints", order.step, run.fabric.global_rank, run.shard(rb))
+        self.answer(order)
+        if self.speaks:
+            state = State(generators, self._messages.learned)
+            self.channel.send(self._states.pack(state), PLAYER, self.iteration)
 
     def tell(self, code: int) -> None:
         """→ Answer, or Ready: the trainers have failed, with this exit code. Waits until the player ends, too."""
@@ -358,7 +382,7 @@ class Player:
             elif self.speaks:
                 self.channel.send(Packet(Ready()).fill(Ready(code)), PLAYER, self.iteration)
                 self.channel.flush()
-            while self._messages is not None and self._receive_order().command == TRAIN:
+            while self._messages is not None and self._receive_order().command != STOP:
                 pass
 
     def await_hello(self) -> None:

@@ -352,7 +352,6 @@ class Run:
         values, health = to_host(values, self._health)
         if health != 0:
             self.losses.update(self.look())
-            self._health.zero_()  # a sum was too large, and all of its terms are finite
         return values
 
     def is_healthy(self) -> bool:
@@ -500,8 +499,9 @@ class Run:
         if not finite.all():
             bad = [name for name, good in zip(checked, finite.tolist(), strict=True) if not good]
             raise NonFiniteError(f"not finite after the update: {', '.join(bad)}")
-        metrics = dict(zip(metrics, values, strict=True))
-        return metrics
+        if self._health is not None:
+            self._health.zero_()  # if it was not, a sum was too large, and all of its terms are finite
+        return dict(zip(metrics, values, strict=True))
 
     def _advance(self) -> None:
         assert self._folder is not None
@@ -620,6 +620,8 @@ class Run:
             parts: what else there is with a `state_dict`.
         """
         if self.checkpoint_is_due:
+            if self.trainers is not None:
+                self.trainers.save()  # → Order, ← Answer, State
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
             state["generators"] = self.generators
             if self.generators is None:

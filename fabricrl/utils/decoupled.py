@@ -26,7 +26,7 @@ from fabricrl.utils.peers import patience
 from fabricrl.utils.utils import generators, require
 
 PLAYER, FIRST_TRAINER = 0, 1  # ranks
-TRAIN, STOP, ABORT, WAIT = 0, 1, 2, 3  # what the player commands
+TRAIN, STOP, ABORT, WAIT, SAVE = 0, 1, 2, 3, 4  # what the player commands
 PATH_MAX = 4096  # bytes of a path
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
@@ -37,6 +37,7 @@ class Hello(NamedTuple):
     command: int = TRAIN
     code: int = 0  # exit code to end with, after ABORT
     hash: int = 0  # of the parameters it starts from
+    skips: bool = False  # whether some of its environments' steps only reset
     folder: Tensor = torch.zeros(PATH_MAX, dtype=torch.uint8)  # of the run
 
 
@@ -48,15 +49,14 @@ class Ready(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Player → each trainer, once an iteration: its data, and what to do with them."""
+    """Player → each trainer: the data of an iteration or of several, and what to do with them; or another command."""
 
-    command: int  # TRAIN, STOP, ABORT, or WAIT for the next Order
+    command: int  # TRAIN, STOP, ABORT, WAIT for the next Order, or SAVE: a State is awaited, for a checkpoint
     code: int  # exit code to end with
     iteration: int  # of the run, from 0
     step: int  # environment steps so far
     answers: bool  # an Answer is awaited
     looks: bool  # with the losses since the last look
-    saves: bool  # and a State, for a checkpoint
     bulk: bool  # the next Order has the record of many iterations
     data: Any  # the script's record
 
@@ -73,7 +73,7 @@ class Answer(NamedTuple):
 
 
 class State(NamedTuple):
-    """First trainer → player, where a checkpoint is due: what it holds besides."""
+    """First trainer → player, at a checkpoint: what it holds besides."""
 
     generators: Tensor  # of all trainers, [W - 1, 2, bytes]
     learned: list[Tensor]  # optimizers' moments, and parameters that the policy does not act with

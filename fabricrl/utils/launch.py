@@ -213,7 +213,9 @@ def ranks_here(fabric: Fabric) -> int:
     if fabric.world_size == 1:
         return 1
     local = os.environ.get("LOCAL_WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
-    return int(local) if local else fabric.world_size // getattr(fabric.strategy, "num_nodes", 1)
+    if local:
+        return min(int(local), fabric.world_size)  # the player is none of the trainers
+    return -(-fabric.world_size // getattr(fabric.strategy, "num_nodes", 1))
 
 
 def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:

@@ -9,7 +9,7 @@ for Answer, with K it is up to K iterations ahead of it:
 
     Order     player → each trainer    Steps of its environments, the normaliser, and which updates are due
     Answer    trainer 1 → player       parameters of the actor, and the temperature; losses, faults and signals
-    State     trainer 1 → player       critics, targets, optimizers and generators, if a checkpoint is due
+    State     trainer 1 → player       critics, targets, optimizers and generators, at a checkpoint
 
 Everything but the update is SAC's. Shapes as in droq.py.
 """
@@ -91,7 +91,7 @@ def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
     refill = restore_replay(run, rb)
     update = make_updates(run, learner, rb)
 
-    for order in player.orders(refill):  # → Ready, ← Order
+    for order in player.orders(rb, refill):  # → Ready, ← Order
         store(rb, agent, order.data)
 
         # 2. Sample
@@ -102,7 +102,7 @@ def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
             update(updates + 1)  # batches, which it draws
 
         # 4. Log, 5. Checkpoint
-        player.answer(order, rb)  # → Answer, State
+        player.answer(order)  # → Answer; State where a checkpoint is due
 
 
 def main() -> int:

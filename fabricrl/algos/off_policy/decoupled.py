@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fabricrl.algos.decoupled import Trainers
-from fabricrl.algos.off_policy.utils import BLOCK
+from fabricrl.algos.off_policy.utils import BLOCK, check_buffer
 from fabricrl.algos.run import Run
 from fabricrl.data import NewestSteps, Replay
 from fabricrl.utils.utils import require
@@ -78,9 +78,15 @@ def check_division(run: Run) -> None:
 
 
 def divided(run: Run) -> Any:
-    """The arguments of a trainer, with its share of environments, buffer and batch; its run goes by them from here."""
+    """The arguments of a trainer, with its share of environments, buffer and batch; its run goes by them from here.
+
+    Raises:
+        ConfigError: the buffers of this machine's trainers do not fit into its memory.
+    """
     args, count = run.args, run.fabric.world_size
     envs = args.num_envs // count
     rows = args.buffer_size // args.num_envs  # of each environment, as many as with any other number of trainers
     run.args = replace(args, num_envs=envs, buffer_size=rows * envs, batch_size=args.batch_size // count)
+    with run.together():
+        check_buffer(run)
     return run.args

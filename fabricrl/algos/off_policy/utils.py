@@ -41,11 +41,18 @@ def make_schedule(run: Run) -> "UpdateSchedule":
             there, here = ("fixed", "learned") if args.autotune else ("learned", "fixed")
             raise CheckpointError(f"--autotune: the temperature was {there} there and is {here} here")
         schedule = UpdateSchedule(args, run.fabric)
-        on_gpu = args.buffer_device == "cuda" or buffer_device(run)[0] is not None
-        if not args.buffer_memmap and not on_gpu:
-            record = record_type(run.obs_space, int(np.prod(run.action_space.shape)), args.implicit_next_obs)
-            check_memory(args.buffer_size * record.itemsize, ranks_here(run.fabric), args.implicit_next_obs)
+        if run.trainers is None:  # whose buffers are theirs to check
+            check_buffer(run)
     return schedule
+
+
+def check_buffer(run: Run) -> None:
+    """Raises ConfigError unless the buffers of this machine's ranks fit into its memory, or this one onto its GPU."""
+    args = run.args
+    on_gpu = args.buffer_device == "cuda" or buffer_device(run)[0] is not None
+    if not args.buffer_memmap and not on_gpu:
+        record = record_type(run.obs_space, _num_actions(run), args.implicit_next_obs)
+        check_memory(args.buffer_size * record.itemsize, ranks_here(run.fabric), args.implicit_next_obs)
 
 
 def buffer_device(run: Run) -> tuple[torch.device | None, str]:

@@ -7,7 +7,7 @@ An iteration's messages; with --max-lag 0 the player waits for Answer, with K it
 
     Order     player → each trainer    a Rollout: its share, and the coefficients to train with
     Answer    trainer 1 → player       all parameters; losses, faults and signals of the trainers
-    State     trainer 1 → player       the optimizer's state and the trainers' generators, if a checkpoint is due
+    State     trainer 1 → player       the optimizer's state and the trainers' generators, at a checkpoint
 
 Normalisers stay with the player, who alone sees raw observations and rewards. Shapes as in ppo.py; B rows of a share.
 """
@@ -39,11 +39,12 @@ class Rollout(NamedTuple):
 def declare_share(run: Run, agent: Any, count: int) -> Batch:
     """The share of each of `count` trainers in names, shapes and types."""
     rows = run.args.num_steps * run.args.num_envs // count  # B
-    names = ("counts", "logprobs", "values", "advantages", "returns")
+    names = ("logprobs", "values", "advantages", "returns")
     return Batch(
         obs=torch.zeros(rows, *agent.obs_shape, dtype=agent.obs_dtype),
         actions=torch.zeros(rows, agent.head.num_actions, dtype=agent.head.dtype),
         masks=torch.zeros(rows, run.mask_size, dtype=torch.bool) if run.mask_size else None,
+        counts=torch.ones(rows),
         **dict.fromkeys(names, torch.zeros(rows)),
     )
 
@@ -129,7 +130,8 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
     if run.records:
         with run.rehearsal():
-            data = share.data.with_columns(counts=None).to(run.fabric.device)
+            counts = share.data.counts if player.skips else None
+            data = share.data.with_columns(counts=counts).to(run.fabric.device)
             train(run, epoch, data, *run.numbers(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order
@@ -140,7 +142,7 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
         run.note(METRICS, train(run, epoch, data, *run.numbers(clip_coef, ent_coef)))
 
         # 4. Log, 5. Checkpoint
-        player.answer(order)  # → Answer, State
+        player.answer(order)  # → Answer; State where a checkpoint is due
 
 
 def main() -> int:

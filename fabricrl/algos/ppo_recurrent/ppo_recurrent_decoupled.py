@@ -8,7 +8,7 @@ An iteration's messages; with --max-lag 0 the player waits for Answer, with K it
 
     Order     player → each trainer    a Rollout: its share, and the coefficients to train with
     Answer    trainer 1 → player       all parameters; losses, faults and signals of the trainers
-    State     trainer 1 → player       the optimizer's state and the trainers' generators, if a checkpoint is due
+    State     trainer 1 → player       the optimizer's state and the trainers' generators, at a checkpoint
 
 Memory stays with the player. With each step travels the state of the cores before it: a trainer's minibatch may cut a
 sequence anywhere. Normalisers stay with the player, too. Shapes as in ppo_recurrent.py; B rows of a share.
@@ -137,7 +137,8 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
     if run.records:
         with run.rehearsal():
-            data = share.data.with_columns(counts=None).to(run.fabric.device)
+            counts = share.data.counts if player.skips else None
+            data = share.data.with_columns(counts=counts).to(run.fabric.device)
             for sequences in Sequences.of_all_sizes(share.ends[:, None], args.sequence_length, run.captures):
                 train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
 
@@ -149,7 +150,7 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
         run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
 
         # 4. Log, 5. Checkpoint
-        player.answer(order)  # → Answer, State
+        player.answer(order)  # → Answer; State where a checkpoint is due
 
 
 def main() -> int:
