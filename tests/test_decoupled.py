@@ -1,5 +1,6 @@
 """Parts of decoupled scripts: packets, messages between ranks, groups of ranks, and commands to them."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Discrete
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, before_hello, telling
@@ -20,12 +23,15 @@ from fabricrl.algos.off_policy import utils as off_policy_utils
 from fabricrl.algos.ppo import ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent_decoupled
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.sac import sac_decoupled
+from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import Batch, NewestSteps, ReplayBuffer, StackedFrames
 from fabricrl.utils.decoupled import (
     ABORT,
     FIRST_TRAINER,
     PLAYER,
+    SAVE,
     STOP,
     TRAIN,
     Answer,
@@ -477,6 +483,104 @@ def test_a_trainer_learns_where_the_run_writes() -> None:
     trainers.begin(some_messages())
     player, _ = obeying(notes[0])
     assert player.meet(some_messages()) == Path("/runs/ünique")
+
+
+def test_a_checkpoint_has_an_order_of_its_own_and_that_of_an_iteration_does_not_save() -> None:
+    """What an evaluation decides comes after its iteration: until then nothing is saved, and nothing is sent for it."""
+    state = State(torch.zeros(2, 2, *torch.get_rng_state().shape, dtype=torch.uint8), some_messages().learned)
+    trainers, notes = watched(2, answered(0, 1.0), max_lag=3)
+    run = trainers.run
+    run.act_rng = torch.Generator()
+    run.checkpoint_is_due = True  # or may be, as far as the iteration knows
+    trainers.train(shares(2, 10))
+    assert [(sent.command, sent.answers, sent.looks) for *_, sent in notes.sent[2:]] == [(TRAIN, True, True)] * 2
+    assert list(trainers.ahead) == [], "an evaluation is of the newest weights"
+    notes.answers += [answered(0, 2.0, signal=143), (0, state)]
+    trainers.save()
+    assert [(to, sent.command, sent.step, sent.iteration) for _, to, _, sent in notes.sent[4:]] == [
+        (1, SAVE, 64, 0),
+        (2, SAVE, 64, 0),
+    ]
+    assert notes.answers == []
+    assert run.generators.shape[:2] == (2, 3)
+    assert (run.exit_code, trainers.iteration) == (143, 1)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_trainers_save_their_buffers_and_the_first_sends_its_state_when_they_are_told_to(
+    keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("fabricrl.algos.decoupled.save_shard", lambda *given: saved.append(given))
+    for rank in (0, 1):
+        messages, rb = some_messages(), object()
+        last = order(SAVE)._replace(step=640)
+        player, notes = obeying(hello(messages), order(row=7), last, order(row=8), order(STOP), rank=rank)
+        fabric = Fabric(accelerator="cpu", devices=1)
+        run: Any = BareRun(PPOArgs(), fabric)
+        run.fabric = SimpleNamespace(world_size=1, global_rank=rank, device=torch.device("cpu"))
+        run.args = SimpleNamespace(max_lag=1, checkpoint_buffer=keeps)
+        run.shard, run.look = (lambda rb: {"shard of": rb}), dict
+        player.run = run
+        player.meet(messages)
+        assert [each.data.row for each in player.orders(rb)] == [7, 8], "an iteration more"  # type: ignore[arg-type]
+        assert [name for name, *_ in notes.sent] == ([] if rank else ["Ready", "Answer", "State"])
+        assert saved == ([(player.folder / "checkpoints", 640, rank, {"shard of": rb})] if keeps else [])
+        saved.clear()
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("script", [ppo_decoupled, ppo_recurrent_decoupled])
+def test_a_trainer_rehearses_with_data_of_the_form_that_will_come(
+    script: Any, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another form would be compiled a second time, or captured, while the player waits."""
+    args_class = PPOArgs if script is ppo_decoupled else RecurrentPPOArgs
+    run: Any = BareRun(args_class(hidden_sizes=(8,)), action_space=Discrete(2))
+    run.obs_space, run.mask_size = vectors(3), 0
+    monkeypatch.setattr(BareRun, "records", True)
+    counts: list[Tensor | None] = []
+    monkeypatch.setattr(script, "train", lambda run, update, data, *_: counts.append(data.counts))
+    player = SimpleNamespace(skips=skips, meet=lambda messages: None, orders=lambda: iter(()))
+    script.trainer(run.args, run, player)
+    assert counts
+    for each in counts:
+        assert (each is None) != skips
+        assert each is None or (each == 1).all()
+
+
+def test_each_trainer_checks_the_memory_for_its_own_buffer_and_the_player_for_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked: list[tuple[int, int]] = []
+    monkeypatch.setattr(off_policy_utils, "check_memory", lambda size, count, _: checked.append((size, count)))
+    args = SACArgs(num_envs=4, buffer_size=1000, batch_size=8, learning_starts=100, total_timesteps=1000)
+
+    def some(world_size: int, trainers: Any = None) -> Any:
+        run: Any = BareRun(args, action_space=vectors(2))
+        run.obs_space, run.trainers = vectors(3), trainers
+        strategy = SimpleNamespace(num_nodes=1)
+        run.fabric = SimpleNamespace(
+            world_size=world_size, global_rank=0, device=torch.device("cpu"), strategy=strategy
+        )
+        run.together = contextlib.nullcontext
+        return run
+
+    off_policy_utils.make_schedule(some(1))
+    whole, _ = checked.pop()
+    off_policy_utils.make_schedule(some(1, trainers=object()))
+    assert checked == []
+    assert off_policy.divided(some(2)).buffer_size == 500
+    assert checked == [(whole // 2, 2)]
+
+
+def test_sums_that_overflow_are_looked_at_once() -> None:
+    run = BareRun(PPOArgs())
+    run.watch([torch.full((3,), 3e38)])
+    assert not run.is_healthy()
+    run.note(("losses/a",), torch.ones(1))
+    assert run.look()["losses/a"].tolist() == [1]
+    assert run.is_healthy()
 
 
 def test_everything_that_training_changes_comes_back_for_a_checkpoint_and_weights_travel_once() -> None:

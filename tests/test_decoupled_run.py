@@ -232,6 +232,27 @@ def test_its_log_is_that_of_the_coupled_script_and_tells_how_long_each_side_has_
     assert any(entry["time/wait_trainer"] > 0 for entry in found)
 
 
+@pytest.mark.parametrize("algo", ["ppo", "sac"])
+def test_evaluations_change_nothing_and_those_that_are_not_the_best_save_nothing(
+    algo: str, decoupled: Callable
+) -> None:
+    without = decoupled(algo, "--max-lag", 0)[1]
+    every = {"ppo": 96, "sac": 16}[algo]
+    beside = decoupled(algo, "--max-lag", 0, "--eval-every", every, "--eval-episodes", 1)[1]
+    steps, seldom = saved_steps(beside), saved_steps(without)
+    assert set(seldom) <= set(steps)
+    for step in seldom:
+        expected, found = content(checkpoint(without, step)), content(checkpoint(beside, step))
+        assert {part.split("/")[1] for part in differences(expected, found)} <= {"best_return"}, step
+    evaluations = [entry["step"] for entry in table(beside) if "eval/return_mean" in entry]
+    returns = [entry["eval/return_mean"] for entry in table(beside) if "eval/return_mean" in entry]
+    best = [step for i, step in enumerate(evaluations) if returns[i] > max(returns[:i], default=-np.inf)]
+    assert steps == sorted({*seldom, *map(int, best)})
+    assert len(evaluations) > len(set(map(int, evaluations)) & set(steps)), "every one was the best"
+    shards = [int(path.stem.removeprefix("step_")) for path in (beside / "checkpoints").glob("step_*.shard0")]
+    assert sorted(shards) == (steps if algo == "sac" else [])
+
+
 def test_tensorboard_has_the_same_tags(tmp_path: Path) -> None:
     flags = [*SHARED, *FLAGS["ppo"], "--total-timesteps", 192, "--logger", "tensorboard"]
     one = logged(call(ppo.main, *flags, "--log-dir", tmp_path / "coupled").folder)
