@@ -8,7 +8,6 @@ Runs that differ in nothing but their seed form a group. Logs may be ours (Tenso
 Stable-Baselines3's.
 """
 
-import argparse
 import csv
 import glob
 import json
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
@@ -296,7 +296,7 @@ def draw_curve(axes: Any, group: Group) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUNS", help="run folders, folders of them, or patterns")
     parser.add_argument("--out", type=Path, help="picture to draw: png, svg or pdf; tables go beside it (.md, .csv)")
     parser.add_argument("--metric", default="", help="tag to compare (default: the returns of training episodes)")

@@ -191,7 +191,7 @@ class Stepper:
         self.memory: np.ndarray | None = None
 
     def inputs(self, observations: Sequence[Any], rewards: Any = 0.0, masks: Any = True) -> dict[str, np.ndarray]:
-        """What the program takes for observations as the environment gives them, one for each row of the batch."""
+        """Inputs of the program: observations as the environment gives them, one for each row of the batch."""
         module, count = self.module, len(observations)
         read = [self.rows.read(obs) for obs in observations]
         inputs = {}

@@ -6,7 +6,6 @@ python fabricrl/sweep.py sac --env-id Pendulum-v1 --seeds 5 --jobs 2 --out logs/
 What is not listed below goes to the algorithm's script.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from fabricrl.__main__ import algorithms
 from fabricrl.compare import group_logs, markdown, plot, read_log, summarise
+from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
 from fabricrl.utils.utils import require
@@ -185,9 +185,7 @@ def report(outcomes: Sequence[Outcome], out: Path | None, as_json: bool) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("algo", choices=algorithms(), help="the algorithm to train with")
     parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=V,V", help="an argument, and values to try")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each combination (default: 1)")

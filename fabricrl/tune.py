@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fabricrl.__main__ import algorithms
+from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
 from fabricrl.utils.utils import require
@@ -283,9 +284,7 @@ def write_report(study: "optuna.Study", folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("algo", choices=algorithms(), help="the algorithm to tune")
     parser.add_argument("--env-id", default="CartPole-v1", help="Gymnasium id, or module:Id-v0 (default: CartPole-v1)")
     parser.add_argument("--total-timesteps", type=float, default=1e5, help="steps of each run (default: 100000)")

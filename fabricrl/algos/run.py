@@ -335,7 +335,7 @@ class Run:
         return self._player
 
     def act(self, player: Any, *inputs: Tensor | None) -> Any:
-        """What `player.act` makes of inputs from anywhere, as one CUDA graph if it acts on a GPU; it stays there."""
+        """Calls `player.act` on inputs from anywhere, as one CUDA graph if it acts on a GPU, where the result stays."""
         act = player.act
         if self.player_device.type == "cpu" and not self.captures:
             return act(*inputs)
