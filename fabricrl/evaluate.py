@@ -99,7 +99,8 @@ def main() -> int:
     if options.json:
         print(json.dumps(results))
         return 0
-    lines = [f"{args.env_id}, {found}, {state['global_step']} steps, {options.episodes} episodes"]
+    name = options.path if is_on_hub(options.path) else found
+    lines = [f"{args.env_id}, {name}, {state['global_step']} steps, {options.episodes} episodes"]
     for mode, r in results.items():
         spread = f"± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
         length = f"{r['length_mean']:.1f} ± {r['length_std']:.1f}"

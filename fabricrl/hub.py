@@ -144,7 +144,7 @@ def figure(file: str, state: dict[str, Any], means: dict[int, float], stds: dict
 
 
 def _entries(folder: Path, tag: str) -> dict[int, float]:
-    """What the log has of a tag: step → value."""
+    """Step → value of a tag, as the log has it."""
     try:
         log = read_log(folder, tag)
     except ConfigError:  # it has nothing of it, or is kept elsewhere

@@ -411,7 +411,7 @@ def test_log_every_sets_the_distance_of_entries(run: Train) -> None:
 
 
 def test_a_run_is_uploaded_to_the_hub_of_its_owner(ppo: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent is in test_hub.py; here the package is stood in for, so that it need not be there."""
+    """The package is stood in for, so that it need not be there; test_hub.py looks at what is sent."""
     calls: list[tuple[str, Any]] = []
 
     class Recorder:

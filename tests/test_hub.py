@@ -314,12 +314,11 @@ def test_the_replay_buffer_stays_at_home_and_training_goes_on_elsewhere(train: T
 
 @needs_package
 def test_an_upload_replaces_the_one_before_which_stays_as_a_revision(ppo: Train, hub: Hub) -> None:
-    run = ppo(*SMALL, "--upload-model")
-    repository = uploaded(run)
+    run = ppo(*SMALL)
+    repository = uploaded(ppo("--resume", run.folder, "--upload-model"))  # nothing is left to do but that
     before = hub.heads[repository]["main"]
     hub.heads[repository] |= {"v1": before, "refs/pr/1": before}
-    again = ppo("--resume", run.folder, "--total-timesteps", 1024)
-    assert uploaded(again) == repository  # whether it is uploaded is an argument like others
+    assert uploaded(ppo("--resume", run.folder, "--total-timesteps", 1024, "--upload-model")) == repository
     steps = [file for file in hub.files(repository) if "step_" in file]
     assert steps == ["checkpoints/step_000000001024.ckpt"]
     source = f"hf://{repository}"
@@ -393,11 +392,11 @@ def test_without_a_connection_the_cache_serves(ppo: Train, hub: Hub, monkeypatch
     step = fabricrl.load(f"hf://{repository}").global_step
     hub.shutdown()
     hub.server_close()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     assert fabricrl.load(f"hf://{repository}").global_step == step
     for source in ("hf://me/other", "hf://me/other/checkpoints/best.ckpt"):
         with pytest.raises(CheckpointError, match="cannot be reached"):
             fabricrl.load(source)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     failed = ppo(*SMALL, "--upload-model")
     assert failed.code == 0
     assert re.search(r"^warning: .* was not uploaded: .*$", failed.output, re.MULTILINE)

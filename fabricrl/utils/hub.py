@@ -142,4 +142,4 @@ def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the Hub does not let you ({status}); log in by: hf auth login"
-    return one_line(error)
+    return f"{type(error).__name__}: {one_line(error)}"
