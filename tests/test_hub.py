@@ -305,6 +305,8 @@ def test_the_replay_buffer_stays_at_home_and_training_goes_on_elsewhere(train: T
         train(sac, "--resume", source, "--total-timesteps", 160)
     (line,) = re.findall(r"^fabricrl sac (--resume .*)$", hub.files(uploaded(run))["README.md"].decode(), re.MULTILINE)
     assert line == f"--resume {source} --total-timesteps 160 --allow-empty-buffer"
+    with pytest.raises(CheckpointError):
+        fabricrl.load(f"{source}/args.json")  # from here on the cache looks like the folder of a run
     resumed = train(sac, *line.split())
     assert resumed.result["steps"] == "160"
     assert resumed.folder != run.folder
