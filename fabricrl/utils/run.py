@@ -156,7 +156,7 @@ class RunFolder:
             fields += f" episodes={episodes.count}"
             fields += "" if evaluated is None else f" eval_return_mean={evaluated:.2f}"
             try:
-                print(f"result {fields} checkpoint={from_here(self.checkpoint)}", flush=True)
+                print(f"result {fields} checkpoint={self.checkpoint}", flush=True)
             except OSError as error:  # no reason to fail after the work is done
                 if not isinstance(error, BrokenPipeError):  # else nobody reads it
                     print(f"warning: the result is not printed: {error.strerror}", file=sys.stderr, flush=True)
