@@ -33,7 +33,8 @@ POINTS = 100  # of a curve
 INCIDENTAL = {
     "seed", "seeds", "jobs", "log_dir", "logger", "log_every", "track", "wandb_project_name", "wandb_entity",
     "save_model", "checkpoint_every", "keep_checkpoints", "checkpoint_buffer", "upload_model", "hf_entity", "resume",
-    "capture_video", "video_every", "node_rank", "main_address", "main_port", "timeout",
+    "capture_video", "video_every", "eval_every", "eval_episodes", "stop_at_return", "vectorization", "check_spaces",
+    "node_rank", "main_address", "main_port", "timeout",
 }  # fmt: skip
 
 

@@ -295,11 +295,11 @@ def largest_difference(policy: Policy, module: ExportedPolicy, path: Path) -> fl
         expected = policy.act(rows, rewards, np.full(ROWS, step == 0), *masks)
         found = stepper(observations, rewards, *masks)
         if found.shape != expected.shape or found.dtype != expected.dtype:
-            raise RunError(f"{path} acts otherwise than the policy: {found.dtype} {found.shape} for {expected.shape}")
+            raise RunError(f"{path} differs from the policy: {found.dtype} {found.shape} for {expected.shape}")
         gap = np.abs(found.astype(np.float64) - expected) / np.maximum(1, np.abs(expected))
         largest, rewards = max(largest, float(gap.max())), rewards + 0.5
     if not largest <= TOLERANCE:
-        raise RunError(f"{path} acts otherwise than the policy: actions differ by {largest:.1e}")
+        raise RunError(f"{path} differs from the policy: actions differ by {largest:.1e}")
     return largest
 
 

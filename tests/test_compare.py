@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fabricrl import compare
+from fabricrl.algos.args import UNNAMED
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
@@ -181,3 +182,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as error:
             call(compare.main, *arguments)
         assert "\n" not in str(error.value)
+
+
+def test_arguments_that_name_no_run_make_no_group_either() -> None:
+    assert UNNAMED - {"env_id"} <= compare.INCIDENTAL

@@ -179,6 +179,7 @@ class StandardArgs:
         require_counts(self, 2**63 - 1, "num_envs", "video_every", "log_every", "keep_checkpoints")
         require_counts(self, 1000, "action_repeat", "jobs")
         require_counts(self, 10_000, "seeds")
+        require(self.jobs == 1 or self.seeds > 1, "jobs", self.jobs, "1 without --seeds")
         require_counts(self, 10_000, "num_threads", "num_nodes")
         require_counts(self, 1_000_000, "eval_episodes")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")

@@ -417,9 +417,9 @@ def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
     for key in sorted(own.keys() | stored.keys()):
         ours, theirs = (tuple(d[key].shape) if key in d else "absent" for d in (own, stored))
         if ours != theirs:
-            raise CheckpointError(f"does not fit this agent: {key} is {theirs} there and {ours} here")
+            raise CheckpointError(f"does not fit this agent: {key} is {theirs} in the checkpoint and {ours} now")
         if own[key].is_floating_point() != stored[key].is_floating_point():
-            raise CheckpointError(f"does not fit this agent: {key} is {stored[key].dtype} there, {own[key].dtype} here")
+            raise CheckpointError(f"does not fit this agent: {key} is {stored[key].dtype} in it, {own[key].dtype} now")
         if not stored[key].isfinite().all():
             raise CheckpointError(f"{key} is not finite")
     module.load_state_dict(stored)
