@@ -28,6 +28,7 @@ from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, OutputError, RunError
 from fabricrl.utils.extras import missing
+from fabricrl.utils.hub import is_on_hub
 
 FORMATS = ("onnx", "pt2")
 NEEDED = ("onnx", "onnxscript", "onnxruntime")  # of the extra `export`
@@ -190,7 +191,7 @@ class Stepper:
         self.memory: np.ndarray | None = None
 
     def inputs(self, observations: Sequence[Any], rewards: Any = 0.0, masks: Any = True) -> dict[str, np.ndarray]:
-        """What the program takes for observations as the environment gives them, one for each row of the batch."""
+        """Inputs of the program: observations as the environment gives them, one for each row of the batch."""
         module, count = self.module, len(observations)
         read = [self.rows.read(obs) for obs in observations]
         inputs = {}
@@ -284,16 +285,15 @@ def largest_difference(policy: Policy, module: ExportedPolicy, path: Path) -> fl
     )
     space.seed(0)
     policy.reset()
-    rewards, masks, rng = np.zeros(ROWS), None, np.random.default_rng(0)
+    rewards, rng = np.zeros(ROWS), np.random.default_rng(0)
     for step in range(4):
         observations = [_moderate(space, space.sample()) for _ in range(ROWS)]
         rows = np.stack([policy.rows.one(obs) for obs in observations])
-        if policy.mask_size:
-            masks = rng.random((ROWS, policy.mask_size)) < 0.5
-            choices = mask_choices(policy.action_space)
-            masks[:, np.cumsum([0, *choices[:-1]])] = True  # something is allowed
-        expected = policy.act(rows, rewards, np.full(ROWS, step == 0), masks)
-        found = stepper(observations, rewards, True if masks is None else masks)
+        masks = [rng.random((ROWS, policy.mask_size)) < 0.5] if policy.mask_size else []
+        for allowed in masks:
+            allowed[:, np.cumsum([0, *mask_choices(policy.action_space)[:-1]])] = True  # something is
+        expected = policy.act(rows, rewards, np.full(ROWS, step == 0), *masks)
+        found = stepper(observations, rewards, *masks)
         if found.shape != expected.shape or found.dtype != expected.dtype:
             raise RunError(f"{path} acts otherwise than the policy: {found.dtype} {found.shape} for {expected.shape}")
         gap = np.abs(found.astype(np.float64) - expected) / np.maximum(1, np.abs(expected))
@@ -326,7 +326,8 @@ def export(source: str, kind: str, out: str | None) -> dict[str, Any]:
     utils = algorithm(state, found)
     if not hasattr(utils, "env_actions"):
         raise ConfigError(f"{found} was made by {policy.algo}, whose utils.py has no env_actions: see Add an algorithm")
-    path = Path(out).expanduser() if out else found.with_suffix(f".{kind}")
+    beside = Path(found.name) if is_on_hub(source) else found
+    path = Path(out).expanduser() if out else beside.with_suffix(f".{kind}")
     if path.suffix != f".{kind}" or not path.parent.is_dir():
         raise ConfigError(f"--out is {out}: it must be a file of a folder that exists, and end in .{kind}")
     module = ExportedPolicy(policy, utils.env_actions)
@@ -346,9 +347,9 @@ def export(source: str, kind: str, out: str | None) -> dict[str, Any]:
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("path", help="checkpoint, or run folder, whose newest checkpoint is written")
+    parser.add_argument("path", help="checkpoint, or run folder or hf://user/repository, whose newest is written")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx, which needs the extra export")
-    parser.add_argument("--out", help="file to write (default: beside the checkpoint, under its name)")
+    parser.add_argument("--out", help="file to write (default: beside the checkpoint, or here for one on the Hub)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     options = parser.parse_args()
     if options.format == "onnx" and not all(map(importlib.util.find_spec, NEEDED)):

@@ -19,7 +19,7 @@ import torch
 
 from fabricrl.envs import check_env
 from fabricrl.envs.rows import Rows, floats_in
-from fabricrl.envs.spaces import Spaces
+from fabricrl.envs.spaces import Spaces, mask_choices
 from fabricrl.envs.structure import check_spaces, stored_spaces
 from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading, restore
 from fabricrl.utils.errors import CheckpointError, ConfigError, EnvError
@@ -84,8 +84,8 @@ class Policy:
                 `info["action_mask"]` has them; None: all.
 
         Raises:
-            ValueError: the observation does not fit its space or is not finite; the reward is missing; or others came
-                before, without a `reset`.
+            ValueError: the observation does not fit its space or is not finite; the reward is missing; the mask is of
+                another size; or another number of observations came before, without a `reset`.
         """
         try:
             rows, is_batch = self.rows(obs)  # [N, ...]
@@ -99,11 +99,18 @@ class Policy:
             raise ValueError(f"{count} observations after {len(begins)}: call reset() between them")
         if reward is None and getattr(self.agent, "prev_reward", False) and not begins.all():
             raise ValueError("this policy was trained with --prev-reward: call policy(obs, reward)")
-        masks = None if mask is None else np.asarray(mask, dtype=bool).reshape(count, -1)
+        masks = [] if mask is None else [self._mask(mask, count)]
         rewards = np.full(count, 0.0 if reward is None else reward, dtype=np.float64)
-        actions = self.act(rows, rewards, begins, masks)
+        actions = self.act(rows, rewards, begins, *masks)
         self._begins = np.zeros(count, dtype=bool)
         return actions if is_batch else actions[0]
+
+    def _mask(self, mask: Any, count: int) -> np.ndarray:
+        """Masks as bool [N, S]. Raises ValueError if they are of another size."""
+        masks, size = np.asarray(mask, dtype=bool), sum(mask_choices(self.action_space))
+        if masks.size != count * size or not size:
+            raise ValueError(f"a mask of shape {masks.shape} for {count} observations: actions have {size} choices")
+        return masks.reshape(count, size)
 
     def reset(self, dones: Any = None) -> None:
         """Begins new episodes: call it after `env.reset()`, and in a loop over a batch with what has ended.

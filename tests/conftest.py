@@ -171,7 +171,7 @@ class NoValues(TorchFunctionMode):
 
 
 class Capture(TorchDispatchMode):
-    """What runs inside becomes a graph, and may not ask for a tensor's value."""
+    """Makes a graph of the calls inside, which may not ask for a tensor's value."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()

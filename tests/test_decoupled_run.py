@@ -627,7 +627,7 @@ LOST = re.compile(r"error: rank (\d) lost (?:rank (\d): message \w+ (?:to|from) 
 
 
 def loss_told(running: Team) -> str:
-    """What the only line says of who is missing; it names an iteration."""
+    """The end of the only line, which says who is missing; the line names an iteration."""
     assert len(running.errors) == 1, running.report()
     match = LOST.fullmatch(running.errors[0])
     assert match, running.report()

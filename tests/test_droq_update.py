@@ -40,7 +40,7 @@ class Training(test_sac_update.Training):
     script = droq
 
     def train(self, batches: Batch, number: int, seed: int = 3) -> dict[str, Tensor]:
-        """What an iteration of `number` environment steps makes of its batches; the last ones are the actor's."""
+        """Batches of an iteration of `number` environment steps; the last ones are the actor's."""
         self.run.train_rng.manual_seed(seed)
         count, metrics = len(batches) - number, []
         for step, rows in enumerate(rows_of(count, number)):

@@ -282,7 +282,7 @@ from fabricrl.envs import guard, make_envs
 guard.GRACE = 0.5
 kwargs = json.dumps({"hang": "stubborn", "only": 8, "start": "command", "close": "leave"})
 args = vars(PPOArgs(env_id="tests.process_envs:Simulated-v0", env_kwargs=kwargs, num_envs=2, vectorization="sync"))
-envs = make_envs(types.SimpleNamespace(**args, timeout=0.01), 0, pathlib.Path("."))
+envs = make_envs(types.SimpleNamespace(**args | {"timeout": 0.01}), 0, pathlib.Path("."))
 envs.reset(seed=[7, 8])
 envs.step(np.zeros(2, np.int64))
 """

@@ -269,7 +269,7 @@ def test_gradient_and_metrics_are_averaged_in_one_message(monkeypatch: pytest.Mo
 
 
 def test_many_ranks_average_by_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where gathering would cost more: the sum is divided by the number of ranks."""
+    """Divides the sum by the number of ranks, where gathering would cost more."""
     own, total = torch.tensor([1.0, 2.0]), torch.tensor([16.0, 8.0])
     monkeypatch.setattr(ranks.functional_collectives, "all_reduce", lambda vector, op, group: {"sum": total}[op])
     monkeypatch.setattr(ranks.functional_collectives, "wait_tensor", lambda tensor: tensor)

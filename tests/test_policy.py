@@ -133,11 +133,11 @@ def recorded(path: Path, *flags: object, prepared: bool = False) -> list[list[tu
     def noting(envs: Any, act: Callable[..., Any], *settings: Any) -> Any:
         records.append([])
 
-        def acting(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray, masks: Any) -> Any:
+        def acting(obs: np.ndarray, rewards: np.ndarray, dones: np.ndarray, masks: Any = None) -> Any:
             given = [copy.deepcopy(env.get_wrapper_attr("latest")) for env in envs.env.envs]
             space = envs.env.envs[0].get_wrapper_attr("space_of_latest")
             batch = concatenate(space, given, create_empty_array(space, len(given)))
-            actions = act(obs, rewards, dones, masks)
+            actions = act(obs, rewards, dones, *([] if masks is None else [masks]))
             step = given, batch, rewards.copy(), dones.copy(), copy.deepcopy(masks), copy.deepcopy(actions)
             records[-1].append(step)
             return actions
@@ -343,6 +343,19 @@ def test_a_policy_that_is_told_rewards_asks_for_them(runs: Callable[[str], Finis
     policy(obs, 1.0)
     policy.reset()
     policy(obs)
+
+
+def test_masks_are_honoured_and_must_have_their_size(runs: Callable[[str], Finished]) -> None:
+    policy = fabricrl.load(runs("allowed").checkpoint, deterministic=False)
+    size = policy.mask_size
+    assert size == policy.action_space.n > 1
+    for allowed in range(size):
+        mask = np.arange(size) == allowed
+        assert {int(policy(mask.astype(np.float32), mask=mask)) for _ in range(20)} == {
+            allowed + int(policy.action_space.start)
+        }
+    with pytest.raises(ValueError, match=rf"a mask of shape \(2,\) for 1 observations: actions have {size} choices"):
+        policy(np.zeros(size, np.float32), mask=[True, False])
 
 
 # --- Checkpoints

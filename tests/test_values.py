@@ -373,7 +373,7 @@ def test_ppo_trains_on_the_observations_of_blackjack(train: Callable[..., Traine
 
 
 def test_checkpoints_from_before_know_their_spaces() -> None:
-    """What was written for each kind of space that was supported then."""
+    """Texts that were written for each kind of space that was supported then."""
     texts = {
         "box": "Box(-1.0, 1.0, (3,), float32)",
         "box_2d": "Box(-1.0, 1.0, (6,), float32)",

@@ -96,7 +96,7 @@ class Messages:
 
     @property
     def learned(self) -> list[Tensor]:
-        """What else training changes: other parameters, moments, and parameters that follow them, as targets do."""
+        """Tensors that training changes besides: parameters, moments, and what follows parameters, as targets do."""
         _, *moments = self.acting.tensors()
         return moments + [tensor for other in self.optimizers[1:] for tensor in other.tensors()] + self._targets
 

@@ -145,7 +145,7 @@ class DeviceReplayBuffer:
         self._count_steps()
 
     def _row(self, position: int) -> slice:
-        """Where the records of a step lie."""
+        """Positions of a step's records."""
         first = position % self._rows * self.num_envs
         return slice(first, first + self.num_envs)
 

@@ -119,7 +119,7 @@ class RecordEncoder(nn.Module):
         return self.encode(images, floats_of(records[:, -1], self.space.num_floats)).view(*batch, -1)
 
     def encode(self, images: Sequence[Tensor], numbers: Tensor) -> Tensor:
-        """What is in records: images [B, S C, H, W], and the numbers of all vectors [B, V] → [B, F]."""
+        """Encodes records: images [B, S C, H, W], and the numbers of all vectors [B, V] → [B, F]."""
         parts = [cnn(image) for cnn, image in zip(self.cnns, images, strict=True)]
         if len(self.layers):
             vectors = numbers.split(list(self.space.vectors.values()), -1)

@@ -1,4 +1,4 @@
-"""The command lines of what is no algorithm: evaluate.py, export.py."""
+"""The command lines of what is no algorithm: evaluate, export, compare, sweep, tune."""
 
 import argparse
 from typing import NoReturn

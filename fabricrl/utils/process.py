@@ -196,7 +196,7 @@ def available_cores() -> float:
 
 
 def cores_of_others(seconds: float = 0.2) -> float:
-    """How many of the cores that this process may use are busy with others, looked at for a moment (Linux; else 0)."""
+    """Cores, of those that this process may use, that others keep busy, looked at for a moment (Linux; else 0)."""
     if not (table := Path("/proc/stat")).exists():
         return 0.0
 

@@ -99,7 +99,7 @@ def train(
 
 
 def shares(count: int, steps: int) -> list[int]:
-    """How many of `count` critic updates each environment step gets: as even as can be."""
+    """Shares of `count` critic updates that environment steps get, as even as can be."""
     return [count * (i + 1) // steps - count * i // steps for i in range(steps)]
 
 

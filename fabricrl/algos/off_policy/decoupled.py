@@ -1,4 +1,4 @@
-"""What the decoupled twins of off-policy algorithms share: the steps that travel, and who keeps which of them.
+"""Parts of the decoupled twins of off-policy algorithms: the steps that travel, and who keeps which of them.
 
 Each trainer owns the replay buffer of its share of the environments, and draws its share of every batch from that: a
 transition travels once, however often it is learned from. Shapes: N environments, n of each trainer, A action size.

@@ -71,7 +71,8 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
 
         # --- Agent, and the optimizer's state for checkpoints
         agent = make_agent(args, envs)
-        _, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
+        # The wrapped model is for trainers alone: the rollout is evaluated by the agent itself
+        model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))  # noqa: RUF059
 
         run.restore(agent=agent, optimizer=optimizer)
         share = declare_rollout(run, agent, trainers.count)
