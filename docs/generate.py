@@ -3,8 +3,9 @@
     python docs/generate.py            rewrites them
     python docs/generate.py --check    fails if one of them is not what it should be
 
-A table stands between `<!-- arguments: NAME -->` and `<!-- end -->`; NAME is a key of TABLES. description.md is what
-package indexes show, where links into this repository lead nowhere: see `description`.
+A table stands between `<!-- arguments: NAME -->` and `<!-- end -->`; NAME is a key of TABLES. `<!-- presets -->` and
+`<!-- tuned -->` begin tables of presets. description.md is what package indexes show, where links into this repository
+lead nowhere: see `description`.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ TABLES: dict[str, tuple[type, type | None]] = {
     "droq": (DroQArgs, EntropyArgs),
     "decoupled": (DecoupledArgs, None),
 }
-MARKED = re.compile(r"(<!-- (arguments|presets)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+ALGORITHMS = {"ppo": "PPO", "ppo_recurrent": "recurrent PPO", "sac": "SAC", "droq": "DroQ"}
+MARKED = re.compile(r"(<!-- (arguments|presets|tuned)(?:: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def shown(value: object) -> str:
@@ -75,12 +77,28 @@ def presets() -> str:
     return "\n".join(lines)
 
 
+def tuned() -> str:
+    """A Markdown table of the environments in each presets.toml, with the steps of their runs."""
+    folder = DOCS.parent / "fabricrl/algos"
+    steps = {
+        algo: {env: settings["total_timesteps"] for env, settings in tomllib.loads(path.read_text()).items()}
+        for algo in ALGORITHMS
+        if (path := folder / algo / "presets.toml").exists()
+    }
+    lines = [f"| environment | {' | '.join(ALGORITHMS[algo] for algo in steps)} |", "|-" * (len(steps) + 1) + "|"]
+    for env in sorted(set().union(*steps.values())):
+        cells = [f"{of[env]:_}".replace("_", " ") if env in of else "–" for of in steps.values()]
+        lines.append(f"| `{env}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def generated(page: str) -> str:
     """A page with its tables as the code says."""
 
     def table(match: re.Match[str]) -> str:
         start, what, name, end = match.groups()
-        return f"{start}\n{presets() if what == 'presets' else arguments(*TABLES[name])}\n\n{end}"
+        content = arguments(*TABLES[name]) if name else {"presets": presets, "tuned": tuned}[what]()
+        return f"{start}\n{content}\n\n{end}"
 
     return MARKED.sub(table, page)
 

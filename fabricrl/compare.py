@@ -29,11 +29,13 @@ from fabricrl.utils.utils import require
 
 TAGS = ("charts/episodic_return", "rollout/ep_rew_mean")  # ours and CleanRL's; Stable-Baselines3's
 POINTS = 100  # of a curve
+PICTURES = (".png", ".svg", ".pdf")
 # Arguments that do not make another experiment of a run
 INCIDENTAL = {
     "seed", "seeds", "jobs", "log_dir", "logger", "log_every", "track", "wandb_project_name", "wandb_entity",
     "save_model", "checkpoint_every", "keep_checkpoints", "checkpoint_buffer", "upload_model", "hf_entity", "resume",
-    "capture_video", "video_every", "node_rank", "main_address", "main_port", "timeout",
+    "capture_video", "video_every", "eval_every", "eval_episodes", "stop_at_return", "vectorization", "check_spaces",
+    "node_rank", "main_address", "main_port", "timeout",
 }  # fmt: skip
 
 
@@ -85,7 +87,8 @@ def find_logs(where: str) -> list[Path]:
     kinds = "metrics.csv", "events.out.tfevents.*"
     folders = sorted({file.parent for place in places for kind in kinds for file in place.rglob(kind)})
     if not folders:
-        raise ConfigError(f"{where}: no run there; one is a folder with TensorBoard events or metrics.csv")
+        fault = "no run there" if places else "there is no such file or folder"
+        raise ConfigError(f"{where}: {fault}; a run is a folder with TensorBoard events or metrics.csv")
     return folders
 
 
@@ -233,6 +236,26 @@ def summarise(groups: Sequence[Group], threshold: float | None = None) -> list[d
     return rows
 
 
+def first_groups(groups: Sequence[Group]) -> dict[str, str]:
+    """Environment → name of its first group, against which `summarise` holds the others."""
+    return {group.env_id: group.name for group in reversed(groups)}
+
+
+def as_json(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in one line; JSON has no NaN and no infinity, so what is unknown or never reached is null."""
+
+    def known(value: Any) -> Any:
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return json.dumps([{key: known(value) for key, value in row.items()} for row in rows])
+
+
+def warn_of_few_seeds(rows: Sequence[dict[str, Any]]) -> None:
+    """Tells on standard error that intervals over fewer than five seeds are too narrow."""
+    if min(row["seeds"] for row in rows) < 5:
+        print("note: over fewer than five seeds, an interval is narrower than it should be", file=sys.stderr)
+
+
 def _goal(groups: Sequence[Group]) -> float:
     start = min(float(curve[np.isfinite(curve)][0]) for group in groups for curve in group.curves)
     return start + 0.9 * (max(float(iqm(group.finals)) for group in groups) - start)
@@ -259,6 +282,17 @@ def _between(value: float, low: float, high: float, digits: int) -> str:
     return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if known else "")
 
 
+def check_picture(path: Path | None) -> None:
+    """Checks, before the work, that a picture can be written there.
+
+    Raises:
+        ConfigError: it has another ending than PICTURES, or its folder is missing.
+    """
+    if path is not None:
+        require(path.suffix in PICTURES, "out", path, f"a file that ends in one of {', '.join(PICTURES)}")
+        require(path.parent.is_dir(), "out", path, "in a folder that exists")
+
+
 def plot(groups: Sequence[Group], path: Path, metric: str) -> None:
     """Draws a panel an environment: interquartile means over seeds, and their 95 % intervals as bands."""
     import matplotlib
@@ -278,9 +312,8 @@ def plot(groups: Sequence[Group], path: Path, metric: str) -> None:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=8)
     try:
         figure.savefig(path, dpi=120, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--out is {path}: it cannot be written: {reason}") from error
+    except OSError as error:
+        raise ConfigError(f"--out is {path}: it cannot be written: {error.strerror}") from error
     plt.close(figure)
 
 
@@ -305,6 +338,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     options = parser.parse_args()
     require(0 < options.final <= 1, "final", options.final, "above 0, at most 1")
+    check_picture(options.out)
 
     named = []
     for operand in options.runs:
@@ -314,19 +348,16 @@ def main() -> int:
     bar = tqdm(named, desc="logs", disable=None, leave=False)  # none without a terminal
     groups = group_logs([(name, read_log(folder, options.metric)) for name, folder in bar], options.final)
     rows = summarise(groups, options.threshold)
-    first: dict[str, str] = {}
-    for row in rows:
-        first.setdefault(row["env"], row["group"])
+    table = markdown(rows, first_groups(groups))
     if options.out is not None:
         plot(groups, options.out, options.metric)
-        options.out.with_suffix(".md").write_text(markdown(rows, first) + "\n")
+        options.out.with_suffix(".md").write_text(table + "\n")
         with options.out.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    print(json.dumps(rows) if options.json else markdown(rows, first))
-    if min(row["seeds"] for row in rows) < 5:
-        print("note: over fewer than five seeds, an interval is narrower than it should be", file=sys.stderr)
+    print(as_json(rows) if options.json else table)
+    warn_of_few_seeds(rows)
     return 0
 
 

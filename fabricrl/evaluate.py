@@ -29,6 +29,7 @@ from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading
 from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.hub import is_on_hub
 from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import HALF, require
 
@@ -40,7 +41,7 @@ def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[
     num_envs = 1 if one else min(options.episodes, options.num_envs)
 
     def build(index: int) -> gym.Env:
-        folder = video_folder(policy) if options.capture_video else None
+        folder = video_folder(policy, options.path) if options.capture_video else None
         shown = "human" if options.render else None
         env = make_env(args, shown, folder, mode, video_episodes=options.episodes)
         return NameFailures(env, index, info_keys(args), policy.mask_size > 0)
@@ -56,14 +57,15 @@ def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[
         envs.close()
 
 
-def video_folder(policy: Policy) -> Path:
-    """The folder for videos of a checkpoint, in that of its run."""
-    return policy.path.parent.parent / "videos" / policy.path.stem
+def video_folder(policy: Policy, source: str) -> Path:
+    """The folder for videos of a checkpoint, in that of its run; here, for one on the Hub."""
+    run = Path() if is_on_hub(source) else policy.path.parent.parent
+    return run / "videos" / policy.path.stem
 
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("path", help="checkpoint, or run folder, whose newest checkpoint is played")
+    parser.add_argument("path", help="checkpoint, or run folder or hf://user/repository, whose newest is played")
     parser.add_argument("--episodes", type=int, default=100, help="episodes of each mode (default: 100)")
     parser.add_argument("--num-envs", type=int, default=8, help="environments played side by side (default: 8)")
     parser.add_argument("--seed", type=int, default=10_000, help="of environments and sampling (default: 10000)")
@@ -97,14 +99,15 @@ def main() -> int:
     if options.json:
         print(json.dumps(results))
         return 0
-    lines = [f"{args.env_id}, {found}, {state['global_step']} steps, {options.episodes} episodes"]
+    name = options.path if is_on_hub(options.path) else found
+    lines = [f"{args.env_id}, {name}, {state['global_step']} steps, {options.episodes} episodes"]
     for mode, r in results.items():
         spread = f"± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
         length = f"{r['length_mean']:.1f} ± {r['length_std']:.1f}"
         told = [f"  {key} {r[f'{key}_mean']:.2f}" for key in info_keys(args) if f"{key}_mean" in r]
         lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}{''.join(told)}")
-    if options.capture_video and any(video_folder(policy).glob("*.mp4")):
-        lines.append(f"  videos in {video_folder(policy)}")
+    if options.capture_video and any((videos := video_folder(policy, options.path)).glob("*.mp4")):
+        lines.append(f"  videos in {videos}")
     print(_printable("\n".join(lines)))
     return 0
 

@@ -28,6 +28,7 @@ from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, OutputError, RunError
 from fabricrl.utils.extras import missing
+from fabricrl.utils.hub import is_on_hub
 
 FORMATS = ("onnx", "pt2")
 NEEDED = ("onnx", "onnxscript", "onnxruntime")  # of the extra `export`
@@ -294,11 +295,11 @@ def largest_difference(policy: Policy, module: ExportedPolicy, path: Path) -> fl
         expected = policy.act(rows, rewards, np.full(ROWS, step == 0), *masks)
         found = stepper(observations, rewards, *masks)
         if found.shape != expected.shape or found.dtype != expected.dtype:
-            raise RunError(f"{path} acts otherwise than the policy: {found.dtype} {found.shape} for {expected.shape}")
+            raise RunError(f"{path} differs from the policy: {found.dtype} {found.shape} for {expected.shape}")
         gap = np.abs(found.astype(np.float64) - expected) / np.maximum(1, np.abs(expected))
         largest, rewards = max(largest, float(gap.max())), rewards + 0.5
     if not largest <= TOLERANCE:
-        raise RunError(f"{path} acts otherwise than the policy: actions differ by {largest:.1e}")
+        raise RunError(f"{path} differs from the policy: actions differ by {largest:.1e}")
     return largest
 
 
@@ -325,7 +326,8 @@ def export(source: str, kind: str, out: str | None) -> dict[str, Any]:
     utils = algorithm(state, found)
     if not hasattr(utils, "env_actions"):
         raise ConfigError(f"{found} was made by {policy.algo}, whose utils.py has no env_actions: see Add an algorithm")
-    path = Path(out).expanduser() if out else found.with_suffix(f".{kind}")
+    beside = Path(found.name) if is_on_hub(source) else found
+    path = Path(out).expanduser() if out else beside.with_suffix(f".{kind}")
     if path.suffix != f".{kind}" or not path.parent.is_dir():
         raise ConfigError(f"--out is {out}: it must be a file of a folder that exists, and end in .{kind}")
     module = ExportedPolicy(policy, utils.env_actions)
@@ -345,9 +347,9 @@ def export(source: str, kind: str, out: str | None) -> dict[str, Any]:
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("path", help="checkpoint, or run folder, whose newest checkpoint is written")
+    parser.add_argument("path", help="checkpoint, or run folder or hf://user/repository, whose newest is written")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx, which needs the extra export")
-    parser.add_argument("--out", help="file to write (default: beside the checkpoint, under its name)")
+    parser.add_argument("--out", help="file to write (default: beside the checkpoint, or here for one on the Hub)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     options = parser.parse_args()
     if options.format == "onnx" and not all(map(importlib.util.find_spec, NEEDED)):

@@ -85,7 +85,7 @@ class Policy:
 
         Raises:
             ValueError: the observation does not fit its space or is not finite; the reward is missing; the mask is of
-                another size; or another number of observations came before, without a `reset`.
+                another size or allows nothing; or another number of observations came before, without a `reset`.
         """
         try:
             rows, is_batch = self.rows(obs)  # [N, ...]
@@ -106,11 +106,15 @@ class Policy:
         return actions if is_batch else actions[0]
 
     def _mask(self, mask: Any, count: int) -> np.ndarray:
-        """Masks as bool [N, S]. Raises ValueError if they are of another size."""
-        masks, size = np.asarray(mask, dtype=bool), sum(mask_choices(self.action_space))
+        """Masks as bool [N, S]. Raises ValueError if they are of another size, or allow no action."""
+        choices = mask_choices(self.action_space)
+        masks, size = np.asarray(mask, dtype=bool), sum(choices)
         if masks.size != count * size or not size:
             raise ValueError(f"a mask of shape {masks.shape} for {count} observations: actions have {size} choices")
-        return masks.reshape(count, size)
+        masks = masks.reshape(count, size)
+        if not np.logical_or.reduceat(masks, np.cumsum([0, *choices[:-1]]), axis=1).all():
+            raise ValueError("a mask that allows no action")
+        return masks
 
     def reset(self, dones: Any = None) -> None:
         """Begins new episodes: call it after `env.reset()`, and in a loop over a batch with what has ended.

@@ -7,7 +7,6 @@ What is not listed below goes to the algorithm's script.
 """
 
 import itertools
-import json
 import os
 import re
 import shlex
@@ -23,7 +22,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fabricrl.__main__ import algorithms
-from fabricrl.compare import group_logs, markdown, plot, read_log, summarise
+from fabricrl.compare import (
+    as_json,
+    check_picture,
+    first_groups,
+    group_logs,
+    markdown,
+    plot,
+    read_log,
+    summarise,
+    warn_of_few_seeds,
+)
 from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
@@ -166,7 +175,7 @@ def _folder(log_dir: str) -> list[str]:
     return ["--log-dir", str(Path(log_dir) / f"sweep_{datetime.now():%Y%m%d-%H%M%S}")]
 
 
-def report(outcomes: Sequence[Outcome], out: Path | None, as_json: bool) -> int:
+def report(outcomes: Sequence[Outcome], out: Path | None, in_json: bool) -> int:
     """Prints the comparison of the runs that came to their end, and what became of the others: the exit code."""
     for outcome in outcomes:
         if outcome.code:
@@ -180,7 +189,9 @@ def report(outcomes: Sequence[Outcome], out: Path | None, as_json: bool) -> int:
     rows.sort(key=lambda row: -row["iqm"])
     if out is not None:
         plot(groups, out, "")
-    print(json.dumps(rows) if as_json else markdown(rows, {groups[0].env_id: groups[0].name}))
+    print(as_json(rows) if in_json else markdown(rows, first_groups(groups)))
+    warn_of_few_seeds(rows)
+    print(f"runs in {folders[0].parents[2]}", file=sys.stderr)
     return code
 
 
@@ -197,6 +208,7 @@ def main() -> int:
     options, rest = parser.parse_known_args()
     require(options.seeds >= 1, "seeds", options.seeds, "at least 1")
     require(options.jobs >= 1, "jobs", options.jobs, "at least 1")
+    check_picture(options.out)
     base = [sys.executable, str(algorithms()[options.algo]), *rest, *_folder(options.log_dir)]
     seeds = range(options.seed, options.seed + options.seeds)
     return report(train(base, grid(options.grid), seeds, options.jobs), options.out, options.json)

@@ -56,29 +56,43 @@ def read_space(path: Path) -> dict[str, Any]:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--space {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     for name, values in space.items():
-        allowed = "a list of choices, or a range { low = 1e-5, high = 1e-2, log = true }"
-        require(_is_range(values) or (isinstance(values, list) and bool(values)), f"space: {name}", values, allowed)
+        allowed = "a list of numbers, strings, true and false, or a range { low = 1e-5, high = 1e-2, log = true }"
+        require(_is_range(values) or _is_choice(values), f"space: {name}", values, allowed)
     return {name.replace("_", "-"): values for name, values in space.items()}
 
 
 def _is_range(values: Any) -> bool:
     if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}:
         return False
-    low, high = values["low"], values["high"]
-    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
-    return numbers and low <= high and (low > 0 or not values.get("log", False))
+    low, high, log, step = values["low"], values["high"], values.get("log", False), values.get("step", 1)
+    numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in (low, high, step))
+    if not numbers or not isinstance(log, bool) or not low <= high or step <= 0:
+        return False
+    return not log or (low > 0 and "step" not in values)
+
+
+def _is_choice(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, Value) for value in values)
 
 
 def suggest(trial: "optuna.Trial", space: Mapping[str, Any]) -> dict[str, Value]:
-    """Flag → value, of this trial."""
+    """Flag → value, of this trial.
+
+    Raises:
+        ConfigError: earlier trials of the study chose an argument from another list, or in another way.
+    """
     chosen: dict[str, Value] = {}
     for name, values in space.items():
-        if isinstance(values, list):
-            chosen[name] = cast(Value, trial.suggest_categorical(name, values))
-        elif isinstance(values["low"], int) and isinstance(values["high"], int):
-            chosen[name] = trial.suggest_int(name, **values)
-        else:
-            chosen[name] = trial.suggest_float(name, **values)
+        try:
+            if isinstance(values, list):
+                chosen[name] = cast(Value, trial.suggest_categorical(name, values))
+            elif isinstance(values["low"], int) and isinstance(values["high"], int):
+                chosen[name] = trial.suggest_int(name, **values)
+            else:
+                chosen[name] = trial.suggest_float(name, **values)
+        except ValueError as error:
+            told = f"{name}: the study's trials so far are of another space; name another --study"
+            raise ConfigError(told) from error
     return chosen
 
 
@@ -166,7 +180,7 @@ class Search:
         import optuna
 
         folder = self.folder / f"trial_{trial.number}" / f"seed_{seed}"
-        told, seen = folder / "stderr.txt", 0
+        told, reported = folder / "stderr.txt", 0
         folder.mkdir(parents=True, exist_ok=True)
         with self._lock, told.open("w") as errors:
             if self.exit_code:
@@ -179,11 +193,11 @@ class Search:
                 time.sleep(POLL)
                 if seed > 1:
                     continue
-                done = evaluations(folder)
-                for step, value in done[seen:]:
-                    trial.report(value, step)
-                seen = len(done)
-                if seen and trial.should_prune():
+                for step, value in evaluations(folder):
+                    if step > reported:  # a log that gets a column is written anew, and for a moment is short
+                        trial.report(value, step)
+                        reported = step
+                if reported and trial.should_prune():
                     process.terminate()
                     raise optuna.TrialPruned
         finally:
@@ -224,6 +238,13 @@ def _counts(trial: "optuna.trial.FrozenTrial") -> bool:
     return trial.state != TrialState.FAIL or "error" in trial.user_attrs
 
 
+def is_hopeless(study: "optuna.Study") -> bool:
+    """True if three trials have failed, all with one error, and none has done better: a flag is wrong for them all."""
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished() and _counts(trial)]
+    errors = [trial.user_attrs.get("error") for trial in trials]
+    return len(errors) >= 3 and len(set(errors)) == 1 and errors[0] is not None
+
+
 def open_study(name: str, storage: str, warmup: int, seed: int | None) -> "optuna.Study":
     """Opens a study, or makes it; trials whose process was killed are tried again.
 
@@ -232,13 +253,14 @@ def open_study(name: str, storage: str, warmup: int, seed: int | None) -> "optun
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # of trials that fail, `_search` tells in one line
     try:
         with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
             database = optuna.storages.RDBStorage(
                 storage, heartbeat_interval=HEARTBEAT, grace_period=4 * HEARTBEAT,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
             )  # fmt: skip
+        _change_in_turn(database)
         return optuna.create_study(
             study_name=name, storage=database, direction="maximize", load_if_exists=True,
             sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, constant_liar=True),
@@ -246,6 +268,17 @@ def open_study(name: str, storage: str, warmup: int, seed: int | None) -> "optun
         )  # fmt: skip
     except Exception as error:  # whatever SQLAlchemy or a database's driver raises
         raise ConfigError(f"--storage {storage} cannot be opened: {str(error).splitlines()[0]}") from error
+
+
+def _change_in_turn(database: "optuna.storages.RDBStorage") -> None:
+    """Lets one thread at a time change a trial's state: SQLite locks no rows, and two would take one waiting trial."""
+    lock, change = threading.Lock(), database.set_trial_state_values
+
+    def in_turn(*args: Any, **kwargs: Any) -> bool:
+        with lock:
+            return change(*args, **kwargs)
+
+    database.set_trial_state_values = in_turn  # type: ignore[method-assign]
 
 
 def write_report(study: "optuna.Study", folder: Path) -> None:
@@ -303,11 +336,13 @@ def main() -> int:
     parser.add_argument("--sampler-seed", type=int, help="seed of the search (default: another one each time)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of text")
     options, words = parser.parse_known_args()
-    for name in ("trials", "jobs", "seeds", "eval_episodes"):
-        require(getattr(options, name) >= 1, name, getattr(options, name), "at least 1")
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError("tune needs Optuna, which is not installed: pip install 'fabricrl[tune]'")
+    for name in ("trials", "jobs", "seeds", "eval_episodes", "eval_every"):
+        given = getattr(options, name)
+        require(given is None or given >= 1, name, given, "at least 1")
     steps = options.total_timesteps
-    require(steps >= 1 and steps == int(steps), "total_timesteps", steps, "a whole number of at least 1")
-    require(importlib.util.find_spec("optuna") is not None, "tune", "called", "after: pip install 'fabricrl[tune]'")
+    require(steps >= 1 and steps.is_integer(), "total_timesteps", steps, "a whole number of at least 1")
 
     script = algorithms()[options.algo]
     space = read_space(options.space or script.parent / "space.toml")
@@ -341,12 +376,14 @@ def _search(study: "optuna.Study", search: Search, options: argparse.Namespace) 
             print(f"trial {trial.number}: {trial.value:.2f} (best {study.best_value:.2f})", file=sys.stderr, flush=True)
         elif "error" in trial.user_attrs:
             print(f"trial {trial.number}: {trial.user_attrs['error']}", file=sys.stderr, flush=True)
-        if reached or search.exit_code or count_done(study) >= options.trials:
+        if reached or search.exit_code or is_hopeless(study) or count_done(study) >= options.trials:
             study.stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, search.stop)
-    if (left := options.trials - count_done(study)) > 0:
+    values = [trial.values[0] for trial in study.get_trials(states=(TrialState.COMPLETE,))]
+    left = options.trials - count_done(study)
+    if left > 0 and max(values, default=-math.inf) < options.target:
         study.optimize(search, n_trials=left, n_jobs=options.jobs, callbacks=[enough], catch=(TrialError,))
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         if search.exit_code:
@@ -354,7 +391,7 @@ def _search(study: "optuna.Study", search: Search, options: argparse.Namespace) 
         raise ConfigError(f"no trial has come to its end: {search.error or 'all were given up or failed'}")
     folder = search.folder
     write_report(study, folder)
-    command = shlex.join(["python", *search.command[1:], *flags(study.best_params)])
+    command = shlex.join(["fabricrl", options.algo, *search.command[2:], *flags(study.best_params)])
     best = {"value": study.best_value, "trial": study.best_trial.number, "command": command, "folder": str(folder)}
     text = f"best: {study.best_value:.2f}, trial {study.best_trial.number}; pictures and table in {folder}\n{command}"
     print(json.dumps(best | {"params": study.best_params}) if options.json else text)

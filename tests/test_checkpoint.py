@@ -308,7 +308,7 @@ def test_a_checkpoint_of_other_actions_is_refused_with_both_spaces(tmp_path: Pat
 def test_a_checkpoint_of_another_net_size_is_refused_with_the_first_parameter_that_differs(path: Path) -> None:
     message = refusal(path, "--hidden-sizes", 64, 32)
     assert str(path) in message
-    assert "actor.hidden.1.bias is (64,) there and (32,) here" in message
+    assert "actor.hidden.1.bias is (64,) in the checkpoint and (32,) now" in message
 
 
 def test_a_missing_file_a_folder_without_checkpoints_and_a_text_file_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fabricrl import compare
+from fabricrl.algos.args import UNNAMED
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
@@ -41,7 +42,7 @@ def foreign(folder: Path, tag: str, curve: Sequence[tuple[int, float]]) -> Path:
 def compared(*arguments: object) -> list[dict]:
     done = call(compare.main, *arguments, "--json")
     assert done.code == 0, done
-    return json.loads(done.out)
+    return json.loads(done.out, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
 
 
 LINE = [(step, step / 10) for step in range(100, 1001, 100)]
@@ -89,7 +90,7 @@ def test_runs_that_differ_in_their_seed_are_a_group(tmp_path: Path, kind: str) -
     assert (high["group"], high["seeds"], high["mean"], high["std"]) == ("ppo learning-rate=0.001", 2, 250, 50)
     assert (low["group"], low["seeds"], low["mean"]) == ("ppo learning-rate=0.0001", 1, 400)
     assert low["better"] == 1
-    assert np.isnan(high["better"])
+    assert high["better"] is None
     if kind == "csv":
         assert high["seconds"] == 1
 
@@ -148,7 +149,7 @@ def test_steps_to_a_threshold(tmp_path: Path) -> None:
     (row,) = compared(tmp_path, "--threshold", 60)
     assert row["steps_to_threshold"] == 600  # the median of 300, 600 and never
     (row,) = compared(tmp_path, "--threshold", 150)
-    assert row["steps_to_threshold"] == float("inf")
+    assert row["steps_to_threshold"] is None
 
 
 def test_picture_and_tables_are_written_beside_each_other(tmp_path: Path) -> None:
@@ -170,14 +171,22 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     good = ours(tmp_path / "good", LINE)
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "metrics.csv").write_text("step,charts/episodic_return\n5,hello\n")
-    mistakes = {
-        "no run there": [tmp_path / "nothing*"],
+    (tmp_path / "empty").mkdir()
+    mistakes: dict[str, list[object]] = {
+        "there is no such file or folder": [tmp_path / "nothing*"],
+        "no run there": [tmp_path / "empty"],
+        "unrecognized arguments: --metrics; see --help": [good, "--metrics"],
         "has no entries of loss; it has charts/SPS, charts/episodic_return": [good, "--metric", "loss"],
         "cannot be read": [tmp_path / "torn"],
         "final is 0.0": [good, "--final", 0],
-        "cannot be written": [good, "--out", tmp_path / "good" / "x.nothing"],
+        "ends in one of .png, .svg, .pdf": [good, "--out", tmp_path / "good" / "x.nothing"],
+        "in a folder that exists": [good, "--out", tmp_path / "nothing" / "x.png"],
     }
     for message, arguments in mistakes.items():
         with pytest.raises(ConfigError, match=message) as error:
             call(compare.main, *arguments)
         assert "\n" not in str(error.value)
+
+
+def test_arguments_that_name_no_run_make_no_group_either() -> None:
+    assert UNNAMED - {"env_id"} <= compare.INCIDENTAL

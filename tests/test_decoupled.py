@@ -473,7 +473,7 @@ def test_a_trainer_whose_parameters_are_others_than_the_players_does_not_begin()
     messages = some_messages()
     greeting = Hello(hash=int(parameter_hash(torch.nn.Linear(1, 1))))
     player, _ = obeying(greeting)
-    with pytest.raises(RunError, match="other parameters"):
+    with pytest.raises(RunError, match="different parameters"):
         player.meet(messages)
 
 

@@ -138,7 +138,7 @@ def test_commands_name_scripts_that_exist_and_arguments_that_they_have(page: Pat
     if name == "td3":  # run by tests/test_add_an_algorithm.py
         return
     assert (ROOT / words[0]).exists(), page
-    asks = {"--help", "--help-all", "--resume"} & set(words)
+    asks = {"--help", "--help-all", "--resume", "--seeds"} & set(words)  # --seeds starts the runs
     if name not in KINDS or asks or words[1:] == ["--num-minibatches", "3"]:  # the last shows an error
         return
     with mock.patch.object(sys, "argv", words):

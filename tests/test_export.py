@@ -132,7 +132,7 @@ def test_a_program_that_acts_otherwise_is_noticed(
 
     original = export.EnvActions.forward
     monkeypatch.setattr(export.EnvActions, "forward", wrong)
-    with pytest.raises(RunError, match=r"acts otherwise than the policy: actions differ by [0-9.]+e-0[34]"):
+    with pytest.raises(RunError, match=r"differs from the policy: actions differ by [0-9.]+e-0[34]"):
         written(runs("sac").checkpoint, "pt2", tmp_path / "policy.pt2")
 
 

@@ -183,7 +183,7 @@ def test_a_state_of_other_parameters_is_refused(name: str) -> None:
     train(network, optimizer, ALL[:2])
     state = stored(optimizer)
     state["state"][0][name] = state["state"][0][name][1:]
-    with pytest.raises(CheckpointError, match=rf"the optimizer's {name} is \(58,\) there and \(59,\) here"):
+    with pytest.raises(CheckpointError, match=rf"the optimizer's {name} is \(58,\) in the checkpoint, \(59,\) now"):
         optimizer.load_state_dict(state)
 
 

@@ -356,6 +356,8 @@ def test_masks_are_honoured_and_must_have_their_size(runs: Callable[[str], Finis
         }
     with pytest.raises(ValueError, match=rf"a mask of shape \(2,\) for 1 observations: actions have {size} choices"):
         policy(np.zeros(size, np.float32), mask=[True, False])
+    with pytest.raises(ValueError, match="a mask that allows no action"):
+        policy(np.zeros(size, np.float32), mask=[False] * size)
 
 
 # --- Checkpoints

@@ -17,6 +17,7 @@ import argparse, json, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
 parser.add_argument("--learning-rate", type=float, default=1.0)
 parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+parser.add_argument("--env-id", default="Env-v0")
 parser.add_argument("--code", type=int, default=0)
 parser.add_argument("--wait", action="store_true")
 parser.add_argument("--seed", type=int)
@@ -25,13 +26,13 @@ a = parser.parse_args()
 if a.code:
     print("error: told to fail", file=sys.stderr)
     sys.exit(a.code)
-folder = a.log_dir / "algo" / "Env-v0" / f"run_{a.learning_rate}_{a.compile}_{a.seed}"
+folder = a.log_dir / "algo" / a.env_id / f"run_{a.learning_rate}_{a.compile}_{a.seed}"
 (folder / "checkpoints").mkdir(parents=True)
 if a.wait:
     signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(143)))
     (folder / "waiting").touch()
     time.sleep(600)
-arguments = {"env_id": "Env-v0", "learning_rate": a.learning_rate, "compile": a.compile, "seed": a.seed}
+arguments = {"env_id": a.env_id, "learning_rate": a.learning_rate, "compile": a.compile, "seed": a.seed}
 (folder / "args.json").write_text(json.dumps(arguments))
 (folder / "metrics.csv").write_text(f"step,charts/episodic_return\\n100,{100 * a.learning_rate + a.seed}\\n")
 print(f"result steps=100 checkpoint={folder / 'checkpoints' / 'step.ckpt'}")
@@ -77,6 +78,35 @@ def test_every_combination_is_run_with_every_seed(script: Path, tmp_path: Path) 
     assert all("learning-rate=" in row["group"] and "compile=" in row["group"] for row in rows)
     assert (tmp_path / "x.png").exists()
     assert len(list((tmp_path / "logs").glob("sweep_*/algo/Env-v0/run_*"))) == 12
+    (sweep_folder,) = (tmp_path / "logs").iterdir()
+    assert f"runs in {sweep_folder}" in done.err
+    assert "fewer than five seeds" in done.err
+
+
+def test_environments_are_a_table_with_a_first_group_each(script: Path, tmp_path: Path) -> None:
+    flags = ["--grid", "env-id=One-v0,Two-v0", "learning-rate=1,2", "--log-dir", tmp_path / "logs"]
+    done = call(sweep.main, "stub", *flags)
+    assert done.code == 0, done
+    better = {tuple(row.split(" | ")[:2]): row.split(" | ")[-1].strip(" |") for row in done.out.splitlines()[2:]}
+    assert better == {
+        (f"| {env}", f"algo learning-rate={rate}"): "" if rate == "1.0" else "1.00"
+        for env in ("One-v0", "Two-v0")
+        for rate in ("1.0", "2.0")
+    }
+
+
+def test_mistakes_are_told_before_the_first_run(script: Path, tmp_path: Path) -> None:
+    for flags, message in (
+        (["--out", tmp_path / "x.jpeg"], "out is .*ends in one of .png, .svg, .pdf"),
+        (["--out", tmp_path / "nothing" / "x.png"], "in a folder that exists"),
+        (["--seeds", 0], "seeds is 0"),
+        (["--seeds", "two"], "invalid int value: 'two'; see --help"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call(sweep.main, "stub", *flags, "--log-dir", tmp_path / "logs")
+    with pytest.raises(ConfigError, match=r"invalid choice: 'stab' \(choose from 'stub'\)"):
+        call(sweep.main, "stab")
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_run_that_fails_leaves_the_others_to_be_compared(script: Path, tmp_path: Path) -> None:

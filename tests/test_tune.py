@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,12 +92,40 @@ def test_trials_that_fail_are_told_and_count(flags: list[object], tmp_path: Path
     assert {row["state"] for row in trials(tmp_path)} == {"complete", "fail"}
     (tmp_path / "space.toml").write_text("learning-rate = [0.9]\n")
     with pytest.raises(ConfigError, match="--learning-rate is too much"):
-        call(tune.main, *flags, "--trials", 2, "--study", "hopeless")
+        call(tune.main, *flags, "--trials", 9, "--study", "hopeless")
+    study = optuna.load_study(study_name="hopeless", storage=f"sqlite:///{tmp_path}/logs/tune/hopeless/tune.db")
+    assert len(study.trials) == 3  # one error for all of them
 
 
 def test_a_target_ends_the_search(flags: list[object], tmp_path: Path) -> None:
-    call(tune.main, *flags, "--trials", 50, "--learning-rate", 0.01, "--anneal-lr", "--target", 1.9)
-    assert len(trials(tmp_path)) == 1
+    for _ in range(2):  # called again, it has nothing to do
+        done = call(tune.main, *flags, "--trials", 50, "--learning-rate", 0.01, "--anneal-lr", "--target", 1.9)
+        assert done.out.splitlines()[1].startswith("fabricrl stub --env-id CartPole-v1 ")
+        assert len(trials(tmp_path)) == 1
+
+
+def test_a_waiting_trial_is_taken_once(tmp_path: Path) -> None:
+    """Over SQLite, Optuna alone gives one to several threads."""
+    study = tune.open_study("study", f"sqlite:///{tmp_path}/tune.db", 1, 1)
+    for rate in range(24):
+        study.enqueue_trial({"learning-rate": rate})
+    with ThreadPoolExecutor(4) as threads:
+        numbers = list(threads.map(lambda _: study.ask().number, range(24)))
+    assert sorted(numbers) == list(range(24))
+
+
+def test_a_study_keeps_its_space(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "space.toml").write_text("learning-rate = [0.01]\n")
+    assert call(tune.main, *flags, "--trials", 1).code == 0
+    (tmp_path / "space.toml").write_text("learning-rate = [0.01, 0.02]\n")
+    with pytest.raises(ConfigError, match=r"learning-rate: .* another --study"):
+        call(tune.main, *flags, "--trials", 2)
+
+
+def test_without_optuna_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"not installed: pip install 'fabricrl\[tune\]'"):
+        call(tune.main, "ppo")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
@@ -128,7 +157,16 @@ def test_a_search_that_ends_early_tries_its_trial_again(
 
 
 def test_mistakes(flags: list[object], tmp_path: Path) -> None:
-    for text in ("x = 3", "x = []", "x = { low = 2, high = 1 }", "x = { low = 0, high = 1, log = true }", "x = ="):
+    for text in (
+        "x = 3",
+        "x = []",
+        "x = { low = 2, high = 1 }",
+        "x = { low = 0, high = 1, log = true }",
+        "x = =",
+        "x = [[1]]",
+        "x = { low = 1, high = 2, log = true, step = 1 }",
+        "x = { low = 1, high = 2, step = 0 }",
+    ):
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(ConfigError, match="space"):
             tune.read_space(tmp_path / "bad.toml")
@@ -136,6 +174,9 @@ def test_mistakes(flags: list[object], tmp_path: Path) -> None:
         (["--learning-rate", "1"], "1e-06 to 0.1"),
         (["--trials", 0], "trials"),
         (["--total-timesteps", 1.5], "whole"),
+        (["--total-timesteps", "inf"], "whole"),
+        (["--eval-every", 0], "eval-every is 0"),
+        (["--space", tmp_path / "nothing.toml"], "--space .* cannot be read: No such file"),
         (["--storage", "nonsense"], "--storage nonsense"),
     ):
         with pytest.raises(ConfigError, match=message):

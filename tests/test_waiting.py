@@ -251,7 +251,7 @@ def test_a_process_that_has_ended_is_told_from_one_that_is_late(join: Callable[.
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as other:
         store.set("fabricrl/0/lives/1", f"0 {other.pid} {peers_module._machine()}")
         own = join(0, world_size=2)
-        assert own.roll_call()[0].endswith("runs, but has not come to where the others wait")
+        assert own.roll_call()[0].endswith("is running, but has not reached the point where the others wait")
         os.kill(other.pid, signal.SIGSTOP)
         while process_state(other.pid) != "T":
             time.sleep(0.01)

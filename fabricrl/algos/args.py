@@ -10,11 +10,12 @@ import itertools
 import math
 import os
 import re
+import shlex
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -30,6 +31,7 @@ from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.extras import pip_install
+from fabricrl.utils.hub import is_installed
 from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.utils import require
 
@@ -131,13 +133,15 @@ class StandardArgs:
     checkpoint_every: int = arg(100_000, "environment steps between checkpoints; 0: only the last")
     keep_checkpoints: int = arg(3, "newest checkpoints to keep, besides the best", advanced=True)
     upload_model: bool = arg(
-        False, "upload the run's folder to the Hugging Face Hub at the end; needs huggingface_hub", advanced=True
+        False,
+        "upload checkpoints and a page to the Hugging Face Hub at the end; needs the extra hub",
+        advanced=True,
     )
     hf_entity: str | None = arg(
         None, "user or organisation on the Hugging Face Hub; None: the owner of the token", advanced=True
     )
     resume: str | None = arg(
-        None, "checkpoint or run folder to continue, with its arguments; flags given beside it win"
+        None, "checkpoint, run folder or hf://user/repository to continue, with its arguments; flags beside it win"
     )
 
     # --- hardware
@@ -175,6 +179,7 @@ class StandardArgs:
         require_counts(self, 2**63 - 1, "num_envs", "video_every", "log_every", "keep_checkpoints")
         require_counts(self, 1000, "action_repeat", "jobs")
         require_counts(self, 10_000, "seeds")
+        require(self.jobs == 1 or self.seeds > 1, "jobs", self.jobs, "1 without --seeds")
         require_counts(self, 10_000, "num_threads", "num_nodes")
         require_counts(self, 1_000_000, "eval_episodes")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
@@ -215,8 +220,8 @@ class StandardArgs:
             there = importlib.util.find_spec("wandb") is not None
             require(there, "logger", "wandb", f"another one, or wandb after: {pip_install('wandb')}")
         if self.upload_model:
-            there = importlib.util.find_spec("huggingface_hub") is not None
-            require(there, "upload_model", "set", "left out, or set after: pip install huggingface_hub")
+            require(is_installed(), "upload_model", "set", f"left out, or set after: {pip_install('hub')}")
+            require(self.save_model, "upload_model", "set", "left out beside --no-save-model, which leaves nothing")
         processors = os.cpu_count() or 1
         allowed = f"at most {processors}, the processors of this machine"
         require(self.num_threads is None or self.num_threads <= processors, "num_threads", self.num_threads, allowed)
@@ -278,19 +283,38 @@ def run_name(args: StandardArgs, algo: str) -> str:
     return name
 
 
-def _changed(args: StandardArgs) -> list[str]:
-    """Arguments of environment and algorithm that differ from the defaults, or from those of the preset."""
+def command(args: StandardArgs, algo: str) -> str:
+    """The command line that trains with these arguments; what concerns one's own disk and accounts is left out."""
+    words = ["fabricrl", (algo + "_decoupled" * isinstance(args, DecoupledArgs)).replace("_", "-")]
+    words += ["--env-id", args.env_id]
+    for name, value in _different(args, set(UNNAMED_GROUPS[:1]), {"env_id", "seeds", "jobs", "node_rank"}):
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def _different(args: StandardArgs, groups: set[str], names: set[str]) -> Iterator[tuple[str, Any]]:
+    """Arguments that differ from the defaults, or from those of the preset, save some groups and names."""
     preset: dict[str, Any] = {}
     with contextlib.suppress(ConfigError):
         preset = _preset(type(args), getattr(args, "preset", "default"), args.presets, args.env_id)
-    told, group = [], ""
+    group = ""
     for field in dataclasses.fields(args):
         group = field.metadata["group"] or group
         value = getattr(args, field.name)
-        left_out = group in UNNAMED_GROUPS or field.name in UNNAMED
-        if left_out or value == preset.get(field.name, field.default):
-            continue
-        name = field.name.replace("_", "-")
+        default = preset.get(field.name, field.default)
+        if group not in groups and field.name not in names and value != default:
+            yield field.name, value
+
+
+def _changed(args: StandardArgs) -> list[str]:
+    """Arguments of environment and algorithm that differ from the defaults, in the names of runs."""
+    told = []
+    for field, value in _different(args, set(UNNAMED_GROUPS), UNNAMED):
+        name = field.replace("_", "-")
         if isinstance(value, bool):
             told.append(name if value else f"no-{name}")
         else:

@@ -311,7 +311,9 @@ class Player:
         )
         if hello.hash != int(parameter_hash(messages.agent)):
             us = f"rank {self.channel.rank}"
-            raise RunError(f"{us} starts from other parameters than the player: does the environment draw from torch?")
+            raise RunError(
+                f"{us} starts with different parameters from the player's: does the environment draw from torch?"
+            )
         return self.folder
 
     def orders(self, rb: Replay | None = None, refill: bool = False) -> Iterator[Order]:

@@ -29,7 +29,7 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.args import check_sizes, parse, run_name
+from fabricrl.algos.args import check_sizes, command, parse, run_name
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.data import Replay, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
@@ -168,6 +168,10 @@ class Run:
             self._evaluation.close()
         if kind is None and self._folder is not None:
             self._folder.finish(self.global_step, self.episodes, self._eval_return, self.exit_code > 0)
+            if self.args.upload_model and self.fabric.global_rank == 0:
+                from fabricrl.hub import upload  # here, as it brings what draws
+
+                upload(self.folder, self.args.hf_entity, command(self.args, self.algo))
 
     # --- before the loop
 

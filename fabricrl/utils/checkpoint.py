@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from fabricrl.utils.errors import CheckpointError, ConfigError, OutputError, from_here
+from fabricrl.utils.hub import fetch, is_on_hub
 
 FORMAT = 1
 BEST = "best.ckpt"
@@ -127,15 +128,42 @@ def shard_ranks(state: Mapping[str, Any]) -> range:
     return range(state["shards"] if state.get("shards") else state["world_size"] if state.get("shard") else 0)
 
 
-def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str, Any], Path]:
-    """Reads a checkpoint, or the newest good one of a run folder. Never runs code from the file.
+def copy_without_buffer(source: Path, target: Path) -> dict[str, Any]:
+    """Writes a checkpoint again for others to use: without the replay buffer, and without its wish to be uploaded.
 
-    Returns the state and the file that it came from.
+    Returns its state.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        OutputError: the copy cannot be written.
+    """
+    state, _ = load_checkpoint(source)
+    private = {"upload_model": False, "hf_entity": None}
+    args = state["args"] | {name: value for name, value in private.items() if name in state["args"]}
+    parts = {"shard": None, "shards": 0}
+    state |= {"args": args} | {name: nothing for name, nothing in parts.items() if name in state}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(target, state)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {_cause(error)}") from error
+    return state
+
+
+def load_checkpoint(path: str | Path, algo: str | None = None) -> tuple[dict[str, Any], Path]:
+    """Reads a checkpoint, or the newest good one of a run folder, also of one on the Hub: `hf://user/repository`.
+
+    Never runs code from the file. Returns the state and the file that it came from.
 
     Raises:
         CheckpointError: missing, truncated, altered, of another format or another algorithm than `algo`.
+        ConfigError: a place on the Hub that is not written as it should be, or the package for it is missing.
     """
-    path, is_folder = _locate(path)
+    if is_on_hub(path):
+        path = fetch(str(path))  # a link into the cache: what it leads to has no name that tells anything
+        is_folder = path.is_dir()
+    else:
+        path, is_folder = _locate(path)
     state, found = _newest_good(_candidates(path)) if is_folder else (_read(path), path)
     if state.get("format") != FORMAT:
         raise CheckpointError(
@@ -389,9 +417,9 @@ def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
     for key in sorted(own.keys() | stored.keys()):
         ours, theirs = (tuple(d[key].shape) if key in d else "absent" for d in (own, stored))
         if ours != theirs:
-            raise CheckpointError(f"does not fit this agent: {key} is {theirs} there and {ours} here")
+            raise CheckpointError(f"does not fit this agent: {key} is {theirs} in the checkpoint and {ours} now")
         if own[key].is_floating_point() != stored[key].is_floating_point():
-            raise CheckpointError(f"does not fit this agent: {key} is {stored[key].dtype} there, {own[key].dtype} here")
+            raise CheckpointError(f"does not fit this agent: {key} is {stored[key].dtype} in it, {own[key].dtype} now")
         if not stored[key].isfinite().all():
             raise CheckpointError(f"{key} is not finite")
     module.load_state_dict(stored)

@@ -192,7 +192,7 @@ def _explaining(options: dict[str, Any]) -> Iterator[None]:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise LostPeerError(f"rank {own_rank()} has not met the others at {place}: {reason(error)}") from error
         given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-        raise ConfigError(f"{given} cannot be had here: {one_line(error)}") from error
+        raise ConfigError(f"{given} is not available here: {one_line(error)}") from error
 
 
 def _threads(args: Any, fabric: Fabric) -> int:

@@ -164,14 +164,14 @@ class Adam(torch.optim.Optimizer):
             raise CheckpointError("the optimizer has other groups of parameters there than here")
         for name in ("betas", "eps"):
             if (there := groups[0][name]) != (here := self.param_groups[0][name]):
-                raise CheckpointError(f"the optimizer's {name} is {there} there and {here} here")
+                raise CheckpointError(f"the optimizer's {name} is {there} in the checkpoint, {here} now")
         stored = state.get(0, {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros(())})
         if stored.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise CheckpointError(f"the optimizer's state has {', '.join(map(str, stored))}")
         for name, value in stored.items():
             ours, theirs = flat.steps.shape if name == "step" else flat.vector.shape, value.shape
             if theirs != ours and not (name == "step" and theirs == ()):
-                raise CheckpointError(f"the optimizer's {name} is {tuple(theirs)} there and {tuple(ours)} here")
+                raise CheckpointError(f"the optimizer's {name} is {tuple(theirs)} in the checkpoint, {tuple(ours)} now")
             if not (value.is_floating_point() and value.isfinite().all()) or (name != "exp_avg" and (value < 0).any()):
                 raise CheckpointError(f"the optimizer's {name} cannot be: not finite, or negative")
         flat.load(stored["exp_avg"], stored["exp_avg_sq"], stored["step"])

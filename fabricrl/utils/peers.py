@@ -199,7 +199,7 @@ class Peers:
         elif state in ("T", "t"):
             what = "has been stopped"
         else:
-            what = "runs, but has not come to where the others wait" if state else "has ended"
+            what = "is running, but has not reached the point where the others wait" if state else "has ended"
         return f"rank {rank}, process {sign[1]} of {sign[2]}, {what}"
 
     def _first_of_node(self) -> bool:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fabricrl.utils.checkpoint import LACKING, go_without, save_checkpoint, save_shard
 from fabricrl.utils.ending import failing_together
 from fabricrl.utils.errors import ConfigError, OutputError, from_here
+from fabricrl.utils.hub import is_on_hub
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.metric import EpisodeStatistics
 from fabricrl.utils.ranks import all_gather
@@ -144,8 +145,6 @@ class RunFolder:
         """
         self.close("success")
         if self.fabric.global_rank == 0:
-            if self.args.upload_model:
-                self._upload()
             if stopped and self.checkpoint is not None:
                 print(f"stopped at step {step}; --resume {from_here(self.folder)} goes on", file=sys.stderr, flush=True)
             if step == self.first_step and not stopped:
@@ -182,20 +181,6 @@ class RunFolder:
         print(f"warning: no more metrics are written: {error.strerror or error}", file=sys.stderr, flush=True)
         self._logger = None
 
-    def _upload(self) -> None:
-        """Sends the run's folder to a model repository named after environment and run; a failure is only reported."""
-        from huggingface_hub import HfApi
-
-        name = re.sub(r"[^\w.-]", "-", "-".join(self.folder.parts[-2:]))
-        try:
-            api = HfApi()
-            repository = api.create_repo(
-                f"{self.args.hf_entity}/{name}" if self.args.hf_entity else name, exist_ok=True
-            )
-            api.upload_folder(repo_id=repository.repo_id, folder_path=self.folder)
-        except Exception as error:  # whatever the package or its network raises: the run itself is on disk
-            print(f"warning: {from_here(self.folder)} was not uploaded: {error}", file=sys.stderr, flush=True)
-
     def _open_logs(self) -> None:
         arguments = dataclasses.asdict(self.args)
         kind = "wandb" if self.args.track else self.args.logger
@@ -219,7 +204,8 @@ class RunFolder:
 
     def _make_folder(self, resumed: Path | None) -> Path:
         """Returns the resumed run's folder, if it or its newest checkpoint was named; else makes a new one."""
-        if resumed is not None and (resumed.parent.parent / "args.json").exists():
+        here = resumed is not None and not is_on_hub(self.args.resume)
+        if resumed is not None and here and (resumed.parent.parent / "args.json").exists():
             newest = max(resumed.parent.glob("step_*.ckpt"), default=None)
             if newest == resumed or Path(self.args.resume).expanduser().is_dir():
                 return resumed.parent.parent

@@ -33,7 +33,7 @@ class OffPolicyArgs(StandardArgs):
     num_threads: int | None = arg(
         None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Use 1 beside other work"
     )
-    preset: Literal["default", "tuned"] = arg("default", "tuned: settings for this very environment", "replay")
+    preset: Literal["default", "tuned"] = arg("default", "tuned: settings for this environment", "replay")
     buffer_size: int = arg(1_000_000, "transitions that each rank keeps")
     learning_starts: int = arg(
         5_000, "random environment steps over all ranks before the first update; at least a batch"

@@ -39,7 +39,7 @@ def make_schedule(run: Run) -> "UpdateSchedule":
     with run.together():
         if isinstance(args, EntropyArgs) and run.state and run.state["args"]["autotune"] != args.autotune:
             there, here = ("fixed", "learned") if args.autotune else ("learned", "fixed")
-            raise CheckpointError(f"--autotune: the temperature was {there} there and is {here} here")
+            raise CheckpointError(f"--autotune: the temperature was {there} in the checkpoint and is {here} now")
         schedule = UpdateSchedule(args, run.fabric)
         if run.trainers is None:  # whose buffers are theirs to check
             check_buffer(run)

@@ -75,7 +75,7 @@ class PPOArgs(StandardArgs):
     frame_stack: int = arg(1, "number of stacked frames, for observations with images")
     preset: Literal["classic", "mujoco", "atari", "tuned"] = arg(
         "classic",
-        "defaults for a family of tasks, or tuned: those for this very environment; --help --preset mujoco shows them",
+        "defaults for a family of tasks, or tuned: those for this environment; --help --preset mujoco shows them",
         "rollout and returns",
     )
     num_steps: int = arg(128, "steps of each environment per iteration")
