@@ -233,7 +233,7 @@ def test_its_log_is_that_of_the_coupled_script_and_tells_how_long_each_side_has_
 
 
 @pytest.mark.parametrize("algo", ["ppo", "sac"])
-def test_evaluations_change_nothing_and_those_that_are_not_the_best_save_nothing(
+def test_evaluations_change_nothing_and_those_that_are_not_the_best_leave_no_checkpoint(
     algo: str, decoupled: Callable
 ) -> None:
     without = decoupled(algo, "--max-lag", 0)[1]
