@@ -496,6 +496,6 @@ def test_real_processes_end_with_code_2_and_exactly_one_line_on_standard_error(t
     ended = run(*FORKED, EVALUATE, tmp_path / "missing.ckpt", cwd=tmp_path)
     assert ended.code == 3, ended.report()
     assert ended.err.splitlines() == [
-        f"error: cannot read checkpoint {tmp_path}/missing.ckpt: No such file or directory"
+        "error: cannot read checkpoint missing.ckpt: No such file or directory"
     ]
     assert not list(tmp_path.iterdir())

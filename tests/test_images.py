@@ -315,7 +315,7 @@ class Onlooker:
     def parameters(self) -> Iterator[Tensor]:
         return iter([torch.zeros(1)])
 
-    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+    def act(self, obs: Tensor, noise: Tensor, masks: None = None) -> Tensor:
         self.seen.append(obs.clone())
         self.actions.append(self.rng.integers(0, 3, (len(obs), 1)))
         return torch.from_numpy(self.actions[-1])
@@ -484,7 +484,7 @@ def test_evaluation_sees_the_stacks_that_training_saw(depth: int, monkeypatch: p
     envs = SyncVectorEnv([lambda: make_env(args)] * num, autoreset_mode=AutoresetMode.SAME_STEP)
     space, onlooker = envs.single_observation_space, Onlooker()
     agent = make_agent(args, envs)
-    monkeypatch.setattr(agent, "greedy", lambda obs: onlooker.act(obs, torch.empty(0)))
+    monkeypatch.setattr(agent, "greedy", lambda obs, masks: onlooker.act(obs, torch.empty(0)))
     policy = make_policy(agent, envs, greedy=True, seed=0)
     evaluate.play(envs, policy, 12, seed=5)
     references = [Reference(5 + i, depth, longest=6) for i in range(num)]

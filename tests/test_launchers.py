@@ -72,8 +72,8 @@ def train(run, epoch, data, *rest):
     return result
 
 class EpisodeStatistics(run_module.EpisodeStatistics):
-    def update(self, fabric, rewards, dones, skipped):
-        super().update(fabric, rewards, dones, skipped)
+    def update(self, fabric, rewards, dones, *rest):
+        super().update(fabric, rewards, dones, *rest)
         note(fabric, "episodes", int(dones.sum()), self.count)
 
 original_train, ppo.train, run_module.EpisodeStatistics = ppo.train, train, EpisodeStatistics

@@ -164,7 +164,8 @@ def test_nan_that_was_learned_is_noticed_at_the_next_action_also_where_nothing_i
     spoil = mock.patch.object(SCRIPTS[algo], "actor_loss", spoiled(SCRIPTS[algo].actor_loss, 33))
     with spoil, mock.patch.object(ReplayBuffer, "add", counted):
         error = fault(algo, tmp_path, "none", *rarely)
-    assert (error.exit_code, str(error)) == (5, "the policy's actions are not finite")
+    assert error.exit_code == 5
+    assert str(error).startswith("not finite after the update: ")
     assert 32 < len(steps) <= 34
 
 
@@ -241,7 +242,8 @@ def signalled(algo: str, number: int, moment: str, *flags: object) -> Finished:
         add(*given)
 
     def signalled_train(*given: Any) -> Any:
-        count(30 - 16)  # the first updates come after the 17th iteration
+        # The first updates come after the 17th iteration; DroQ trains once an environment step, of which it has two
+        count((30 - 16) * (2 if algo == "droq" else 1))
         return train(*given)
 
     targets = {"rollout": (ReplayBuffer, "add", signalled_add), "update": (SCRIPTS[algo], "train", signalled_train)}

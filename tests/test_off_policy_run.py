@@ -92,7 +92,7 @@ def test_run_folder_is_named_as_always_and_holds_events_arguments_and_checkpoint
 def test_args_json_holds_the_arguments_that_ran(algo: str, finished: Finished) -> None:
     stored = json.loads((finished.folder / "args.json").read_text())
     expected = dataclasses.asdict(ARGS[algo](**SETTINGS, log_dir=str(finished.folder.parent.parent.parent)))
-    assert stored == expected | {"hidden_sizes": [16, 16], "obs_keys": []}
+    assert stored == expected | {"hidden_sizes": [16, 16], "obs_keys": [], "info_keys": []}
 
 
 def test_result_is_one_line_on_standard_output_that_tells_what_happened(finished: Finished) -> None:
