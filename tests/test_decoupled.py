@@ -486,7 +486,7 @@ def test_a_trainer_learns_where_the_run_writes() -> None:
 
 
 def test_a_checkpoint_has_an_order_of_its_own_and_that_of_an_iteration_does_not_save() -> None:
-    """What an evaluation decides comes after its iteration: until then nothing is saved, and nothing is sent for it."""
+    """An evaluation decides after its iteration: until then nothing is saved, and nothing is sent for it."""
     state = State(torch.zeros(2, 2, *torch.get_rng_state().shape, dtype=torch.uint8), some_messages().learned)
     trainers, notes = watched(2, answered(0, 1.0), max_lag=3)
     run = trainers.run
