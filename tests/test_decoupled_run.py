@@ -484,7 +484,8 @@ def test_the_player_is_as_far_ahead_as_allowed_and_never_further_whichever_side_
         for rank in range(world_size)
     ]
     played = [entry["rollout"] for entry in ranks[0]]
-    learned = [played[0], *(entry["update"] for entry in ranks[1])]
+    often = 2 if algo == "droq" else 1  # it trains once for each of two environments' steps
+    learned = [played[0], *(entry["update"] for entry in ranks[1][often - 1 :: often])]
     iterations, before = len(played), BEFORE[algo]
     assert len(learned) - 1 == iterations - before
     assert len(set(learned)) == len(learned), "an update has changed nothing"
@@ -537,11 +538,11 @@ def test_a_decoupled_run_goes_on_from_a_coupled_one_and_the_other_way_round(
     last = saved_steps(one.folder)[-1]
     expected = content(checkpoint(one.folder, last))
     on = resume(algo, checkpoint(one.folder, MIDDLE[algo]), tmp_path, "--max-lag", 0)
-    assert on.name.startswith(f"{algo}_decoupled_1_")
+    assert on.name.startswith(f"{algo}_decoupled_")
     assert differences(expected, content(checkpoint(on, last))) == []
     finished = call(COUPLED[algo].main, "--resume", checkpoint(folder, MIDDLE[algo]), "--log-dir", tmp_path / "coupled")
     assert finished.code == 0
-    assert finished.folder.name.startswith(f"{algo}_1_")
+    assert not finished.folder.name.startswith(f"{algo}_decoupled_")
     assert differences(expected, content(finished.checkpoint)) == []
 
 
