@@ -11,6 +11,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 from fabricrl.utils.errors import LostPeerError
 from fabricrl.utils.network import find_store
 
@@ -91,9 +93,12 @@ class Peers:
 
     def _note(self, number: int) -> None:
         self._store.set(self._key("lives", self.rank), f"{number} {os.getpid()} {_machine()}")
+        self._read_signs(self._store)
+
+    def _read_signs(self, store: TCPStore) -> None:
         for rank in range(self.world_size):
             key = self._key("lives", rank)
-            sign = self._store.get(key).decode() if self._store.check([key]) else ""
+            sign = store.get(key).decode() if store.check([key]) else ""
             if sign != self._signs.get(rank, ""):  # "": it has not come
                 self._signs[rank], self._changed[rank] = sign, self._clock
 
@@ -165,6 +170,7 @@ class Peers:
         try:
             store = find_store(*self._place, ROLL_CALL)
             store.set(self._key("waits", self.rank), "")
+            self._read_signs(store)  # of ranks that have come since this one looked
             deadline = time.monotonic() + ROLL_CALL
             missing = self._others(lambda rank: not store.check([self._key("waits", rank)]))
             while missing and not any(map(self._is_gone, missing)) and time.monotonic() < deadline:
