@@ -65,6 +65,8 @@ def launch(args: Any) -> Fabric:
                 _meet(strategy, args.timeout)
             fabric.launch()
     PLACE.rank = fabric.global_rank
+    if PLACE.peers is not None:
+        PLACE.peers.look()
     torch.set_num_threads(_threads(args, fabric))  # after launch(): launchers set it too, and wrongly
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.backends.cudnn.deterministic = args.torch_deterministic

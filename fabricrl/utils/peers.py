@@ -81,6 +81,11 @@ class Peers:
         """Ends the threads."""
         self._over.set()
 
+    def look(self) -> None:
+        """Reads who is there: once all have met, before one of them may be lost."""
+        with contextlib.suppress(RuntimeError):  # the store is gone already
+            self._read_signs(self._store)
+
     @property
     def waited(self) -> str:
         """Time that a rank waits, in words."""
@@ -153,6 +158,8 @@ class Peers:
             text = self._describe(0)
         else:
             return "the launcher does not answer", first
+        if self.rank == 0 and self._keeps_store and answer:
+            self._await_askers()
         if not first:
             time.sleep(0.5)  # who tells sees them as they were
         for rank in missing:
@@ -184,6 +191,14 @@ class Peers:
             answer.append((missing, text, store.add(f"{self._prefix}/told", 1) == 1))
         except (OSError, RuntimeError):
             return
+
+    def _await_askers(self) -> None:
+        """Keeps the store until all that live have asked, for a moment: they would take its end for the fault."""
+        living = self.world_size - len(self._others(lambda rank: not self._signs.get(rank) or self._is_gone(rank)))
+        deadline = time.monotonic() + ROLL_CALL
+        with contextlib.suppress(RuntimeError):
+            while self._store.add(f"{self._prefix}/told", 0) < living and time.monotonic() < deadline:
+                time.sleep(0.02)
 
     def _others(self, condition: Callable[[int], bool]) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank and condition(rank)]
