@@ -37,7 +37,7 @@ train: setup
 	$(BIN)/python fabricrl/algos/ppo/ppo.py --env-id CartPole-v1 $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -492,7 +492,7 @@ def test_a_resumed_run_has_the_rates_and_the_fixed_temperature_of_its_arguments(
     assert restored.agent.alpha.item() == pytest.approx(alpha)
 
 
-@pytest.mark.parametrize(("then", "words"), [(True, "was learned there"), (False, "was fixed there")])
+@pytest.mark.parametrize(("then", "words"), [(True, "was learned in the checkpoint"), (False, "was fixed in the checkpoint")])
 def test_a_temperature_that_was_learned_is_not_fixed_later_nor_the_other_way_round(then: bool, words: str) -> None:
     run = BareRun(make_args(autotune=not then))
     run.obs_space, run.action_space = Box(-1, 1, (OBS,), np.float32), Box(-1, 1, (ACTIONS,), np.float32)
