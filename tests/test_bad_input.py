@@ -495,7 +495,5 @@ def test_real_processes_end_with_code_2_and_exactly_one_line_on_standard_error(t
         assert named in lines[0]
     ended = run(*FORKED, EVALUATE, tmp_path / "missing.ckpt", cwd=tmp_path)
     assert ended.code == 3, ended.report()
-    assert ended.err.splitlines() == [
-        "error: cannot read checkpoint missing.ckpt: No such file or directory"
-    ]
+    assert ended.err.splitlines() == ["error: cannot read checkpoint missing.ckpt: No such file or directory"]
     assert not list(tmp_path.iterdir())

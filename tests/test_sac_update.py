@@ -492,13 +492,13 @@ def test_a_resumed_run_has_the_rates_and_the_fixed_temperature_of_its_arguments(
     assert restored.agent.alpha.item() == pytest.approx(alpha)
 
 
-@pytest.mark.parametrize(("then", "words"), [(True, "was learned in the checkpoint"), (False, "was fixed in the checkpoint")])
-def test_a_temperature_that_was_learned_is_not_fixed_later_nor_the_other_way_round(then: bool, words: str) -> None:
+@pytest.mark.parametrize(("then", "was"), [(True, "learned"), (False, "fixed")])
+def test_a_temperature_that_was_learned_is_not_fixed_later_nor_the_other_way_round(then: bool, was: str) -> None:
     run = BareRun(make_args(autotune=not then))
     run.obs_space, run.action_space = Box(-1, 1, (OBS,), np.float32), Box(-1, 1, (ACTIONS,), np.float32)
     make_schedule(run)
     run.state = {"args": vars(make_args(autotune=then))}
-    with pytest.raises(CheckpointError, match=f"--autotune: the temperature {words}"):
+    with pytest.raises(CheckpointError, match=f"--autotune: the temperature was {was} in the checkpoint"):
         make_schedule(run)
 
 
