@@ -413,7 +413,8 @@ class ReplayBuffer:
         fields = last_fields = self._gather(index)
         rewards, discounts = fields["rewards"], torch.full((len(index),), self.gamma)
         if self.n_step > 1:
-            index, rewards, discounts = self._look_ahead(index, rewards, discounts)
+            newest = (self.position - 1) % self._rows
+            index, rewards, discounts = look_ahead(index, self._flat, newest, self.num_envs, self.gamma, self.n_step)
             last_fields = self._gather(index)
         terminated = last_fields["terminated"]
         if self.implicit_next:
@@ -503,16 +504,6 @@ class ReplayBuffer:
         """The records [I] as one read; [I, ...] each, views of one block."""
         return columns_of(self._words.index_select(0, index), self._places)
 
-    def _look_ahead(self, index: Tensor, rewards: Tensor, discounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ_k γ^k r_{t+k} up to n steps, the episode's end or the newest transition: last index, sum, γ^m; [I] each."""
-        last, newest = index, (self.position - 1) % self._rows
-        for _ in range(self.n_step - 1):
-            goes_on = ~(self._flat["ended"][last] | (last // self.num_envs == newest))
-            last = torch.where(goes_on, (last + self.num_envs) % len(self._words), last)
-            rewards = rewards + torch.where(goes_on, discounts * self._flat["rewards"][last], 0.0)
-            discounts = torch.where(goes_on, discounts * self.gamma, discounts)
-        return last, rewards, discounts
-
     def _keep_apart(self, row: int, env: int, next_obs: np.ndarray) -> None:
         """Stores next observations apart, where no following record holds them; doubles the room when it is full."""
         if not self._free:
@@ -594,6 +585,24 @@ def columns_of(words: Tensor, where: Mapping[str, Place]) -> dict[str, Tensor]:
         name: views[dtype].as_strided((len(words), *shape), (views[dtype].stride(0), *strides), offset)
         for name, (dtype, offset, shape, strides) in where.items()
     }
+
+
+def look_ahead(
+    index: Tensor, columns: Mapping[str, Tensor], newest: int | Tensor, num_envs: int, gamma: float, n_step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Looks n steps ahead of records [I], up to the end of their episodes or to the newest row of the ring.
+
+    Returns:
+        the last record that counts; Σ_k γ^k r_{t+k} up to it; γ^m after m steps; [I] each.
+    """
+    last, rewards = index, columns["rewards"][index]
+    discounts = torch.full_like(rewards, gamma)
+    for _ in range(n_step - 1):
+        goes_on = ~(columns["ended"][last] | (last // num_envs == newest))
+        last = torch.where(goes_on, (last + num_envs) % len(columns["ended"]), last)
+        rewards = rewards + torch.where(goes_on, discounts * columns["rewards"][last], 0.0)
+        discounts = torch.where(goes_on, discounts * gamma, discounts)
+    return last, rewards, discounts
 
 
 def layout(capacity: int, num_envs: int, record: np.dtype) -> str:

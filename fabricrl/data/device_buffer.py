@@ -12,6 +12,7 @@ from fabricrl.data.buffers import (
     ReplayBuffer,
     columns_of,
     layout,
+    look_ahead,
     merge_shards,
     places,
     record_type,
@@ -96,7 +97,8 @@ class DeviceReplayBuffer:
         first = last = columns_of(self._words.index_select(0, index), self._places)
         rewards, discounts = first["rewards"], torch.full_like(first["rewards"], self.gamma)
         if self.n_step > 1:
-            index, rewards, discounts = self._look_ahead(index, rewards, discounts)
+            newest = (self._steps - 1) % self._rows
+            index, rewards, discounts = look_ahead(index, self._columns, newest, self.num_envs, self.gamma, self.n_step)
             last = columns_of(self._words.index_select(0, index), self._places)
         batch = {"obs": first["obs"], "actions": first["actions"], "rewards": rewards, "next_obs": last["next_obs"]}
         batch |= {"terminated": last["terminated"].float(), "discounts": discounts}
@@ -152,16 +154,6 @@ class DeviceReplayBuffer:
     def _count_steps(self) -> None:
         """Tells the device how many steps there are; more than `capacity` + 1 look like that many or more."""
         self._steps.fill_(self.position + (self._rows if self.size == self.capacity else 0))
-
-    def _look_ahead(self, index: Tensor, rewards: Tensor, discounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ_k γ^k r_{t+k} up to n steps, the episode's end or the newest transition: last index, sum, γ^m; [I] each."""
-        last, newest = index, (self._steps - 1) % self._rows
-        for _ in range(self.n_step - 1):
-            goes_on = ~(self._columns["ended"][last] | (last // self.num_envs == newest))
-            last = torch.where(goes_on, (last + self.num_envs) % len(self._words), last)
-            rewards = rewards + torch.where(goes_on, discounts * self._columns["rewards"][last], 0.0)
-            discounts = torch.where(goes_on, discounts * self.gamma, discounts)
-        return last, rewards, discounts
 
     def _layout(self, num_envs: int) -> str:
         return layout(self.capacity, num_envs, self._record)
