@@ -299,6 +299,25 @@ def test_nobody_at_the_address_is_told_once_the_time_is_out() -> None:
         Peers("127.0.0.1", free_port(), 1, 2, 0.01)
 
 
+ENDING = """
+import sys
+import time
+from fabricrl.utils import peers
+from fabricrl.utils.network import open_store
+
+peers.OFTEN = 1e-5  # a thread is nearly always between a question to the store and its answer
+store = open_store("127.0.0.1", 0, "MASTER_PORT")
+ranks = peers.Peers("127.0.0.1", store.port, 0, 2, 1.0)
+time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(7)", 7), ("ranks.close()", 0), ("raise KeyError(1)", 1)])
+def test_a_process_may_end_whatever_its_threads_are_asking_the_store(end: str, code: int) -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDING + end], capture_output=True, text=True, check=False)
+    assert ended.returncode == code, ended.stderr
+
+
 def test_zero_minutes_are_for_ever() -> None:
     assert patience(0.5) == timedelta(seconds=30)
     assert patience(0) > timedelta(days=1000)

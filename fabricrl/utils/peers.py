@@ -1,5 +1,6 @@
 """The other ranks: which of them live, and for which one this rank waits in vain."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import TCPStore
 
@@ -19,6 +21,7 @@ from fabricrl.utils.network import find_store
 MINUTES = 10.0  # that a rank waits for another, unless it is told otherwise
 OFTEN = 5.0  # seconds between two signs of life, at most
 ROLL_CALL = 2.0  # seconds in which a rank that waits says so when it is asked
+STUCK = 2.0  # seconds after which a thread whose question to the store stays without answer is left behind
 LAST_RESORT = 30.0  # seconds after the time is up in which the main thread should have noticed
 
 
@@ -74,12 +77,25 @@ class Peers:
             raise LostPeerError(f"rank {rank} has found nobody at {address}:{port} {self.waited}") from error
         self._note(0)
         self._over = threading.Event()
-        for task in (self._attend, self._watch):
-            threading.Thread(target=task, name="peers", daemon=True).start()
+        self._threads = [self._start(self._attend), self._start(self._watch)]
+        atexit.register(self.close)
+
+    def _start(self, task: Callable[..., None], *args: Any) -> threading.Thread:
+        thread = threading.Thread(target=task, args=args, name="peers", daemon=True)
+        thread.start()
+        return thread
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads and waits for them, at any end of the process.
+
+        Python before 3.14 unwinds a thread that comes back from PyTorch's C++ code while the interpreter ends, and C++
+        then aborts the process ("terminate called without an active exception").
+        """
         self._over.set()
+        deadline = time.monotonic() + STUCK
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(deadline - time.monotonic(), 0))
 
     def look(self) -> None:
         """Reads who is there: once all have met, before one of them may be lost."""
@@ -149,8 +165,8 @@ class Peers:
         """
         missing, first = [0], self._first_of_node() and not self._is_away()
         answer: list[tuple[list[int], str, bool]] = []
-        asking = threading.Thread(target=self._ask, args=(answer,), daemon=True)
-        asking.start()  # a store whose process has been stopped never answers
+        asking = self._start(self._ask, answer)  # a store whose process has been stopped never answers
+        self._threads.append(asking)
         asking.join(ROLL_CALL + 3)
         if answer:
             missing, text, first = answer[0]
