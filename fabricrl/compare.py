@@ -103,6 +103,7 @@ def read_log(folder: Path, metric: str = "") -> Log:
     try:
         columns, seconds = read(folder)
         arguments = json.loads(path.read_text()) if (path := folder / "args.json").exists() else {}
+        arguments |= arguments.pop("asked", {})  # before another number of ranks took their shares
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}: its log cannot be read: {error}") from error
     for tag in tags:
