@@ -80,7 +80,8 @@ def for_ranks(args: Any, state: Mapping[str, Any], ranks: int, kept: Collection[
                     f"the run has {stored[name] * before} {what} in all, which {ranks} ranks cannot share equally: "
                     f"resume it with another number of ranks, or with another --{name.replace('_', '-')}"
                 )
-    if "buffer_size" in stored and hasattr(args, "buffer_size") and "buffer_size" not in kept:
+    shared = "num_envs" in fitted or ranks != before
+    if shared and "buffer_size" in stored and hasattr(args, "buffer_size") and "buffer_size" not in kept:
         num_envs = fitted.get("num_envs", args.num_envs)
         rows, left = divmod(stored["buffer_size"], stored["num_envs"])  # of each environment
         fitted["buffer_size"] = rows * num_envs + (left if num_envs == stored["num_envs"] else 0)
