@@ -167,7 +167,8 @@ def group_logs(named: Sequence[tuple[str, Log]], final: float = 0.1) -> list[Gro
     for given, log in named:
         a = log.arguments
         changed = [f"{name.replace('_', '-')}={a[name]}" for name in sorted(telling - {"exp_name"})] if a else []
-        algo = a.get("exp_name") or (log.folder.parent.parent.name if a else log.name)
+        script = log.folder.parent.parent.name + "_decoupled" * ("max_lag" in a) if a else log.name
+        algo = a.get("exp_name") or script
         groups.setdefault((a.get("env_id", ""), given or " ".join([algo, *changed])), []).append(log)
     return [make_group(env_id, name, logs, final) for (env_id, name), logs in groups.items()]
 

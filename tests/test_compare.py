@@ -95,6 +95,12 @@ def test_runs_that_differ_in_their_seed_are_a_group(tmp_path: Path, kind: str) -
         assert high["seconds"] == 1
 
 
+def test_runs_of_a_decoupled_twin_are_a_group_of_their_own(tmp_path: Path) -> None:
+    for index, more in enumerate(({}, {}, {"max_lag": 1})):
+        ours(tmp_path / "ppo" / "Env-v0" / f"run_{index}", LINE, seed=index, **more)
+    assert [(row["group"], row["seeds"]) for row in compared(tmp_path)] == [("ppo", 2), ("ppo_decoupled", 1)]
+
+
 def test_logs_of_other_projects_are_read(tmp_path: Path) -> None:
     ours(tmp_path / "logs" / "ppo" / "Env-v0" / "ppo_1", LINE)
     foreign(tmp_path / "cleanrl" / "Env-v0__ppo__1__1700000000", "charts/episodic_return", LINE)
