@@ -321,7 +321,7 @@ def main() -> int:
     parser.add_argument("--env-id", default="CartPole-v1", help="Gymnasium id, or module:Id-v0 (default: CartPole-v1)")
     parser.add_argument("--total-timesteps", type=float, default=1e5, help="steps of each run (default: 100000)")
     space_file, log_dir = (partial(path_of, flag) for flag in ("--space", "--log-dir"))
-    parser.add_argument("--space", type=space_file, help="TOML file of what to try (default: the algorithm's space.toml)")
+    parser.add_argument("--space", type=space_file, help="TOML file of what to try (default: the algorithm's own)")
     parser.add_argument(
         "--trials", type=int, default=50, help="trials of the study, all workers together (default: 50)"
     )
