@@ -415,7 +415,7 @@ def test_frames_that_are_drawn_and_an_old_emulator_are_refused(monkeypatch: pyte
 def test_a_game_in_wrappers_of_ones_own_is_not_native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gym.registry["ALE/Pong-v5"], "max_episode_steps", 100)
     args = PPOArgs(env_id="ALE/Pong-v5", vectorization="native")
-    with pytest.raises(ConfigError, match="ALE/Pong-v5 has no native form, unlike .*CartPole-v1.* and Atari games"):
+    with pytest.raises(ConfigError, match=r"ALE/Pong-v5 has no native form, unlike .*CartPole-v1.* and Atari games"):
         check_env(args, (gym.spaces.Discrete,), None, images=True)
 
 
