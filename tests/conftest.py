@@ -80,7 +80,7 @@ def on_ranks(world_size: int, function: Callable[[Any], Any]) -> list[Any]:
             ranks._barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
-    with mock.patch("fabricrl.utils.ranks.gather", lambda rows, own, group: group(rows, own)):
+    with mock.patch("fabricrl.utils.ranks.finish", lambda gather, rows, own, group: group(rows, own)):
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -121,7 +121,7 @@ class StandardArgs:
     # --- run
     exp_name: str = arg(
         "",
-        "name of the run; empty: the algorithm's, with what differs from the defaults",
+        "name of the run; empty: the script's, with what differs from the defaults",
         "run, logging and checkpoints",
     )
     log_dir: str = arg("logs", "folder of all runs")
@@ -279,12 +279,16 @@ class DecoupledArgs:
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
 
 
+def script_name(args: StandardArgs, algo: str) -> str:
+    """The script that takes these arguments: the algorithm, or its decoupled twin."""
+    return algo + "_decoupled" * isinstance(args, DecoupledArgs)
+
+
 def run_name(args: StandardArgs, algo: str) -> str:
     """The name that was given, or the script's with what was changed: `ppo_num-envs=16_norm-obs`."""
-    script = next(field.default for field in dataclasses.fields(args) if field.name == "exp_name") or algo
-    if args.exp_name not in ("", script):
+    if args.exp_name:
         return args.exp_name
-    name, changed = str(script), _changed(args)
+    name, changed = script_name(args, algo), _changed(args)
     for index, change in enumerate(changed):
         if len(name) + len(change) > MOST_NAMED:
             return f"{name}_and-{len(changed) - index}-more"
@@ -294,7 +298,7 @@ def run_name(args: StandardArgs, algo: str) -> str:
 
 def command(args: StandardArgs, algo: str) -> str:
     """The command line that trains with these arguments; what concerns one's own disk and accounts is left out."""
-    words = ["fabricrl", (algo + "_decoupled" * isinstance(args, DecoupledArgs)).replace("_", "-")]
+    words = ["fabricrl", script_name(args, algo).replace("_", "-")]
     words += ["--env-id", args.env_id]
     for name, value in _different(args, set(UNNAMED_GROUPS[:1]), {"env_id", "seeds", "jobs", "node_rank"}):
         flag = name.replace("_", "-")

@@ -72,7 +72,8 @@ class RunFolder:
         with failing_together(fabric):
             if fabric.global_rank == 0:
                 folder = str(self._make_folder(resumed))
-        self.folder = Path(fabric.broadcast(folder))
+        given = Path(fabric.broadcast(folder))
+        self.folder, self._is_relative = given.absolute(), not given.is_absolute()  # environments may go elsewhere
 
     def start(self) -> None:
         """Opens the logs and starts the clock of steps per second, just before the first reset. All ranks call it.
@@ -168,7 +169,8 @@ class RunFolder:
             fields += f" episodes={episodes.count}"
             fields += "" if evaluated is None else f" eval_return_mean={evaluated:.2f}"
             try:
-                print(f"result {fields} checkpoint={self.checkpoint}", flush=True)
+                checkpoint = from_here(self.checkpoint) if self._is_relative else self.checkpoint
+                print(f"result {fields} checkpoint={checkpoint}", flush=True)
             except OSError as error:  # no reason to fail after the work is done
                 if not isinstance(error, BrokenPipeError):  # else nobody reads it
                     print(f"warning: the result is not printed: {error.strerror}", file=sys.stderr, flush=True)
@@ -211,7 +213,7 @@ class RunFolder:
         print(f"{self.algo} {self.args.env_id}: {where}; {writing}", file=sys.stderr, flush=True)
         on_terminal = sys.stderr.isatty()
         if on_terminal and kind == "tensorboard":
-            logs = shlex.quote(from_here(self.folder.absolute().parents[2]))
+            logs = shlex.quote(from_here(self.folder.parents[2]))
             print(f"to watch: tensorboard --logdir {logs}, and {RETURN_PINNED}", file=sys.stderr, flush=True)
         self._bar = progress_bar(self.args.total_timesteps, self.first_step, hidden=not on_terminal)
 
