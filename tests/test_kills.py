@@ -34,14 +34,14 @@ from tests.process import (
 KILLS = 5
 DYING = ROOT / "tests/dying.py"
 # A checkpoint is written where the episodes of all environments end, so that a resumed environment is where it would
-# have been. 16 iterations on-policy, 120 off-policy, where learning starts after a quarter; checkpoints every eighth
+# have been: after each of 16 iterations on-policy, after each 8 of 120 off-policy, where learning starts at 64 steps
 ON_POLICY: list[object] = ["--env-id", "tests.envs:Deterministic-v0", "--num-envs", 2, "--num-steps", 32]
-ON_POLICY += ["--total-timesteps", 1024, "--checkpoint-every", 128, "--norm-obs", "--norm-reward", "--log-every", 64]
+ON_POLICY += ["--total-timesteps", 1024, "--checkpoint-every", 64, "--norm-obs", "--norm-reward", "--log-every", 64]
 ON_POLICY += ["--num-minibatches", 2, "--update-epochs", 2]
 OFF_POLICY: list[object] = ["--env-id", "tests.envs:Deterministic-v0", "--num-envs", 2, "--total-timesteps", 240]
 OFF_POLICY += ["--env-kwargs", '{"continuous": true, "truncate": true}', "--buffer-size", 48, "--learning-starts", 64]
 OFF_POLICY += ["--batch-size", 8, "--hidden-sizes", 16, "--norm-obs", "--n-step", 2, "--num-threads", 1]
-OFF_POLICY += ["--checkpoint-every", 32, "--log-every", 16, "--replay-ratio", 0.5]
+OFF_POLICY += ["--checkpoint-every", 16, "--log-every", 16, "--replay-ratio", 0.5]
 FLAGS = {"ppo": ON_POLICY, "ppo_recurrent": ON_POLICY, "sac": OFF_POLICY, "droq": OFF_POLICY}
 
 
