@@ -24,7 +24,7 @@ GRADIENTS = [0.5, HUGE, 0.25, -1.0, HUGE, -HUGE, 2.0, 1.0, float("nan"), 0.5, 0.
 
 
 def torch_scaled(gradients: list[float], interval: int) -> tuple[list[Any], list[Any]]:
-    """What `torch.amp.GradScaler` and `torch.optim.Adam` make of these: parameters and states after each step."""
+    """Parameters and states after each step of `torch.amp.GradScaler` and `torch.optim.Adam` on these."""
     parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
     adam = torch.optim.Adam([parameter], 0.1)
     scaler = torch.amp.GradScaler("cpu", growth_interval=interval)

@@ -1,4 +1,4 @@
-"""What of Fabric's strategies and precisions these scripts take, and why not the others."""
+"""Strategies and precisions of Fabric that these scripts take, and the reasons why not the others."""
 
 from fabricrl.utils.utils import require
 

@@ -116,7 +116,7 @@ def _options(args: Any) -> dict[str, Any]:
 
 
 def _choice(name: str, options: dict[str, Any]) -> str | None:
-    """What the user or the launcher has chosen."""
+    """The choice of the user or the launcher."""
     return options.get(name, os.environ.get(f"LT_{name.upper()}"))
 
 
