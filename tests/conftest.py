@@ -24,9 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricrl.algos.droq import agent as droq_agent
 from fabricrl.algos.run import Run
+from fabricrl.utils import hint
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.update import Runner
+
+hint.PATIENCE = float("inf")  # beside load, tests are slow: what they print does not depend on that
 
 
 @pytest.fixture(autouse=True)

@@ -13,15 +13,18 @@ import pytest
 import torch
 
 from fabricrl import evaluate
-from fabricrl.algos import decoupled
+from fabricrl.algos import decoupled, evaluation
 from fabricrl.algos import run as runs
 from fabricrl.algos.droq import droq
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo.agent import make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
+from fabricrl.envs import make_envs
+from fabricrl.envs.play import Episodes
 from fabricrl.utils.decoupled import TRAIN, WAIT, Order, Outbox
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.utils import EVAL_STREAM, HALF, stream_seed
@@ -308,6 +311,22 @@ def test_two_ranks_share_the_episodes_and_train_as_without(tmp_path: Path) -> No
     assert [step for step, _ in events["eval/return_mean"]] == [128, 256]
     assert events["eval/length_mean"][0][1] == 5
     assert events["eval/return_std"][0][1] > 0
+
+
+def test_ranks_play_different_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: dict[int, list[int]] = {}
+
+    def note(envs: Any, policy: Any, episodes: int, seed: int, after_step: Any) -> Episodes:
+        seeds[len(seeds)] = [seed + i for i in range(envs.num_envs)]
+        return Episodes(np.zeros(episodes), np.zeros(episodes), {})
+
+    monkeypatch.setattr(evaluation, "play", note)
+    args = PPOArgs(env_id="tests.envs:Counting-v0", num_envs=2, eval_every=64, eval_episodes=6)
+    for rank in range(3):
+        envs = make_envs(args, rank, Path())
+        beside = Evaluation(args, "ppo", SimpleNamespace(global_rank=rank, world_size=3), envs)
+        assert beside.play(make_agent(args, envs), 64, lambda ended: None).shape == (2, 2)
+    assert len({seed for own in seeds.values() for seed in own}) == 6
 
 
 def test_its_episodes_are_those_of_no_training_and_of_no_other_evaluation(
