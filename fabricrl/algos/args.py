@@ -551,7 +551,7 @@ def _not_resumed() -> set[str]:
         choices = {"accelerator", "cuda", "devices", "strategy", "num_nodes", "precision"}
     else:
         choices = {"devices", "num_nodes"} if "TORCHELASTIC_RUN_ID" in os.environ else set()
-    return {"resume", "node_rank", "main_address", "main_port", "allow_empty_buffer"} | choices
+    return {"resume", "seeds", "jobs", "node_rank", "main_address", "main_port", "allow_empty_buffer"} | choices
 
 
 def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str, Any]:
