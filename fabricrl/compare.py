@@ -107,6 +107,7 @@ def read_log(folder: Path, metric: str = "") -> Log:
         arguments = json.loads(path.read_text()) if (path := folder / "args.json").exists() else {}
         if not isinstance(arguments, dict):
             raise ValueError("args.json is no JSON object")
+        arguments |= arguments.pop("asked", {})  # before another number of ranks took their shares
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ConfigError(f"{folder}: its log cannot be read: {error}") from error
     for tag in tags:

@@ -26,11 +26,11 @@ from fabricrl.envs.backends import (
     DEFAULTS,
     TIMEOUT,
     EnvPoolVectorEnv,
-    NativeVectorEnv,
     check_backend,
     choose,
     episode_infos,
     info_keys,
+    native_envs,
     option,
 )
 from fabricrl.envs.guard import (
@@ -174,7 +174,7 @@ def make_envs(args: Any, rank: int, video_folder: Path, masked: bool = False) ->
     if kind in ("native", "envpool"):
         with _passing(args, make_env) as env:
             return ReportFailures(
-                NativeVectorEnv(args, env, masked) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
+                native_envs(args, env, masked) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
             )
     plain, spec = SimpleNamespace(**vars(args)), None if ":" in args.env_id else gym.registry.get(args.env_id)
     makers = [

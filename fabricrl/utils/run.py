@@ -36,6 +36,10 @@ RETURN_PINNED = f"http://localhost:6006/?pinnedCards={quote(PINNED)}#timeseries"
 class RunFolder:
     """`logs/<algo>/<env_id>/<name>_<seed>_<time>/`, or the folder of the run that is resumed.
 
+    Args:
+        resumed, step: the checkpoint that the run goes on from, and its steps.
+        asked: arguments as they were given, where another number of ranks has changed them.
+
     Attributes:
         folder: the run's folder, the same on every rank.
         best_return: the best mean return so far, of the last episodes at a checkpoint, or of an evaluation if there
@@ -46,9 +50,17 @@ class RunFolder:
     """
 
     def __init__(
-        self, fabric: Fabric, args: Any, algo: str, name: str, resumed: Path | None = None, step: int = 0
+        self,
+        fabric: Fabric,
+        args: Any,
+        algo: str,
+        name: str,
+        resumed: Path | None = None,
+        step: int = 0,
+        asked: dict[str, Any] | None = None,
     ) -> None:
         self.fabric, self.args, self.algo, self.name = fabric, args, algo, name
+        self.asked = asked or {}
         self.best_return = -math.inf
         self.checkpoint: Path | None = resumed
         self.first_step = self._logged_step = self._saved_step = step
@@ -136,7 +148,7 @@ class RunFolder:
             if self.fabric.global_rank > 0:
                 return
             extra = {"algo": self.algo, "args": dataclasses.asdict(self.args), "best_return": self.best_return}
-            extra |= {"global_step": step, "world_size": self.fabric.world_size, "shard": shard}
+            extra |= {"global_step": step, "world_size": self.fabric.world_size, "shard": shard, "asked": self.asked}
             self.checkpoint = save_checkpoint(folder, step, extra | state, self.args.keep_checkpoints, best)
 
     def finish(self, step: int, episodes: EpisodeStatistics, evaluated: float | None, stopped: bool) -> None:
@@ -152,7 +164,7 @@ class RunFolder:
                 done = f"{step} of {self.args.total_timesteps} steps are done"
                 done += ", and --stop-at-return is reached" * self.has_stopped
                 how = "another --stop-at-return" if self.has_stopped else f"--total-timesteps {2 * step}"
-                print(f"nothing to do: {done}; {how} goes on", file=sys.stderr)
+                print(f"nothing to do: {done}; --resume {from_here(self.folder)} {how} goes on", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
             fields += f" episodes={episodes.count}"
             fields += "" if evaluated is None else f" eval_return_mean={evaluated:.2f}"
@@ -188,7 +200,8 @@ class RunFolder:
         kind = "wandb" if self.args.track else self.args.logger
         try:
             self._lock = _lock(self.folder)
-            (self.folder / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+            told = arguments | ({"asked": self.asked} if self.asked else {})
+            (self.folder / "args.json").write_text(json.dumps(told, indent=2) + "\n")
             self._logger = make_logger(kind, self.folder, self.first_step, arguments)
         except OSError as error:
             raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from error
@@ -211,12 +224,25 @@ class RunFolder:
             newest = max(resumed.parent.glob("step_*.ckpt"), default=None)
             if newest == resumed or Path(self.args.resume).expanduser().is_dir():
                 return resumed.parent.parent
-        env = re.sub(r"[^\w.-]", "_", self.args.env_id)
         name = f"{self.name}_{self.args.seed}_{datetime.now():%Y%m%d-%H%M%S}"
         try:
-            return _fresh_folder(Path(self.args.log_dir).expanduser() / self.algo / env, name)
+            return _fresh_folder(runs_folder(self.args, self.algo), name)
         except OSError as error:
             raise ConfigError(f"--log-dir {self.args.log_dir} cannot be written: {error.strerror}") from error
+
+
+def runs_folder(args: Any, algo: str) -> Path:
+    """The folder of all runs of an algorithm on an environment."""
+    return Path(args.log_dir).expanduser() / algo / re.sub(r"[^\w.-]", "_", args.env_id)
+
+
+def began(folder: Path) -> tuple[str, int]:
+    """The time at which a run began, as its folder's name has it, and its number among those of the same second.
+
+    Empty if the name is none that we give.
+    """
+    match = re.search(r"_(\d{8}-\d{6})(?:-(\d+))?$", folder.name)
+    return (match[1], int(match[2] or 0)) if match else ("", 0)
 
 
 def progress_bar(total: int, initial: int, hidden: bool) -> tqdm:
