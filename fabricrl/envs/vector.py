@@ -558,7 +558,13 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {_nearest(env_id)}")
     if isinstance(error, TypeError) and "argument" in text and _is_of_the_call(error):
         return ConfigError(f"--env-kwargs {env_kwargs} does not fit {env_id}: {text}")
-    return EnvError(f"{env_id} cannot be built: {type(error).__name__}: {text}")
+    return EnvError(f"{env_id} cannot be built: {type(error).__name__}{f': {text}' if text else _where(error)}")
+
+
+def _where(error: BaseException) -> str:
+    """The place where an error without a text was raised, as of an assertion."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" in {frames[-1].name}, line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
 
 
 def _is_of_the_call(error: BaseException) -> bool:
