@@ -329,6 +329,21 @@ def test_ranks_play_different_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({seed for own in seeds.values() for seed in own}) == 6
 
 
+def test_a_resumed_run_resets_its_environments_to_other_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else it would relive its first episodes."""
+    seeds: list[list[int]] = []
+    reset = gym.vector.SyncVectorEnv.reset
+
+    def noted(self: Any, *, seed: Any = None, options: Any = None) -> Any:
+        seeds.append(seed)
+        return reset(self, seed=seed, options=options)
+
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", noted)
+    finished: Finished = call(ppo.main, *FEW, "--vectorization", "sync", "--log-dir", tmp_path)
+    call(ppo.main, "--resume", finished.checkpoint, "--total-timesteps", 512)
+    assert len({seed for of_a_run in seeds for seed in of_a_run}) == 4
+
+
 def test_its_episodes_are_those_of_no_training_and_of_no_other_evaluation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
