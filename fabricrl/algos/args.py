@@ -30,6 +30,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
+from fabricrl.utils.choices import ALLOWED, check_choice
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.extras import pip_install
 from fabricrl.utils.hub import is_installed
@@ -154,7 +155,7 @@ class StandardArgs:
     )
     cuda: bool = arg(False, "short for --accelerator cuda", advanced=True)
     devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; None: 1")
-    strategy: Literal["auto", "ddp"] | None = arg(None, "auto or ddp; None: ddp with several devices")
+    strategy: str | None = arg(None, "auto or ddp; None: ddp with several devices")
     num_nodes: int | None = arg(None, "machines; None: 1", advanced=True)
     node_rank: int = arg(0, "number of this machine, from 0", advanced=True)
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
@@ -162,7 +163,9 @@ class StandardArgs:
     timeout: float = arg(
         MINUTES, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
     )
-    precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
+    precision: str | None = arg(
+        None, "32-true, bf16-mixed, or on a GPU 16-mixed, which scales the loss; None: 32-true", advanced=True
+    )
     num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
         "highest",
@@ -194,6 +197,8 @@ class StandardArgs:
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
         allowed = "a number of minutes, at most 100000; or 0: for ever"
         require(0 <= self.timeout <= 100_000, "timeout", self.timeout, allowed)
+        for name in ALLOWED:
+            check_choice(name, getattr(self, name))
         clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
         require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
         self._check_texts()

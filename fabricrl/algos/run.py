@@ -247,7 +247,14 @@ class Run:
         self._contexts.enter_context(self.fabric.no_backward_sync(wrapped[0] if optimizers else wrapped))
         self._modules.append(module)
         self._optimizers += optimizers
+        for optimizer in optimizers:
+            optimizer.scaler = self._scaler
         return wrapped
+
+    @property
+    def _scaler(self) -> Any:
+        """The scale of the loss in 16-bit floats, else None."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
 
     def restore(self, **parts: Any) -> None:
         """Names the modules and optimizers that checkpoints hold, and loads their state if the run resumes one."""
@@ -259,6 +266,8 @@ class Run:
         if not self.state:
             return
         with self.together(), reading(self.path):
+            if self._scaler is not None and "scaler" in self.state:
+                self._scaler.load_state_dict(self.state["scaler"])
             for name, part in parts.items():
                 if isinstance(part, nn.Module):
                     restore(part, self.state[name])
@@ -658,6 +667,8 @@ class Run:
             if self.trainers is not None:
                 self.trainers.save()  # → Order, ← Answer, State
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
+            if self._scaler is not None:
+                state["scaler"] = self._scaler.state_dict()
             state["generators"] = self.generators
             if self.generators is None:
                 state["generators"] = rank_generators(self.fabric, self.act_rng, self.train_rng)
