@@ -43,6 +43,7 @@ from fabricrl.envs.guard import (
     children,
     close_problem,
     end_processes,
+    folder_kept,
     generators_kept,
     reset_signals_in_children,
     seed_generators,
@@ -428,7 +429,8 @@ _CLOSES: list[bool] = []
 def _passing(args: Any, make: Callable[[Any], gym.Env]) -> Iterator[gym.Env]:
     """Builds an environment for a moment and leaves nothing of it behind."""
     before = children()
-    with generators_kept(), watched(_limit(args), f"an environment of {args.env_id} failed in a trial"):
+    trial = f"an environment of {args.env_id} failed in a trial"
+    with generators_kept(), folder_kept(), watched(_limit(args), trial):
         env = None
         try:
             env = make(args)
