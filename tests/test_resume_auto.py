@@ -123,7 +123,7 @@ def test_an_argument_that_an_older_run_did_not_know_counts_as_its_default(stoppe
 
 
 def test_the_newest_run_is_the_one_that_began_last_and_has_a_checkpoint(stopped: Finished, tmp_path: Path) -> None:
-    """Whatever the clock of the file system says, and in whichever order it lists folders."""
+    """The clock of the file system, and the order in which it lists folders, do not matter."""
     names = [f"{stopped.folder.name[:-16]}_{time}" for time in ("20250101-000000", "20990101-000000-2")]
     older, newer = (Path(shutil.copytree(stopped.folder, stopped.folder.with_name(name))) for name in names)
     shutil.copytree(stopped.folder, f"{newer}"[:-2] + "-1")

@@ -142,7 +142,8 @@ class Run:
             self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
         self.global_step = self.first_step = self.state.get("global_step", 0)
         if not self.state:
-            self.args = replace(self.args, resume=None)
+            if self.args.resume:  # rank 0 has not found what this rank has
+                self.args = replace(self.args, resume=None)
             return
         ranks = 1 if isinstance(self.args, DecoupledArgs) else self.fabric.world_size
         with reading(self.path):
