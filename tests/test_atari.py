@@ -437,7 +437,8 @@ def test_off_policy_algorithms_have_no_native_form() -> None:
 
 def chosen(**settings: Any) -> str:
     args = PPOArgs(**{"env_id": "ALE/Pong-v5", "num_envs": 2} | settings)
-    with contextlib.closing(make_envs(SimpleNamespace(**vars(args) | {"vectorization": "sync"}), 0, Path())) as envs:
+    plain = SimpleNamespace(**vars(args) | {"vectorization": "sync", "capture_video": False})
+    with contextlib.closing(make_envs(plain, 0, Path())) as envs:
         return choose(args, envs.unwrapped.envs[0])
 
 
@@ -446,3 +447,4 @@ def test_auto_is_native_for_games_unless_something_is_done_to_them_that_only_gym
     assert chosen(**ATARI | {"num_envs": 1}) == "native"
     assert chosen() == "native"
     assert chosen(**ATARI | {"env_kwargs": '{"difficulty": 0}'}) in ("sync", "async")
+    assert chosen(**ATARI | {"capture_video": True}) in ("sync", "async")
