@@ -90,8 +90,8 @@ class StandardArgs:
     )
     vectorization: Literal["auto", "sync", "async", "native", "envpool"] = arg(
         "auto",
-        "sync: one process steps all; async: a process each; native: Gymnasium's vector form, where there is one; "
-        "envpool: C++ threads, by the extra of that name; auto: native or the faster of sync and async",
+        "sync: one process steps all; async: a process each; native: Gymnasium's or ale-py's vector form, where there "
+        "is one; envpool: C++ threads, by the extra of that name; auto: native or the faster of sync and async",
     )
     check_spaces: bool = arg(
         False,

@@ -36,7 +36,7 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
     noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            drawn = run.act(player, rb.stacked_obs(t), noise[t], rb.mask(t, device))  # [N, A]
+            drawn = run.act(player, rb.stacked_obs(t, device), noise[t], rb.mask(t, device))  # [N, A]
             actions = run.on_host(drawn).numpy()
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))

@@ -36,7 +36,7 @@ def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentR
     noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            drawn, states = run.act(player, rb.stacked_obs(t), rb.memory_rows[t], noise[t], rb.mask(t, device))
+            drawn, states = run.act(player, rb.stacked_obs(t, device), rb.memory_rows[t], noise[t], rb.mask(t, device))
             actions = run.on_host(drawn).numpy()  # [N, A]
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
