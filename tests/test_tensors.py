@@ -1,5 +1,6 @@
 """`--vectorization torch`: rollouts that stay on the device of environments that take and return tensors."""
 
+import importlib
 import re
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.agent import make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.run import Run
+from fabricrl.algos.sac import sac
 from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.utils import utils
@@ -338,5 +340,26 @@ def test_what_cannot_be_is_refused_by_name(flags: list[Any], words: str, train: 
 
 
 def test_native_is_another_thing(train: Callable[..., Trained]) -> None:
-    with pytest.raises(ConfigError, match=r"torch/CartPole-v1 has no native form, unlike CartPole-v0, CartPole-v1$"):
+    with pytest.raises(ConfigError, match="torch/CartPole-v1 has no native form, unlike CartPole-v0, CartPole-v1"):
         train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1", "--vectorization", "native")
+
+
+@pytest.mark.parametrize("name", ["ppo_recurrent", "ppo_decoupled"])
+def test_scripts_that_play_on_the_cpu_take_the_single_form(
+    name: str, train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused in a line where they are told to do otherwise, before any rank is started."""
+    folder = name.removesuffix("_decoupled")
+    main = importlib.import_module(f"fabricrl.algos.{folder}.{name}").main
+    flags = ["--env-id", "torch/CartPole-v1", *TINY[:6]]
+    with pytest.raises(ConfigError, match="--vectorization is torch: it must be another with this script"):
+        train(main, *flags, "--vectorization", "torch")
+    if name == "ppo_recurrent":
+        output = train(main, *flags, "--hidden-sizes", 8).output
+        assert "vectorization: sync" in output
+
+
+def test_one_without_a_single_form_is_for_ppo(train: Callable[..., Trained]) -> None:
+    with pytest.raises(ConfigError, match="torch/Reach-v0 is registered as a vector environment alone: only ppo takes"):
+        train(sac.main, "--env-id", "torch/Reach-v0")
+    assert train(sac.main, "--env-id", "torch/Pendulum-v1", "--total-timesteps", 20, "--learning-starts", 10, "--batch-size", 4).code == 0

@@ -26,9 +26,15 @@ CPU = torch.device("cpu")
 def takes_tensors(args: Any) -> bool:
     """Tells if the environments of a run take and return tensors: where that is asked for, and with `auto` where they
     say so, by `metadata["tensors"]` of what is registered as `vector_entry_point`, and where that is all there is."""
-    if args.vectorization != "auto" or not hasattr(args, "num_steps") or hasattr(args, "max_lag"):
+    if args.vectorization != "auto" or not _is_able(vars(args)):
         return args.vectorization == "torch"
     return are_tensors(args.env_id)
+
+
+def _is_able(args: dict[str, Any]) -> bool:
+    """Tells if the script with these arguments keeps rollouts on a device: PPO does. The recurrent one cuts them into
+    sequences on the CPU, those with a replay buffer store arrays, and decoupled ones play on the CPU."""
+    return "num_steps" in args and not {"sequence_length", "max_lag"} & args.keys()
 
 
 def are_tensors(env_id: str) -> bool:
@@ -48,7 +54,7 @@ def are_tensors(env_id: str) -> bool:
 def were_tensors(args: dict[str, Any]) -> bool:
     """Tells if the environments of a run with these arguments, from its checkpoint, took and returned tensors."""
     kind = args.get("vectorization")
-    return kind == "torch" or (kind == "auto" and "num_steps" in args and are_tensors(args["env_id"]))
+    return kind == "torch" or (kind == "auto" and _is_able(args) and are_tensors(args["env_id"]))
 
 
 def has_single(env_id: str) -> bool:
@@ -72,10 +78,8 @@ def _spec(env_id: str) -> Any:
 
 def check_arguments(args: Any) -> None:
     """Raises ConfigError if an argument is set that environments of tensors cannot follow, or this script cannot."""
-    if hasattr(args, "max_lag"):
-        raise ConfigError(
-            "--vectorization is torch: a decoupled script plays on the CPU; its coupled sibling takes torch"
-        )
+    if not _is_able(vars(args)):
+        raise ConfigError("--vectorization is torch: it must be another with this script; only ppo takes torch")
     spec = _spec(args.env_id)
     if spec is not None and spec.vector_entry_point is None:
         ours = ", ".join(sorted(known.id for known in gym.registry.values() if known.namespace == "torch"))

@@ -612,6 +612,10 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
             return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
         looked = f"; modules of your own are looked up in {os.getcwd()}" if ":" in env_id else ""
         return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")
+    if "entry_point is not specified" in text:
+        return ConfigError(
+            f"--env-id {env_id} is registered as a vector environment alone: only ppo takes those, as tensors"
+        )
     malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
     if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {_nearest(env_id)}")
