@@ -88,10 +88,11 @@ class StandardArgs:
         "steps that each action is taken for; Atari observations are the maximum of the last two frames",
         advanced=True,
     )
-    vectorization: Literal["auto", "sync", "async", "native", "envpool"] = arg(
+    vectorization: Literal["auto", "sync", "async", "native", "envpool", "torch"] = arg(
         "auto",
         "sync: one process steps all; async: a process each; native: Gymnasium's or ale-py's vector form, where there "
-        "is one; envpool: C++ threads, by the extra of that name; auto: native or the faster of sync and async",
+        "is one; envpool: C++ threads, by the extra of that name; torch: tensors on the device that trains; auto: "
+        "torch for environments that are tensors, else native or the faster of sync and async",
     )
     check_spaces: bool = arg(
         False,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ class RolloutBuffer:
         skips: environments may have steps that only reset.
         mask_size: S; 0 if environments have no masks.
         device: where the rollout is learned from; for a GPU, memory is pinned.
+        place: where it lies: the CPU but for environments that take and return tensors, see `DeviceRolloutBuffer`.
     """
+
+    cuts: float | Tensor = 1.0  # of each of `truncated_episodes`
 
     def __init__(
         self,
@@ -60,23 +64,26 @@ class RolloutBuffer:
         skips: bool = False,
         mask_size: int = 0,
         device: torch.device = CPU,
+        place: torch.device = CPU,
     ) -> None:
         self.num_envs, self.frame_stack, self.skips = num_envs, frame_stack, skips
         self.num_floats = obs_space.num_floats if isinstance(obs_space, Records) else None
         dtype = torch.float32 if self.num_floats is None else torch.uint8
         pin, steps = pinned(device), (num_steps, num_envs)
-        self.frames = torch.zeros(frame_stack + num_steps, num_envs, *obs_space.shape, dtype=dtype, pin_memory=pin)
+        zeros = partial(torch.zeros, pin_memory=pin, device=place)
+        self.frames = zeros(frame_stack + num_steps, num_envs, *obs_space.shape, dtype=dtype)
         self.obs = self.frames[frame_stack - 1 :]
-        self.actions = torch.zeros(*steps, num_actions, dtype=action_dtype, pin_memory=pin)
-        self.rewards = torch.zeros(steps, pin_memory=pin)
-        self.terminated, self.truncated, self.skipped, self.ends = torch.zeros(4, *steps, dtype=torch.bool)
+        self.actions, self.rewards = zeros(*steps, num_actions, dtype=action_dtype), zeros(steps)
+        flags = (torch.zeros(steps, dtype=torch.bool, device=place) for _ in range(4))
+        self.terminated, self.truncated, self.skipped, self.ends = flags
         masked = torch.ones(num_steps + 1, num_envs, mask_size, dtype=torch.bool, pin_memory=pin)
         self.allowed = masked if mask_size > 0 else None
         self.obs_rows = self.obs.unbind()  # T + 1 views [N, R], made once
-        self._obs, self._actions = self.obs.numpy(), self.actions.numpy()
-        self._rewards, self._ends = self.rewards.numpy(), self.ends.numpy()
-        self._terminated, self._truncated = self.terminated.numpy(), self.truncated.numpy()
-        self._skipped = self.skipped.numpy()
+        if place.type == "cpu":
+            self._obs, self._actions = self.obs.numpy(), self.actions.numpy()
+            self._rewards, self._ends = self.rewards.numpy(), self.ends.numpy()
+            self._terminated, self._truncated = self.terminated.numpy(), self.truncated.numpy()
+            self._skipped = self.skipped.numpy()
         self._final: list[tuple[int, int, np.ndarray]] = []
         stacks = (num_steps + 1, num_envs, frame_stack)
         self.stacks = torch.zeros(stacks, dtype=torch.int64, pin_memory=pin)  # rows of frames × N

@@ -236,7 +236,9 @@ def _allowed_action(space: Space, mask: np.ndarray, rng: np.random.Generator) ->
 def _is_native(env_id: str) -> bool:
     """Returns True if Gymnasium has a vector form of it in plain NumPy, with the same observations."""
     spec = gym.registry.get(env_id.rpartition(":")[2])
-    return spec is not None and spec.vector_entry_point is not None and spec.namespace not in ("phys2d", "ALE", "torch")
+    if spec is None or spec.vector_entry_point is None or spec.entry_point is None:  # alone, it takes tensors
+        return False
+    return spec.namespace not in ("phys2d", "ALE", "torch")
 
 
 def _fills_minibatches(args: Any) -> bool:

@@ -22,7 +22,7 @@ from fabricrl.algos.ppo.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.ppo.args import PRESETS, PPODecoupledArgs
 from fabricrl.algos.ppo.ppo import METRICS, returns_and_advantages, rollout, train, train_epoch, update
 from fabricrl.algos.run import Run, parse, run_script
-from fabricrl.data import Batch, RolloutBuffer
+from fabricrl.data import Batch
 from fabricrl.utils import Adam, anneal, explained_variance
 from fabricrl.utils.utils import require
 
@@ -73,8 +73,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
         trainers.begin(Messages(share, METRICS, agent, optimizer))  # → Hello, ← Ready
 
         # --- Buffer
-        shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.mask_size)
+        rb = run.rollout_buffer(agent)
 
         # --- Start
         rb.start(run.reset(), run.masks)
