@@ -32,8 +32,8 @@ METRICS = tuple(f"losses/{name}" for name in LOSSES)
 @torch.inference_mode()
 def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    shape, device = rb.actions.shape[:2], run.player_device
-    noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
+    shape, device = (len(rb.actions), run.all_envs), run.player_device
+    noise = run.to_device(run.own(player.head.noise(shape, run.act_rng), 1), device).unbind()  # T × [N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
             drawn = run.act(player, rb.stacked_obs(t), noise[t], rb.mask(t, device))  # [N, A]
