@@ -54,9 +54,14 @@ def declare_share(run: Run, agent: Any) -> Batch:
         obs=torch.zeros(rows, *agent.obs_shape, dtype=agent.obs_dtype),
         actions=torch.zeros(rows, agent.head.num_actions, dtype=agent.head.dtype),
         masks=torch.zeros(rows, run.mask_size, dtype=torch.bool) if run.mask_size else None,
-        counts=torch.ones(rows),
+        counts=torch.ones(rows, dtype=torch.bool),
         **dict.fromkeys(names, torch.zeros(rows)),
     )
+
+
+def as_trained(data: Batch, device: torch.device) -> Batch:
+    """What has travelled, as updates take it: on the device, and counts, a byte each on the way, as numbers."""
+    return data.with_columns(counts=None if data.counts is None else data.counts.float()).to(device)
 
 
 def divide(run: Run, data: Batch) -> Iterator[tuple[Batch, int]]:
@@ -153,14 +158,14 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
     if run.records:
         with run.rehearsal():
             counts = share.data.counts if player.skips else None
-            data = share.data.with_columns(counts=counts).to(run.fabric.device)
+            data = as_trained(share.data.with_columns(counts=counts), run.fabric.device)
             train(run, epoch, data, *run.numbers(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order
         # 3. Update
         learning_rate, clip_coef, ent_coef, data, _ = order.data
         optimizer.param_groups[0]["lr"].fill_(learning_rate)
-        data = data.to(run.fabric.device)
+        data = as_trained(data, run.fabric.device)
         run.note(METRICS, train(run, epoch, data, *run.numbers(clip_coef, ent_coef)))
 
         # 4. Log, 5. Checkpoint

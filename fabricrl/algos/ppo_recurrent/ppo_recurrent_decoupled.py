@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, run_ranks
 from fabricrl.algos.ppo.ppo import METRICS, update
-from fabricrl.algos.ppo.ppo_decoupled import check_division, declare_share
+from fabricrl.algos.ppo.ppo_decoupled import as_trained, check_division, declare_share
 from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
 from fabricrl.algos.ppo_recurrent.args import PRESETS, RecurrentPPODecoupledArgs
 from fabricrl.algos.ppo_recurrent.ppo_recurrent import returns_and_advantages, rollout, train
@@ -147,7 +147,7 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     if run.records:
         with run.rehearsal():
             counts = share.data.counts if player.skips else None
-            data = share.data.with_columns(counts=counts).to(run.fabric.device)
+            data = as_trained(share.data.with_columns(counts=counts), run.fabric.device)
             for sequences in Sequences.of_all_sizes(share.ends[:, None], args.sequence_length, run.captures):
                 train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
 
@@ -155,7 +155,7 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
         # 3. Update
         learning_rate, clip_coef, ent_coef, data, ends = order.data
         optimizer.param_groups[0]["lr"].fill_(learning_rate)
-        data, sequences = data.to(run.fabric.device), Sequences(ends[:, None], args.sequence_length)
+        data, sequences = as_trained(data, run.fabric.device), Sequences(ends[:, None], args.sequence_length)
         run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
 
         # 4. Log, 5. Checkpoint
