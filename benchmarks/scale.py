@@ -14,6 +14,7 @@ import importlib
 import json
 import math
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -47,15 +48,19 @@ class Meter:
     def __init__(self) -> None:
         self.totals = dict.fromkeys(("wait", "inside", "messages", "bytes"), 0.0)
         self.marks: list[dict[str, float]] = []
+        self._within = False  # what one message calls is part of it
 
     def counted(self, function: Callable[..., Any], sent: Callable[..., tuple[int, float]]) -> Callable[..., Any]:
         """The function, with its time counted as that of messages; `sent` says how many it sends, and their bytes."""
 
         def call(*given: Any, **more: Any) -> Any:
-            started, thread = time.perf_counter(), time.thread_time()
+            if self._within:
+                return function(*given, **more)
+            started, thread, self._within = time.perf_counter(), time.thread_time(), True
             try:
                 return function(*given, **more)
             finally:
+                self._within = False
                 self.totals["wait"] += time.perf_counter() - started
                 self.totals["inside"] += time.thread_time() - thread
                 messages, size = sent(*given, **more)
@@ -92,6 +97,7 @@ def run_rank(path: str, warm_up: int, module: str, flags: list[str]) -> None:
     from fabricrl.algos.run import Run
     from fabricrl.utils import ranks
     from fabricrl.utils.decoupled import Channel
+    from fabricrl.utils.errors import RunError
 
     meter, world_size = Meter(), int(os.environ["WORLD_SIZE"])
 
@@ -111,9 +117,11 @@ def run_rank(path: str, warm_up: int, module: str, flags: list[str]) -> None:
     Player.orders = meter.each(Player.orders)  # type: ignore[method-assign]
     sys.argv = [module, *flags]
     try:
-        importlib.import_module(module).main()
-    finally:
-        Path(path).write_text(json.dumps(meter.of_an_iteration(warm_up)))
+        code = importlib.import_module(module).main()
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    Path(path).write_text(json.dumps(meter.of_an_iteration(warm_up)))
+    sys.exit(code)
 
 
 # --- Runs
@@ -140,7 +148,7 @@ def measure(task: str, ranks: int, players: int = 0, places: list[str] | None = 
         flags = [*flags_of(task, ranks, players), "--log-dir", folder]
         warm_up = WARM_UP[task] + (256 // ENVS if task == "sac" else 0)
         nodes = 1 if places is None else len(set(places))
-        variables = {"MASTER_ADDR": "127.0.0.1" if places is None else ADDRESSES[0], "MASTER_PORT": "29555"}
+        variables = {"MASTER_ADDR": "127.0.0.1" if places is None else ADDRESSES[0], "MASTER_PORT": str(free_port())}
         variables |= {"TORCHELASTIC_RUN_ID": "scale", "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
         variables |= {"LOCAL_WORLD_SIZE": str(ranks // nodes), "PYTHONPATH": str(ROOT)}
         started: list[subprocess.Popen] = []
@@ -164,6 +172,12 @@ def measure(task: str, ranks: int, players: int = 0, places: list[str] | None = 
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def median_of(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     """The median of each figure of each rank over repeated runs."""
     return [
@@ -175,7 +189,7 @@ def median_of(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 
 ADDRESSES = ["10.203.7.1", "10.203.7.2"]
-NODES = ["fabricrl-scale-1", "fabricrl-scale-2"]
+NODES = [f"fabricrl-{os.getpid()}-{number}" for number in (1, 2)]
 
 
 def call(*words: str) -> None:
@@ -273,11 +287,11 @@ def on_this_machine(tasks: list[str], ranks: list[int], repeats: int) -> tuple[l
             lines.append(row(task, f"coupled, {count}", "each", coupled[task][count]))
             print(lines[-1], flush=True)
         for count in (count for count in ranks if count > 1):
-            for players in sorted({1, count // 2}) if count <= 4 else [count // 2]:
-                found = median_of([measure(task, count, players) for _ in range(repeats)])
-                for who, rank in (("player", 0), ("first trainer", players)):
-                    lines.append(row(task, f"decoupled, {players} + {count - players}", who, found[rank]))
-                    print(lines[-1], flush=True)
+            players = count // 2
+            found = median_of([measure(task, count, players) for _ in range(repeats)])
+            for who, rank in (("player", 0), ("first trainer", players)):
+                lines.append(row(task, f"decoupled, {players} + {players}", who, found[rank]))
+                print(lines[-1], flush=True)
     return lines, coupled
 
 
