@@ -79,6 +79,14 @@ MASKED = (
 )
 CATCH = "--num-envs 16 --num-steps 32 --hidden-sizes"
 ONE = "--num-threads 1"  # off-policy scripts take two threads by default, and with --jobs runs share the cores
+
+
+def tuned(script: str, env_id: str, bar: float, reference: tuple[float, float], source: str) -> Task:
+    """Makes the task of an environment's settings in `presets.toml`, three seeds."""
+    command = f"{script} --env-id {env_id} --preset tuned"
+    return Task(command, 3, "greedy_return", bar, reference, f"rl-baselines3-zoo, {source}, one run, ± over episodes")
+
+
 TASKS = {
     "cartpole": Task(
         f"{PPO} --env-id CartPole-v1 --total-timesteps 500000",
@@ -264,6 +272,13 @@ TASKS = {
         rival="sac-halfcheetah-16700",
         times=5,
     ),
+    # Settings of --preset tuned against what their source reports; bars are its ± over episodes below its mean
+    "tuned-cartpole": tuned(PPO, "CartPole-v1", 490, (500.0, 0.0), "CartPole-v1, 100k steps"),
+    "tuned-pendulum": tuned(PPO, "Pendulum-v1", -172.2 - 104.2, (-172.2, 104.2), "Pendulum-v1 with gSDE, 100k steps"),
+    "tuned-acrobot": tuned(PPO, "Acrobot-v1", -73.5 - 18.2, (-73.5, 18.2), "Acrobot-v1, 1M steps"),
+    "tuned-mountaincar": tuned(PPO, "MountainCar-v0", -110.4 - 19.5, (-110.4, 19.5), "MountainCar-v0, 1M steps"),
+    "tuned-recurrent-cartpole": tuned(RECURRENT, "CartPole-v1", 490, (500.0, 0.0), "CartPoleNoVel-v1, 100k steps"),
+    "tuned-sac-pendulum": tuned(f"{SAC} {ONE}", "Pendulum-v1", -157.0 - 88.7, (-157.0, 88.7), "Pendulum-v1, 20k steps"),
 }
 
 
@@ -392,7 +407,10 @@ def main() -> int:
     seeds = range(1, (options.seeds or task.seeds) + 1)
     command = [*shlex.split(task.command), "--logger", "csv"]
     if options.total_timesteps:
-        command[command.index("--total-timesteps") + 1] = str(options.total_timesteps)
+        if "--total-timesteps" not in command:  # a preset says how many
+            command.append("--total-timesteps")
+        at = command.index("--total-timesteps") + 1
+        command[at : at + 1] = [str(options.total_timesteps)]
     shown = f"python {shlex.join(command)} --seed <seed>"
 
     table, curve_table = (

@@ -44,6 +44,7 @@ def main() -> None:
     # The launcher's own store would listen on all addresses of the machine
     static_tcp_rendezvous.TCPStore = partial(_store, patience(minutes))  # type: ignore[assignment, misc]
     StopSignal()  # until torchrun's handlers take over: it hears nothing while it waits for other nodes
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is for the ranks
     try:
         fabric_cli(["run", *rest], prog_name="lightning")
     except ChildFailedError as error:

@@ -15,15 +15,17 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from fabricrl.utils.command import Parser
+from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.logger import read_entries
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
 from fabricrl.utils.utils import require
 
@@ -81,9 +83,9 @@ def find_logs(where: str) -> list[Path]:
     """Folders of runs that a path or a pattern names, or that lie below it, in order.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or no such path can be.
     """
-    places = sorted(map(Path, glob.glob(str(Path(where).expanduser()))))
+    places = sorted(map(Path, glob.glob(str(path_of("a run", where)))))
     kinds = "metrics.csv", "events.out.tfevents.*"
     folders = sorted({file.parent for place in places for kind in kinds for file in place.rglob(kind)})
     if not folders:
@@ -103,7 +105,10 @@ def read_log(folder: Path, metric: str = "") -> Log:
     try:
         columns, seconds = read(folder)
         arguments = json.loads(path.read_text()) if (path := folder / "args.json").exists() else {}
-    except (OSError, ValueError, KeyError) as error:
+        if not isinstance(arguments, dict):
+            raise ValueError("args.json is no JSON object")
+        arguments |= arguments.pop("asked", {})  # before another number of ranks took their shares
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ConfigError(f"{folder}: its log cannot be read: {error}") from error
     for tag in tags:
         if tag in columns:
@@ -116,11 +121,11 @@ def read_log(folder: Path, metric: str = "") -> Log:
 def _read_csv(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
     """Tag → steps and values, and the seconds, which follow from the last speed."""
     entries: dict[str, list[tuple[int, float]]] = {}
-    with (folder / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            for tag, value in row.items():
-                if value and tag != "step":
-                    entries.setdefault(tag, []).append((int(row["step"]), float(value)))
+    rows, _ = read_entries(folder / "metrics.csv")
+    for row in rows:
+        for tag, value in row.items():
+            if value and tag != "step":
+                entries.setdefault(tag, []).append((int(row["step"]), float(value)))
     columns = {tag: _columns(pairs) for tag, pairs in entries.items()}
     steps, speeds = columns.get("charts/SPS", (np.array([np.nan]), np.array([1.0])))
     return columns, float(steps[-1] / max(speeds[-1], 1e-9))
@@ -167,7 +172,8 @@ def group_logs(named: Sequence[tuple[str, Log]], final: float = 0.1) -> list[Gro
     for given, log in named:
         a = log.arguments
         changed = [f"{name.replace('_', '-')}={a[name]}" for name in sorted(telling - {"exp_name"})] if a else []
-        algo = a.get("exp_name") or (log.folder.parent.parent.name if a else log.name)
+        script = log.folder.parent.parent.name + "_decoupled" * ("max_lag" in a) if a else log.name
+        algo = a.get("exp_name") or script
         groups.setdefault((a.get("env_id", ""), given or " ".join([algo, *changed])), []).append(log)
     return [make_group(env_id, name, logs, final) for (env_id, name), logs in groups.items()]
 
@@ -331,7 +337,8 @@ def draw_curve(axes: Any, group: Group) -> None:
 def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUNS", help="run folders, folders of them, or patterns")
-    parser.add_argument("--out", type=Path, help="picture to draw: png, svg or pdf; tables go beside it (.md, .csv)")
+    picture = partial(path_of, "--out")
+    parser.add_argument("--out", type=picture, help="picture to draw: png, svg or pdf; tables go beside it (.md, .csv)")
     parser.add_argument("--metric", default="", help="tag to compare (default: the returns of training episodes)")
     parser.add_argument("--final", type=float, default=0.1, help="last share of a run for its final return (0.1)")
     parser.add_argument("--threshold", type=float, help="return whose first steps are told (default: 0.9 of the way)")

@@ -24,7 +24,7 @@ from fabricrl.envs.spaces import mask_choices, rescale_actions
 from fabricrl.models.models import RecordEncoder
 from fabricrl.policy import Policy, algorithm
 from fabricrl.utils.checkpoint import load_checkpoint
-from fabricrl.utils.command import Parser
+from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, OutputError, RunError
 from fabricrl.utils.extras import missing
@@ -327,7 +327,7 @@ def export(source: str, kind: str, out: str | None) -> dict[str, Any]:
     if not hasattr(utils, "env_actions"):
         raise ConfigError(f"{found} was made by {policy.algo}, whose utils.py has no env_actions: see Add an algorithm")
     beside = Path(found.name) if is_on_hub(source) else found
-    path = Path(out).expanduser() if out else beside.with_suffix(f".{kind}")
+    path = path_of("--out", out) if out is not None else beside.with_suffix(f".{kind}")
     if path.suffix != f".{kind}" or not path.parent.is_dir():
         raise ConfigError(f"--out is {out}: it must be a file of a folder that exists, and end in .{kind}")
     module = ExportedPolicy(policy, utils.env_actions)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from fabricrl.compare import (
     summarise,
     warn_of_few_seeds,
 )
-from fabricrl.utils.command import Parser
+from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
 from fabricrl.utils.utils import require
@@ -170,7 +171,7 @@ def _without(words: Sequence[str], *names: str) -> list[str]:
     return kept
 
 
-def _folder(log_dir: str) -> list[str]:
+def _folder(log_dir: str | Path) -> list[str]:
     """The flag that gives a sweep's runs a folder of their own."""
     return ["--log-dir", str(Path(log_dir) / f"sweep_{datetime.now():%Y%m%d-%H%M%S}")]
 
@@ -202,8 +203,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each combination (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="the first seed, S (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
-    parser.add_argument("--log-dir", default="logs", help="a folder for this sweep's runs is made in it")
-    parser.add_argument("--out", type=Path, help="picture of the learning curves: png, svg or pdf")
+    folder, picture = partial(path_of, "--log-dir"), partial(path_of, "--out")
+    parser.add_argument("--log-dir", type=folder, default="logs", help="a folder for this sweep's runs is made in it")
+    parser.add_argument("--out", type=picture, help="picture of the learning curves: png, svg or pdf")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     options, rest = parser.parse_known_args()
     require(options.seeds >= 1, "seeds", options.seeds, "at least 1")

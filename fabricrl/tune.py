@@ -10,7 +10,6 @@ Called again, it goes on; called on several machines with one storage, they shar
 import argparse
 import csv
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -23,13 +22,15 @@ import time
 import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fabricrl.__main__ import algorithms
-from fabricrl.utils.command import Parser
+from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
+from fabricrl.utils.logger import read_entries
 from fabricrl.utils.utils import require
 
 if TYPE_CHECKING:
@@ -143,10 +144,8 @@ def evaluations(folder: Path) -> list[tuple[int, float]]:
     """Steps and mean returns of the evaluations that a run below this folder has logged by now."""
     entries = []
     for path in folder.rglob("metrics.csv"):
-        whole, _, _ = path.read_text().rpartition("\n")  # the last line may be in the making
-        for row in csv.DictReader(io.StringIO(whole)):
-            if row.get(MEASURE):
-                entries.append((int(row["step"]), float(row[MEASURE])))
+        rows, _ = read_entries(path)
+        entries += [(int(row["step"]), float(row[MEASURE])) for row in rows if row.get(MEASURE)]
     return entries
 
 
@@ -321,7 +320,8 @@ def main() -> int:
     parser.add_argument("algo", choices=algorithms(), help="the algorithm to tune")
     parser.add_argument("--env-id", default="CartPole-v1", help="Gymnasium id, or module:Id-v0 (default: CartPole-v1)")
     parser.add_argument("--total-timesteps", type=float, default=1e5, help="steps of each run (default: 100000)")
-    parser.add_argument("--space", type=Path, help="TOML file of what to try (default: the algorithm's space.toml)")
+    space_file, log_dir = (partial(path_of, flag) for flag in ("--space", "--log-dir"))
+    parser.add_argument("--space", type=space_file, help="TOML file of what to try (default: the algorithm's own)")
     parser.add_argument(
         "--trials", type=int, default=50, help="trials of the study, all workers together (default: 50)"
     )
@@ -330,7 +330,7 @@ def main() -> int:
     parser.add_argument("--target", type=float, default=math.inf, help="stop once a trial's mean return reaches this")
     parser.add_argument("--storage", help="database URL (default: tune.db in the log folder, by SQLite)")
     parser.add_argument("--study", help="name in the storage (default: algorithm and environment)")
-    parser.add_argument("--log-dir", type=Path, default=Path("logs"), help="the runs, pictures and table go below it")
+    parser.add_argument("--log-dir", type=log_dir, default="logs", help="the runs, pictures and table go below it")
     parser.add_argument("--eval-every", type=int, help="steps between evaluations (default: a tenth of the run)")
     parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of each (default: 20)")
     parser.add_argument("--sampler-seed", type=int, help="seed of the search (default: another one each time)")
@@ -351,7 +351,7 @@ def main() -> int:
     common = ["--env-id", options.env_id, "--total-timesteps", str(int(steps)), *rest]
     judged = ["--eval-every", str(every), "--eval-episodes", str(options.eval_episodes), "--logger", "csv"]
     name = options.study or f"{options.algo}-{options.env_id}".replace("/", "-").replace(":", "-")
-    folder = options.log_dir.expanduser() / "tune" / name
+    folder = options.log_dir / "tune" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -32,7 +32,7 @@ from fabricrl.utils.update import Runner
 @pytest.fixture(autouse=True)
 def isolated() -> Iterator[None]:
     """Puts back what `main` changes in a process: threads, precision, cuDNN, signals and torch's generator."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     deterministic = torch.backends.cudnn.deterministic
     torch.set_num_threads(1)
@@ -43,6 +43,7 @@ def isolated() -> Iterator[None]:
     torch.backends.cudnn.deterministic = deterministic
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     signal.set_wakeup_fd(-1)
 
 
@@ -79,7 +80,7 @@ def on_ranks(world_size: int, function: Callable[[Any], Any]) -> list[Any]:
             ranks._barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
-    with mock.patch("fabricrl.utils.ranks.gather", lambda rows, own, group: group(rows, own)):
+    with mock.patch("fabricrl.utils.ranks.finish", lambda gather, rows, own, group: group(rows, own)):
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -435,7 +435,7 @@ def call(main: Callable[[], int], *arguments: object, encoding: str = "utf-8") -
     """Calls `main` with a command line, in this process and without a terminal; for fixtures that tests share."""
     out, err = Output(), Output()
     out.encoding = err.encoding = encoding
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         with (
             mock.patch.object(sys, "argv", ["script.py", *map(str, arguments)]),

@@ -29,7 +29,8 @@ class Simulated(gym.Env):
 
     Args:
         folder: for files `<process>.started` and `<process>.closed`; empty: nothing is written.
-        start: what is started: process or stubborn (multiprocessing; one ignores SIGTERM), command, thread, or nothing.
+        start: what is started: process or stubborn (multiprocessing; one ignores SIGTERM), command, thread, or nothing;
+            elsewhere: the constructor makes `folder` the current one.
         close: what `close()` does: end (and wait for the end), leave (what was started as it is), raise, or hang.
         hang: which call never returns: init, reset, step, stubborn (a step, whatever interrupts it), or none.
         only: of `reset` and `step`, only those of the environment whose seed was this; None: of all.
@@ -62,6 +63,8 @@ class Simulated(gym.Env):
         elif start == "thread":
             self.thread = threading.Thread(target=time.sleep, args=(1000,))
             self.thread.start()
+        elif start == "elsewhere":
+            os.chdir(folder)
         self.note("started")
 
     def note(self, what: str) -> None:

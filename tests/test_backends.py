@@ -24,7 +24,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from fabricrl.algos import run as run_module
 from fabricrl.algos.ppo import ppo
-from fabricrl.algos.ppo.args import PRESETS, PPOArgs
+from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
@@ -40,7 +40,7 @@ from fabricrl.utils.utils import env_seeds
 from tests import vector_envs
 from tests.conftest import SINGLE
 from tests.envs import vectors
-from tests.process import FORKSERVER, Finished, call, differences, load, run_folder, run_team
+from tests.process import Finished, call, differences, load, run_folder, run_team
 from tests.test_decoupled_run import content
 from tests.vector_envs import Slow, StaggeredVector, Step
 
@@ -495,132 +495,6 @@ def test_what_fits_gymnasium_and_not_envpool_is_refused(pool: Any) -> None:
         assert caught.value.exit_code == 2
 
 
-# --- Atari through Gymnasium and through EnvPool
-
-ATARI = {name: value for name, value in PRESETS["atari"].items() if name not in ("num_threads", "env_id", "num_envs")}
-
-
-def games(env_id: str, num_envs: int = 1, **settings: Any) -> tuple[VectorEnv, VectorEnv]:
-    pytest.importorskip("ale_py")
-    pytest.importorskip("cv2")
-    theirs, ours = (environments(kind, env_id, num_envs, **ATARI | settings) for kind in ("sync", "envpool"))
-    return theirs, ours
-
-
-def actions_of(envs: VectorEnv, steps: int) -> np.ndarray:
-    """[steps, N]"""
-    return np.random.default_rng(0).integers(envs.single_action_space.n, size=(steps, envs.num_envs))
-
-
-@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "ALE/Breakout-v5"])
-def test_a_game_without_chance_is_the_same_in_envpool_and_gymnasium_to_the_last_pixel(env_id: str, pool: Any) -> None:
-    """With one step of doing nothing at the beginning, a whole game and the beginning of the next."""
-    theirs, ours = games(env_id, noop_max=1)
-    assert ours.single_observation_space == theirs.single_observation_space
-    found, expected = ours.reset(seed=[3])[0], theirs.reset(seed=[3])[0]
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype == np.uint8
-    ends = lives = 0
-    for action in actions_of(theirs, 1000):
-        assert np.array_equal(found, expected)
-        expected, *their_rest, their_infos = theirs.step(action)
-        found, *our_rest, our_infos = ours.step(action)
-        assert [part.tolist() for part in our_rest] == [part.tolist() for part in their_rest]
-        if their_rest[1][0]:
-            ends += 1
-            # Gymnasium's takes the maximum with an older frame if the game ends within a step of four
-            assert np.abs(our_infos["final_obs"][0].astype(int) - their_infos["final_obs"][0]).mean() < 1
-            assert np.abs(our_infos["final_obs"][0].astype(int) - found[0]).mean() > 1
-        else:  # at the end of a game the last life is lost, which nobody needs to be told
-            lives += their_infos["life_lost"][0]
-            assert our_infos["life_lost"][0] == their_infos["life_lost"][0]
-        if ends and not np.any(their_rest):
-            break
-    assert ends == 1
-    assert lives == (4 if "Breakout" in env_id else 0)
-    theirs.close()
-
-
-def test_colours_and_large_rewards_are_the_same_in_envpool_and_gymnasium(pool: Any) -> None:
-    theirs, ours = games("ALE/MsPacman-v5", noop_max=1, grayscale=False, resize=64)
-    assert ours.single_observation_space == theirs.single_observation_space
-    assert np.array_equal(ours.reset(seed=[3])[0], theirs.reset(seed=[3])[0])
-    most = 0.0
-    for action in actions_of(theirs, 100):
-        (found, our_reward, *_), (expected, their_reward, *_) = ours.step(action), theirs.step(action)
-        assert np.array_equal(found, expected)
-        assert our_reward == their_reward
-        most = max(most, their_reward[0])
-    assert most >= 10
-    assert len(np.unique(expected.reshape(-1, 3), axis=0)) > 5
-    theirs.close()
-
-
-def test_games_differ_by_how_long_nothing_is_done_at_their_beginning(pool: Any) -> None:
-    for envs in games("ALE/Pong-v5", 3):
-        envs.reset(seed=[1, 2, 3])
-        obs = [envs.step(np.zeros(3, np.int64))[0].copy() for _ in range(20)][-1]
-        assert len(np.unique(obs, axis=0)) > 1
-        envs.close()
-
-
-def begin_at_once() -> None:
-    settings = {name: value for name, value in ATARI.items() if name != "noop_max"}
-    envs = environments("envpool", "ALE/Pong-v5", 2, **settings)
-    assert envs.reset(seed=[1, 2])[0].any()
-
-
-def test_a_game_that_begins_at_once_is_played_in_envpool_too(pool: Any) -> None:
-    """Without --noop-max; in a process of its own, since memory is at stake."""
-    pytest.importorskip("ale_py")
-    process = FORKSERVER.Process(target=begin_at_once)
-    process.start()
-    process.join(60)
-    process.kill()
-    assert process.exitcode == 0
-
-
-@pytest.mark.parametrize("sticky", [False, True])
-def test_sticky_actions_are_carried_over(sticky: bool, pool: Any) -> None:
-    """With them, three games that begin alike and are played alike diverge; they are what an id has by default."""
-    settings = {"env_kwargs": "{}" if sticky else ATARI["env_kwargs"], "noop_max": 1}
-    for envs in games("ALE/Breakout-v5", 3, **settings):
-        envs.reset(seed=[1, 2, 3])
-        for action in actions_of(envs, 60)[:, 0]:
-            obs = envs.step(np.full(3, action))[0]
-        assert (len(np.unique(obs, axis=0)) > 1) == sticky
-        envs.close()
-
-
-def test_the_time_limit_of_a_game_is_carried_over(monkeypatch: pytest.MonkeyPatch, pool: Any) -> None:
-    """400 frames are 100 steps of four, of which the steps of doing nothing take a part."""
-    pytest.importorskip("ale_py")
-    import ale_py
-
-    gym.register_envs(ale_py)
-    limits = gym.registry["ALE/Pong-v5"].kwargs
-    assert limits["max_num_frames_per_episode"] == 108_000
-    monkeypatch.setitem(limits, "max_num_frames_per_episode", 400)
-    for envs in games("ALE/Pong-v5", noop_max=1):
-        envs.reset(seed=[1])
-        (end,) = [t for t in range(1, 110) if envs.step(np.zeros(1, np.int64))[3][0]]
-        assert 98 <= end <= 101
-        envs.close()
-
-
-def test_policies_that_draw_their_actions_earn_alike_in_both(pool: Any) -> None:
-    """Points lost at Pong come one by one, so that their number has an error of about its root."""
-    lost = []
-    for envs in games("ALE/Pong-v5", 4, env_kwargs="{}"):
-        envs.reset(seed=[1, 2, 3, 4])
-        rewards = np.array([envs.step(action)[1] for action in actions_of(envs, 400)])
-        assert set(np.unique(rewards)) <= {-1.0, 0.0, 1.0}
-        lost.append(-rewards.sum())
-        envs.close()
-    assert min(lost) > 10
-    assert abs(lost[0] - lost[1]) < 4 * math.sqrt(sum(lost))
-
-
 # --- What cannot be had is said before anything starts
 
 
@@ -653,12 +527,6 @@ def test_native_names_the_environments_that_have_such_a_form(complaint: Callable
     assert "CartPole-v1" in message
     assert "ALE/" not in message
     assert "phys2d" not in message
-
-
-def test_atari_games_have_no_native_form(complaint: Callable) -> None:
-    """ale-py has a vector environment of its own, whose observations are others."""
-    pytest.importorskip("ale_py")
-    assert "no native form" in complaint("--env-id", "ALE/Pong-v5", "--vectorization", "native")
 
 
 def test_envpool_names_the_nearest_of_its_environments(complaint: Callable, pool: Any) -> None:
@@ -701,16 +569,6 @@ def test_options_for_single_environments_are_refused_by_vector_back_ends(
     assert kind in message
 
 
-@pytest.mark.parametrize("flags", [[], ["--resize", 84], ["--action-repeat", 4]])
-def test_envpool_needs_to_know_how_an_atari_game_is_shrunk_and_repeated(
-    flags: list[object], complaint: Callable, pool: Any
-) -> None:
-    pytest.importorskip("ale_py")
-    message = complaint("--env-id", "ALE/Pong-v5", "--vectorization", "envpool", *flags)
-    for word in ("--vectorization envpool", "--resize", "--action-repeat", "--preset atari"):
-        assert word in message
-
-
 def test_sac_has_no_native_form(complaint: Callable) -> None:
     assert "--vectorization" in complaint("--vectorization", "native", script=sac)
 
@@ -741,12 +599,6 @@ def test_auto_is_native_where_many_environments_have_that_form_and_nothing_is_do
 def test_auto_is_never_native_where_transitions_are_replayed(cores: Callable) -> None:
     cores(2)
     assert chosen("CartPole-v1", 64, SACArgs) in ("sync", "async")
-
-
-def test_auto_is_never_native_for_an_atari_game(cores: Callable) -> None:
-    pytest.importorskip("ale_py")
-    cores(2)
-    assert chosen("ALE/Pong-v5", 64) in ("sync", "async")
 
 
 SLOW = {"env_id": "tests.vector_envs:SlowSteps-v0", "env_kwargs": '{"seconds": 0.005}'}
@@ -926,16 +778,6 @@ def test_memory_outlives_a_lost_life() -> None:
     rb.remember(0, torch.ones(2, 3))
     assert rb.dones[0].tolist() == [True, False]
     assert torch.equal(rb.memory[1], torch.ones(2, 3))
-
-
-def test_records_of_odd_size_are_padded_as_gymnasiums_are(pool: Any) -> None:
-    pytest.importorskip("ale_py")
-    settings = {"resize": 85, "action_repeat": 4, "noop_max": 1, "grayscale": True}
-    first, second = (environments(kind, "ALE/Pong-v5", **settings) for kind in ("sync", "envpool"))
-    ours, theirs = first.reset(seed=[1])[0], second.reset(seed=[1])[0]
-    assert ours.shape == theirs.shape == (1, 7228)
-    assert not theirs[:, 85 * 85 :].any()
-    first.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other ways to draw")

@@ -95,6 +95,12 @@ def test_runs_that_differ_in_their_seed_are_a_group(tmp_path: Path, kind: str) -
         assert high["seconds"] == 1
 
 
+def test_runs_of_a_decoupled_twin_are_a_group_of_their_own(tmp_path: Path) -> None:
+    for index, more in enumerate(({}, {}, {"max_lag": 1})):
+        ours(tmp_path / "ppo" / "Env-v0" / f"run_{index}", LINE, seed=index, **more)
+    assert [(row["group"], row["seeds"]) for row in compared(tmp_path)] == [("ppo", 2), ("ppo_decoupled", 1)]
+
+
 def test_logs_of_other_projects_are_read(tmp_path: Path) -> None:
     ours(tmp_path / "logs" / "ppo" / "Env-v0" / "ppo_1", LINE)
     foreign(tmp_path / "cleanrl" / "Env-v0__ppo__1__1700000000", "charts/episodic_return", LINE)
@@ -169,15 +175,17 @@ def test_picture_and_tables_are_written_beside_each_other(tmp_path: Path) -> Non
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
     good = ours(tmp_path / "good", LINE)
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "metrics.csv").write_text("step,charts/episodic_return\n5,hello\n")
+    for name, arguments in (("broken", "{"), ("listed", "[1]"), ("deep", "[" * 100_000)):
+        (ours(tmp_path / name, LINE) / "args.json").write_text(arguments)
     (tmp_path / "empty").mkdir()
     mistakes: dict[str, list[object]] = {
         "there is no such file or folder": [tmp_path / "nothing*"],
         "no run there": [tmp_path / "empty"],
         "unrecognized arguments: --metrics; see --help": [good, "--metrics"],
         "has no entries of loss; it has charts/SPS, charts/episodic_return": [good, "--metric", "loss"],
-        "cannot be read": [tmp_path / "torn"],
+        "broken: its log cannot be read": [tmp_path / "broken"],
+        "listed: its log cannot be read": [tmp_path / "listed"],
+        "deep: its log cannot be read": [tmp_path / "deep"],
         "final is 0.0": [good, "--final", 0],
         "ends in one of .png, .svg, .pdf": [good, "--out", tmp_path / "good" / "x.nothing"],
         "in a folder that exists": [good, "--out", tmp_path / "nothing" / "x.png"],
@@ -186,6 +194,18 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as error:
             call(compare.main, *arguments)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("torn", [b"1100,9", b"hello\n", b"1100,1,2,3,4,5\n", b"\x00\xff\n", b"1100,a lot,9\n"])
+def test_lines_of_a_log_that_are_no_entries_are_left_out(torn: bytes, tmp_path: Path) -> None:
+    """As of a run that is still writing one, or that was killed as it did."""
+    log = ours(tmp_path / "run", LINE) / "metrics.csv"
+    before = compared(tmp_path)
+    log.write_bytes(log.read_bytes() + torn)
+    assert compared(tmp_path) == before
+    log.write_bytes(torn)
+    with pytest.raises(ConfigError, match="it has nothing"):
+        call(compare.main, tmp_path)
 
 
 def test_arguments_that_name_no_run_make_no_group_either() -> None:

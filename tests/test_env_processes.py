@@ -182,6 +182,25 @@ def test_simulators_do_not_outlive_a_script_that_is_killed(kind: str, tmp_path: 
     assert len(noted(notes, "closed")) == (3 if kind == "async" else 1)
 
 
+def test_a_run_writes_where_it_began_though_its_environment_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some environments make the folder of their files the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "files").mkdir()
+    settings = json.dumps({"start": "elsewhere", "folder": str(tmp_path / "files")})
+    flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", settings, "--vectorization", "sync"]
+    flags += ["--total-timesteps", 32, "--eval-every", 16, "--eval-episodes", 1, "--logger", "csv"]
+    finished = call(ppo.main, *SMALL, *flags, "--log-dir", "logs")
+    assert finished.code == 0
+    (run_folder,) = (tmp_path / "logs").glob("*/*/*")
+    assert {path.name for path in run_folder.iterdir()} >= {"args.json", "checkpoints", "metrics.csv"}
+    assert Path(finished.result["checkpoint"]).parent.parent == run_folder  # absolute: another folder is current now
+    monkeypatch.chdir(tmp_path)
+    assert call(ppo.main, "--resume", run_folder.relative_to(tmp_path), "--total-timesteps", 64).code == 0
+    assert not [path for path in (tmp_path / "files").iterdir() if path.is_dir()]
+
+
 def test_a_thread_that_nobody_ends_does_not_keep_a_run_from_its_end(tmp_path: Path) -> None:
     flags = ["--env-id", "tests.process_envs:Simulated-v0", "--env-kwargs", '{"start": "thread"}']
     flags += ["--vectorization", "sync", "--total-timesteps", 32, "--log-dir", tmp_path]

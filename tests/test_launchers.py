@@ -99,7 +99,7 @@ def launched(base: Path) -> Any:
         return {
             "python, one rank": [*FORKED, PPO, *log_dir(name)],
             "python": [*PYTHON, str(base / "spy.py"), *DDP, *log_dir(name)],
-            "fabric run": [command("fabric"), "run", *LIGHTNING, *log_dir(name)],
+            "fabric run": [command("fabric"), "run", f"--main-port={free_port()}", *LIGHTNING, *log_dir(name)],
             "lightning run model": [command("lightning"), "run", "model", *LIGHTNING, *log_dir(name)],
             "torchrun": [command("torchrun"), "--standalone", "--nproc-per-node", "2", PPO, *log_dir(name)],
         }[name]
@@ -297,7 +297,7 @@ class Ranks:
 
 @pytest.fixture
 def _gathering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fabricrl.utils.ranks.gather", lambda rows, own, group: group(rows, own))
+    monkeypatch.setattr("fabricrl.utils.ranks.finish", lambda gather, rows, own, group: group(rows, own))
 
 
 @pytest.mark.usefixtures("_gathering")

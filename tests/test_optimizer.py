@@ -268,13 +268,63 @@ def test_gradient_and_metrics_are_averaged_in_one_message(monkeypatch: pytest.Mo
     assert torch.equal(optimizer.gradient, gradient / 4)
 
 
-def test_many_ranks_average_by_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Divides the sum by the number of ranks, where gathering would cost more."""
-    own, total = torch.tensor([1.0, 2.0]), torch.tensor([16.0, 8.0])
-    monkeypatch.setattr(ranks.functional_collectives, "all_reduce", lambda vector, op, group: {"sum": total}[op])
-    monkeypatch.setattr(ranks.functional_collectives, "wait_tensor", lambda tensor: tensor)
-    fabric: Any = SimpleNamespace(world_size=ranks.FEW + 4, process_group="all of them")
-    assert ranks.mean_over_ranks(fabric, own).tolist() == [2.0, 1.0]
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("world_size", [ranks.FEW, ranks.FEW + 4])
+def test_few_ranks_average_by_one_gathering_and_many_by_a_sum(
+    world_size: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def finish(collective: Any, result: torch.Tensor, *own: torch.Tensor, group: str) -> None:
+        """Each rank has as much as this one."""
+        used.append((collective, group))
+        result.copy_(own[0].repeat(world_size) if own else world_size * result)
+
+    monkeypatch.setattr(ranks, "finish", finish)
+    monkeypatch.setattr(ranks, "_resolve_process_group", {"name": "group"}.get)
+    monkeypatch.setattr(ranks, "is_recording", lambda: compiled)
+    fabric: Any = SimpleNamespace(world_size=world_size, process_group=SimpleNamespace(group_name="name"))
+    own = torch.tensor([1.0, 2.0])
+    assert ranks.mean_over_ranks(fabric, own).tolist() == own.tolist() == [1.0, 2.0]
+    assert used == [(ranks.gather if world_size == ranks.FEW else torch.distributed.all_reduce, "group")]
+
+
+class Work:
+    """A collective that is done after so many looks, or once somebody waits for it; `error`: and has failed."""
+
+    def __init__(self, looks: float, error: Exception | None = None) -> None:
+        self.looks, self.error, self.waited = looks, error, False
+
+    def is_completed(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def wait(self) -> None:
+        self.waited = True
+        if self.error:
+            raise self.error
+
+
+def test_a_rank_looks_whether_a_collective_is_done_and_in_the_end_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_way = []
+    monkeypatch.setattr(ranks, "_give_way", lambda: given_way.append(None))
+    started = []
+
+    def collective(tensor: torch.Tensor, *, async_op: bool, group: str) -> Work:
+        started.append((tensor, async_op, group))
+        return work
+
+    work, tensor = Work(looks=3), torch.ones(1)
+    ranks.finish(collective, tensor, group="group")
+    assert started == [(tensor, True, "group")]
+    assert work.waited
+    assert len(given_way) == 3
+    work = Work(looks=float("inf"))
+    ranks.finish(collective, tensor, group="group")
+    assert work.waited
+    work = Work(looks=0, error=RuntimeError("a peer is gone"))
+    with pytest.raises(RuntimeError, match="gone"):
+        ranks.finish(collective, tensor, group="group")
 
 
 @pytest.mark.parametrize("other", [{"eps": 1e-5}, {"betas": (0.8, 0.999)}], ids=str)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fabricrl import evaluate
+from fabricrl import compare, evaluate, export, sweep, tune
 from fabricrl.algos.droq import droq, droq_decoupled
 from fabricrl.algos.droq.args import DroQArgs, DroQDecoupledArgs
 from fabricrl.algos.ppo import ppo, ppo_decoupled
@@ -91,6 +91,29 @@ def test_no_script_resumes_from_a_path_that_cannot_be(odd: dict[str, str]) -> No
 def test_evaluation_refuses_a_path_that_cannot_be(odd: dict[str, str]) -> None:
     for path in odd.values():
         told(lambda path=path: call(evaluate.main, path), CheckpointError)
+
+
+def test_other_commands_refuse_paths_that_cannot_be(
+    odd: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before they begin; a folder that cannot be made is found out by those that make it."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = call(ppo.main, "--num-envs", 1, "--total-timesteps", 128, "--log-dir", tmp_path).checkpoint
+    before = sorted(tmp_path.iterdir())
+    for kind, path in odd.items():
+
+        def refused(flag: str, main: Callable[[], int], *words: object, path: str = path) -> bool:
+            return flag in told(lambda: call(main, *words, path), ConfigError)
+
+        assert refused("", compare.main)
+        assert refused("--out", compare.main, tmp_path, "--out")
+        assert refused("--out", sweep.main, "ppo", "--out")
+        assert refused("--out", export.main, checkpoint, "--format", "pt2", "--out")
+        assert refused("--space", tune.main, "ppo", "--space")
+        assert refused("--log-dir", tune.main, "ppo", "--log-dir")
+        if kind not in ("a link that leads nowhere", "below a file"):
+            assert refused("--log-dir", sweep.main, "ppo", "--log-dir")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("flags", [["--resume", ""], ["--resume="]], ids=str)

@@ -213,11 +213,15 @@ def test_two_ranks_resume_to_the_last_bit(two_ranks: Path, tmp_path: Path) -> No
     assert differences(content(last), content(ended.result["checkpoint"])) == []
 
 
-def test_a_run_of_two_ranks_goes_on_with_one_if_iterations_keep_their_size(two_ranks: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_ranks_goes_on_with_one_which_takes_the_environments_of_both(
+    two_ranks: Path, tmp_path: Path
+) -> None:
     older = two_ranks / "checkpoints" / "step_000000000384.ckpt"
     flags = ["--resume", older, "--devices", 1, "--strategy", "auto", "--log-dir", tmp_path]
     with pytest.raises(CheckpointError, match=r"has 128 steps \(2 ranks\), here 64 \(1\)"):
-        call(ppo.main, *flags)
-    finished = call(ppo.main, *flags, "--num-envs", 4)
+        call(ppo.main, *flags, "--num-envs", 2)
+    finished = call(ppo.main, *flags)
     assert (finished.code, finished.result["steps"]) == (0, "1024")
+    assert "ranks: 1, in the checkpoint 2: each has --num-envs 4" in finished.err.splitlines()
     assert finished.result["episodes"] == str(1024 // 8)
+    assert load(finished.checkpoint)["args"]["num_envs"] == 4

@@ -1,9 +1,12 @@
-"""SIGINT and SIGTERM: the iteration ends, a checkpoint is written, all ranks leave with 130 or 143."""
+"""SIGINT, SIGTERM and SIGUSR1: the iteration ends, a checkpoint is written, all ranks leave with 130, 143 or 75."""
 
+import contextlib
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,7 +14,10 @@ import pytest
 from fabricrl.algos.ppo import ppo
 from fabricrl.data.buffers import RolloutBuffer
 from fabricrl.utils.checkpoint import load_checkpoint
-from tests.process import FORKED, PPO, Running, call, load, run_folder, saved_steps, started, wait_for
+from fabricrl.utils.ending import requeue
+from fabricrl.utils.signals import StopSignal
+from tests.process import FORKED, PPO, PYTHON, Running, call, load, run_folder, run_team, saved_steps, started, wait_for
+from tests.test_launching import as_srun
 
 # A run that nobody would wait for, in iterations of milliseconds
 ENDLESS = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 1, "--update-epochs", 1]
@@ -36,7 +42,10 @@ def assert_stopped_with_a_checkpoint(running: Running, tmp_path: Path, code: int
     assert load(path)["global_step"] == state["global_step"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)]
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
 @pytest.mark.parametrize("moment", ["rollout", "update"])
 def test_a_signal_ends_the_run_after_the_iteration_in_which_it_came(
     tmp_path: Path, number: int, code: int, moment: str
@@ -91,7 +100,24 @@ def test_interrupting_a_run_with_environments_in_processes_saves_and_leaves_none
     assert_stopped_with_a_checkpoint(running, tmp_path, 130)
 
 
-@pytest.mark.parametrize(("rank", "number", "code"), [(1, signal.SIGTERM, 143), (0, signal.SIGINT, 130)])
+def test_slurm_s_signal_to_every_process_of_a_job_ends_none_of_them_before_the_checkpoint(tmp_path: Path) -> None:
+    """Also those of environments, and the server that has started these, which have a session of their own."""
+    with started(*PYTHON, PPO, *ENDLESS, "--vectorization", "async", *log_under(tmp_path)) as running:
+        wait_for(lambda: checkpoints(tmp_path), running)
+        pids = list(running.processes())
+        for _ in range(2):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGUSR1)
+        running.finish()
+    assert len(pids) >= 4  # the script, the server, two environments
+    assert_stopped_with_a_checkpoint(running, tmp_path, 75)
+    assert running.err.count("saving after this iteration, to make room") == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "code"), [(1, signal.SIGTERM, 143), (0, signal.SIGINT, 130), (1, signal.SIGUSR1, 75)]
+)
 def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path: Path, rank: int, number: int, code: int) -> None:
     flags = ["--devices", 2, "--strategy", "ddp", *log_under(tmp_path)]
     with started(*FORKED, PPO, *ENDLESS, *flags) as running:
@@ -99,6 +125,105 @@ def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path: Path, rank: int, numb
         os.kill(running.rank_pid(rank), number)
         running.finish()
     assert_stopped_with_a_checkpoint(running, tmp_path, code)
+
+
+# --- SIGUSR1: save, and make room
+
+
+def test_a_scheduler_may_send_sigterm_after_sigusr1(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """At the time limit, with minutes between them: the iteration in which both come still ends in a checkpoint."""
+    times, ends = iter([100.0, 101.0, 105.0, 105.5, 107.0, 107.0]), []
+    stop = StopSignal()
+    stop.can_save = True
+    with (
+        mock.patch("fabricrl.utils.signals.time.monotonic", times.__next__),
+        mock.patch("os._exit", ends.append),
+    ):
+        stop.hear(signal.SIGUSR1)
+        stop.hear(signal.SIGUSR1)
+        stop.hear(signal.SIGTERM)
+        stop.hear(signal.SIGUSR1)
+        assert (ends, stop.code) == ([], 75)
+        stop.hear(signal.SIGTERM)  # the second of its kind
+    assert ends == [143]
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == ["saving after this iteration, to make room", "stopping after this iteration; again to stop now"]
+
+
+def test_where_there_is_nothing_to_save_yet_sigusr1_ends_the_process_at_once() -> None:
+    ends: list[int] = []
+    with mock.patch("os._exit", ends.append):
+        StopSignal().hear(signal.SIGUSR1)
+    assert ends[0] == 75
+
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> "$REQUEUED"
+{then}
+"""
+JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train"}
+
+
+def signal_itself(job: dict[str, str], rank: int) -> None:
+    """Makes a rank one of srun's in this job, which signals itself in its third iteration if it is the last."""
+    as_srun(rank)
+    os.environ |= job
+    os.environ["STOPPED_IN"] = "3" if rank else "0"
+    os.environ["STOPPED_BY"] = str(int(signal.SIGUSR1))
+
+
+@pytest.mark.parametrize(
+    ("job", "then", "asked", "told"),
+    [
+        (JOB, "", ["requeue 17"], "job 17 is requeued"),
+        (JOB | {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "4"}, "", ["requeue 16_4"], "job 16_4 is requeued"),
+        (
+            JOB,
+            "echo 'Requested operation is presently disabled' >&2; exit 1",
+            ["requeue 17"],
+            "warning: job 17 is not requeued: Requested operation is presently disabled",
+        ),
+    ],
+    ids=["job", "array", "refused"],
+)
+def test_under_slurm_a_job_that_makes_room_is_requeued_once_when_all_is_saved(
+    tmp_path: Path, job: dict[str, str], then: str, asked: list[str], told: str
+) -> None:
+    """Two ranks on two nodes; `scontrol` notes what it is asked for, and that there is a checkpoint by then."""
+    scontrol, requeued = tmp_path / "bin/scontrol", tmp_path / "requeued"
+    scontrol.parent.mkdir()
+    scontrol.write_text(
+        SCONTROL.format(then=f"ls {tmp_path}/logs/*/*/*/checkpoints/step_000000000192.ckpt || exit 2\n{then}")
+    )
+    scontrol.chmod(0o755)
+    variables = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "REQUEUED": str(requeued)}
+    flags = ["fabricrl.algos.ppo.ppo", *ENDLESS, "--num-nodes", 2, *log_under(tmp_path)]
+    options: dict[str, Any] = {"prepare": partial(signal_itself, job), "variables": variables, "code": 75}
+    ended = run_team("tests.stopped", *flags, folder=tmp_path / "out", **options)
+    assert requeued.read_text().splitlines() == asked
+    assert ended.printed("err").splitlines().count(told) == 1, ended.report()
+    assert ended.result["steps"] == str(3 * 2 * 2 * 16)
+    assert ended.errors == []
+
+
+@pytest.mark.parametrize("variables", [{}, {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "interactive"}])
+def test_elsewhere_and_in_interactive_jobs_nothing_is_requeued(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("subprocess.run", None)
+    requeue()
+    assert capsys.readouterr().err == ""
+
+
+def test_without_scontrol_the_run_says_that_it_is_not_requeued(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", "")
+    requeue()
+    assert capsys.readouterr().err.startswith("warning: job 17 is not requeued: [Errno 2] No such file or directory")
 
 
 SLOW = """

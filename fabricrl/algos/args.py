@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -15,7 +16,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -48,6 +49,7 @@ UNNAMED = {
     "eval_every", "eval_episodes", "stop_at_return",
 }  # fmt: skip
 MOST_NAMED = 100  # letters: names of files may have 255
+AUTO = "auto"  # what `--resume` may be in place of a path
 REGISTRY = ConstructorRegistry()
 
 
@@ -118,7 +120,7 @@ class StandardArgs:
     # --- run
     exp_name: str = arg(
         "",
-        "name of the run; empty: the algorithm's, with what differs from the defaults",
+        "name of the run; empty: the script's, with what differs from the defaults",
         "run, logging and checkpoints",
     )
     log_dir: str = arg("logs", "folder of all runs")
@@ -141,7 +143,9 @@ class StandardArgs:
         None, "user or organisation on the Hugging Face Hub; None: the owner of the token", advanced=True
     )
     resume: str | None = arg(
-        None, "checkpoint, run folder or hf://user/repository to continue, with its arguments; flags beside it win"
+        None,
+        "checkpoint, run folder or hf://user/repository to continue, with its arguments; flags beside it win; "
+        "auto: the newest run of the arguments given here, or a new one",
     )
 
     # --- hardware
@@ -278,12 +282,16 @@ class DecoupledArgs:
         require(given.num_envs % self.players == 0, "num_envs", given.num_envs, allowed)
 
 
+def script_name(args: StandardArgs, algo: str) -> str:
+    """The script that takes these arguments: the algorithm, or its decoupled twin."""
+    return algo + "_decoupled" * isinstance(args, DecoupledArgs)
+
+
 def run_name(args: StandardArgs, algo: str) -> str:
     """The name that was given, or the script's with what was changed: `ppo_num-envs=16_norm-obs`."""
-    script = next(field.default for field in dataclasses.fields(args) if field.name == "exp_name") or algo
-    if args.exp_name not in ("", script):
+    if args.exp_name:
         return args.exp_name
-    name, changed = str(script), _changed(args)
+    name, changed = script_name(args, algo), _changed(args)
     for index, change in enumerate(changed):
         if len(name) + len(change) > MOST_NAMED:
             return f"{name}_and-{len(changed) - index}-more"
@@ -293,7 +301,7 @@ def run_name(args: StandardArgs, algo: str) -> str:
 
 def command(args: StandardArgs, algo: str) -> str:
     """The command line that trains with these arguments; what concerns one's own disk and accounts is left out."""
-    words = ["fabricrl", (algo + "_decoupled" * isinstance(args, DecoupledArgs)).replace("_", "-")]
+    words = ["fabricrl", script_name(args, algo).replace("_", "-")]
     words += ["--env-id", args.env_id]
     for name, value in _different(args, set(UNNAMED_GROUPS[:1]), {"env_id", "seeds", "jobs", "node_rank"}):
         flag = name.replace("_", "-")
@@ -302,6 +310,21 @@ def command(args: StandardArgs, algo: str) -> str:
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)
+
+
+def identity(kind: type[StandardArgs], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that make a run what it is, as JSON has them: those that its name comes from, seed and `exp_name`.
+
+    They are the arguments of environment and algorithm. How a run is watched, and where it computes, is no part of it.
+    Arguments that `values` lack, as they are of an earlier version, have their defaults.
+    """
+    found, group = {}, ""
+    for field in dataclasses.fields(kind):
+        group = field.metadata["group"] or group
+        named = group not in UNNAMED_GROUPS and field.name not in UNNAMED
+        if named or field.name in ("env_id", "seed", "exp_name"):
+            found[field.name] = values.get(field.name, field.default)
+    return json.loads(json.dumps(found))
 
 
 def _different(args: StandardArgs, groups: set[str], names: set[str]) -> Iterator[tuple[str, Any]]:
@@ -484,11 +507,11 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
     """
     defaults: dict[str, Any] = {}
     preset = _early("--preset")
-    if (resume := _early("--resume")) is not None:
+    if (resume := _early("--resume")) not in (None, AUTO):
         if preset is not None:
             raise ConfigError(f"--preset {preset} beside --resume: a run that is resumed keeps the arguments it has")
-        require(resume != "", "resume", "empty", "a checkpoint or a run folder")
-        defaults = _inherited(kind, *load_checkpoint(resume, algo))
+        require(bool(resume), "resume", "empty", "a checkpoint or a run folder")
+        defaults = _inherited(kind, *load_checkpoint(str(resume), algo))
     elif preset is not None:
         defaults = {
             "preset": preset,
@@ -544,9 +567,21 @@ def _inherited(kind: type[StandardArgs], state: dict[str, Any], found: Path) -> 
 def _early(flag: str) -> str | None:
     """Value given for a flag that the defaults of others depend on."""
     words = sys.argv[1:]
-    given = [after for word, after in itertools.pairwise(words) if word == flag]
-    given += [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+    given = [after for word, after in itertools.pairwise(words) if _is_flag(word, flag)]
+    given += [
+        value for name, equals, value in (word.partition("=") for word in words) if equals and _is_flag(name, flag)
+    ]
     return given[-1] if given and given[-1] != "None" else None
+
+
+def _is_flag(word: str, flag: str) -> bool:
+    """Tells if a word is this flag, as people write it: `--num_envs`, too."""
+    return word.replace("_", "-") == flag
+
+
+def is_given(name: str) -> bool:
+    """Tells if an argument stands on the command line."""
+    return _early(f"--{name.replace('_', '-')}") is not None
 
 
 def _not_resumed() -> set[str]:

@@ -164,7 +164,7 @@ class Trainers:
             RunError: without text, if a trainer cannot start; it has said why.
         """
         run = self.run
-        name = str(run.folder.absolute()).encode()
+        name = str(run.folder).encode()
         require(len(name) <= PATH_MAX, "log_dir", run.folder, f"a path of at most {PATH_MAX} bytes")
         folder = torch.frombuffer(bytearray(name.ljust(PATH_MAX, b"\0")), dtype=torch.uint8)
         hello = Hello(hash=int(parameter_hash(messages.agent)), skips=run.skips, folder=folder)

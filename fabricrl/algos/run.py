@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,9 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.args import check_sizes, command, parse, run_name
+from fabricrl.algos.args import AUTO, DecoupledArgs, check_sizes, command, is_given, parse, run_name
 from fabricrl.algos.evaluation import Evaluation
+from fabricrl.algos.resume import PER_RANK, agreed, for_ranks, newest_run
 from fabricrl.data import Replay, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.backends import info_keys
@@ -68,7 +70,8 @@ class Run:
         bounded: actions must be a Box with finite bounds; images: observations may have images.
 
     Attributes:
-        args: the arguments; given: as they were given, where several players share them out.
+        args: the arguments, of which another number of ranks may have changed some; asked: those as they were given.
+        given: the arguments of all players, where each has its share.
         fabric: Lightning's, or the `Group` of a decoupled script.
         team: the ranks that agree on faults and signals; those of `fabric`, except for players that each see what all
             do, and compute as if they were alone.
@@ -96,7 +99,10 @@ class Run:
     def __init__(
         self, args: Any, algo: str, action_spaces: tuple[type[Space], ...], bounded: bool = False, images: bool = False
     ) -> None:
-        self.args, self.given, self.algo = args, args, algo
+        auto = args.resume == AUTO
+        if auto:
+            args = replace(args, resume=str(folder) if (folder := newest_run(args, algo)) else None)
+        self.args, self.algo = args, algo
         if args.compile:
             check_compiler()
         video_mode = "rgb_array" if args.capture_video else None
@@ -106,9 +112,6 @@ class Run:
         self.path: Path | None
         check_sizes(args, algo, self.obs_space, self.action_space)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
-        with reading(self.path):
-            self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
-        self.global_step = self.first_step = self.state.get("global_step", 0)
         self.exit_code, self._iteration_steps = 0, 0
         self._is_last: bool | None = None  # undecided
         self.charts: dict[str, float] = {}
@@ -117,7 +120,8 @@ class Run:
         self.fabric: Any = launch(args)
         self.team = self.fabric
         self._signals.can_save = True
-        self.losses = MeanMetrics()
+        self._resume(auto)
+        self.given, self.losses = self.args, MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}
         self._parts: dict[str, Any] = {}
@@ -135,6 +139,33 @@ class Run:
         self._score = math.nan  # mean return that decides if a checkpoint is the best; NaN: this iteration has none
         self._agreed = 0.0  # when ranks did last in an evaluation
         self.while_evaluating: Callable[[], None] = lambda: None
+
+    def _resume(self, auto: bool) -> None:
+        """Has all ranks go on from the same checkpoint, if there is one, each with its share of the run."""
+        self.state, self.path = agreed(self.fabric, self.state, self.path, self.algo)
+        self.asked: dict[str, Any] = {}
+        with reading(self.path):
+            self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
+        self.global_step = self.first_step = self.state.get("global_step", 0)
+        if not self.state:
+            if self.args.resume:  # rank 0 has not found what this rank has
+                self.args = replace(self.args, resume=None)
+            return
+        ranks = 1 if isinstance(self.args, DecoupledArgs) else self.fabric.world_size
+        with reading(self.path):
+            kept = [] if auto else list(filter(is_given, PER_RANK))
+            fitted = for_ranks(self.args, self.state, ranks, kept)
+            asked = {} if auto else self.state.get("asked", {})
+        asked = {name: asked.get(name, getattr(self.args, name)) for name in fitted}
+        self.asked = {name: value for name, value in asked.items() if value != fitted[name]}
+        changed = {name: value for name, value in fitted.items() if value != getattr(self.args, name)}
+        if changed:
+            self.args = replace(self.args, **changed)
+            check_sizes(self.args, self.algo, self.obs_space, self.action_space)
+            if self.fabric.global_rank == 0:
+                text = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+                before = self.state["world_size"]
+                print(f"ranks: {ranks}, in the checkpoint {before}: each has {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Run":
         """Checks the arguments against the number of ranks, and seeds this rank's generators."""
@@ -222,7 +253,8 @@ class Run:
     def _made_folder(self) -> RunFolder:
         if self._folder is None:
             name = run_name(self.given, self.algo)
-            self._folder = RunFolder(self.team, self.given, self.algo, name, self.path, self.first_step)
+            start = self.path, self.first_step, self.asked
+            self._folder = RunFolder(self.team, self.given, self.algo, name, *start)
         return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:

@@ -1,5 +1,6 @@
 """Building the environments of a rank from the arguments of a script."""
 
+import fabricrl.envs.torch  # noqa: F401  (which registers our own)
 from fabricrl.envs.spaces import env_actions, rescale_actions
 from fabricrl.envs.vector import check_env, make_env, make_envs
 

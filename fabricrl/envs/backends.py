@@ -22,6 +22,7 @@ from gymnasium.spaces import Box, Discrete, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from fabricrl.envs.atari import AtariVectorEnv, is_game
 from fabricrl.envs.guard import close_problem
 from fabricrl.envs.spaces import env_actions, mask_choices
 from fabricrl.envs.values import Part
@@ -44,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
 }
 TIMEOUT = 10.0  # minutes for a call of an environment; 0: no limit
 ATARI_WORDS = {"repeat_action_probability", "full_action_space", "max_num_frames_per_episode", "frameskip", "obs_type"}
-# What EnvPool has for Atari games, too
+# What is done to Atari games in C++, too
 ATARI_OPTIONS = {"action_repeat", "noop_max", "life_loss", "grayscale", "resize", "frame_stack"}
 NATIVE_FROM = 16  # environments; with fewer a step of Gymnasium's CartPole takes as long either way
 LEAST_ROWS = 8  # of a minibatch of native environments, and most trainers that share one
@@ -102,22 +103,21 @@ def check_backend(args: Any, env: gym.Env) -> None:
         return
     if args.vectorization == "envpool" and getattr(args, "check_spaces", False):
         raise ConfigError("--check-spaces is set: it needs another --vectorization than envpool")
-    atari = args.env_id.startswith("ALE/")
-    allowed = ATARI_OPTIONS if args.vectorization == "envpool" and atari else set()
-    for name, default in DEFAULTS.items():
-        if name not in allowed and option(args, name) != default:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is set: it needs --vectorization sync or async, not {args.vectorization}")
+    atari = args.env_id.startswith("ALE/") if args.vectorization == "envpool" else is_game(args.env_id)
+    for name in _of_single(args, atari):
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{flag} is set: it needs --vectorization sync or async, not {args.vectorization}")
     if args.vectorization == "native":
-        if not _is_native(args.env_id):
+        if not atari and not _is_native(args.env_id):
             ids = sorted(spec.id for spec in gym.registry.values() if _is_native(spec.id))
-            raise ConfigError(f"--vectorization native: {args.env_id} has no native form, unlike {', '.join(ids)}")
-        if not _fills_minibatches(args):
+            there = ", ".join([*ids, "and Atari games"])
+            raise ConfigError(f"--vectorization native: {args.env_id} has no native form, unlike {there}")
+        if not atari and not _fills_minibatches(args):
             raise ConfigError(
                 "--vectorization native: steps that only reset are left out: num-envs × (num-steps // 2) must be at "
                 f"least {LEAST_ROWS} × num-minibatches = {LEAST_ROWS * args.num_minibatches}"
             )
-        close_problem(NativeVectorEnv(args, env).close)
+        close_problem(native_envs(args, env).close)
         return
     if importlib.util.find_spec("envpool") is None:
         raise missing("--vectorization envpool", "envpool")
@@ -140,24 +140,50 @@ def choose(args: Any, env: gym.Env, masked: bool = False) -> str:
     """Chooses for `--vectorization auto`: native if it exists and pays off, else the faster of sync and async, for
     which it steps `env` for a moment. An environment that fails here will fail again later, where that is reported.
     Environments that are `masked` are not native: few of those tell their masks."""
-    wrapped = env.unwrapped.observation_space.shape != env.observation_space.shape  # packed or flattened
-    plain = not wrapped and all(option(args, name) == default for name, default in DEFAULTS.items())
-    # A replay buffer, which has no `num_steps`, has no room for rows that only reset
-    rollouts = hasattr(args, "num_steps") and _fills_minibatches(args)
-    if rollouts and plain and not masked and args.num_envs >= NATIVE_FROM and _is_native(args.env_id):
+    if not masked and _native_pays(args, env):
         with contextlib.suppress(ConfigError, EnvError):  # its arguments or spaces are others: not for us
-            close_problem(NativeVectorEnv(args, env).close)
+            close_problem(native_envs(args, env).close)
             return "native"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    import torch  # here, as workers start faster without
-
-    if torch.distributed.is_initialized():  # ranks share the cores
-        cores = max(cores * (getattr(args, "num_nodes", None) or 1) // torch.distributed.get_world_size(), 1)
+    cores = cores_of_rank(args)
     if min(args.num_envs, cores) == 1:
         return "sync"
     saved = 1 - math.ceil(args.num_envs / cores) / args.num_envs  # share of the steps' time
     apart = args.num_envs <= most_workers() and _step_seconds(env, masked) * saved > ROUND_TRIP
     return "async" if apart else "sync"
+
+
+def _native_pays(args: Any, env: gym.Env) -> bool:
+    """Returns True if there may be a native form, of what the arguments ask for, that is faster than all others."""
+    atari = is_game(args.env_id)
+    if _of_single(args, atari) or not hasattr(args, "num_steps"):  # a replay buffer takes no row that only resets
+        return False
+    if atari:
+        return True
+    plain = env.unwrapped.observation_space.shape == env.observation_space.shape  # neither packed nor flattened
+    return plain and _is_native(args.env_id) and args.num_envs >= NATIVE_FROM and _fills_minibatches(args)
+
+
+def _of_single(args: Any, atari: bool) -> list[str]:
+    """Names of the arguments that are set and that only environments which are stepped one by one have."""
+    both = ATARI_OPTIONS if atari else ()
+    return [name for name, default in DEFAULTS.items() if name not in both and option(args, name) != default]
+
+
+def cores_of_rank(args: Any) -> int:
+    """Processor cores of this machine for each of its ranks, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    import torch  # here, as workers start faster without
+
+    if torch.distributed.is_initialized():  # ranks share the cores
+        cores = max(cores * (getattr(args, "num_nodes", None) or 1) // torch.distributed.get_world_size(), 1)
+    return cores
+
+
+def native_envs(args: Any, env: gym.Env, masked: bool = False) -> VectorEnv:
+    """The vector form of an environment, ale-py's or Gymnasium's. Raises ConfigError and EnvError as they do."""
+    if is_game(args.env_id):
+        return AtariVectorEnv(args, env, min(args.num_envs, cores_of_rank(args)))
+    return NativeVectorEnv(args, env, masked)
 
 
 def most_workers() -> int:
@@ -203,7 +229,7 @@ def _allowed_action(space: Space, mask: np.ndarray, rng: np.random.Generator) ->
 def _is_native(env_id: str) -> bool:
     """Returns True if Gymnasium has a vector form of it in plain NumPy, with the same observations."""
     spec = gym.registry.get(env_id.rpartition(":")[2])
-    return spec is not None and spec.vector_entry_point is not None and spec.namespace not in ("phys2d", "ALE")
+    return spec is not None and spec.vector_entry_point is not None and spec.namespace not in ("phys2d", "ALE", "torch")
 
 
 def _fills_minibatches(args: Any) -> bool:

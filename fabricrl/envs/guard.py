@@ -261,6 +261,21 @@ def generators_kept() -> Iterator[None]:
             torch.set_rng_state(states[2])
 
 
+@contextlib.contextmanager
+def folder_kept() -> Iterator[None]:
+    """Goes back to the current folder after the block: some environments leave it for that of their files."""
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:  # it has been removed
+        folder = ""
+    try:
+        yield
+    finally:
+        if folder:
+            with contextlib.suppress(OSError):
+                os.chdir(folder)
+
+
 def at_import_of_torch(key: str, task: Callable[[Any], None]) -> None:
     """Runs a task once torch has been imported, which takes a second that most environments save."""
     _AFTER_TORCH.tasks[key] = task

@@ -26,11 +26,11 @@ from fabricrl.envs.backends import (
     DEFAULTS,
     TIMEOUT,
     EnvPoolVectorEnv,
-    NativeVectorEnv,
     check_backend,
     choose,
     episode_infos,
     info_keys,
+    native_envs,
     option,
 )
 from fabricrl.envs.guard import (
@@ -43,6 +43,7 @@ from fabricrl.envs.guard import (
     children,
     close_problem,
     end_processes,
+    folder_kept,
     generators_kept,
     reset_signals_in_children,
     seed_generators,
@@ -174,7 +175,7 @@ def make_envs(args: Any, rank: int, video_folder: Path, masked: bool = False, fi
     if kind in ("native", "envpool"):
         with _passing(args, make_env) as env:
             return ReportFailures(
-                NativeVectorEnv(args, env, masked) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
+                native_envs(args, env, masked) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
             )
     plain, spec = SimpleNamespace(**vars(args)), None if ":" in args.env_id else gym.registry.get(args.env_id)
     numbers = range(first, first + args.num_envs)
@@ -430,7 +431,8 @@ _CLOSES: list[bool] = []
 def _passing(args: Any, make: Callable[[Any], gym.Env]) -> Iterator[gym.Env]:
     """Builds an environment for a moment and leaves nothing of it behind."""
     before = children()
-    with generators_kept(), watched(_limit(args), f"an environment of {args.env_id} failed in a trial"):
+    trial = f"an environment of {args.env_id} failed in a trial"
+    with generators_kept(), folder_kept(), watched(_limit(args), trial):
         env = None
         try:
             env = make(args)

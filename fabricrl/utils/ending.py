@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import TCPStore
 
-from fabricrl.utils.errors import LostPeerError, RunError, from_here
+from fabricrl.utils.errors import PREEMPTED, LostPeerError, RunError, from_here
 from fabricrl.utils.network import LOOPBACK, open_store
 from fabricrl.utils.process import (
     PLACE,
@@ -36,6 +37,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         go_on_in_child()
     try:
         code = main()
+        if code == PREEMPTED and own_rank() == 0:
+            requeue()  # before any rank ends, for which Slurm may end the others
         _part()
     except RunError as error:
         code = error.exit_code
@@ -69,6 +72,22 @@ def reason(error: BaseException) -> str:
     if PLACE.peers is not None and re.search("(?i)timed? ?out", line):
         return f"no answer {PLACE.peers.waited}"
     return line
+
+
+def requeue() -> None:
+    """Has Slurm put this job, if it is one, back into its queue; says so, or why not."""
+    job = SLURMEnvironment.job_id()
+    if job is None:
+        return
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    name = f"{array}_{task}" if array and task else str(job)
+    try:
+        subprocess.run(["scontrol", "requeue", name], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        told = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        print(f"warning: job {name} is not requeued: {told[0]}", file=sys.stderr, flush=True)
+    else:
+        print(f"job {name} is requeued", file=sys.stderr, flush=True)
 
 
 def _part() -> None:

@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+# Exit code of a run that SIGUSR1 has had save and end, so that a scheduler may start it again: that of sysexits.h for a
+# failure that is temporary (EX_TEMPFAIL). It is no error, and nothing of it is reported as one
+PREEMPTED = 75
+
 
 class RunError(Exception):
     """Base of the errors that end a run with `exit_code` and one line on standard error."""

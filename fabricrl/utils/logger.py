@@ -58,10 +58,8 @@ class CsvLogger(Logger):
             csv.DictWriter(file, self._columns).writerow(row)
 
     def _read(self) -> list[dict[str, Any]]:
-        """Reads the entries. A killed run leaves an unfinished last line; a file with other lines that are no entries
-        is kept beside the new one, with a warning."""
-        text, _, _ = self._path.read_bytes().decode(errors="replace").rpartition("\n")
-        rows, others = _entries(text)
+        """Reads the entries. A file with lines that are none is kept beside the new one, with a warning."""
+        rows, others = read_entries(self._path)
         if others:
             aside = next(path for path in _numbered(self._path.with_name("metrics.damaged")) if not path.exists())
             os.replace(self._path, aside)
@@ -151,8 +149,12 @@ class EventLogger(Logger):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
 
 
-def _entries(text: str) -> tuple[list[dict[str, str]], int]:
-    """Entries of a log in CSV, and the number of lines that are none."""
+def read_entries(path: Path) -> tuple[list[dict[str, str]], int]:
+    """Entries of a log in CSV, and the number of lines that are none.
+
+    The last line does not count if it is unfinished: a run writes it now, or has been killed as it did.
+    """
+    text, _, _ = path.read_bytes().decode(errors="replace").rpartition("\n")
     if not text.strip():
         return [], 0
     try:

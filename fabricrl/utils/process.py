@@ -145,7 +145,7 @@ def go_on_in_child() -> None:
     rank has died. And it becomes the parent of all orphans, whose ends somebody has to take note of.
     """
     sys.stdout.flush()
-    watched = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+    watched = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     child = os.fork()
     if child == 0:

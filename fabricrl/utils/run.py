@@ -36,6 +36,10 @@ RETURN_PINNED = f"http://localhost:6006/?pinnedCards={quote(PINNED)}#timeseries"
 class RunFolder:
     """`logs/<algo>/<env_id>/<name>_<seed>_<time>/`, or the folder of the run that is resumed.
 
+    Args:
+        resumed, step: the checkpoint that the run goes on from, and its steps.
+        asked: arguments as they were given, where another number of ranks has changed them.
+
     Attributes:
         folder: the run's folder, the same on every rank.
         best_return: the best mean return so far, of the last episodes at a checkpoint, or of an evaluation if there
@@ -46,9 +50,17 @@ class RunFolder:
     """
 
     def __init__(
-        self, fabric: Fabric, args: Any, algo: str, name: str, resumed: Path | None = None, step: int = 0
+        self,
+        fabric: Fabric,
+        args: Any,
+        algo: str,
+        name: str,
+        resumed: Path | None = None,
+        step: int = 0,
+        asked: dict[str, Any] | None = None,
     ) -> None:
         self.fabric, self.args, self.algo, self.name = fabric, args, algo, name
+        self.asked = asked or {}
         self.best_return = -math.inf
         self.checkpoint: Path | None = resumed
         self.first_step = self._logged_step = self._saved_step = step
@@ -60,7 +72,8 @@ class RunFolder:
         with failing_together(fabric):
             if fabric.global_rank == 0:
                 folder = str(self._make_folder(resumed))
-        self.folder = Path(fabric.broadcast(folder))
+        given = Path(fabric.broadcast(folder))
+        self.folder, self._is_relative = given.absolute(), not given.is_absolute()  # environments may go elsewhere
 
     def start(self) -> None:
         """Opens the logs and starts the clock of steps per second, just before the first reset. All ranks call it.
@@ -135,7 +148,7 @@ class RunFolder:
             if self.fabric.global_rank > 0:
                 return
             extra = {"algo": self.algo, "args": dataclasses.asdict(self.args), "best_return": self.best_return}
-            extra |= {"global_step": step, "world_size": self.fabric.world_size, "shard": shard}
+            extra |= {"global_step": step, "world_size": self.fabric.world_size, "shard": shard, "asked": self.asked}
             self.checkpoint = save_checkpoint(folder, step, extra | state, self.args.keep_checkpoints, best)
 
     def finish(self, step: int, episodes: EpisodeStatistics, evaluated: float | None, stopped: bool) -> None:
@@ -151,12 +164,13 @@ class RunFolder:
                 done = f"{step} of {self.args.total_timesteps} steps are done"
                 done += ", and --stop-at-return is reached" * self.has_stopped
                 how = "another --stop-at-return" if self.has_stopped else f"--total-timesteps {2 * step}"
-                print(f"nothing to do: {done}; {how} goes on", file=sys.stderr)
+                print(f"nothing to do: {done}; --resume {from_here(self.folder)} {how} goes on", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
             fields += f" episodes={episodes.count}"
             fields += "" if evaluated is None else f" eval_return_mean={evaluated:.2f}"
             try:
-                print(f"result {fields} checkpoint={self.checkpoint}", flush=True)
+                checkpoint = from_here(self.checkpoint) if self._is_relative else self.checkpoint
+                print(f"result {fields} checkpoint={checkpoint}", flush=True)
             except OSError as error:  # no reason to fail after the work is done
                 if not isinstance(error, BrokenPipeError):  # else nobody reads it
                     print(f"warning: the result is not printed: {error.strerror}", file=sys.stderr, flush=True)
@@ -186,7 +200,8 @@ class RunFolder:
         kind = "wandb" if self.args.track else self.args.logger
         try:
             self._lock = _lock(self.folder)
-            (self.folder / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+            told = arguments | ({"asked": self.asked} if self.asked else {})
+            (self.folder / "args.json").write_text(json.dumps(told, indent=2) + "\n")
             self._logger = make_logger(kind, self.folder, self.first_step, arguments)
         except OSError as error:
             raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from error
@@ -198,7 +213,7 @@ class RunFolder:
         print(f"{self.algo} {self.args.env_id}: {where}; {writing}", file=sys.stderr, flush=True)
         on_terminal = sys.stderr.isatty()
         if on_terminal and kind == "tensorboard":
-            logs = shlex.quote(from_here(self.folder.absolute().parents[2]))
+            logs = shlex.quote(from_here(self.folder.parents[2]))
             print(f"to watch: tensorboard --logdir {logs}, and {RETURN_PINNED}", file=sys.stderr, flush=True)
         self._bar = progress_bar(self.args.total_timesteps, self.first_step, hidden=not on_terminal)
 
@@ -209,12 +224,25 @@ class RunFolder:
             newest = max(resumed.parent.glob("step_*.ckpt"), default=None)
             if newest == resumed or Path(self.args.resume).expanduser().is_dir():
                 return resumed.parent.parent
-        env = re.sub(r"[^\w.-]", "_", self.args.env_id)
         name = f"{self.name}_{self.args.seed}_{datetime.now():%Y%m%d-%H%M%S}"
         try:
-            return _fresh_folder(Path(self.args.log_dir).expanduser() / self.algo / env, name)
+            return _fresh_folder(runs_folder(self.args, self.algo), name)
         except OSError as error:
             raise ConfigError(f"--log-dir {self.args.log_dir} cannot be written: {error.strerror}") from error
+
+
+def runs_folder(args: Any, algo: str) -> Path:
+    """The folder of all runs of an algorithm on an environment."""
+    return Path(args.log_dir).expanduser() / algo / re.sub(r"[^\w.-]", "_", args.env_id)
+
+
+def began(folder: Path) -> tuple[str, int]:
+    """The time at which a run began, as its folder's name has it, and its number among those of the same second.
+
+    Empty if the name is none that we give.
+    """
+    match = re.search(r"_(\d{8}-\d{6})(?:-(\d+))?$", folder.name)
+    return (match[1], int(match[2] or 0)) if match else ("", 0)
 
 
 def progress_bar(total: int, initial: int, hidden: bool) -> tqdm:

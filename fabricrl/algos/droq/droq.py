@@ -116,8 +116,8 @@ def make_updates(run: Run, learner: Learner, rb: Any) -> Updates:
 
 
 def main() -> int:
-    args = parse(DroQArgs, "droq")
-    with Run(args, "droq", ACTION_SPACES, bounded=True) as run:
+    with Run(parse(DroQArgs, "droq"), "droq", ACTION_SPACES, bounded=True) as run:
+        args = run.args
         # --- Schedule and buffer
         schedule = make_schedule(run)
         rb = make_buffer(run)

@@ -168,6 +168,5 @@ class PPOArgs(StandardArgs):
 class PPODecoupledArgs(DecoupledArgs, PPOArgs):
     """PPO's arguments; `num_envs` are the player's, and each minibatch is shared by the trainers."""
 
-    exp_name: str = arg("ppo_decoupled", "name of the run", "run, logging and checkpoints")
     num_envs: int = arg(4, "environments, all of them the player's")
     num_minibatches: int = arg(4, "minibatches per epoch, each divided among the trainers")

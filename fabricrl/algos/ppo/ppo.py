@@ -127,8 +127,8 @@ def train(run: Run, train_epoch: Callable[..., Tensor], data: Batch, clip_coef: 
 
 
 def main() -> int:
-    args = parse(PPOArgs, "ppo", PRESETS)
-    with Run(args, "ppo", ACTION_SPACES, images=True) as run:
+    with Run(parse(PPOArgs, "ppo", PRESETS), "ppo", ACTION_SPACES, images=True) as run:
+        args = run.args
         # --- Environments
         envs = run.make_envs()
 

@@ -46,6 +46,5 @@ class RecurrentPPOArgs(PPOArgs):
 class RecurrentPPODecoupledArgs(DecoupledArgs, RecurrentPPOArgs):
     """Recurrent PPO's arguments; `num_envs` are the player's, and each minibatch is shared by the trainers."""
 
-    exp_name: str = arg("ppo_recurrent_decoupled", "name of the run", "run, logging and checkpoints")
     num_envs: int = arg(8, "environments, all of them the player's")
     num_minibatches: int = arg(4, "minibatches per epoch, each divided among the trainers")

@@ -103,8 +103,8 @@ def train(
 
 
 def main() -> int:
-    args = parse(RecurrentPPOArgs, "ppo_recurrent", PRESETS)
-    with Run(args, "ppo_recurrent", ACTION_SPACES, images=True) as run:
+    with Run(parse(RecurrentPPOArgs, "ppo_recurrent", PRESETS), "ppo_recurrent", ACTION_SPACES, images=True) as run:
+        args = run.args
         # --- Environments
         envs = run.make_envs()
 

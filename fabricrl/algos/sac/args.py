@@ -28,7 +28,6 @@ class SACArgs(EntropyArgs):
 class SACDecoupledArgs(DecoupledArgs, SACArgs):
     """SAC's arguments; environments, buffer and batch are the player's and the trainers' together."""
 
-    exp_name: str = arg("sac_decoupled", "name of the run", "run, logging and checkpoints")
     num_envs: int = arg(1, "environments, all of them the player's; trainers share their steps")
     buffer_size: int = arg(1_000_000, "transitions that all trainers keep together", "replay")
     batch_size: int = arg(256, "transitions per update, of all trainers together")

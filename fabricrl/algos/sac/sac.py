@@ -153,8 +153,8 @@ def make_updates(run: Run, learner: Learner, rb: Replay) -> Updates:
 
 
 def main() -> int:
-    args = parse(SACArgs, "sac")
-    with Run(args, "sac", ACTION_SPACES, bounded=True) as run:
+    with Run(parse(SACArgs, "sac"), "sac", ACTION_SPACES, bounded=True) as run:
+        args = run.args
         # --- Schedule and buffer
         schedule = make_schedule(run)
         rb = make_buffer(run)
