@@ -283,9 +283,10 @@ def test_a_player_that_evaluates_for_long_has_its_trainers_wait(monkeypatch: pyt
     """Of a minute that they wait for a message, a quarter passes at most without one; it is no iteration."""
     clock, sent = [100.0], []
     monkeypatch.setattr(decoupled, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    run: Any = SimpleNamespace(args=SimpleNamespace(timeout=1.0), fabric=SimpleNamespace(global_rank=0))
+    run: Any = SimpleNamespace(args=SimpleNamespace(timeout=1.0, players=1), fabric=SimpleNamespace(global_rank=0))
     order = Order(TRAIN, 0, 0, 0, False, False, False, torch.zeros(2))
-    channel: Any = SimpleNamespace(world_size=3, send=lambda packet, to, iteration: sent.append((to, packet.read())))
+    channel: Any = SimpleNamespace(rank=0, world_size=3)
+    channel.send = lambda packet, to, iteration: sent.append((to, packet.read()))
     trainers = decoupled.Trainers(run, channel)
     trainers._orders, trainers._spoke = {False: Outbox(order, 8)}, 100.0
     for clock[0] in range(100, 140, 4):
@@ -295,7 +296,7 @@ def test_a_player_that_evaluates_for_long_has_its_trainers_wait(monkeypatch: pyt
 
     messages = iter([message for _, message in sent] + [order._replace(iteration=7)])
     player = decoupled.Player(run, SimpleNamespace(receive=lambda *_: next(messages)))  # type: ignore[arg-type]
-    player._orders = {False: None}  # type: ignore[dict-item]
+    player._orders = {False: [None]}  # type: ignore[list-item]
     assert player._receive_order().iteration == 7
 
 

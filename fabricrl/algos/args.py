@@ -274,10 +274,18 @@ class DecoupledArgs:
         "iterations by which playing is ahead of training; 0: wait for fresh weights",
         "decoupling",
     )
+    players: int = arg(1, "ranks that play, each its share of the environments; the others train")
+    weights_precision: Literal["fp32", "bf16"] = arg(
+        "fp32", "in which weights travel to players; bf16: rounded, in half the bytes", advanced=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
+        given: Any = self
+        require_counts(given, 10_000, "players")
+        allowed = f"a multiple of {self.players}, the players"
+        require(given.num_envs % self.players == 0, "num_envs", given.num_envs, allowed)
 
 
 def script_name(args: StandardArgs, algo: str) -> str:

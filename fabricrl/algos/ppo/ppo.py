@@ -32,7 +32,7 @@ METRICS = tuple(f"losses/{name}" for name in LOSSES)
 @torch.inference_mode()
 def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    noise = run.noise(player.head, rb.actions.shape[:2])  # [T, N, ...]
+    noise = run.noise(player.head, len(rb.actions))  # [T, N, ...]
     with run.together(), rb.checked():
         run.take_steps(take_step, player, envs, rb, noise)
     run.clock.lap("comm")
