@@ -11,6 +11,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -22,7 +23,8 @@ from fabricrl.envs.backends import info_keys, option
 from fabricrl.envs.guard import GRACE, VIDEO_GRACE
 from fabricrl.envs.play import play
 from fabricrl.envs.structure import check_spaces
-from fabricrl.envs.vector import step_in_turn
+from fabricrl.envs.tensors import has_single, trial_device, were_tensors
+from fabricrl.envs.vector import play_tensors, step_in_turn
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.policy import Policy, algorithm, run_args
 from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading
@@ -49,7 +51,10 @@ def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[
     makers = [partial(build, index) for index in range(num_envs)]
     grace = VIDEO_GRACE if options.capture_video else GRACE
     settings = {"timeout": option(args, "timeout"), "grace": grace, "told": options.told, "keys": info_keys(args)}
-    envs = step_in_turn(makers, **settings)
+    if args.vectorization == "torch":
+        envs = play_tensors(SimpleNamespace(**vars(args) | {"num_envs": num_envs}), trial_device(args), **settings)
+    else:
+        envs = step_in_turn(makers, **settings)
     try:
         with tqdm(total=options.episodes, desc="episodes", disable=None, leave=False) as bar:  # none without a terminal
             return play(envs, policy.act, options.episodes, options.seed, bar.update).summary()
@@ -88,6 +93,10 @@ def main() -> int:
     check_contents(state, found)
     utils, args = algorithm(state, found), run_args(state)
     drawn = "human" if options.render else "rgb_array" if options.capture_video else None
+    if were_tensors(state["args"]):
+        args.vectorization = "sync" if drawn and has_single(args.env_id) else "torch"
+        if drawn and args.vectorization == "torch":
+            raise ConfigError(f"{args.env_id} cannot be drawn: it has no entry_point, which makes a single environment")
     spaces = check_env(args, utils.ACTION_SPACES, drawn, images=True)
     with reading(found):
         check_spaces(state, spaces)
@@ -95,6 +104,7 @@ def main() -> int:
     for mode in ("greedy", "sampled") if options.mode == "both" else (options.mode,):
         greedy = mode == "greedy"
         policy = Policy(state, found, deterministic=greedy, seed=options.seed, spaces=spaces)
+        policy.args.vectorization = args.vectorization
         results[mode] = evaluate(policy, greedy, options)
     if options.json:
         print(json.dumps(results))

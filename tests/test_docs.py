@@ -83,7 +83,7 @@ def test_the_update_in_the_readme_is_that_of_ppo() -> None:
     assert textwrap.dedent(body).strip() == excerpt.strip()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/environments.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/environments.md", "docs/tensors.md"])
 def test_the_environment_of_a_page_trains_and_its_policy_is_loaded(
     page: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

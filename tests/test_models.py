@@ -103,7 +103,7 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_returns_of_all_r
     normalizer, running, returns = RewardNormalizer(), np.zeros(2), []
     for seed in range(3):
         rewards, dones, skipped = rollout(seed)
-        scaled = normalizer.scale(rewards, dones, skipped, 0.9, SINGLE)
+        scaled = normalizer.scale(rewards, dones, ~skipped, 0.9, SINGLE)
         for t in range(len(rewards)):
             running = rewards[t].double().numpy() + 0.9 * running
             returns += running[~skipped[t].numpy()].tolist()
@@ -116,12 +116,12 @@ def test_scaled_rewards_are_clipped_and_keep_their_sign() -> None:
     normalizer, never = RewardNormalizer(), torch.zeros(50, 1, dtype=torch.bool)
     rewards = torch.zeros(50, 1)
     rewards[3], rewards[40] = 1e3, -1e-3
-    scaled = normalizer.scale(rewards, ~never, never, 0.9, SINGLE)
+    scaled = normalizer.scale(rewards, ~never, None, 0.9, SINGLE)
     assert scaled[3].item() == pytest.approx(1 / (0.02 * 0.98) ** 0.5, rel=1e-3)  # the deviation of one in fifty
     assert scaled[40].item() == pytest.approx(-1e-6 / (0.02 * 0.98) ** 0.5, rel=1e-3)
     normalizer.var.fill_(1e-6)
     normalizer.count.fill_(1e12)
-    assert normalizer.scale(rewards, ~never, never, 0.9, SINGLE)[3].item() == 10.0
+    assert normalizer.scale(rewards, ~never, None, 0.9, SINGLE)[3].item() == 10.0
 
 
 def test_ranks_scale_rewards_as_one_rank_with_all_environments() -> None:
@@ -129,10 +129,10 @@ def test_ranks_scale_rewards_as_one_rank_with_all_environments() -> None:
     parts = on_ranks(
         3,
         lambda fabric: RewardNormalizer().scale(
-            *(column.chunk(3, 1)[fabric.global_rank] for column in (rewards, dones, skipped)), 0.9, fabric
+            *(column.chunk(3, 1)[fabric.global_rank] for column in (rewards, dones, ~skipped)), 0.9, fabric
         ),
     )
-    torch.testing.assert_close(torch.cat(parts, 1), RewardNormalizer().scale(rewards, dones, skipped, 0.9, SINGLE))
+    torch.testing.assert_close(torch.cat(parts, 1), RewardNormalizer().scale(rewards, dones, ~skipped, 0.9, SINGLE))
 
 
 def test_the_discounted_return_so_far_is_not_stored() -> None:

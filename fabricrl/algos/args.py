@@ -88,10 +88,11 @@ class StandardArgs:
         "steps that each action is taken for; Atari observations are the maximum of the last two frames",
         advanced=True,
     )
-    vectorization: Literal["auto", "sync", "async", "native", "envpool"] = arg(
+    vectorization: Literal["auto", "sync", "async", "native", "envpool", "torch"] = arg(
         "auto",
-        "sync: one process steps all; async: a process each; native: Gymnasium's vector form, where there is one; "
-        "envpool: C++ threads, by the extra of that name; auto: native or the faster of sync and async",
+        "sync: one process steps all; async: a process each; native: Gymnasium's or ale-py's vector form, where there "
+        "is one; envpool: C++ threads, by the extra of that name; torch: tensors on the device that trains; auto: "
+        "torch for environments that are tensors, else native or the faster of sync and async",
     )
     check_spaces: bool = arg(
         False,
@@ -273,10 +274,18 @@ class DecoupledArgs:
         "iterations by which playing is ahead of training; 0: wait for fresh weights",
         "decoupling",
     )
+    players: int = arg(1, "ranks that play, each its share of the environments; the others train")
+    weights_precision: Literal["fp32", "bf16"] = arg(
+        "fp32", "in which weights travel to players; bf16: rounded, in half the bytes", advanced=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
+        given: Any = self
+        require_counts(given, 10_000, "players")
+        allowed = f"a multiple of {self.players}, the players"
+        require(given.num_envs % self.players == 0, "num_envs", given.num_envs, allowed)
 
 
 def script_name(args: StandardArgs, algo: str) -> str:
@@ -587,7 +596,7 @@ def _not_resumed() -> set[str]:
         choices = {"accelerator", "cuda", "devices", "strategy", "num_nodes", "precision"}
     else:
         choices = {"devices", "num_nodes"} if "TORCHELASTIC_RUN_ID" in os.environ else set()
-    return {"resume", "node_rank", "main_address", "main_port", "allow_empty_buffer"} | choices
+    return {"resume", "seeds", "jobs", "node_rank", "main_address", "main_port", "allow_empty_buffer"} | choices
 
 
 def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str, Any]:

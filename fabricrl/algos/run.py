@@ -17,9 +17,10 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,17 +34,19 @@ from torch import Tensor, nn
 from fabricrl.algos.args import AUTO, DecoupledArgs, check_sizes, command, is_given, parse, run_name
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.algos.resume import PER_RANK, agreed, for_ranks, newest_run
-from fabricrl.data import Replay, RolloutBuffer
+from fabricrl.data import DeviceRolloutBuffer, Replay, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.backends import info_keys
+from fabricrl.envs.shared import SharedEnvs
 from fabricrl.envs.structure import check_spaces, structure_of
+from fabricrl.envs.tensors import takes_tensors
 from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
 from fabricrl.utils.device import to_device, to_host
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
 from fabricrl.utils.launch import check_ranks, launch
-from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
+from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
@@ -70,10 +73,15 @@ class Run:
 
     Attributes:
         args: the arguments, of which another number of ranks may have changed some; asked: those as they were given.
+        given: the arguments of all players, where each has its share.
         fabric: Lightning's, or the `Group` of a decoupled script.
+        team: the ranks that agree on faults and signals; those of `fabric`, except for players that each see what all
+            do, and compute as if they were alone.
+        all_envs: number of environments, also those of other players, whose noise comes from the same generator.
         spaces: of a single environment; obs_space, action_space: those that the agent knows; mask_size: of its action
             masks, 0 if there are none.
         masks: actions that are allowed after a reset, [N, mask_size], or None.
+        tensors: environments take and return tensors where the run trains, which leave it for logs alone.
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: generators of action noise and of training, different on every rank.
@@ -90,6 +98,7 @@ class Run:
     """
 
     trainers: Any = None
+    tensors = False
 
     def __init__(
         self, args: Any, algo: str, action_spaces: tuple[type[Space], ...], bounded: bool = False, images: bool = False
@@ -106,6 +115,7 @@ class Run:
         self.obs_space, self.action_space, self.mask_size, _ = self.spaces
         self.path: Path | None
         check_sizes(args, algo, self.obs_space, self.action_space)
+        self.tensors = takes_tensors(args)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
         self.exit_code, self._iteration_steps = 0, 0
         self._is_last: bool | None = None  # undecided
@@ -113,16 +123,19 @@ class Run:
         self.generators: Tensor | None = None
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
+        self.team = self.fabric
         self._signals.can_save = True
         self._resume(auto)
-        self.episodes, self.losses = EpisodeStatistics(self.args.num_envs, info_keys(args)), MeanMetrics()
+        self.given, self.losses = self.args, MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}
         self._parts: dict[str, Any] = {}
         self._modules: list[nn.Module] = []
         self._optimizers: list[Adam] = []
         self._contexts = ExitStack()
-        self._envs: VectorEnv | None = None
+        self._envs: Any = None  # a VectorEnv
+        self._rollout: Any = None  # of environments of tensors, as are these:
+        self._running: DeviceEpisodes | None = None
         self._hinted = self._missed = False
         self.masks: np.ndarray | None = None
         self._folder: RunFolder | None = None
@@ -168,24 +181,36 @@ class Run:
         require(steps <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {steps}")
         acts = args.player_device != "cuda" or fabric.device.type == "cuda"
         require(acts, "player_device", args.player_device, "cpu or auto where the run trains on the CPU")
+        acts = not self.tensors or args.player_device != "cpu" or fabric.device.type == "cpu"
+        require(acts, "player_device", args.player_device, "cuda or auto where environments are tensors on a GPU")
         if self.state:
             check_batch(self.state, args, fabric.world_size)
             with reading(self.path):
                 check_spaces(self.state, self.spaces)
-        self.join(fabric)
+        self.join(fabric, self.team)
         return self
 
-    def join(self, fabric: Any) -> None:
-        """Makes these ranks the run's world: Fabric's, or the `Group` of a decoupled script's player or trainers.
+    def join(self, fabric: Any, team: Any = None) -> None:
+        """Makes these ranks the run's world: Fabric's, or the `Group` of a decoupled script's players or trainers.
 
-        Seeds this rank's generators.
+        Seeds this rank's generators; those of all players alike, so that noise is an environment's, whoever plays it.
         """
-        self.fabric, args = fabric, self.args
-        self.act_rng, self.train_rng = generators(args.seed, fabric.global_rank, self.first_step)
+        self.fabric, self.team, args = fabric, team or fabric, self.args
+        players = self.team.world_size if self.trainers is not None else 1
+        self.all_envs = self.given.num_envs
+        self._envs_here = self.all_envs // players
+        self._first_env = self._envs_here * self.team.global_rank if self.trainers is not None else 0
+        self.episodes = EpisodeStatistics(args.num_envs, info_keys(args))
+        rank = fabric.global_rank if self.trainers is None else 0
+        self.act_rng, self.train_rng = generators(args.seed, rank, self.first_step)
         self.device_rng = self.train_rng
         graphs = fabric.device.type == "cuda" and args.cuda_graphs
         self.updates = Runner(args.compile, graphs, self._modules, self._optimizers, [self.train_rng])
+        if self.tensors:
+            self.draw_on(fabric.device)
+            self.updates.generators.append(self.act_rng)
         self.player_device = torch.device("cpu") if args.player_device == "cpu" else fabric.device
+        self._steps: dict[nn.Module, Callable[..., Any]] = {}  # of rollouts, compiled and captured
         self._player: nn.Module | None = None
         self._acts: dict[nn.Module, Callable[..., Any]] = {}  # captured
         self._health: Tensor | None = None
@@ -199,7 +224,7 @@ class Run:
             self._evaluation.close()
         if kind is None and self._folder is not None:
             self._folder.finish(self.global_step, self.episodes, self._eval_return, self.exit_code > 0)
-            if self.args.upload_model and self.fabric.global_rank == 0:
+            if self.args.upload_model and self.team.global_rank == 0:
                 from fabricrl.hub import upload  # here, as it brings what draws
 
                 upload(self.folder, self.args.hf_entity, command(self.args, self.algo))
@@ -207,13 +232,23 @@ class Run:
     # --- before the loop
 
     def make_envs(self) -> VectorEnv:
-        """This rank's environments, which may record videos in the run's folder; beside them those of evaluations."""
+        """This rank's environments, which may record videos in the run's folder; beside them those of evaluations.
+
+        Players that have to see what all do share theirs.
+        """
         videos = self._made_folder().videos
         with self.together():
-            masked = self.mask_size > 0
-            self._envs = make_envs(self.args, self.fabric.global_rank, videos, masked)
+            own, masked = SimpleNamespace(**vars(self.args) | {"num_envs": self._envs_here}), self.mask_size > 0
+            place = self.team.global_rank, videos, masked, self._first_env, self.fabric.device
+            envs = self._envs = make_envs(own, *place)
+            if self.tensors:
+                self._running = DeviceEpisodes(self.args.num_envs, self.fabric.device)
+                self.updates.tensors += envs.env.tensors()  # type: ignore[attr-defined]
+            if self.team.world_size > self.fabric.world_size:
+                resumed, keys = self.args.resume is not None, info_keys(self.args)
+                self._envs = SharedEnvs(envs, self.team, resumed, self.mask_size, keys)
             if self.args.eval_every > 0:
-                self._evaluation = Evaluation(self.args, self.algo, self.fabric, self._envs, masked)
+                self._evaluation = Evaluation(self.given, self.algo, self.team, envs, masked)
         return self._envs
 
     @property
@@ -227,6 +262,15 @@ class Run:
         assert self._envs is not None
         return self._envs.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP
 
+    def rollout_buffer(self, agent: Any) -> RolloutBuffer:
+        """Storage for this rank's rollouts: in memory, or where environments take and return tensors."""
+        args, device = self.args, self.fabric.device
+        shape = args.num_steps, args.num_envs, self.obs_space, agent.head.num_actions, agent.head.dtype
+        if not self.tensors:
+            return RolloutBuffer(*shape, args.frame_stack, self.skips, self.mask_size, device)
+        self._rollout = DeviceRolloutBuffer(*shape, self.skips, len(info_keys(args)), device)
+        return self._rollout
+
     @property
     def folder(self) -> Path:
         """The run's folder; the same on every rank."""
@@ -234,8 +278,9 @@ class Run:
 
     def _made_folder(self) -> RunFolder:
         if self._folder is None:
-            name = run_name(self.args, self.algo)
-            self._folder = RunFolder(self.fabric, self.args, self.algo, name, self.path, self.first_step, self.asked)
+            name = run_name(self.given, self.algo)
+            start = self.path, self.first_step, self.asked
+            self._folder = RunFolder(self.team, self.given, self.algo, name, *start)
         return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
@@ -260,7 +305,7 @@ class Run:
         """Names the modules and optimizers that checkpoints hold, and loads their state if the run resumes one."""
         self._parts |= parts
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
-        acts_in_rollouts = self._envs is not None and hasattr(self.args, "num_steps")
+        acts_in_rollouts = self._envs is not None and hasattr(self.args, "num_steps") and not self.tensors
         if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and acts_in_rollouts:
             self.player_device = self._faster_device(parts["agent"])  # weights move once a rollout
         if not self.state:
@@ -278,12 +323,11 @@ class Run:
         """Continues the generators from the checkpoint, if the run resumes one."""
         if self.state:
             with reading(self.path):
-                rank = self.fabric.global_rank
+                rank = self.fabric.global_rank if self.trainers is None else 0
                 restore_generators(self.state["generators"], rank, self.act_rng, self.train_rng)
 
-    def reset(self) -> np.ndarray:
-        """Starts logs and clocks, and the environments: their first observations [N, ...]."""
-        assert self._envs is not None
+    def reset(self) -> Any:
+        """Starts logs and clocks, and the environments: their first observations [N, ...], an array or a tensor."""
         assert self._folder is not None
         args, rank = self.args, self.fabric.global_rank
         if self.state:
@@ -297,13 +341,56 @@ class Run:
         with self.together():
             seeds: Any = env_seeds(args.seed, rank, args.num_envs, self.first_step)  # Gymnasium's types know no list
             obs, infos = self._envs.reset(seed=seeds)
-            if obs.dtype.kind == "f" and not np.isfinite(obs).all():
+            if not _are_finite(obs):
                 raise NonFiniteError("first observation is not finite")
+            if self.tensors:
+                obs = self._go_on(obs)
         check_ranks(self.fabric, self._parts["agent"], torch.as_tensor(obs))
         self.masks = infos.get("action_mask")
         self.state = {}  # a replay buffer in it may be large
         self.clock.restart()
         return obs
+
+    def _go_on(self, obs: Tensor) -> Tensor:
+        """Goes on where the run that is resumed has saved its environments; returns their observations [N, D].
+
+        New episodes begin, with `obs`, where it has not: they do not tell their state, or were others.
+        """
+        stored = self.state.get("envs")
+        rank = self.fabric.global_rank
+        fits = stored is not None and stored["device"] == obs.device.type and rank < len(stored["obs"])
+        if stored is None or not fits or stored["obs"][rank].shape != obs.shape:
+            return obs
+        with reading(self.path):
+            own = {name: value[rank] for name, value in stored.items() if name != "device"}
+            self._envs.env.load_state_dict(own)
+            assert self._running is not None
+            self._running.returns.copy_(own["returns"])
+            self._running.lengths.copy_(own["lengths"])
+            normalizer = self._parts["agent"].reward_normalizer
+            if normalizer is not None:
+                normalizer.discounted = own["discounted"].to(obs.device)
+            if self.device_rng is not self.train_rng:
+                self.device_rng.set_state(own["device_rng"])
+            return own["obs"].to(obs.device)
+
+    def _envs_state(self) -> dict[str, Any]:
+        """The state of environments of tensors on all ranks, and of what counts along with them; {} if they tell none.
+
+        Each tensor [W, ...], and the kind of their device.
+        """
+        state = self._envs.env.state_dict() if self.tensors else None
+        if state is None:
+            return {}
+        assert self._running is not None
+        state |= {"obs": self._rollout.obs[-1], "returns": self._running.returns, "lengths": self._running.lengths}
+        normalizer = self._parts["agent"].reward_normalizer
+        if normalizer is not None:
+            state["discounted"] = normalizer.discounted
+        if self.device_rng is not self.train_rng:
+            state["device_rng"] = self.device_rng.get_state()
+        gathered = {name: all_gather(self.fabric, values.cpu()) for name, values in state.items()}
+        return {"envs": gathered | {"device": self.fabric.device.type}}
 
     # --- running updates
 
@@ -326,14 +413,21 @@ class Run:
         return self.updates.captured(function)
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """Undoes what an update inside changes and notes: it is there to be compiled and captured, as is acting."""
+    def rehearsal(self, rollout: Callable[[], None] | None = None) -> Iterator[None]:
+        """Undoes what an update inside changes and notes: it is there to be compiled and captured, as is acting.
+
+        `rollout`: one, which is rehearsed as a whole where environments are tensor code.
+        """
         with self.updates.rehearsal():
-            if self.captures and self._envs is not None:
+            if rollout is not None and self.tensors and self._envs.env.is_code:
+                rollout()
+            elif self.captures and self._envs is not None:
                 agent = self._parts["agent"]
                 with torch.inference_mode():
                     self.act(self.player(agent), *self._acting_inputs(agent))
             yield
+        if (agent := self._parts.get("agent")) is not None and getattr(agent, "reward_normalizer", None) is not None:
+            agent.reward_normalizer.discounted = None
         self._noted.clear()
         if self._health is not None:
             self._health.zero_()
@@ -363,6 +457,16 @@ class Run:
 
     # --- acting
 
+    def own(self, noise: Tensor, dim: int = 0) -> Tensor:
+        """Of noise for all environments along `dim`, that of those which this rank acts in."""
+        return noise if self.args.num_envs == self.all_envs else noise.narrow(dim, self._first_env, self._envs_here)
+
+    @property
+    def own_envs(self) -> slice:
+        """Of the environments that this rank sees, those that it steps itself."""
+        first = self._first_env if self.args.num_envs == self.all_envs else 0
+        return slice(first, first + self._envs_here)
+
     def player(self, agent: nn.Module) -> Any:
         """The policy of the coming rollout: the agent, or its copy where acting is faster, with the newest weights."""
         if self.player_device == self.fabric.device:
@@ -374,10 +478,50 @@ class Run:
         self._player.load_state_dict(state)
         return self._player
 
+    def noise(self, head: Any, steps: int) -> Tensor:
+        """Noise of a rollout of T steps for `head.sample`, [T, N, ...], where the policy acts."""
+        rng = self.device_rng if self.tensors and self.fabric.device.type != "cpu" else self.act_rng
+        return self.to_device(self.own(head.noise((steps, self.all_envs), rng), 1), self.player_device)
+
+    def take_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
+        """Calls `take_step(run, player, envs, rb, t, noise[t])` for each step t of a rollout.
+
+        Where environments are tensor code, such a step is compiled like an update, and captured with all others.
+        """
+        if not self.tensors:
+            for t, row in enumerate(noise.unbind()):
+                take_step(self, player, envs, rb, t, row)
+            return
+        envs.env.draw(len(noise))
+        if player not in self._steps:
+            step = partial(take_step, self, player, envs, rb)
+            self._steps[player] = self._recorded(step, rb.steps) if envs.env.is_code else self._each(step, rb.steps)
+        self._steps[player](noise)
+        self.clock.lap("env")
+
+    def _recorded(self, step: Callable[..., None], numbers: Sequence[Tensor]) -> Callable[[Tensor], tuple]:
+        """All steps of a rollout as a function of its noise: each compiled, and all captured, if that was asked for."""
+
+        def take_step(t: Tensor, noise: Tensor) -> tuple:
+            step(t, noise)
+            return ()
+
+        return self.captured(self._each(self.compiled(take_step), numbers))
+
+    def _each(self, step: Callable[..., Any], numbers: Sequence[Tensor]) -> Callable[[Tensor], tuple]:
+        """All steps of a rollout as a function of its noise."""
+
+        def take_steps(noise: Tensor) -> tuple:
+            for t, row in zip(numbers, noise.unbind(), strict=True):
+                step(t, row)
+            return ()
+
+        return take_steps
+
     def act(self, player: Any, *inputs: Tensor | None) -> Any:
         """Calls `player.act` on inputs from anywhere, as one CUDA graph if it acts on a GPU, where the result stays."""
         act = player.act
-        if self.player_device.type == "cpu" and not self.captures:
+        if (self.player_device.type == "cpu" and not self.captures) or (self.tensors and self._envs.env.is_code):
             return act(*inputs)
         if self.captures and self.player_device == self.fabric.device:
             if player not in self._acts:
@@ -397,6 +541,10 @@ class Run:
         if health != 0:
             self.losses.update(self.look())
         return values
+
+    def for_envs(self, actions: Tensor) -> Any:
+        """Actions [N, A] as environments are given them: an array; or as they are, where those take tensors."""
+        return actions if self.tensors else self.on_host(actions).numpy()
 
     def is_healthy(self) -> bool:
         """Tells if all that was watched was finite; this waits for a GPU."""
@@ -429,7 +577,7 @@ class Run:
                     seconds[device] = (time.perf_counter() - started) / acts
         self._acts.clear()
         best = min(seconds, key=seconds.__getitem__)
-        if self.fabric.global_rank == 0:
+        if self.team.global_rank == 0:
             times = ", ".join(f"{device} {1e6 * taken:.0f} µs" for device, taken in seconds.items())
             print(f"player device: {best} ({times} an action)", file=sys.stderr, flush=True)
         return best
@@ -458,14 +606,14 @@ class Run:
             yield
         except RunError as error:
             fault = error
-        own = fault.exit_code if fault else 0
-        codes, signals = all_gather(self.fabric, torch.tensor([own, self._signals.code])).T.tolist()  # [W] each
+        own = fault.exit_code if fault is not None and str(fault) else 0  # one without text is another rank's
+        codes, signals = all_gather(self.team, torch.tensor([own, self._signals.code])).T.tolist()  # [W] each
         self.exit_code = max(self.exit_code, *signals)
         if any(codes) and fault is None:
             fault = RunError()  # the rank that failed says why
             fault.exit_code = max(codes)
         if fault is not None:
-            fault.told_by = next(rank for rank, code in enumerate(codes) if code)
+            fault.told_by = next((rank for rank, code in enumerate(codes) if code), fault.told_by)
             raise fault
 
     def check_finite(self, what: str, values: Tensor) -> None:
@@ -485,8 +633,8 @@ class Run:
         on what they see, as the last layer of a new policy is near zero.
         """
         if agent.obs_normalizer is not None:
-            seen = rb.vectors(rb.obs[:-1][~rb.skipped])
-            agent.obs_normalizer.update(self.to_device(seen), self.fabric)
+            device = self.fabric.device
+            agent.obs_normalizer.update(self.to_device(rb.vectors(rb.obs[:-1]), device), self.fabric, rb.counts(device))
 
     def record_rollout(self, rb: RolloutBuffer) -> None:
         """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.
@@ -494,11 +642,30 @@ class Run:
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
+        summary = None
         with self.together():
+            if isinstance(rb, DeviceRolloutBuffer):
+                summary = self._summary(rb)
             self.losses.update(self.look())
-        self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
+        if summary is None:
+            self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
+        else:
+            self.episodes.add_summary(self.fabric, summary)
         self.clock.lap("comm")
         self._advance()
+
+    def _summary(self, rb: DeviceRolloutBuffer) -> Tensor:
+        """The episodes that have ended in a rollout, as `DeviceEpisodes.summary` tells of them, on the CPU.
+
+        Raises:
+            NonFiniteError: an environment has brought NaN or infinity.
+        """
+        assert self._running is not None
+        summary = self._running.summary(rb.rewards, rb.ends, rb.skipped, rb.episode_infos)
+        summary, finite = to_host(summary, rb.is_finite())
+        if not finite:
+            raise NonFiniteError(str(rb.find_nonfinite()))
+        return summary
 
     def record_step(self) -> None:
         """Ends an iteration of one step: looks and counts only now and then, since that costs as much as an update.
@@ -508,7 +675,7 @@ class Run:
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
-        if self.fabric.world_size == 1:
+        if self.team.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
         if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
             self.episodes.flush(self.fabric, self._take_infos())
@@ -601,7 +768,7 @@ class Run:
 
     def _agree(self, playing: bool) -> bool:
         """Agrees with the other ranks on signals, and on whether one still plays; none waits long for a word."""
-        told = all_gather(self.fabric, torch.tensor([playing, self._signals.code])).T  # [2, W]
+        told = all_gather(self.team, torch.tensor([playing, self._signals.code])).T  # [2, W]
         self.exit_code, self._agreed = max(self.exit_code, *told[1].tolist()), time.monotonic()
         self.while_evaluating()
         return bool(told[0].any())
@@ -631,7 +798,7 @@ class Run:
         left = (self.args.total_timesteps - self.global_step) / max(self.global_step - self.first_step, 1)
         seconds = self.clock.totals
         worth = left * sum(seconds.values()) > WORTH_A_HINT or self.is_last
-        if self._hinted or self.fabric.global_rank > 0 or not worth:
+        if self._hinted or self.team.global_rank > 0 or not worth:
             return
         text = hint(self.args, self.algo, self.fabric.device.type, self.fabric.world_size, seconds, steps)
         if text is not None:
@@ -640,7 +807,7 @@ class Run:
 
     def _warn_of_missing_infos(self) -> None:
         """Says once, after the first episodes, which of `info_keys` none of them had."""
-        if self._missed or self.fabric.global_rank > 0 or not self.episodes.ended:
+        if self._missed or self.team.global_rank > 0 or not self.episodes.ended:
             return
         self._missed = True
         missing = [key for key in self.args.info_keys if key not in self.episodes.told]
@@ -669,6 +836,7 @@ class Run:
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
             if self._scaler is not None:
                 state["scaler"] = self._scaler.state_dict()
+            state |= self._envs_state()
             state["generators"] = self.generators
             if self.generators is None:
                 state["generators"] = rank_generators(self.fabric, self.act_rng, self.train_rng)
@@ -691,5 +859,13 @@ class Run:
         assert self._folder is not None
         spaces = {"obs": structure_of(self.spaces.given), "actions": structure_of(self.action_space)}
         own = {"spaces": spaces, "mask_size": self.mask_size, "episodes": self.episodes.state_dict()}
+        own["world_size"] = self.fabric.world_size if self.trainers is None else 1  # players are as one rank
         mean_return = self.episodes.mean_return if self._evaluation is None else self._score
         self._folder.save(self.global_step, mean_return, own | state, shard)
+
+
+def _are_finite(obs: Any) -> bool:
+    """Tells if observations, an array or a tensor, are finite; images are."""
+    if isinstance(obs, Tensor):
+        return bool(obs.isfinite().all())
+    return obs.dtype.kind != "f" or bool(np.isfinite(obs).all())

@@ -3,6 +3,7 @@
 from fabricrl.data.batches import minibatches, shuffled, with_moments
 from fabricrl.data.buffers import NewestSteps, RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, StackedFrames
 from fabricrl.data.device_buffer import DeviceReplayBuffer
+from fabricrl.data.device_rollout import DeviceRolloutBuffer
 from fabricrl.utils.batch import Batch
 
 Replay = ReplayBuffer | DeviceReplayBuffer
@@ -10,6 +11,7 @@ Replay = ReplayBuffer | DeviceReplayBuffer
 __all__ = [
     "Batch",
     "DeviceReplayBuffer",
+    "DeviceRolloutBuffer",
     "NewestSteps",
     "RecurrentRolloutBuffer",
     "Replay",

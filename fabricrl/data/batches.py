@@ -7,7 +7,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.utils.batch import Batch
-from fabricrl.utils.device import to_device, to_host
+from fabricrl.utils.device import to_device
 from fabricrl.utils.ranks import all_gather
 
 
@@ -20,13 +20,22 @@ def shuffled(fabric: Fabric, data: Batch, epochs: int, count: int, rng: torch.Ge
     Returns:
         `with_moments` of the rows drawn.
     """
+    orders = torch.stack(
+        [torch.randperm(len(data.advantages), generator=rng, device=rng.device) for _ in range(epochs)]
+    )
     if data.counts is None:
-        orders = [torch.randperm(len(data.advantages), generator=rng) for _ in range(epochs)]
-        return with_moments(fabric, data, torch.stack(orders).view(epochs, count, -1))
-    (counts,) = to_host(data.counts)
-    real, others = (counts > 0).nonzero()[:, 0], (counts == 0).nonzero()[:, 0]
-    orders = [torch.cat((real[torch.randperm(len(real), generator=rng)], others)) for _ in range(epochs)]
-    return with_moments(fabric, data, torch.stack(orders).view(epochs, -1, count).mT)  # a row to each minibatch in turn
+        return with_moments(fabric, data, orders.view(epochs, count, -1))
+    orders = _counting_first(to_device(orders, data.counts.device), data.counts)
+    return with_moments(fabric, data, orders.view(epochs, -1, count).mT)  # a row to each minibatch in turn
+
+
+def _counting_first(orders: Tensor, counts: Tensor) -> Tensor:
+    """Orders of rows [E, T N] with those in front that count, which else stay in their order."""
+    counting = counts[orders] > 0
+    places = torch.where(
+        counting, counting.cumsum(1) - 1, counting.sum(1, keepdim=True) + (~counting).cumsum(1) - 1
+    )  # where each row goes
+    return torch.empty_like(orders).scatter_(1, places, orders)
 
 
 @torch.no_grad()

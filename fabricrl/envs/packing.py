@@ -26,7 +26,7 @@ def velocities(env_id: str) -> list[int]:
     Raises:
         ConfigError: they are not known.
     """
-    name = env_id.rpartition(":")[2].rpartition("-v")[0]
+    name = env_id.rpartition(":")[2].removeprefix("torch/").rpartition("-v")[0]
     if name not in VELOCITIES:
         raise ConfigError(f"--mask-velocities is set: it works with {', '.join(VELOCITIES)}, not with {env_id}")
     return list(VELOCITIES[name])

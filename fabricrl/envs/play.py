@@ -47,7 +47,8 @@ def play(
     too often.
 
     Args:
-        envs: environments that reset in the step that ends an episode (SAME_STEP).
+        envs: environments that reset in the step that ends an episode (SAME_STEP), or mark in `infos["skipped"]` those
+            that only reset in a step.
         policy: maps observations [N, R], and rewards and dones [N] of the step before, to actions for `envs.step`. It
             is also given the masks [N, S] of the actions that are allowed, where environments have masks.
         seed: of environment 0; environment i has `seed + i`.
@@ -70,8 +71,8 @@ def play(
         masks = [infos["action_mask"]] if "action_mask" in infos else []
         obs, rewards, terminated, truncated, infos = envs.step(policy(obs, rewards, dones, *masks))
         _check_finite(obs, rewards, envs.single_observation_space)
-        dones = terminated | truncated
-        running, steps = running + rewards, steps + 1
+        dones, skipped = terminated | truncated, infos.get("skipped", np.zeros(envs.num_envs, dtype=bool))
+        running, steps = running + rewards, steps + ~skipped
         ended = np.flatnonzero(dones & (quota > 0))
         rows = episode_infos(infos) if len(ended) and keys else None
         for i in ended:
@@ -80,6 +81,7 @@ def play(
             lengths.append(int(steps[i]))
             quota[i] -= 1
         running, steps = np.where(dones, 0.0, running), np.where(dones, 0, steps)
+        dones = dones | skipped  # a step that only resets leads to the first observation, too
         after_step(len(ended))
     columns = np.array(told).reshape(len(told), len(keys)).T
     return Episodes(np.array(returns), np.array(lengths), dict(zip(keys, columns, strict=True)))

@@ -162,8 +162,11 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     """Converts actions [N, A] of a policy to those that `envs.step` takes; `space` is a single environment's.
 
     Discrete and MultiDiscrete policies count from zero, whatever the space's start. Box actions are clipped to the
-    bounds here and nowhere else: buffers and losses keep what was drawn.
+    bounds here and nowhere else: buffers and losses keep what was drawn. Environments of tensors do the same for
+    themselves (`envs/tensors.py`).
     """
+    if not isinstance(actions, np.ndarray):
+        return actions
     if isinstance(space, Discrete):
         return actions[:, 0] + space.start
     if isinstance(space, MultiDiscrete):

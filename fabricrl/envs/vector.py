@@ -148,13 +148,17 @@ def _is_prepared_game(args: Any, env: gym.Env) -> bool:
     return is_atari(env) and (option(args, "action_repeat") > 1 or option(args, "noop_max") > 0)
 
 
-def make_envs(args: Any, rank: int, video_folder: Path, masked: bool = False) -> VectorEnv:
+def make_envs(
+    args: Any, rank: int, video_folder: Path, masked: bool = False, first: int = 0, device: Any = "cpu"
+) -> VectorEnv:
     """Makes the `args.num_envs` environments of a rank, which reset in the step that ends an episode (SAME_STEP).
 
     `step` returns the first observation of the next episode; the last one is in `infos["final_obs"]`. Native ones
     reset a step later, which `infos["skipped"]` marks. `infos["life_lost"]` is there if `args.life_loss`, and
     `infos["action_mask"]` [N, S], the actions that are allowed next, if they are `masked`, as `check_env` says.
     Rank 0 records its environment 0 if `args.capture_video`, and prints what `--vectorization auto` has chosen.
+    `first`: the number of its first environment, where several ranks share those that one would have. `device`: of
+    environments that take and return tensors.
 
     Raises:
         ConfigError, EnvError: as `make_env`; later, `reset` and `step` raise EnvError.
@@ -163,25 +167,31 @@ def make_envs(args: Any, rank: int, video_folder: Path, masked: bool = False) ->
 
     kind, seconds = args.vectorization, _limit(args)
     if kind == "auto":
-        with _passing(args, make_env) as env:
-            kind = choose(args, env, masked)
+        if _takes_tensors(args):
+            kind = "torch"
+        else:
+            with _passing(args, make_env) as env:
+                kind = choose(args, env, masked)
         if rank == 0:
             print(f"vectorization: {kind}", file=sys.stderr, flush=True)
     record = args.capture_video and rank == 0
     grace, resumed = VIDEO_GRACE if record else GRACE, getattr(args, "resume", None) is not None
     settings: dict[str, Any] = {"timeout": seconds / 60, "rank": rank, "resumed": resumed, "grace": grace}
     settings["keys"] = info_keys(args)
+    if kind == "torch":
+        return ReportFailures(_construct_tensors(args, device), **settings)
     if kind in ("native", "envpool"):
         with _passing(args, make_env) as env:
             return ReportFailures(
                 native_envs(args, env, masked) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
             )
     plain, spec = SimpleNamespace(**vars(args)), None if ":" in args.env_id else gym.registry.get(args.env_id)
+    numbers = range(first, first + args.num_envs)
     makers = [
         partial(_numbered, plain, index, spec, video_folder if record and index == 0 else None, masked)
-        for index in range(args.num_envs)
+        for index in numbers
     ]
-    seeds = [stream_seed(args.seed, rank, BUILD_STREAM, index) for index in range(args.num_envs)]
+    seeds = [stream_seed(args.seed, 0 if first else rank, BUILD_STREAM, index) for index in numbers]
     if kind == "sync":
         return step_in_turn(makers, seeds, **settings)
     threads = sys.modules["torch"].get_num_threads()
@@ -205,9 +215,18 @@ def make_eval_envs(args: Any, rank: int, num_envs: int, masked: bool, like: Vect
     changed = {"num_envs": num_envs, "vectorization": kind, "capture_video": False, "resume": None}
     changed["seed"] = stream_seed(args.seed, EVAL_STREAM)
     with generators_kept():
+        if _takes_tensors(args):
+            return play_tensors(SimpleNamespace(**vars(args) | changed), like.env.device, told=like.told)  # type: ignore[attr-defined]
         envs = make_envs(SimpleNamespace(**vars(args) | changed), rank, Path(), masked)
     envs.told = like.told  # type: ignore[attr-defined]  # one warning is enough
     return envs
+
+
+def play_tensors(args: Any, device: Any = "cpu", **settings: Any) -> "ReportFailures":
+    """Makes environments of tensors that are played with arrays, as all others are."""
+    from fabricrl.envs.tensors import OnHost
+
+    return ReportFailures(OnHost(_construct_tensors(args, device)), **{"keys": info_keys(args)} | settings)
 
 
 def _limit(args: Any) -> float:
@@ -219,7 +238,7 @@ def _limit(args: Any) -> float:
 
 
 def _numbered(args: Any, index: int, spec: Any, video_folder: Path | None, masked: bool) -> gym.Env:
-    """Makes environment `index` of a rank; `spec` registers its id in a process that may not know it."""
+    """Makes environment `index`; `spec` registers its id in a process that may not know it."""
     if spec is not None:
         gym.registry[spec.id] = spec
     env = make_env(args, None, video_folder, video_every=args.video_every)
@@ -382,7 +401,7 @@ class ReportFailures(gym.vector.VectorWrapper):
     def _compare(self, obs: Any) -> None:
         """Warns if environments start from equal observations: they may stay equal, and count as one."""
         first: dict[bytes, int] = {}
-        for index, row in enumerate(obs):
+        for index, row in enumerate(obs.cpu().numpy() if hasattr(obs, "cpu") else obs):
             other = first.setdefault(row.tobytes(), index)
             if other != index:
                 text = f"environments {other} and {index} start from equal observations; do they draw from their seeds?"
@@ -457,6 +476,8 @@ def check_env(
             velocities to mask.
         EnvError: its constructor raised.
     """
+    if _takes_tensors(args):
+        return _check_tensors(args, action_spaces, bounded)
     with _passing(args, _construct) as env:
         env = _preprocessed(args, env)
         given = env.observation_space if _is_prepared_game(args, env) else env.get_wrapper_attr("given")
@@ -484,6 +505,48 @@ def check_env(
             masked = False
         mask_size = sum(mask_choices(env.action_space)) if masked else 0
         return Spaces(space, env.action_space, mask_size, given)
+
+
+def _takes_tensors(args: Any) -> bool:
+    from fabricrl.envs.tensors import takes_tensors  # here, as it brings torch
+
+    return takes_tensors(args)
+
+
+def _check_tensors(args: Any, action_spaces: tuple[type[Space], ...], bounded: bool) -> Spaces:
+    """Builds one environment of tensors and discards it, as `check_env` does with others."""
+    from fabricrl.envs.tensors import check_arguments, trial_device
+
+    check_arguments(args)
+    device, one = trial_device(args), SimpleNamespace(**vars(args) | {"num_envs": 1})
+    with _passing(one, partial(_construct_tensors, device=device)) as env:
+        envs: Any = env
+        check_action_space(envs.single_action_space, action_spaces)
+        if bounded:
+            check_bounded(envs.single_action_space)
+        return Spaces(
+            envs.single_observation_space, envs.single_action_space, 0, envs.unwrapped.single_observation_space
+        )
+
+
+def _construct_tensors(args: Any, device: Any) -> Any:
+    """Builds environments of tensors: `TensorEnvs`."""
+    from fabricrl.envs.tensors import TensorEnvs
+
+    kwargs = json.loads(args.env_kwargs) | {"device": str(device)}
+    if ":" in args.env_id and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, TypeError) and "'device'" in str(error):
+            raise ConfigError(
+                f"--vectorization torch: what {args.env_id} is registered with as vector_entry_point takes no `device`"
+            ) from error
+        raise _construction_error(args.env_id, args.env_kwargs, error) from error
+    return TensorEnvs(envs, args)
 
 
 def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
@@ -553,12 +616,22 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
             return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
         looked = f"; modules of your own are looked up in {os.getcwd()}" if ":" in env_id else ""
         return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")
+    if "entry_point is not specified" in text:
+        return ConfigError(
+            f"--env-id {env_id} is registered as a vector environment alone: only ppo takes those, as tensors"
+        )
     malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
     if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {_nearest(env_id)}")
     if isinstance(error, TypeError) and "argument" in text and _is_of_the_call(error):
         return ConfigError(f"--env-kwargs {env_kwargs} does not fit {env_id}: {text}")
-    return EnvError(f"{env_id} cannot be built: {type(error).__name__}: {text}")
+    return EnvError(f"{env_id} cannot be built: {type(error).__name__}{f': {text}' if text else _where(error)}")
+
+
+def _where(error: BaseException) -> str:
+    """The place where an error without a text was raised, as of an assertion."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" in {frames[-1].name}, line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
 
 
 def _is_of_the_call(error: BaseException) -> bool:

@@ -57,7 +57,8 @@ class CategoricalHead(nn.Module):
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Standard Gumbel noise: −log(E) with E exponential; [*, A, most]."""
-        return -torch.empty(*shape, self.num_actions, self.most).exponential_(generator=generator).log()
+        drawn = torch.empty(*shape, self.num_actions, self.most, device=generator.device)
+        return -drawn.exponential_(generator=generator).log()
 
     def _logits(self, params: Tensor, masks: Tensor | None = None) -> Tensor:
         """[*, size] → [*, A, most]; what is not allowed, or pads variables with fewer choices, gets probability 0."""
@@ -103,7 +104,8 @@ class BernoulliHead(nn.Module):
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Standard logistic noise: the difference of two Gumbels."""
-        first, second = torch.empty(2, *shape, self.num_actions).exponential_(generator=generator).log()
+        drawn = torch.empty(2, *shape, self.num_actions, device=generator.device)
+        first, second = drawn.exponential_(generator=generator).log()
         return first - second
 
     def _logits(self, params: Tensor, masks: Tensor | None) -> Tensor:
@@ -147,7 +149,7 @@ class NormalHead(nn.Module):
         return actions
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.randn(*shape, self.num_actions, generator=generator)
+        return torch.randn(*shape, self.num_actions, generator=generator, device=generator.device)
 
 
 class TanhNormalHead(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from fabricrl.utils.ranks import gather_rows
+from fabricrl.utils.ranks import all_gather, gather_rows
 
 WINDOW = 100  # episodes that the running mean return looks back on
 
@@ -32,7 +32,9 @@ class EpisodeStatistics:
         self.returns: deque[float] = deque(maxlen=WINDOW)
         self.count = self.ended = 0
         self.keys, self.told = keys, set[str]()
-        self._unlogged: list[Tensor] = []  # [E, 2 + K]
+        self._sums, self._counts = torch.zeros(
+            2, 2 + len(keys), dtype=torch.float64
+        )  # since the last call of `compute`
         self._steps: list[tuple[np.ndarray, np.ndarray]] = []  # rewards and dones, [N] each
         self._return = np.zeros(num_envs)  # of the episodes that are still running
         self._length = np.zeros(num_envs, dtype=np.int64)
@@ -59,10 +61,25 @@ class EpisodeStatistics:
         ended = gather_rows(fabric, torch.cat((own, told), 1))
         in_time = ended[:, 0].argsort(stable=True)  # so that the last are of all ranks
         ended = ended[in_time, 1:]  # [E, 2 + K]
-        self._unlogged.append(ended)
         self.returns.extend(ended[:, 0].tolist())
-        self.count, self.ended = self.count + len(ended), self.ended + len(ended)
-        self.told |= {key for key, column in zip(self.keys, ended[:, 2:].T, strict=True) if not column.isnan().all()}
+        self._count(len(ended), ended.nansum(0), (~ended.isnan()).sum(0))
+
+    def add_summary(self, fabric: Fabric, summary: Tensor) -> None:
+        """Takes what `DeviceEpisodes.summary` has found on this rank, on the CPU; all ranks must call it together."""
+        parts = all_gather(fabric, summary)  # [W, ...]
+        columns = 2 + len(self.keys)
+        sums, counts = parts[:, : 2 * columns].sum(0).chunk(2)
+        newest = parts[:, 2 * columns :].reshape(-1, 2)  # [W WINDOW, 2]: step and return
+        newest = newest[~newest[:, 0].isnan()]
+        in_time = newest[:, 0].argsort(stable=True)
+        self.returns.extend(newest[in_time, 1].tolist())
+        self._count(int(counts[0]), sums, counts)
+
+    def _count(self, ended: int, sums: Tensor, counts: Tensor) -> None:
+        """Counts episodes: sums and counts of return, length and each of `keys`, [2 + K]."""
+        self.count, self.ended = self.count + ended, self.ended + ended
+        self._sums, self._counts = self._sums + sums, self._counts + counts
+        self.told |= {key for key, count in zip(self.keys, counts[2:].tolist(), strict=True) if count}
 
     def add(self, rewards: np.ndarray, dones: np.ndarray) -> None:
         """Notes one step, [N] each, for `flush`: where a rollout is a single step, looking at each would cost more."""
@@ -78,10 +95,9 @@ class EpisodeStatistics:
     def compute(self) -> dict[str, float]:
         """Means over the episodes that ended on any rank since the last call, nothing if none did: of returns, lengths,
         and each of `keys` over the episodes that had it."""
-        ended = torch.cat(self._unlogged) if self._unlogged else torch.empty(0, 2 + len(self.keys))
-        self._unlogged.clear()
         names = ("episodic_return", "episodic_length", *self.keys)
-        means = zip(names, ended.nanmean(0).tolist(), strict=True)  # NaN where there is nothing
+        means = zip(names, (self._sums / self._counts).tolist(), strict=True)  # NaN where there is nothing
+        self._sums, self._counts = torch.zeros(2, len(names), dtype=torch.float64)
         return {f"charts/{name}": mean for name, mean in means if mean == mean}
 
     def _ended(self, rewards: np.ndarray, dones: np.ndarray, steps: np.ndarray) -> Tensor:
@@ -108,6 +124,47 @@ class EpisodeStatistics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.returns.extend(state["returns"])
         self.count = state["count"]
+
+
+class DeviceEpisodes:
+    """Returns and lengths of the episodes of environments that are on a device, found there: no value is asked for.
+
+    Attributes:
+        returns, lengths: of the episodes that are still running, [N].
+    """
+
+    def __init__(self, num_envs: int, device: torch.device) -> None:
+        self.returns, self.lengths = torch.zeros(2, num_envs, dtype=torch.float64, device=device)
+
+    def summary(self, rewards: Tensor, ends: Tensor, skipped: Tensor, infos: Tensor) -> Tensor:
+        """Sums over the episodes that end in a rollout, and the newest of them, as one vector for the CPU.
+
+        Args:
+            rewards, ends, skipped: [T, N]; skipped steps count for no episode.
+            infos: what was told at the ends of episodes, [T, N, K], NaN where there was nothing.
+
+        Returns:
+            sums of return, length and each of the K numbers; how many there are of each; and step and return of the
+            last WINDOW episodes in the order in which they ended, NaN where there are fewer: [2 (2 + K) + 2 WINDOW].
+        """
+        steps = torch.arange(len(ends), device=ends.device)[:, None]  # [T, 1]
+        last = torch.where(ends, steps, -1).cummax(0).values  # the step with which an episode has last ended
+        before = torch.cat((torch.full_like(last[:1], -1), last[:-1]))
+        own = []
+        for values, running in ((rewards.double(), self.returns), ((~skipped).double(), self.lengths)):
+            sums = values.cumsum(0) + running  # [T, N], over episodes
+            own.append(sums - torch.where(before < 0, 0.0, sums.gather(0, before.clamp(min=0))))
+            running.copy_(sums[-1] - torch.where(last[-1] < 0, 0.0, sums.gather(0, last[-1:].clamp(min=0))[0]))
+        columns = torch.cat((torch.stack(own, -1), infos), -1)  # [T, N, 2 + K]
+        there = ends[..., None] & ~columns.isnan()
+        totals = torch.where(there, columns, 0.0).sum((0, 1))
+
+        number = ends.flatten().cumsum(0)  # of the episode that ends there, from 1
+        place = number - 1 - (number[-1] - WINDOW)  # among the newest
+        place = torch.where(ends.flatten() & (place >= 0), place, WINDOW)  # others go to a row that is cut off
+        rows = torch.stack((steps.expand_as(ends).double(), own[0]), -1).flatten(0, 1)  # [T N, 2]
+        newest = rows.new_full((WINDOW + 1, 2), torch.nan).index_copy_(0, place, rows)[:WINDOW]
+        return torch.cat((totals, there.sum((0, 1)).double(), newest.flatten()))
 
 
 class MeanMetrics:

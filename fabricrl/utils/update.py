@@ -38,6 +38,7 @@ class Runner:
     Attributes:
         captures: whether anything is captured.
         generators: those that updates draw from.
+        tensors: what is changed besides by what is compiled or captured.
         recordings: how often something has been compiled or captured.
     """
 
@@ -51,6 +52,7 @@ class Runner:
     ) -> None:
         self._compile, self.captures = compile, capture
         self._modules, self._optimizers, self.generators = modules, optimizers, list(generators)
+        self.tensors: list[Tensor] = []
         self.recordings = 0
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +75,7 @@ class Runner:
             optimizer.follow()
         if not all(optimizer.flat.is_joined for optimizer in self._optimizers):  # each has taken it from the other
             raise ConfigError("a parameter belongs to two optimizers: such an update cannot be compiled or captured")
-        tensors = [tensor for optimizer in self._optimizers for tensor in optimizer.tensors()]
+        tensors = [*self.tensors, *(tensor for optimizer in self._optimizers for tensor in optimizer.tensors())]
         tensors += [tensor for module in self._modules for tensor in (*module.parameters(), *module.buffers())]
         before = [tensor.detach().clone() for tensor in tensors]
         branches = self.branches

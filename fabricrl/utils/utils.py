@@ -43,7 +43,12 @@ def gae(
 
 def discounted_sums(deltas: Tensor, decay: Tensor) -> Tensor:
     """A_t = δ_t + c_t A_{t+1} for δ and c [T, N], from A_T = 0; [T, N]."""
-    return _sums_by_steps(deltas, decay) if deltas.device.type == "cpu" else _sums_by_doubling(deltas, decay)
+    return _sums_by_steps(deltas, decay) if _in_memory(deltas) else _sums_by_doubling(deltas, decay)
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    """Tells if NumPy can read it."""
+    return tensor.device.type == "cpu"
 
 
 def _sums_by_steps(deltas: Tensor, decay: Tensor) -> Tensor:
@@ -77,6 +82,12 @@ def discounted_returns(rewards: Tensor, dones: Tensor, before: Tensor, gamma: fl
     Returns:
         the returns [T, N], and `before` [N] of the next rollout.
     """
+    if not _in_memory(rewards):  # backwards in time, these are `discounted_sums`
+        going_on = 1.0 - dones.float()
+        first = torch.cat((rewards[:1] + gamma * before, rewards[1:]))
+        decay = gamma * torch.cat((going_on[:1], going_on[:-1]))
+        sums = discounted_sums(first.flip(0), decay.flip(0)).flip(0)
+        return sums, sums[-1] * going_on[-1]
     steps, cut = rewards.numpy(), 1.0 - dones.float().numpy()
     running, returns = before.numpy(), np.empty_like(steps)
     for t in range(len(steps)):
@@ -93,15 +104,20 @@ def anneal(initial: float, progress: float, enabled: bool) -> float:
 def explained_variance(fabric: Fabric, values: Tensor, returns: Tensor, counts: Tensor | None = None) -> Tensor:
     """1 − Var[returns − values] / Var[returns]: 1 is a perfect critic, 0 predicts the mean. NaN if they are equal.
 
-    Over all ranks, which must call it together, and the rows that count, where some do not. All [B];
-    the result is on the CPU.
+    Over all ranks, which must call it together, and the rows that count, where some do not. All [B]; only the result
+    is brought to the CPU.
     """
     counts = torch.ones_like(values) if counts is None else counts
-    (gathered,) = to_host(all_gather(fabric, torch.stack((values, returns, counts))))
+    gathered = all_gather(fabric, torch.stack((values, returns, counts))).double()  # so that equal ones have variance 0
     values, returns, counts = gathered.movedim(1, 0).flatten(1)
-    values, returns = values[counts > 0], returns[counts > 0]
-    variance = returns.var(correction=0)
-    return torch.where(variance == 0, torch.nan, 1 - (returns - values).var(correction=0) / variance)
+
+    def variance(x: Tensor) -> Tensor:
+        mean = (x * counts).sum() / counts.sum()
+        return ((x - mean).square() * counts).sum() / counts.sum()
+
+    whole = variance(returns)
+    (explained,) = to_host(torch.where(whole == 0, torch.nan, 1 - variance(returns - values) / whole))
+    return explained
 
 
 def stream_seed(*keys: int) -> int:

@@ -32,17 +32,21 @@ METRICS = tuple(f"losses/{name}" for name in LOSSES)
 @torch.inference_mode()
 def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    shape, device = rb.actions.shape[:2], run.player_device
-    noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
+    noise = run.noise(player.head, len(rb.actions))  # [T, N, ...]
     with run.together(), rb.checked():
-        for t in range(len(noise)):
-            drawn = run.act(player, rb.stacked_obs(t), noise[t], rb.mask(t, device))  # [N, A]
-            actions = run.on_host(drawn).numpy()
-            run.clock.lap("act")
-            next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
-            run.clock.lap("env")
-            rb.add(t, actions, next_obs, rewards, terminated, truncated, infos)
+        run.take_steps(take_step, player, envs, rb, noise)
     run.clock.lap("comm")
+
+
+def take_step(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer, t: Any, noise: Tensor) -> None:
+    """Takes step t in every environment, by actions drawn with noise [N, ...]."""
+    device = run.player_device
+    drawn = run.act(player, rb.stacked_obs(t, device), noise, rb.mask(t, device))  # [N, A]
+    actions = run.for_envs(drawn)
+    run.clock.lap("act")
+    next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
+    run.clock.lap("env")
+    rb.add(t, actions, next_obs, rewards, terminated, truncated, infos)
 
 
 @torch.no_grad()
@@ -51,7 +55,8 @@ def shaped_rewards(run: Run, agent: Any, rb: RolloutBuffer) -> Tensor:
     rewards = rb.rewards.sign() if run.args.clip_reward else rb.rewards.clone()
     if agent.reward_normalizer is None:
         return rewards
-    return agent.reward_normalizer.scale(rewards, rb.dones, rb.skipped, run.args.gamma, run.fabric)
+    counts = rb.counts(run.fabric.device)
+    return agent.reward_normalizer.scale(rewards, rb.dones, counts, run.args.gamma, run.fabric)
 
 
 @torch.no_grad()
@@ -68,7 +73,7 @@ def returns_and_advantages(run: Run, model: nn.Module, agent: PPOAgent, rb: Roll
     rewards = run.to_device(shaped_rewards(run, agent, rb))  # [T, N]
     if args.bootstrap_truncated and rb.has_truncated:
         t, env, final_obs = (run.to_device(part) for part in rb.truncated_episodes())
-        rewards[t, env] += args.gamma * agent.value(final_obs)  # truncated, not terminated
+        rewards[t, env] += args.gamma * rb.cuts * agent.value(final_obs)  # truncated, not terminated
     old_values, dones = values.view(rewards.shape), run.to_device(rb.dones)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
     estimates = {"advantages": advantages.flatten(), "returns": returns.flatten()}
@@ -119,7 +124,7 @@ def train(run: Run, train_epoch: Callable[..., Tensor], data: Batch, clip_coef: 
     Returns METRICS of all minibatches, [K, 6].
     """
     history: list[Tensor] = []
-    for epoch in shuffled(run.fabric, data, run.args.update_epochs, run.args.num_minibatches, run.train_rng):
+    for epoch in shuffled(run.fabric, data, run.args.update_epochs, run.args.num_minibatches, run.device_rng):
         history.append(train_epoch(data, epoch, clip_coef, ent_coef))
         if run.args.target_kl is not None and history[-1][-1, METRICS.index("losses/approx_kl")] > run.args.target_kl:
             break  # on all ranks or on none, since metrics are averaged
@@ -140,12 +145,11 @@ def main() -> int:
         run.restore(agent=agent, optimizer=optimizer)
 
         # --- Buffer
-        shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rb = RolloutBuffer(*shape, args.frame_stack, run.skips, run.mask_size, run.fabric.device)
+        rb = run.rollout_buffer(agent)
 
         # --- Start
         if run.records:
-            with run.rehearsal():
+            with run.rehearsal(partial(rollout, run, agent, envs, rb)):
                 train(run, epoch, returns_and_advantages(run, model, agent, rb), *run.numbers(0.0, 0.0))
         rb.start(run.reset(), run.masks)
 

@@ -83,15 +83,17 @@ class TorchEnv(VectorEnv):
         """Starts new episodes in all environments; a seed starts their random numbers anew."""
         if seed is not None:
             self.generator.manual_seed(seed)
-        self.draw(1)
         self._draws_itself = True
-        self.state.copy_(self.first_state(self._random[0]))
+        self.state.copy_(self.first_state(self._drawn()))
         self.steps.zero_()
         self._ended.zero_()
         return self.observe(self.state.clone()), {}
 
     def draw(self, steps: int) -> None:
-        """Draws the random numbers of the next `steps` steps. They are functions of tensors alone, then."""
+        """Draws the random numbers of the next `steps` steps. They are functions of tensors alone, then.
+
+        Whoever calls it calls it again before further steps; and with as many steps, where a step has been recorded.
+        """
         if len(self._random) != steps:
             self._random = self._random.new_zeros(steps, *self._random.shape[1:])
         self._random.uniform_(generator=self.generator)
@@ -100,11 +102,7 @@ class TorchEnv(VectorEnv):
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Takes a step in every environment: observations [N, D], rewards, terminated and truncated [N], infos."""
-        if self._draws_itself:
-            self._random.uniform_(generator=self.generator)
-        random = self._random.index_select(0, self._next_random)[0]  # [N, K]
-        self._next_random.add_(1).remainder_(len(self._random))
-
+        random = self._drawn()
         state, rewards, terminated = self.next_state(self.state, actions)
         truncated = self.steps + 1 >= self.max_episode_steps
         infos: dict[str, Any] = self.told(state)
@@ -119,6 +117,14 @@ class TorchEnv(VectorEnv):
         self.state.copy_(state)
         self.steps.add_(1).masked_fill_(resets, 0)
         return self.observe(state), rewards, terminated, truncated, infos
+
+    def _drawn(self) -> Tensor:
+        """Random numbers for a step, [N, K]: the next of those drawn ahead, if there are some."""
+        if self._draws_itself:
+            return torch.empty_like(self._random[0]).uniform_(generator=self.generator)
+        random = self._random.index_select(0, self._next_random)[0]
+        self._next_random.add_(1).remainder_(len(self._random))
+        return random
 
     def tensors(self) -> list[Tensor]:
         """All that a step changes."""

@@ -1,0 +1,122 @@
+"""Rollouts that stay on the device where environments are stepped."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from gymnasium.spaces import Box
+from torch import Tensor
+
+from fabricrl.data.buffers import RolloutBuffer
+from fabricrl.utils.errors import EnvError, NonFiniteError
+
+
+class DeviceRolloutBuffer(RolloutBuffer):
+    """T steps of N environments that take and return tensors, on their device.
+
+    Nothing in it asks a tensor for its value while steps are taken: so a rollout is one program, or one graph. Which
+    step it is comes as a tensor, too, one of `steps`.
+
+    Args:
+        skips: environments may have steps that only reset; the final observation of an episode is the next one, then.
+        num_keys: K, numbers that environments tell at the ends of episodes.
+
+    Attributes:
+        steps: T tensors [1], the numbers of the steps.
+        final_obs: [T, N, D], the last observation of each episode that ended with a step; others are not looked at.
+        episode_infos: [T, N, K], what was told at the ends of episodes; NaN: nothing.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        num_envs: int,
+        obs_space: Box,
+        num_actions: int,
+        action_dtype: torch.dtype,
+        skips: bool,
+        num_keys: int,
+        device: torch.device,
+    ) -> None:
+        shape = num_steps, num_envs, obs_space, num_actions, action_dtype
+        super().__init__(*shape, skips=skips, place=device)
+        self.steps = torch.arange(num_steps, device=device).split(1)
+        self.final_obs = self.obs[1:] if skips else torch.zeros_like(self.obs[1:])
+        self.episode_infos = torch.full((num_steps, num_envs, num_keys), torch.nan, device=device)
+        rows, columns = torch.arange(num_steps, device=device), torch.arange(num_envs, device=device)
+        self._pairs = rows.repeat_interleave(num_envs), columns.repeat(num_steps)
+
+    def start(self, obs: Tensor | None = None, masks: None = None) -> None:  # type: ignore[override]
+        """Starts a rollout at `obs` [N, D], or where the last one ended."""
+        self.obs[0] = self.obs[-1] if obs is None else obs
+
+    def stacked_obs(self, t: Tensor, device: torch.device | None = None) -> Tensor:  # type: ignore[override]
+        """The observations of step t, [N, D], where they are."""
+        return self.obs.index_select(0, t)[0]
+
+    def add(  # type: ignore[override]
+        self,
+        t: Tensor,
+        actions: Tensor,
+        next_obs: Tensor,
+        rewards: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        infos: dict[str, Any],
+    ) -> None:
+        """Stores step t: `actions` [N, A] as they were drawn, and what `envs.step` returned."""
+        self.obs.index_copy_(0, t + 1, next_obs[None])
+        columns = [(self.actions, actions), (self.rewards, rewards), (self.ends, terminated | truncated)]
+        columns += [(self.terminated, terminated), (self.truncated, truncated)]
+        if "skipped" in infos:
+            columns.append((self.skipped, infos["skipped"]))
+        else:
+            columns.append((self.final_obs, infos["final_obs"]))
+        if "episode_info" in infos:
+            columns.append((self.episode_infos, infos["episode_info"]))
+        for column, values in columns:
+            column.index_copy_(0, t, values[None])
+
+    @property
+    def has_truncated(self) -> bool:
+        """True: there may be some, and to find out would wait for the device."""
+        return True
+
+    @property
+    def cuts(self) -> Tensor:  # type: ignore[override]
+        """[T N], 1 where an episode was truncated and not terminated."""
+        return (self.truncated & ~self.terminated).flatten().float()
+
+    def truncated_episodes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All steps, of which `cuts` tells those that count: t [T N], env [T N], final observations [T N, D]."""
+        return *self._pairs, self.final_obs.flatten(0, 1)
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Looks at nothing, which `Run.record_rollout` does with all that is logged, unless an environment has failed.
+
+        Raises:
+            NonFiniteError: it has, and NaN or infinity came from one before.
+        """
+        try:
+            yield
+        except EnvError:
+            if not self.is_finite():
+                raise NonFiniteError(self.find_nonfinite()) from None
+            raise
+
+    def is_finite(self) -> Tensor:
+        """True if environments have brought no NaN and no infinity in this rollout, as a tensor."""
+        final_obs = torch.where((self.cuts > 0)[:, None], self.final_obs.flatten(0, 1), 0.0)
+        return (self.obs.sum(dtype=torch.float64) + self.rewards.sum() + final_obs.sum(dtype=torch.float64)).isfinite()
+
+    def find_nonfinite(self) -> str:
+        """Finds the first NaN or infinity from an environment, in words, once `is_finite` has denied that all is."""
+        parts = {"reward": self.rewards[..., None], "observation": self.obs[1:]}
+        bad = [(values.isfinite().all(-1).logical_not().nonzero(), name) for name, values in parts.items()]
+        first = sorted((rows[0].tolist(), name) for rows, name in bad if len(rows))
+        if not first:
+            return "a final observation is not finite"
+        (step, env), name = first[0]
+        return f"{name} of environment {env} is not finite after step {step} of the rollout"

@@ -1,0 +1,378 @@
+"""`--vectorization torch`: rollouts that stay on the device of environments that take and return tensors."""
+
+import importlib
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from fabricrl import evaluate
+from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo.agent import make_agent
+from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.run import Run
+from fabricrl.algos.sac import sac
+from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
+from fabricrl.envs import make_envs
+from fabricrl.utils import utils
+from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
+from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics
+from fabricrl.utils.update import Runner
+from tests.conftest import BareRun, NoValues, Trained, on_ranks
+from tests.process import differences, load
+
+CPU = torch.device("cpu")
+NUMBERED, SIMULATOR = "tests.tensor_envs:Numbered-v0", "tests.tensor_envs:Simulator-v0"
+LATER = '{"autoreset_mode": "next_step"}'
+MODES = pytest.mark.parametrize("kwargs", ["{}", LATER], ids=["same step", "next step"])
+TINY: list[Any] = ["--num-envs", 8, "--num-steps", 16, "--total-timesteps", 640, "--hidden-sizes", 8]
+NUMBERED_RUN = [*TINY, "--env-id", NUMBERED, "--norm-obs", "--norm-reward", "--gamma", 0.9]
+
+
+# --- Statistics of episodes
+
+
+def rollouts(count: int, steps: int, envs: int, seed: int) -> list[tuple[Tensor, ...]]:
+    """Rewards, ends, skipped steps [T, N] and told numbers [T, N, 2] of some rollouts in a row."""
+    rng, made, ended = torch.Generator().manual_seed(seed), [], torch.zeros(envs, dtype=torch.bool)
+    for _ in range(count):
+        rewards, ends = torch.randn(steps, envs, generator=rng), torch.rand(steps, envs, generator=rng) < 0.2
+        skipped = torch.zeros_like(ends)
+        for t in range(steps):
+            skipped[t], ends[t] = ended, ends[t] & ~ended
+            ended = ends[t]
+        told = torch.randn(steps, envs, 2, generator=rng)
+        told = told.where(ends[..., None] & (torch.rand(told.shape, generator=rng) < 0.7), torch.nan)
+        made.append((rewards * ~skipped, ends, skipped, told))
+    return made
+
+
+@pytest.mark.parametrize(("steps", "envs"), [(5, 3), (1, 4), (40, 30)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_episodes_are_those_that_are_counted_in_memory(steps: int, envs: int, ranks: int) -> None:
+    def count(fabric: Any, on_device: bool) -> tuple[Any, ...]:
+        episodes, device = EpisodeStatistics(envs, ("one", "other")), DeviceEpisodes(envs, CPU)
+        found: list[Any] = []
+        for rewards, ends, skipped, told in rollouts(4, steps, envs, fabric.global_rank):
+            if on_device:
+                with NoValues():
+                    summary = device.summary(rewards, ends, skipped, told)
+                episodes.add_summary(fabric, summary)
+            else:
+                rows = told.flatten(0, 1)[ends.flatten()]
+                episodes.update(fabric, rewards, ends, skipped, rows.numpy())
+            found.append((list(episodes.returns), episodes.count, episodes.ended, episodes.told))
+            if len(found) % 2 == 0:
+                found.append(episodes.compute())
+        return tuple(found)
+
+    found = (on_ranks(ranks, partial(count, on_device=kind)) for kind in (True, False))
+    for ours, theirs in zip(*found, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            if isinstance(one, dict):
+                assert one == pytest.approx(other)
+            else:
+                assert one[0] == pytest.approx(other[0])
+                assert one[1:] == other[1:]
+
+
+# --- Rollouts
+
+
+def played(kwargs: str, steps: int = 12) -> tuple[Any, DeviceRolloutBuffer, list[tuple], Any]:
+    """A rollout of numbered episodes on the device, the steps that it is made of, and an agent."""
+    args = PPOArgs(env_id=NUMBERED, env_kwargs=kwargs, num_envs=8, num_steps=steps, hidden_sizes=(8,), norm_reward=True)
+    envs: Any = make_envs(args, 0, Path())
+    run = BareRun(args, action_space=envs.single_action_space)
+    run.tensors, run._envs, run.obs_space = True, envs, envs.single_observation_space  # type: ignore[misc]
+    agent, seen = make_agent(args, envs), []
+    rb: Any = run.rollout_buffer(agent)
+    obs, _ = envs.reset(seed=3)
+    rb.start(obs)
+    step = envs.step
+    envs.step = lambda actions: seen.append((actions, step(actions))) or seen[-1][1]
+    ppo.rollout(run, agent, envs, rb)
+    return run, rb, seen, agent
+
+
+@MODES
+def test_advantages_are_those_of_the_same_steps_in_memory(kwargs: str) -> None:
+    run, rb, seen, agent = played(kwargs)
+    memory = RolloutBuffer(12, 8, run.obs_space, 1, torch.int64, skips=kwargs == LATER)
+    memory.start(rb.obs[0].numpy())
+    for t, (actions, (obs, rewards, terminated, truncated, infos)) in enumerate(seen):
+        arrays = {name: infos[name].numpy() for name in infos.keys() & {"final_obs", "skipped"}}
+        columns = (column.numpy() for column in (actions, obs, rewards, terminated, truncated))
+        memory.add(t, *columns, arrays)
+    assert memory.has_truncated
+    assert memory.terminated.any()
+    assert memory.skipped.any() == (kwargs == LATER)
+    ours = ppo.returns_and_advantages(run, agent, agent, rb)
+    agent.reward_normalizer.load_state_dict(type(agent.reward_normalizer)().state_dict())
+    agent.reward_normalizer.discounted = None
+    theirs = ppo.returns_and_advantages(run, agent, agent, memory)
+    counts = torch.ones(96) if theirs.counts is None else theirs.counts
+    assert ours.columns.keys() == theirs.columns.keys()
+    for name, column in theirs.columns.items():
+        if column is not None:
+            torch.testing.assert_close(ours.columns[name][counts > 0], column[counts > 0], rtol=1e-5, atol=1e-5)
+
+
+@MODES
+def test_rows_are_what_happened_and_rows_that_only_reset_are_marked(kwargs: str) -> None:
+    """Numbers that tell episodes apart show which row belongs to which."""
+    _, rb, _, _ = played(kwargs, 40)
+    for env in range(8):
+        for t in range(40):
+            (name, length, count), (next_name, _, next_count) = rb.obs[t, env].tolist(), rb.obs[t + 1, env].tolist()
+            if rb.skipped[t, env]:
+                assert rb.rewards[t, env] == 0
+                assert not rb.ends[t, env]
+                assert (next_count, next_name != name) == (0, True)
+                continue
+            final = rb.final_obs[t, env].tolist()
+            assert final == [np.float32(name), length, count + 1]
+            assert rb.rewards[t, env] == count + 1
+            assert rb.terminated[t, env] == (count + 1 == length in (2, 4, 5))
+            assert rb.truncated[t, env] == (count + 1 == 5)
+            assert rb.ends[t, env] == (rb.terminated[t, env] | rb.truncated[t, env])
+            told = rb.episode_infos[t, env, 0].item()
+            assert told == np.float32(name) if rb.ends[t, env] else np.isnan(told)
+            stays = not rb.ends[t, env] or kwargs == LATER
+            assert (next_name == name) == stays
+
+
+@MODES
+@pytest.mark.parametrize("env_id", [NUMBERED, "torch/CartPole-v1", "torch/Reach-v0"])
+def test_nothing_leaves_the_device_in_a_rollout_nor_in_the_update(
+    env_id: str, kwargs: str, train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refuses all that would wait for a GPU, or copy from it, but for logs."""
+    monkeypatch.setattr(utils, "_in_memory", lambda tensor: False)
+    calls = []
+
+    def refusing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            with NoValues():
+                return function(*args)
+
+        return call
+
+    for name in ("returns_and_advantages", "train"):
+        monkeypatch.setattr(ppo, name, refusing(name, getattr(ppo, name)))
+    for name in ("take_steps", "observe"):
+        monkeypatch.setattr(Run, name, refusing(name, getattr(Run, name)))
+    result = train(ppo.main, *TINY, "--env-id", env_id, "--env-kwargs", kwargs, "--norm-obs", "--norm-reward")
+    assert result.code == 0
+    assert len(calls) == 20
+    assert int(result.result["episodes"]) > 0 or "Reach" in env_id  # whose episodes are longer
+
+
+def test_what_asks_for_a_value_in_a_rollout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceRolloutBuffer, "stacked_obs", lambda rb, t: rb.obs[t.item()])
+    take_steps = Run.take_steps
+
+    def refusing(*args: Any) -> None:
+        with NoValues():
+            take_steps(*args)
+
+    monkeypatch.setattr(Run, "take_steps", refusing)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        played("{}")
+
+
+# --- Runs
+
+
+@MODES
+def test_a_run_that_is_captured_or_compiled_is_the_run_that_is_not(
+    kwargs: str, train: Callable[..., Trained], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*NUMBERED_RUN, "--env-kwargs", kwargs]
+    plain = train(ppo.main, *flags)
+    request.getfixturevalue("traced")
+    compiled = train(ppo.main, *flags, "--compile")
+    torch.testing.assert_close(compiled.weights, plain.weights, rtol=1e-5, atol=1e-6)  # sums in another order
+    recorded: list[tuple[Run, int]] = []
+    reset = Run.reset
+    monkeypatch.setattr(Run, "reset", lambda run: recorded.append((run, run.updates.recordings)) or reset(run))
+    request.getfixturevalue("captured")
+    captured = train(ppo.main, *flags)
+    (run, at_start), *_ = recorded
+    assert run.updates.recordings == at_start == 2  # an epoch and a rollout
+    assert torch.equal(captured.weights, plain.weights)
+    for other in (compiled, captured):
+        assert differences(other.state["episodes"], plain.state["episodes"]) == []
+
+
+@MODES
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_resumed_run_is_the_straight_run_to_the_bit(
+    kwargs: str, capture: bool, train: Callable[..., Trained], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if capture:
+        request.getfixturevalue("captured")
+    straight = train(
+        ppo.main, *NUMBERED_RUN, "--env-kwargs", kwargs, "--checkpoint-every", 128, "--keep-checkpoints", 9
+    )
+    half = straight.folder / "checkpoints" / f"step_{256:012d}.ckpt"
+    resumed = train(ppo.main, "--resume", half, "--log-dir", tmp_path / "more")
+    assert differences(load(half)["agent"], straight.state["agent"])
+    assert differences(straight.state["agent"], resumed.state["agent"]) == []
+    assert differences(straight.state["envs"], resumed.state["envs"]) == []
+    assert straight.result["return_mean"] == resumed.result["return_mean"]
+
+
+def test_a_simulator_that_tells_no_state_begins_new_episodes_when_resumed(
+    train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    first = train(ppo.main, *TINY, "--env-id", SIMULATOR)
+    assert "envs" not in first.state
+    second = train(ppo.main, "--resume", first.folder, "--total-timesteps", 1280, "--log-dir", tmp_path / "more")
+    assert (second.code, second.result["steps"]) == (0, "1280")
+
+
+@pytest.mark.usefixtures("captured")
+def test_of_a_simulator_only_the_policy_is_captured(
+    train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Run] = []
+    reset = Run.reset
+    monkeypatch.setattr(Run, "reset", lambda run: runs.append(run) or reset(run))
+    captured = train(ppo.main, *TINY, "--env-id", SIMULATOR)
+    assert runs[0].updates.recordings == 2  # an epoch and acting
+    monkeypatch.setattr("fabricrl.algos.run.Runner", lambda compile, capture, *rest: Runner(False, False, *rest))
+    assert torch.equal(captured.weights, train(ppo.main, *TINY, "--env-id", SIMULATOR).weights)
+
+
+@MODES
+def test_evaluation_plays_whole_episodes(
+    kwargs: str, train: Callable[..., Trained], script: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """An episode of n steps earns 1 + 2 + … + n."""
+    trained = train(ppo.main, *NUMBERED_RUN, "--env-kwargs", kwargs, "--eval-every", 320, "--eval-episodes", 9)
+    assert "eval_return=" in trained.line or trained.state["best_return"] > 0
+    assert script(evaluate.main, trained.folder, "--episodes", 20, "--mode", "greedy") == 0
+    shown = capsys.readouterr().out
+    low, high = map(float, re.findall(r"\((?:min) (\S+), max (\S+)\)", shown)[0])
+    assert low >= 1 + 2
+    assert high <= sum(range(6))
+    assert "is_success" in shown
+    mean, length = (float(re.findall(rf"{name} +(\S+) ±", shown)[0]) for name in ("return", "length"))
+    assert length * (length + 1) / 2 <= mean + 0.1 <= 15.1
+
+
+def test_auto_takes_environments_that_say_that_they_are_tensors(train: Callable[..., Trained]) -> None:
+    output = train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1").output
+    assert "vectorization: torch" in output
+    assert isinstance(make_envs(PPOArgs(env_id="torch/CartPole-v1"), 0, Path()).reset(seed=1)[0], Tensor)
+    single = PPOArgs(env_id="torch/CartPole-v1", vectorization="sync")
+    assert isinstance(make_envs(single, 0, Path()).reset(seed=1)[0], np.ndarray)
+
+
+def test_velocities_are_masked() -> None:
+    args = PPOArgs(env_id="torch/Pendulum-v1", mask_velocities=True, num_envs=4)
+    envs = make_envs(args, 0, Path())
+    obs, _ = envs.reset(seed=1)
+    assert (obs[:, 2] == 0).all()
+    obs, *_, infos = envs.step(torch.ones(4, 1))
+    assert (torch.cat((obs, infos["final_obs"]))[:, 2] == 0).all()
+    assert (obs[:, :2] != 0).all()
+
+
+def test_actions_are_clipped_and_counted_from_the_start_of_their_space() -> None:
+    envs: Any = make_envs(PPOArgs(env_id=SIMULATOR, num_envs=4), 0, Path())
+    envs.reset(seed=1)
+    assert envs.step(torch.full((4, 2), 7.0))[1].tolist() == [-2.0] * 4
+    numbered: Any = make_envs(PPOArgs(env_id=NUMBERED, num_envs=4), 0, Path())
+    assert numbered.env._taken(torch.tensor([[0], [1]])).tolist() == [1, 2]
+    assert numbered.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+
+
+# --- Faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("raises", EnvError, "environments failed in step: RuntimeError: the motor is broken"),
+        ("array", EnvError, "returned observations from step as ndarray, not as a tensor"),
+        ("shape", EnvError, r"returned rewards from step of shape \[1\] on cpu, not \[8\] on cpu"),
+        ("no final", EnvError, "returned no `final_obs`"),
+        ("nan", NonFiniteError, "observation of environment 1 is not finite after step 4 of the rollout"),
+        ("nan reward", NonFiniteError, "reward of environment 1 is not finite after step 4 of the rollout"),
+    ],
+)
+def test_faults_of_environments_are_told_in_a_line(
+    fault: str, kind: type[Exception], words: str, train: Callable[..., Trained]
+) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        train(ppo.main, *TINY, "--env-id", SIMULATOR, "--env-kwargs", f'{{"fault": "{fault}"}}')
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--env-id", "Acrobot-v1"], "Acrobot-v1 has no vector_entry_point, unlike torch/Acrobot-v1, "),
+        (["--env-id", "CartPole-v1"], "what CartPole-v1 is registered with as vector_entry_point takes no `device`"),
+        (["--env-id", "tests.tensor_envs:Ignorant-v0"], "takes no `device`"),
+        (["--env-id", "tests.tensor_envs:Pictures-v0"], "observations must be a Box of real numbers"),
+        (["--env-id", "tests.tensor_envs:None-v0"], "is not a known environment"),
+        (["--env-id", "no_such_module:None-v0"], "needs a package that is not installed"),
+        (["--env-kwargs", '{"wind": 1}'], "does not fit torch/CartPole-v1"),
+        (["--capture-video"], "--capture-video is set: .* evaluate.py --capture-video"),
+        (["--action-repeat", 2], "--action-repeat is set: it needs --vectorization sync or async"),
+        (["--check-spaces"], "--check-spaces is set: it needs another --vectorization than torch"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(flags: list[Any], words: str, train: Callable[..., Trained]) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1", "--vectorization", "torch", *flags)
+
+
+def test_native_is_another_thing(train: Callable[..., Trained]) -> None:
+    with pytest.raises(ConfigError, match="torch/CartPole-v1 has no native form, unlike CartPole-v0, CartPole-v1"):
+        train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1", "--vectorization", "native")
+
+
+@pytest.mark.parametrize("name", ["ppo_recurrent", "ppo_decoupled"])
+def test_scripts_that_play_on_the_cpu_take_the_single_form(
+    name: str, train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused in a line where they are told to do otherwise, before any rank is started."""
+    folder = name.removesuffix("_decoupled")
+    main = importlib.import_module(f"fabricrl.algos.{folder}.{name}").main
+    flags = ["--env-id", "torch/CartPole-v1", *TINY[:6]]
+    with pytest.raises(ConfigError, match="--vectorization is torch: it must be another with this script"):
+        train(main, *flags, "--vectorization", "torch")
+    if name == "ppo_recurrent":
+        output = train(main, *flags, "--hidden-sizes", 8).output
+        assert "vectorization: sync" in output
+
+
+def test_one_without_a_single_form_is_for_ppo(train: Callable[..., Trained]) -> None:
+    with pytest.raises(ConfigError, match="torch/Reach-v0 is registered as a vector environment alone: only ppo takes"):
+        train(sac.main, "--env-id", "torch/Reach-v0")
+    assert (
+        train(
+            sac.main,
+            "--env-id",
+            "torch/Pendulum-v1",
+            "--total-timesteps",
+            20,
+            "--learning-starts",
+            10,
+            "--batch-size",
+            4,
+        ).code
+        == 0
+    )
