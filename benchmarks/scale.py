@@ -101,16 +101,12 @@ def run_rank(path: str, warm_up: int, module: str, flags: list[str]) -> None:
 
     meter, world_size = Meter(), int(os.environ["WORLD_SIZE"])
 
-    def gathered(rows: Any, own: Any, *_: Any) -> tuple[int, float]:
-        return len(rows) // max(len(own), 1) - 1, (rows.numel() - own.numel()) * own.itemsize
+    def sent(collective: Any, first: Any, *others: Any, **_: Any) -> tuple[int, float]:
+        if collective is ranks.gather:  # into the first, of what comes second
+            return len(first) // max(len(others[0]), 1) - 1, first.nbytes - others[0].nbytes
+        return 2 * (world_size - 1), 2 * (world_size - 1) / world_size * first.nbytes  # around a ring, part by part
 
-    def reduced(vector: Any, *_: Any) -> tuple[int, float]:  # around a ring: a part of it at a time
-        return 2 * (world_size - 1), 2 * (world_size - 1) / world_size * vector.nbytes
-
-    collectives: Any = ranks.functional_collectives
-    ranks.gather = meter.counted(ranks.gather, gathered)
-    collectives.all_reduce = meter.counted(collectives.all_reduce, reduced)
-    collectives.wait_tensor = meter.counted(collectives.wait_tensor, lambda *_: (0, 0))
+    ranks.finish = meter.counted(ranks.finish, sent)
     Channel.send = meter.counted(Channel.send, lambda channel, packet, *_: (1, packet.buffer.nbytes))  # type: ignore[method-assign]
     Channel.receive = meter.counted(Channel.receive, lambda *_: (0, 0))  # type: ignore[method-assign]
     Run.iterations = meter.each(Run.iterations)  # type: ignore[method-assign]
