@@ -362,4 +362,17 @@ def test_scripts_that_play_on_the_cpu_take_the_single_form(
 def test_one_without_a_single_form_is_for_ppo(train: Callable[..., Trained]) -> None:
     with pytest.raises(ConfigError, match="torch/Reach-v0 is registered as a vector environment alone: only ppo takes"):
         train(sac.main, "--env-id", "torch/Reach-v0")
-    assert train(sac.main, "--env-id", "torch/Pendulum-v1", "--total-timesteps", 20, "--learning-starts", 10, "--batch-size", 4).code == 0
+    assert (
+        train(
+            sac.main,
+            "--env-id",
+            "torch/Pendulum-v1",
+            "--total-timesteps",
+            20,
+            "--learning-starts",
+            10,
+            "--batch-size",
+            4,
+        ).code
+        == 0
+    )
