@@ -4,7 +4,8 @@
     python benchmarks/backends.py --table        CartPole-v1 with 1 to 1 024 environments, each back end
     python benchmarks/backends.py --cartpole     256 native environments: steps per second, seconds to the end, return
     python benchmarks/backends.py --halfcheetah  HalfCheetah-v5 with EnvPool beside sync, the whole of PPO
-    python benchmarks/backends.py --pong         Pong with EnvPool beside the floor: environment and network alone
+    python benchmarks/backends.py --games        processor time of a step of Pong, 8 games, of each back end
+    python benchmarks/backends.py --pong         Pong, native and with EnvPool, beside the floor: game and network alone
     python benchmarks/backends.py --tensors      256 CartPoles that are tensors beside 256 native ones, compiled or not
     python benchmarks/backends.py --tensors-gpu  4 096 and 16 384 of them on a GPU, beside the sketch of such a run
 
@@ -13,7 +14,9 @@ nothing else run meanwhile. Exit code 1: a bar was missed.
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import re
 import statistics
 import sys
@@ -38,7 +41,7 @@ COUNTS = (1, 4, 16, 64, 256, 1024)
 BACKENDS = ("sync", "async", "native", "envpool")
 # Fewer steps each where there are more environments; four epochs of eight minibatches, whatever the number
 CARTPOLE = "--env-id CartPole-v1 --num-minibatches 8 --update-epochs 4 --learning-rate 3e-3"
-ATARI = PPOArgs(**PRESETS["atari"] | {"vectorization": "envpool"})
+GAMES = ("native", *(["envpool"] if importlib.util.find_spec("envpool") else []))  # that play in C++
 
 
 def steps_alone(args: PPOArgs, seconds: float) -> float:
@@ -161,17 +164,75 @@ def floor(args: PPOArgs) -> float:
     return args.num_steps * args.num_envs / steps
 
 
+def atari(kind: str) -> PPOArgs:
+    return PPOArgs(**PRESETS["atari"] | {"vectorization": kind})
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those that these have."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    found = [int(child) for file in files for child in file.read_text().split()]
+    return [one for child in found for one in (child, *descendants(child))]
+
+
+def processor_seconds() -> float:
+    """Processor time of this process, and of those that it has started and that still run."""
+    seconds = time.process_time()
+    for pid in descendants(os.getpid()):
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]
+        seconds += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def bench_games(options: argparse.Namespace) -> bool:
+    """Processor time of a step of Pong, 8 games that are played in turn by each back end, with random actions."""
+    others = [kind for kind in (*GAMES, "sync", "async") if kind != "native"]
+    bars = {"envpool": "<= 1.0"}
+    comparisons = [
+        Comparison("µs of processor time a step of a game", "native", kind, "a / b", bars.get(kind, ""))
+        for kind in others
+    ]
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        made = {kind: make_envs(atari(kind), 1, Path(folder)) for kind in ("native", *others)}
+        spent = dict.fromkeys(made, 0.0)
+        steps = int(600 * options.seconds)
+        for envs in made.values():
+            envs.reset(seed=[seed * 100 + i for i in range(8)])
+        actions = np.random.default_rng(seed).integers(6, size=(steps, 8))
+        for part in np.array_split(actions, 10):  # each back end in turn, ten times
+            for kind, envs in made.items():
+                started = processor_seconds()
+                for action in part:
+                    envs.step(action)
+                spent[kind] += processor_seconds() - started
+        for envs in made.values():
+            envs.close()
+        each = {kind: seconds / steps / 8 * 1e6 for kind, seconds in spent.items()}
+        return [(each["native"], each[kind]) for kind in others]
+
+    return bench("atari-games", comparisons, measure, options)
+
+
 def bench_pong(options: argparse.Namespace) -> bool:
-    """Steps per second of PPO on Pong with EnvPool, as a share of what environment and network allow."""
-    flags = f"{PPO} --preset atari --vectorization envpool --num-threads {options.num_threads} --total-timesteps 32768"
-    comparisons = [Comparison("steps/s", "PPO, 8 environments of EnvPool", "the floor", "a / b", ">= 0.8")]
+    """Steps per second of PPO on Pong, as a share of what game and network allow, and native beside EnvPool."""
+    flags = f"{PPO} --preset atari --num-threads {options.num_threads}"
+    flags += f" --total-timesteps {options.total_timesteps or 32768}"
+    names = {"native": "PPO, 8 native games", "envpool": "PPO, 8 games of EnvPool"}
+    comparisons = [Comparison("steps/s", names[kind], "the floor", "a / b", ">= 0.8") for kind in GAMES]
+    if "envpool" in GAMES:
+        comparisons.append(Comparison("steps/s", *names.values(), "a / b", ">= 1.0"))
     torch.set_num_threads(options.num_threads)
     keep_memory()  # as the script does
 
     def measure(seed: int, folder: str) -> list[tuple[float, float]]:
-        return [(timed(ours(f"{flags} --seed {seed}", folder, options)).sps, floor(ATARI))]
+        pairs = []
+        for kind in GAMES:
+            command = ours(f"{flags} --vectorization {kind} --seed {seed}", folder, options)
+            pairs.append((timed(command).sps, floor(atari(kind))))
+        return pairs + [(pairs[0][0], pairs[1][0])] * (len(GAMES) - 1)
 
-    return bench("envpool-pong", comparisons, measure, options)
+    return bench("pong", comparisons, measure, options)
 
 
 def bench_tensors(options: argparse.Namespace) -> bool:
@@ -230,6 +291,7 @@ def main() -> int:
         "table": bench_table,
         "cartpole": bench_cartpole,
         "halfcheetah": bench_halfcheetah,
+        "games": bench_games,
         "pong": bench_pong,
         "tensors": bench_tensors,
         "tensors-gpu": bench_tensors_gpu,

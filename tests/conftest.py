@@ -24,9 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricrl.algos.droq import agent as droq_agent
 from fabricrl.algos.run import Run
-from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
+from fabricrl.utils import hint
+from fabricrl.utils.metric import MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.update import Runner
+
+hint.PATIENCE = float("inf")  # beside load, tests are slow: what they print does not depend on that
 
 
 @pytest.fixture(autouse=True)
@@ -102,11 +105,11 @@ class BareRun(Run):
     """
 
     def __init__(self, args: Any, fabric: Any = None, action_space: Space | None = None) -> None:
-        self.args, self.action_space = args, action_space  # type: ignore[assignment]
+        self.args, self.given, self.action_space = args, args, action_space  # type: ignore[assignment]
         self.state, self.path = {}, None
         self.global_step = self.first_step = self.exit_code = self._iteration_steps = 0
         self._signals = SimpleNamespace(code=0)  # type: ignore[assignment]
-        self.episodes, self.losses = EpisodeStatistics(args.num_envs), MeanMetrics()
+        self.losses = MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted, self._parts, self._modules, self._optimizers = {}, {}, [], []
         self._contexts = contextlib.ExitStack()

@@ -225,7 +225,7 @@ def watched_arguments(script: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 
     monkeypatch.setattr(script, "parse", lambda *given: handed.setdefault("parse", parse(*given)))
     spy(run_module, "launch", lambda args: args)
-    spy(Run, "join", lambda run, fabric: run.args)
+    spy(Run, "join", lambda run, *_: run.args)
     spy(run_module, "RunFolder", lambda fabric, args, *rest: args)
     return handed
 

@@ -173,7 +173,7 @@ def test_sticky_games_are_gymnasiums_where_the_emulator_has_the_same_seed(
 
 
 def test_games_begin_with_up_to_noop_max_steps_of_nothing(opened: Callable[..., VectorEnv]) -> None:
-    """Each number of them, none included, is met in sixteen games of Ms. Pac-Man, in which something always moves."""
+    """Each number of them, none included, is met in eight games of Ms. Pac-Man, in which something always moves."""
     env = gym.make("ALE/MsPacman-v5", frameskip=1, repeat_action_probability=0.0)
     env.reset(seed=1)
     after = []  # the screen after so many steps of nothing
@@ -184,8 +184,8 @@ def test_games_begin_with_up_to_noop_max_steps_of_nothing(opened: Callable[..., 
         env.step(0)
     env.close()
     assert len(set(after)) == 5
-    envs = opened("native", "ALE/MsPacman-v5", 16, noop_max=2, resize=None)
-    counts = [after.index(row.tobytes()) for row in envs.reset(seed=env_seeds(1, 0, 16))[0]]
+    envs = opened("native", "ALE/MsPacman-v5", 8, noop_max=2, resize=None)
+    counts = [after.index(row.tobytes()) for row in envs.reset(seed=env_seeds(1, 0, 8))[0]]
     assert set(counts) == {0, 1, 2}
 
 
@@ -202,7 +202,7 @@ def test_sticky_actions_are_carried_over(sticky: bool, games: Callable) -> None:
     for envs in games("ALE/Breakout-v5", 3, env_kwargs="{}" if sticky else ATARI["env_kwargs"]):
         envs.reset(seed=[1, 2, 3])
         played = [envs.step(np.full(3, action))[0].copy() for action in actions_of(envs, 40)[:, 0]]
-        assert any(len(np.unique(obs, axis=0)) > 1 for obs in played) == sticky
+        assert any((obs != obs[0]).any() for obs in played) == sticky
 
 
 def test_the_time_limit_of_a_game_is_carried_over(monkeypatch: pytest.MonkeyPatch, games: Callable) -> None:
@@ -231,14 +231,14 @@ def test_policies_that_draw_their_actions_earn_alike(games: Callable) -> None:
 def test_the_seed_of_a_game_says_what_happens_in_it(opened: Callable[..., VectorEnv]) -> None:
     def played(seeds: list[int]) -> np.ndarray:
         envs.reset(seed=seeds)
-        return np.stack([envs.step(np.full(3, action))[0] for action in actions_of(envs, 20)[:, 0]], 1)
+        return np.stack([envs.step(np.full(3, action))[0] for action in actions_of(envs, 12)[:, 0]], 1)
 
     envs = opened("native", "ALE/Breakout-v5", 3, env_kwargs="{}", num_steps=8)
     first = played(env_seeds(1, 0, 3))
     assert np.array_equal(played(env_seeds(1, 0, 3)), first)
     assert np.array_equal(played(env_seeds(1, 0, 3)[::-1])[::-1], first)
     both = np.concatenate((first, played(env_seeds(1, 1, 3))))  # of two ranks
-    assert len(np.unique(both, axis=0)) == 6
+    assert len({row.tobytes() for row in both}) == 6
 
 
 def begin_at_once() -> None:
@@ -319,7 +319,7 @@ def test_a_rollout_is_the_same_to_the_last_byte(truncated: bool, opened: Callabl
 # --- Whole runs
 
 SMALL = ["--num-envs", 2, "--num-steps", 32, "--num-minibatches", 2, "--update-epochs", 1, "--num-threads", 1]
-SMALL += ["--cnn-features", 16, "--total-timesteps", 256, "--checkpoint-every", 64, "--keep-checkpoints", 9]
+SMALL += ["--cnn-features", 16, "--total-timesteps", 128, "--checkpoint-every", 64, "--keep-checkpoints", 9]
 BREAKOUT = ["--preset", "atari", "--env-id", "ALE/Breakout-v5", *SMALL, "--noop-max", 0, "--learning-rate", 1e-2]
 SHORT = ["--env-kwargs", '{"repeat_action_probability": 0.0, "max_num_frames_per_episode": 120}']
 
@@ -336,26 +336,26 @@ def test_a_run_without_chance_learns_what_gymnasiums_does(script: Any, tmp_path:
     first, second = (
         call(script.main, *flags, "--vectorization", kind, "--log-dir", tmp_path / kind) for kind in ("sync", "native")
     )
-    assert first.result["episodes"] == second.result["episodes"] == "8"
+    assert first.result["episodes"] == second.result["episodes"] == "4"
     assert differences(weights(first), weights(second)) == []
 
 
 def test_a_resumed_run_goes_on_with_other_games_the_same_each_time(tmp_path: Path) -> None:
     flags = [*BREAKOUT, "--noop-max", 30, "--vectorization", "native"]
     whole = call(ppo.main, *flags, "--log-dir", tmp_path / "whole")
-    half = whole.folder / "checkpoints" / "step_000000000128.ckpt"
+    half = whole.folder / "checkpoints" / "step_000000000064.ckpt"
     first, second = (call(ppo.main, "--resume", half, "--log-dir", tmp_path / name) for name in ("first", "second"))
-    assert first.result["steps"] == second.result["steps"] == "256"
+    assert first.result["steps"] == second.result["steps"] == "128"
     assert "vectorization" not in first.err
     assert differences(weights(first), weights(second)) == []
 
 
 def test_a_policy_learned_natively_is_evaluated_in_gymnasiums_games(tmp_path: Path) -> None:
-    trained = call(ppo.main, *BREAKOUT, *SHORT, "--log-dir", tmp_path, "--eval-every", 128, "--eval-episodes", 1)
+    trained = call(ppo.main, *BREAKOUT, *SHORT, "--log-dir", tmp_path, "--eval-every", 64, "--eval-episodes", 1)
     assert "vectorization: native" in trained.err
     played = call(evaluate.main, trained.folder, "--episodes", 2, "--mode", "greedy")
     assert played.code == 0
-    assert "2 episodes" in played.out or "episodes" in played.out
+    assert "greedy" in played.out
 
 
 def test_an_emulator_that_fails_ends_the_run_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +437,8 @@ def test_off_policy_algorithms_have_no_native_form() -> None:
 
 def chosen(**settings: Any) -> str:
     args = PPOArgs(**{"env_id": "ALE/Pong-v5", "num_envs": 2} | settings)
-    with contextlib.closing(make_envs(SimpleNamespace(**vars(args) | {"vectorization": "sync"}), 0, Path())) as envs:
+    plain = SimpleNamespace(**vars(args) | {"vectorization": "sync", "capture_video": False})
+    with contextlib.closing(make_envs(plain, 0, Path())) as envs:
         return choose(args, envs.unwrapped.envs[0])
 
 
@@ -446,3 +447,4 @@ def test_auto_is_native_for_games_unless_something_is_done_to_them_that_only_gym
     assert chosen(**ATARI | {"num_envs": 1}) == "native"
     assert chosen() == "native"
     assert chosen(**ATARI | {"env_kwargs": '{"difficulty": 0}'}) in ("sync", "async")
+    assert chosen(**ATARI | {"capture_video": True}) in ("sync", "async")

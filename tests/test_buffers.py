@@ -198,6 +198,17 @@ def test_large_finite_numbers_are_not_taken_for_infinite_ones() -> None:
     assert rb.find_nonfinite() is None
 
 
+def test_a_time_limit_that_falls_on_a_lost_life_is_not_bootstrapped() -> None:
+    """As EnvPool may report it: nothing was to be expected after that life."""
+    rb = RolloutBuffer(1, 2, vectors(1), 1, torch.float32)
+    zeros, both, none = np.zeros((2, 1), np.float32), np.ones(2, bool), np.zeros(2, bool)
+    rb.start(zeros)
+    rb.add(0, zeros, zeros, zeros[:, 0], none, both, {"life_lost": np.array([True, False]), "final_obs": zeros})
+    _, envs, _ = rb.truncated_episodes()
+    assert envs.tolist() == [1]
+    assert rb.ends.all()
+
+
 def test_final_observations_are_copies() -> None:
     # Environments may write their next observation into the array that they returned
     rb = small_buffer()

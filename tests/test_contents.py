@@ -74,6 +74,15 @@ def test_contents_that_are_right_are_taken(algo: str, states: dict[str, dict[str
     assert resume(algo, states[algo], tmp_path).result["steps"] == "96"
 
 
+def test_a_run_that_goes_on_is_one_run(
+    states: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not matter of how many seeds its checkpoint tells."""
+    monkeypatch.setattr("fabricrl.sweep.run_seeds", lambda *_: pytest.fail("it starts runs"))
+    state = changed(changed(states["ppo"], "args/seeds", 3), "args/jobs", 2)
+    assert resume("ppo", state, tmp_path).result["steps"] == "96"
+
+
 COMMON: list[tuple[str, Any]] = [
     ("args", []),
     ("args", {}),

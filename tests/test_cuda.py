@@ -158,9 +158,11 @@ def test_rollouts_of_tensors_are_the_same_captured_compiled_and_resumed(
 def test_stacked_images_and_skipped_steps_as_on_the_cpu(algo: Any, flags: list, train: Callable[..., Any]) -> None:
     images = ["--env-id", "tests.envs:PictureDict-v0", "--frame-stack", 3, "--cnn-features", 16, "--clip-reward"]
     line = [*(flags or images), "--num-envs", 4, "--num-steps", 16, "--num-minibatches", 2, "--norm-obs"]
-    here, there = (train(algo.main, *line, "--total-timesteps", 128, *where) for where in ([], CUDA))
-    assert "on cuda" in there.output
-    torch.testing.assert_close(there.weights.cpu(), here.weights, rtol=0, atol=1e-3)
+    acts = ["--player-device", "cuda"]  # and stacks frames there
+    here, *there = (train(algo.main, *line, "--total-timesteps", 128, *where) for where in ([], CUDA, [*CUDA, *acts]))
+    for one in there:
+        assert "on cuda" in one.output
+        torch.testing.assert_close(one.weights.cpu(), here.weights, rtol=0, atol=1e-3)
 
 
 def test_straight_is_resumed(run: Callable[..., Any], tmp_path: Any) -> None:

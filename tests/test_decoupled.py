@@ -21,15 +21,14 @@ from fabricrl.algos.droq import droq_decoupled
 from fabricrl.algos.off_policy import decoupled as off_policy
 from fabricrl.algos.off_policy import utils as off_policy_utils
 from fabricrl.algos.ppo import ppo_decoupled
-from fabricrl.algos.ppo.args import PPOArgs
+from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent_decoupled
-from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
+from fabricrl.algos.ppo_recurrent.args import RecurrentPPODecoupledArgs
 from fabricrl.algos.sac import sac_decoupled
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import Batch, NewestSteps, ReplayBuffer, StackedFrames
 from fabricrl.utils.decoupled import (
     ABORT,
-    FIRST_TRAINER,
     PLAYER,
     SAVE,
     STOP,
@@ -188,7 +187,7 @@ class Notes:
     """Stands for a channel; `answers` are what it receives."""
 
     def __init__(self, rank: int, count: int, answers: list[tuple[int | None, Any]]) -> None:
-        self.rank, self.world_size, self.answers = rank, FIRST_TRAINER + count, answers
+        self.rank, self.world_size, self.answers = rank, 1 + count, answers
         self.sent: list[tuple[str, int, int, Any]] = []
         self.flushed = 0
 
@@ -197,7 +196,7 @@ class Notes:
         self.sent.append((packet.name, to, iteration, sent._replace(folder=None) if packet.name == "Hello" else sent))
 
     def receive(self, packet: Packet, source: int, iteration: int) -> Any:
-        assert source == (FIRST_TRAINER if self.rank == PLAYER else PLAYER)
+        assert source == (1 if self.rank == PLAYER else PLAYER)
         expected, answer = self.answers.pop(0)
         assert packet.name == type(answer).__name__
         assert expected in (None, iteration)
@@ -212,7 +211,8 @@ class Notes:
 
 def some_run(max_lag: int = 2, rank: int = 0) -> Any:
     """Stands for the run that the two ends drive."""
-    run = SimpleNamespace(args=SimpleNamespace(max_lag=max_lag, seed=1), folder=Path("/runs/ünique"), exit_code=0)
+    args = SimpleNamespace(max_lag=max_lag, seed=1, players=1, weights_precision="fp32")
+    run = SimpleNamespace(args=args, folder=Path("/runs/ünique"), exit_code=0)
     run.fabric = SimpleNamespace(world_size=1, global_rank=rank)
     run.losses, run.clock, run.charts, run.global_step = MeanMetrics(), Stopwatch("train"), {}, 64
     run.is_last = run.checkpoint_is_due = run.log_is_due = run.skips = False
@@ -325,7 +325,8 @@ def test_steps_that_travel_in_blocks_fill_replay_buffers_as_if_they_had_been_add
     for module in (off_policy, off_policy_utils):
         monkeypatch.setattr(module, "BLOCK", most)
     rng, space, agent = np.random.default_rng(0), vectors(3), SimpleNamespace(obs_normalizer=None)
-    newest, trainers = NewestSteps(most, 4, space, 2), SimpleNamespace(count=count, bulk=True)
+    run = SimpleNamespace(own_envs=slice(0, 4))
+    newest, trainers = NewestSteps(most, 4, space, 2), SimpleNamespace(count=count, bulk=True, run=run)
     size = 4 // count
     whole, parts = ReplayBuffer(80, 4, space, 2), [ReplayBuffer(20 * size, size, space, 2) for _ in range(count)]
 
@@ -519,7 +520,7 @@ def test_trainers_save_their_buffers_and_the_first_sends_its_state_when_they_are
         fabric = Fabric(accelerator="cpu", devices=1)
         run: Any = BareRun(PPOArgs(), fabric)
         run.fabric = SimpleNamespace(world_size=1, global_rank=rank, device=torch.device("cpu"))
-        run.args = SimpleNamespace(max_lag=1, checkpoint_buffer=keeps)
+        run.args = SimpleNamespace(max_lag=1, checkpoint_buffer=keeps, weights_precision="fp32")
         run.shard, run.look = (lambda rb: {"shard of": rb}), dict
         player.run = run
         player.meet(messages)
@@ -535,13 +536,13 @@ def test_a_trainer_rehearses_with_data_of_the_form_that_will_come(
     script: Any, skips: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another form would be compiled a second time, or captured, while the player waits."""
-    args_class = PPOArgs if script is ppo_decoupled else RecurrentPPOArgs
+    args_class = PPODecoupledArgs if script is ppo_decoupled else RecurrentPPODecoupledArgs
     run: Any = BareRun(args_class(hidden_sizes=(8,)), action_space=Discrete(2))
     run.obs_space, run.mask_size = vectors(3), 0
     monkeypatch.setattr(BareRun, "records", True)
     counts: list[Tensor | None] = []
     monkeypatch.setattr(script, "train", lambda run, update, data, *_: counts.append(data.counts))
-    player = SimpleNamespace(skips=skips, meet=lambda messages: None, orders=lambda: iter(()))
+    player = SimpleNamespace(count=1, skips=skips, meet=lambda messages: None, orders=lambda: iter(()))
     script.trainer(run.args, run, player)
     assert counts
     for each in counts:
@@ -668,7 +669,7 @@ def work(task: Callable, rank: int, world_size: int, port: int, path: Path, time
     fabric = Fabric(accelerator="cpu", devices=world_size, strategy="ddp")
     fabric.launch()
     torch.set_num_threads(1)
-    result = task(fabric, *make_groups(fabric, timeout), path)
+    result = task(fabric, *make_groups(fabric, 1, timeout)[::2], path)
     torch.save(result, path / f"{rank}.pt")
 
 
@@ -758,7 +759,7 @@ def grouped(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
         return result | {"broadcast": group.broadcast("path")}
     try:
         end = SimpleNamespace(tell=result["told"].append, iteration=0)
-        with telling(end, FIRST_TRAINER), failing_together(group):
+        with telling(end, 1), failing_together(group):
             if rank == 2:
                 raise NonFiniteError("on rank 2 alone")
     except RunError as error:
@@ -836,7 +837,7 @@ def failed(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
     if fabric.global_rank == 1:
         end = Player(some_run(0), channel)
         try:
-            with telling(end, FIRST_TRAINER):
+            with telling(end, 1):
                 end.meet(some_messages())
                 for _ in end.orders():
                     raise NonFiniteError("it is NaN")

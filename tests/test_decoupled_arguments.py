@@ -1,4 +1,4 @@
-"""The arguments of decoupled scripts are those of the coupled ones, and one of their own."""
+"""The arguments of decoupled scripts are those of the coupled ones, and a few of their own."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs, RecurrentPPODecoupledArgs
 from fabricrl.algos.sac.args import SACArgs, SACDecoupledArgs
 from fabricrl.utils.errors import ConfigError
-from tests import test_decoupled_run
+from tests import test_decoupled_run, test_players
 
 TWINS = {
     "ppo": (PPOArgs, PPODecoupledArgs),
@@ -18,7 +18,7 @@ TWINS = {
     "droq": (DroQArgs, DroQDecoupledArgs),
 }
 # Where tests show what it does; the others reach the same functions as in the coupled script, whose runs are equal
-OWN = {"max_lag": test_decoupled_run}
+OWN = {"max_lag": test_decoupled_run, "players": test_players, "weights_precision": test_players}
 
 
 def defaults(kind: type) -> dict[str, object]:

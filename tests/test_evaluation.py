@@ -13,15 +13,18 @@ import pytest
 import torch
 
 from fabricrl import evaluate
-from fabricrl.algos import decoupled
+from fabricrl.algos import decoupled, evaluation
 from fabricrl.algos import run as runs
 from fabricrl.algos.droq import droq
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo.agent import make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
+from fabricrl.envs import make_envs
+from fabricrl.envs.play import Episodes
 from fabricrl.utils.decoupled import TRAIN, WAIT, Order, Outbox
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.utils import EVAL_STREAM, HALF, stream_seed
@@ -280,9 +283,10 @@ def test_a_player_that_evaluates_for_long_has_its_trainers_wait(monkeypatch: pyt
     """Of a minute that they wait for a message, a quarter passes at most without one; it is no iteration."""
     clock, sent = [100.0], []
     monkeypatch.setattr(decoupled, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    run: Any = SimpleNamespace(args=SimpleNamespace(timeout=1.0), fabric=SimpleNamespace(global_rank=0))
+    run: Any = SimpleNamespace(args=SimpleNamespace(timeout=1.0, players=1), fabric=SimpleNamespace(global_rank=0))
     order = Order(TRAIN, 0, 0, 0, False, False, False, torch.zeros(2))
-    channel: Any = SimpleNamespace(world_size=3, send=lambda packet, to, iteration: sent.append((to, packet.read())))
+    channel: Any = SimpleNamespace(rank=0, world_size=3)
+    channel.send = lambda packet, to, iteration: sent.append((to, packet.read()))
     trainers = decoupled.Trainers(run, channel)
     trainers._orders, trainers._spoke = {False: Outbox(order, 8)}, 100.0
     for clock[0] in range(100, 140, 4):
@@ -292,7 +296,7 @@ def test_a_player_that_evaluates_for_long_has_its_trainers_wait(monkeypatch: pyt
 
     messages = iter([message for _, message in sent] + [order._replace(iteration=7)])
     player = decoupled.Player(run, SimpleNamespace(receive=lambda *_: next(messages)))  # type: ignore[arg-type]
-    player._orders = {False: None}  # type: ignore[dict-item]
+    player._orders = {False: [None]}  # type: ignore[list-item]
     assert player._receive_order().iteration == 7
 
 
@@ -308,6 +312,37 @@ def test_two_ranks_share_the_episodes_and_train_as_without(tmp_path: Path) -> No
     assert [step for step, _ in events["eval/return_mean"]] == [128, 256]
     assert events["eval/length_mean"][0][1] == 5
     assert events["eval/return_std"][0][1] > 0
+
+
+def test_ranks_play_different_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: dict[int, list[int]] = {}
+
+    def note(envs: Any, policy: Any, episodes: int, seed: int, after_step: Any) -> Episodes:
+        seeds[len(seeds)] = [seed + i for i in range(envs.num_envs)]
+        return Episodes(np.zeros(episodes), np.zeros(episodes), {})
+
+    monkeypatch.setattr(evaluation, "play", note)
+    args = PPOArgs(env_id="tests.envs:Counting-v0", num_envs=2, eval_every=64, eval_episodes=6)
+    for rank in range(3):
+        envs = make_envs(args, rank, Path())
+        beside = Evaluation(args, "ppo", SimpleNamespace(global_rank=rank, world_size=3), envs)
+        assert beside.play(make_agent(args, envs), 64, lambda ended: None).shape == (2, 2)
+    assert len({seed for own in seeds.values() for seed in own}) == 6
+
+
+def test_a_resumed_run_resets_its_environments_to_other_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else it would relive its first episodes."""
+    seeds: list[list[int]] = []
+    reset = gym.vector.SyncVectorEnv.reset
+
+    def noted(self: Any, *, seed: Any = None, options: Any = None) -> Any:
+        seeds.append(seed)
+        return reset(self, seed=seed, options=options)
+
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", noted)
+    finished: Finished = call(ppo.main, *FEW, "--vectorization", "sync", "--log-dir", tmp_path)
+    call(ppo.main, "--resume", finished.checkpoint, "--total-timesteps", 512)
+    assert len({seed for of_a_run in seeds for seed in of_a_run}) == 4
 
 
 def test_its_episodes_are_those_of_no_training_and_of_no_other_evaluation(

@@ -17,6 +17,7 @@ def told(algo: str = "ppo", device: str = "cpu", ranks: int = 1, **changes: Any)
 
 @pytest.fixture(autouse=True)
 def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 20.0)  # seconds
     monkeypatch.setattr(module, "available_cores", lambda: 2)
     monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
 

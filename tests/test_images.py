@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FrameStackObservation, GrayscaleObservation, ResizeObservation
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricrl import evaluate
 from fabricrl.algos.ppo.agent import PPOAgent
@@ -404,6 +405,42 @@ def test_stacks_equal_those_of_gymnasium_wherever_episodes_end(tmp_path: Path, k
                 np.testing.assert_array_equal(as_stacks(space, ours[2]), final)
             rb.start()
         envs.close()
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that are copied into tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.count += args[0].nbytes
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_each_frame_goes_once_to_where_the_policy_acts_and_learns(depth: int) -> None:
+    """There stacks are made, and the update learns. The device is the CPU by another name, which counts as another."""
+    there, steps, num, size = torch.device("cpu:0"), 5, 2, 64
+    space = Records({}, {"image": (8, 8)})
+    assert there != torch.device("cpu")
+    rb, rng = RolloutBuffer(steps, num, space, 1, torch.int64, depth), np.random.default_rng(0)
+    rb.start(rng.integers(0, 255, (num, size), np.uint8))
+    for _ in range(3):
+        with Copied() as copied, torch.inference_mode():
+            for t in range(steps):
+                shown = rb.stacked_obs(t, there)
+                assert torch.equal(shown, rb.stacked_obs(t))
+                assert shown.shape == ((num, depth, size) if depth > 1 else (num, size))
+                obs, done = rng.integers(0, 255, (num, size), np.uint8), rng.random(num) < 0.3
+                rb.add(t, np.zeros((num, 1)), obs, np.zeros(num), done, ~done & done, {})
+            assert copied.count <= rb.frames[: steps + depth - 1].nbytes + steps * rb.stacks[0].nbytes
+        inputs, expected = (rb.inputs(lambda obs: obs, device) for device in (there, torch.device("cpu")))
+        index = torch.randperm(steps * num)
+        assert torch.equal(inputs[0][index], expected[0][index])
+        assert torch.equal(inputs[1], expected[1])
+        assert not inputs[0][index].is_inference()
+        rb.start()
 
 
 @pytest.mark.parametrize("seed", [0, 40])
@@ -806,7 +843,7 @@ def test_a_lost_life_ends_what_is_learned_and_neither_episode_nor_stack(tmp_path
     assert rb.terminated[:, 0].nonzero().flatten().tolist() == [8]
 
 
-def test_a_time_limit_that_falls_on_a_lost_life_or_beside_one(tmp_path: Path) -> None:
+def test_a_time_limit_beside_a_lost_life_is_bootstrapped(tmp_path: Path) -> None:
     for limit, bootstrapped in ((4, [3, 7]), (5, [4, 9])):
         kwargs = json.dumps({"truncate_after": limit})
         args = PPOArgs(env_id="tests.image_envs:Lives-v0", env_kwargs=kwargs, num_envs=1, life_loss=True)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pickle
+import re
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -190,6 +191,15 @@ def test_a_constructor_that_fails_with_a_type_error_of_its_own_is_not_blamed_on_
     monkeypatch.setattr(Plain, "__init__", broken)
     assert "cannot be built: TypeError" in complaint("tests.test_misled:Plain-v0", EnvError, env_kwargs='{"fault": ""}')
     assert "--env-kwargs {} does not fit" in complaint("tests.test_misled:Plain-v0")
+
+
+def test_an_error_without_a_text_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Plain, fault: str = "") -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Plain, "__init__", broken)
+    place = rf"cannot be built: AssertionError in broken, line \d+ of .*{Path(__file__).name}"
+    assert re.search(place, complaint("tests.test_misled:Plain-v0", EnvError))
 
 
 @pytest.mark.parametrize("what", ["observation", "action"])

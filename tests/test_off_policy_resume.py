@@ -425,14 +425,16 @@ def test_a_rank_that_has_lost_its_shard_refuses_for_all_and_says_so(
         assert taken(state)[0] == due(RATIO[algo], 144 - STARTS) + due(RATIO[algo], 32)
 
 
-def test_two_ranks_go_on_as_one_with_an_empty_buffer_if_iterations_keep_their_size(
-    two_ranks: Callable, tmp_path: Path
-) -> None:
+def test_two_ranks_go_on_as_one_with_what_both_had_or_with_an_empty_buffer(two_ranks: Callable, tmp_path: Path) -> None:
     older = checkpoint(two_ranks("sac"), 144)
     line = ["--resume", older, "--devices", 1, "--log-dir", tmp_path]
-    assert "has 2 steps (2 ranks), here 1 (1)" in refusal("sac", *line)
-    assert "--allow-empty-buffer" in refusal("sac", *line, "--num-envs", 2)
-    second = call(sac.main, *line, "--num-envs", 2, "--allow-empty-buffer")
+    assert "has 2 steps (2 ranks), here 1 (1)" in refusal("sac", *line, "--num-envs", 1)
+    whole = call(sac.main, *line)
+    assert (whole.code, whole.result["steps"]) == (0, "240")
+    assert taken(load(whole.checkpoint))[0] == due(RATIO["sac"], 240 - STARTS)
+    line += ["--buffer-size", 20]
+    assert "--allow-empty-buffer" in refusal("sac", *line)
+    second = call(sac.main, *line, "--allow-empty-buffer")
     assert (second.code, second.result["steps"]) == (0, "240")
     assert taken(load(second.checkpoint))[0] == due(RATIO["sac"], 144 - STARTS) + due(RATIO["sac"], 32)
 

@@ -325,6 +325,19 @@ def test_rows_that_do_not_count_move_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(gradient(run, agent, filled, 0.3), others)
 
 
+def test_metrics_are_means_over_the_rows_that_count(tmp_path: Path) -> None:
+    """Or `--target-kl` would stop by rows that only reset an environment."""
+    run, agent, rb = played("Discrete", tmp_path)
+    batch = returns_and_advantages(run, agent, agent, rb).with_columns(weights=None)
+    batch = batch.with_columns(logprobs=batch.logprobs - torch.linspace(-0.5, 0.5, len(batch)))
+    counted = torch.arange(len(batch)) % 3 > 0
+    step = partial(ppo.update, run, *run.setup(agent, Adam(agent.parameters(), 0.0)))
+    of_some = step(batch[counted].with_columns(weights=None), 0.2, 0.0)
+    assert of_some[METRICS.index("losses/approx_kl")] > 0.01
+    weighted = step(batch.with_columns(weights=counted.float() / counted.sum()), 0.2, 0.0)
+    torch.testing.assert_close(weighted, of_some)
+
+
 def test_the_first_ratio_is_one_in_half_precision_too(tmp_path: Path) -> None:
     """Fabric rounds what it finds among the inputs of a module, and old log-probabilities are not to be."""
     run, agent, rb = played("Box", tmp_path, update_epochs=1, num_minibatches=1, precision="bf16-mixed")

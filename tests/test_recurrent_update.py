@@ -211,6 +211,17 @@ def test_time_limits_are_bootstrapped_with_the_memory_after_the_last_step_and_te
     assert min(differences) > 1e-3, "memory makes no difference"
 
 
+def test_memory_outlasts_a_lost_life_and_no_episode() -> None:
+    rb = RecurrentRolloutBuffer(1, 3, vectors(1), 1, torch.float32, memory_size=2)
+    rb.start(np.zeros((3, 1), np.float32))
+    nothing, ended = np.zeros(3, np.float32), np.array([False, False, True])
+    infos = {"life_lost": np.array([False, True, False]), "final_obs": np.zeros((3, 1), np.float32)}
+    rb.add(0, np.zeros((3, 1), np.float32), np.zeros((3, 1), np.float32), nothing, ended, ended & False, infos)
+    rb.remember(0, torch.ones(3, 2))
+    assert rb.memory[1].tolist() == [[1, 1], [1, 1], [0, 0]]
+    assert rb.dones.tolist() == [[False, True, True]]  # no return flows from one life to the next
+
+
 def test_the_value_after_the_last_step_remembers_the_rollout(played: Played) -> None:
     played.agent.reward_normalizer = None
     played.play()

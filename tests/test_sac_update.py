@@ -514,8 +514,7 @@ def test_a_parameter_that_is_not_finite_is_noticed_though_no_loss_was_computed_w
 
 def schedule(ratio: float, world_size: int = 1, rank: int = 0, **changes: Any) -> UpdateSchedule:
     settings = {"learning_starts": 100, "batch_size": 10, "total_timesteps": 10**7}
-    fabric = SimpleNamespace(world_size=world_size, global_rank=rank)
-    return UpdateSchedule(SACArgs(replay_ratio=ratio, **(settings | changes)), fabric)
+    return UpdateSchedule(SACArgs(replay_ratio=ratio, **(settings | changes)), world_size, rank == 0)
 
 
 def exactly(ratio: float, steps: int) -> int:

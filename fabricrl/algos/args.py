@@ -30,6 +30,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line, load_checkpoint, reading
+from fabricrl.utils.choices import ALLOWED, check_choice
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.extras import pip_install
 from fabricrl.utils.hub import is_installed
@@ -89,9 +90,9 @@ class StandardArgs:
     )
     vectorization: Literal["auto", "sync", "async", "native", "envpool", "torch"] = arg(
         "auto",
-        "sync: one process steps all; async: a process each; native: Gymnasium's vector form, where there is one; "
-        "envpool: C++ threads, by the extra of that name; torch: tensors on the device that trains; auto: torch for "
-        "environments that are tensors, else native or the faster of sync and async",
+        "sync: one process steps all; async: a process each; native: Gymnasium's or ale-py's vector form, where there "
+        "is one; envpool: C++ threads, by the extra of that name; torch: tensors on the device that trains; auto: "
+        "torch for environments that are tensors, else native or the faster of sync and async",
     )
     check_spaces: bool = arg(
         False,
@@ -155,7 +156,7 @@ class StandardArgs:
     )
     cuda: bool = arg(False, "short for --accelerator cuda", advanced=True)
     devices: str | None = arg(None, "processes per node, or a list of GPUs such as 0,2; None: 1")
-    strategy: Literal["auto", "ddp"] | None = arg(None, "auto or ddp; None: ddp with several devices")
+    strategy: str | None = arg(None, "auto or ddp; None: ddp with several devices")
     num_nodes: int | None = arg(None, "machines; None: 1", advanced=True)
     node_rank: int = arg(0, "number of this machine, from 0", advanced=True)
     main_address: str = arg("127.0.0.1", "address of machine 0", advanced=True)
@@ -163,7 +164,9 @@ class StandardArgs:
     timeout: float = arg(
         MINUTES, "minutes to wait for another rank or an environment before the run ends; 0: for ever", advanced=True
     )
-    precision: Literal["32-true", "bf16-mixed"] | None = arg(None, "Fabric precision; None: 32-true", advanced=True)
+    precision: str | None = arg(
+        None, "32-true, bf16-mixed, or on a GPU 16-mixed, which scales the loss; None: 32-true", advanced=True
+    )
     num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
         "highest",
@@ -195,6 +198,8 @@ class StandardArgs:
         require(0 < self.main_port < 65536, "main_port", self.main_port, "between 1 and 65535")
         allowed = "a number of minutes, at most 100000; or 0: for ever"
         require(0 <= self.timeout <= 100_000, "timeout", self.timeout, allowed)
+        for name in ALLOWED:
+            check_choice(name, getattr(self, name))
         clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
         require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
         self._check_texts()
@@ -269,10 +274,18 @@ class DecoupledArgs:
         "iterations by which playing is ahead of training; 0: wait for fresh weights",
         "decoupling",
     )
+    players: int = arg(1, "ranks that play, each its share of the environments; the others train")
+    weights_precision: Literal["fp32", "bf16"] = arg(
+        "fp32", "in which weights travel to players; bf16: rounded, in half the bytes", advanced=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         require(0 <= self.max_lag <= 100, "max_lag", self.max_lag, "between 0 and 100")
+        given: Any = self
+        require_counts(given, 10_000, "players")
+        allowed = f"a multiple of {self.players}, the players"
+        require(given.num_envs % self.players == 0, "num_envs", given.num_envs, allowed)
 
 
 def script_name(args: StandardArgs, algo: str) -> str:
@@ -583,7 +596,7 @@ def _not_resumed() -> set[str]:
         choices = {"accelerator", "cuda", "devices", "strategy", "num_nodes", "precision"}
     else:
         choices = {"devices", "num_nodes"} if "TORCHELASTIC_RUN_ID" in os.environ else set()
-    return {"resume", "node_rank", "main_address", "main_port", "allow_empty_buffer"} | choices
+    return {"resume", "seeds", "jobs", "node_rank", "main_address", "main_port", "allow_empty_buffer"} | choices
 
 
 def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str, Any]:

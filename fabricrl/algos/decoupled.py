@@ -1,14 +1,19 @@
-"""Both ends of a decoupled run: `Trainers`, whom the player drives, and `Player`, whom a trainer obeys.
+"""Both ends of a decoupled run: `Trainers`, whom a player drives, and `Player`, whom a trainer obeys.
 
     Hello    player → each trainer    once: it is ready
     Ready    trainer 1 → player       once: so are the trainers
     Order    player → each trainer    the data of an iteration or of several, and what to do with them
     Answer   trainer 1 → player       the weights to act with, if an update was due; losses, faults and signals
-    State    trainer 1 → player       what else a checkpoint holds, at one
+    State    trainer 1 → player 1     what else a checkpoint holds, at one
 
 A checkpoint has an Order of its own, as an evaluation may have to tell first if there is to be one. With `--max-lag 0`
-the player waits for the Answer to its Order, with K it is up to K iterations ahead of it. After the last iteration an
+a player waits for the Answer to its Order, with K it is up to K iterations ahead of it. After the last iteration an
 Order ends the trainers; after a fault, whoever has it tells the others, by Order, Ready or Answer.
+
+Several players are a world of their own, as several ranks of a coupled script are: they agree on faults and signals,
+share statistics, and do the same at the same time. Each sends the data of its environments; the first leads: it alone
+orders what is not training, and writes. With `--max-lag 0` each also sees every step of all environments
+(`envs/shared.py`), and computes what one player would.
 """
 
 import contextlib
@@ -16,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +33,6 @@ from fabricrl.data import Replay
 from fabricrl.utils.checkpoint import save_shard
 from fabricrl.utils.decoupled import (
     ABORT,
-    FIRST_TRAINER,
     PATH_MAX,
     PLAYER,
     SAVE,
@@ -71,7 +76,12 @@ class Messages:
         others: the other optimizers.
         bulk: the record in which data of several iterations travel together, if there are such.
         most: how many iterations these may be.
+
+    Attributes:
+        exact: weights travel to players as they are; else rounded, and a checkpoint brings those that are not.
     """
+
+    exact = True
 
     def __init__(
         self,
@@ -99,8 +109,9 @@ class Messages:
     @property
     def learned(self) -> list[Tensor]:
         """Tensors that training changes besides: parameters, moments, and what follows parameters, as targets do."""
-        _, *moments = self.acting.tensors()
-        return moments + [tensor for other in self.optimizers[1:] for tensor in other.tensors()] + self._targets
+        vector, *moments = self.acting.tensors()
+        others = [tensor for other in self.optimizers[1:] for tensor in other.tensors()]
+        return moments + others + self._targets + ([] if self.exact else [vector])
 
     @torch.no_grad()
     def load(self, learned: list[Tensor]) -> None:
@@ -115,17 +126,19 @@ class Messages:
         return {bulk: Order(TRAIN, 0, 0, 0, False, False, False, data) for bulk, data in self._data.items()}
 
     def answer(self) -> Answer:
-        return Answer(0, 0, 0.0, 0.0, torch.zeros(2, len(self.metrics), dtype=torch.float64), self.weights)
+        weights = self.weights if self.exact else self.weights.bfloat16()
+        return Answer(0, 0, 0.0, 0.0, torch.zeros(2, len(self.metrics), dtype=torch.float64), weights)
 
     def state(self, count: int) -> State:
         return State(torch.zeros(count, 2, *torch.get_rng_state().shape, dtype=torch.uint8), self.learned)
 
 
 class Trainers:
-    """The trainers as the player sees them.
+    """The trainers as a player sees them.
 
     Attributes:
-        count: how many.
+        count: how many; first: the rank of the first.
+        leads: True for the first player.
         ahead: iterations whose data have been sent and whose weights have not come back: what the policy lags behind.
         iteration: the next.
         bulk: True if the next order is of many iterations.
@@ -133,7 +146,8 @@ class Trainers:
     """
 
     def __init__(self, run: Run, channel: Channel) -> None:
-        self.run, self.channel, self.count = run, channel, channel.world_size - FIRST_TRAINER
+        self.run, self.channel, self.first = run, channel, run.args.players
+        self.count, self.leads = channel.world_size - self.first, channel.rank == PLAYER
         self.ahead: deque[int] = deque()
         self.iteration, self.bulk, self.refill = 0, False, False
         self._held = 0  # iterations whose data wait
@@ -156,11 +170,12 @@ class Trainers:
         hello = Hello(hash=int(parameter_hash(messages.agent)), skips=run.skips, folder=folder)
         self._each(Outbox(Hello(), self.count), hello)
         self._messages = messages
+        messages.exact = run.args.weights_precision == "fp32"
         turns = self.count * (run.args.max_lag + 2)
         self._orders = {bulk: Outbox(order, turns) for bulk, order in messages.orders().items()}
         self._answer, self._state = Packet(messages.answer()), Packet(messages.state(self.count))
         run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
-        ready = self.channel.receive(Packet(Ready()), FIRST_TRAINER, self.iteration)
+        ready = self.channel.receive(Packet(Ready()), self.first, self.iteration)
         if ready.code:
             raise EndedByPeerError(ready.code)
         self.refill = ready.refill
@@ -199,7 +214,7 @@ class Trainers:
     def send(self, shares: Iterable[Any], bulk: bool = False, **wanted: bool) -> None:
         """→ Order: its record to each trainer, and what is `wanted` of it. `bulk`: the next one is of many."""
         order = self._orders[self.bulk].record._replace(step=self.run.global_step, iteration=self.iteration, bulk=bulk)
-        for rank, share in enumerate(shares, FIRST_TRAINER):
+        for rank, share in enumerate(shares, self.first):
             packet = self._orders[self.bulk].pack(order._replace(data=share, **wanted))
             self.channel.send(packet, rank, self.iteration)
         if wanted.get("answers"):
@@ -209,7 +224,8 @@ class Trainers:
 
     def keep_waiting(self) -> None:
         """→ Order, to wait for the next: in an evaluation that takes long, since trainers give up a silent player."""
-        if 0 < 15 * self.run.args.timeout < time.monotonic() - self._spoke:  # a quarter of what they wait, in seconds
+        quarter = 15 * self.run.args.timeout  # of what they wait, in seconds
+        if self.leads and 0 < quarter < time.monotonic() - self._spoke:
             self._spoke = time.monotonic()
             self._command(WAIT)
 
@@ -218,9 +234,10 @@ class Trainers:
         assert self._messages is not None
         while len(self.ahead) > most:
             iteration = self.ahead.popleft()
-            answer = self.channel.receive(self._answer, FIRST_TRAINER, iteration)
+            answer = self.channel.receive(self._answer, self.first, iteration)
             if answer.code == LostPeerError.exit_code:
-                raise LostPeerError(f"rank 0 lost a trainer in iteration {iteration}: rank {FIRST_TRAINER} says so")
+                lost = f"rank {self.channel.rank} lost a trainer in iteration {iteration}"
+                raise LostPeerError(f"{lost}: rank {self.first} says so")
             if answer.code:
                 raise EndedByPeerError(answer.code)
             self.run.exit_code = max(self.run.exit_code, answer.signal)
@@ -234,6 +251,8 @@ class Trainers:
     def save(self) -> None:
         """→ Order, ← Answer, ← State: takes what a checkpoint holds besides; trainers save their replay buffers.
 
+        The first of several players alone does more than wait for the Answer, as it is the one that writes.
+
         Raises:
             RunError: without text, if a trainer cannot save; it has said why.
         """
@@ -242,7 +261,10 @@ class Trainers:
         self._command(SAVE, step=run.global_step, iteration=iteration, answers=True)
         self.ahead.append(iteration)
         self.collect(0)
-        state = self.channel.receive(self._state, FIRST_TRAINER, iteration)
+        if not self.leads:
+            run.generators = torch.empty(0)
+            return
+        state = self.channel.receive(self._state, self.first, iteration)
         self._messages.load(state.learned)
         run.generators = with_player(state.generators, run.act_rng, run.args.seed, run.global_step)
 
@@ -252,32 +274,35 @@ class Trainers:
         self._dismiss(STOP, self.run.exit_code)
 
     def tell(self, code: int) -> None:
-        """→ Order, or Hello: the player has failed, with this exit code."""
+        """→ Order, or Hello: the players have failed, with this exit code."""
         self._dismiss(ABORT, code)
 
     def _dismiss(self, command: int, code: int) -> None:
+        """Of several players the first tells all trainers; the others stay until what they have sent is there."""
         with contextlib.suppress(LostPeerError):  # who is gone needs no order
-            if self._messages is None:
-                self._each(Outbox(Hello(), self.count), Hello(command, code))
-            else:
+            if self._messages is not None:
                 self._command(command, code=code)
+            elif self.leads:
+                self._each(Outbox(Hello(), self.count), Hello(command, code))
             if code != LostPeerError.exit_code:  # there one may not be listening
                 self.channel.flush()
 
     def _command(self, command: int, **fields: Any) -> None:
-        """→ Order, without data."""
+        """→ Order, without data, of the first player."""
         orders = self._orders[self.bulk]
-        self._each(orders, orders.record._replace(command=command, bulk=self.bulk, **fields))
+        if self.leads:
+            self._each(orders, orders.record._replace(command=command, bulk=self.bulk, **fields))
 
     def _each(self, outbox: Outbox, record: Any) -> None:
-        for rank in range(FIRST_TRAINER, self.channel.world_size):
+        for rank in range(self.first, self.channel.world_size):
             self.channel.send(outbox.pack(record), rank, self.iteration)
 
 
 class Player:
-    """The player as a trainer sees it.
+    """The player as a trainer sees it; several as if they were one.
 
     Attributes:
+        count: how many there are.
         iteration: the one that is trained on.
         exit_code: that of the last Order.
         folder: the run's.
@@ -285,31 +310,33 @@ class Player:
     """
 
     def __init__(self, run: Run, channel: Channel) -> None:
-        self.run, self.channel = run, channel
+        self.run, self.channel, self.count = run, channel, run.args.players
         self.speaks = run.fabric.global_rank == 0  # the first trainer, for all of them
         self.iteration = self.exit_code = 0
         self.folder, self.skips = Path(), False
         self._messages: Messages | None = None
-        self._dismissed = self._ready = self._bulk = False
+        self._dismissed = self._ready = False
+        self._bulk = self._next_bulk = False  # the record of this Order's data, and of the next one's
 
     def meet(self, messages: Messages) -> Path:
-        """← Hello: waits until the player is ready; the run's folder.
+        """← Hello: waits until all players are ready; the run's folder.
 
         Raises:
-            RunError: without text, if the player cannot start, which has said why; or it starts from other parameters.
+            RunError: without text, if the players cannot start, who have said why; or one starts from other parameters.
         """
         run = self.run
         run.restore_generators()
-        hello = self._receive(Packet(Hello()))
+        hello, *others = (self._receive(Packet(Hello()), rank) for rank in range(self.count))
         self.folder = Path(bytes(hello.folder.tolist()).rstrip(b"\0").decode())
         self.skips = hello.skips
         self._messages, max_lag = messages, run.args.max_lag
-        self._orders = {bulk: Packet(order) for bulk, order in messages.orders().items()}
+        messages.exact = run.args.weights_precision == "fp32"
+        self._orders = {k: [Packet(order) for _ in range(self.count)] for k, order in messages.orders().items()}
         self._answers, self._states = (
             Outbox(messages.answer(), max_lag + 2),
             Outbox(messages.state(run.fabric.world_size), 1),
         )
-        if hello.hash != int(parameter_hash(messages.agent)):
+        if {hello.hash, *(other.hash for other in others)} != {int(parameter_hash(messages.agent))}:
             us = f"rank {self.channel.rank}"
             raise RunError(
                 f"{us} starts with different parameters from the player's: does the environment draw from torch?"
@@ -318,6 +345,8 @@ class Player:
 
     def orders(self, rb: Replay | None = None, refill: bool = False) -> Iterator[Order]:
         """→ Ready, then ← Order of each iteration, until the player stops. Its tensors are overwritten by the next.
+
+        Those of several players come as one, with the data of all: their records have a method `joined`.
 
         Args:
             rb: this trainer's replay buffer, if it has one: saved with each checkpoint.
@@ -328,15 +357,14 @@ class Player:
             RunError: without text, if the player has failed; it has said why.
         """
         freeze_gc()
-        if self.speaks:
-            self.channel.send(Packet(Ready()).fill(Ready(refill=refill)), PLAYER, self.iteration)
+        self._say(Packet(Ready()).fill(Ready(refill=refill)))
         self._ready = True
         while (order := self._receive_order()).command in (TRAIN, SAVE):
             self.iteration = order.iteration
             if order.command == SAVE:
                 self._save(order, rb)
             else:
-                yield order
+                yield self._whole(order)
             self.iteration += 1
         self.channel.flush()
         self.exit_code = order.code
@@ -358,7 +386,7 @@ class Player:
             noted = [metrics.get(tag, torch.zeros(0)) for tag in messages.metrics]
             losses = torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]]) if metrics else None
             answer = Answer(0, run.exit_code, *self.channel.lap(), losses, messages.weights)
-            self.channel.send(self._answers.pack(answer), PLAYER, self.iteration)
+            self._say(self._answers.pack(answer))
 
     def _save(self, order: Order, rb: Replay | None) -> None:
         """→ Answer, → State, once the replay buffer is saved."""
@@ -378,14 +406,14 @@ class Player:
         if self._dismissed:
             return
         with contextlib.suppress(RunError):
-            if self.speaks and self._ready:
-                failed = self._answers.record._replace(code=code, losses=None)
-                self.channel.send(self._answers.pack(failed), PLAYER, self.iteration)
-            elif self.speaks:
-                self.channel.send(Packet(Ready()).fill(Ready(code)), PLAYER, self.iteration)
+            if self._ready:
+                self._say(self._answers.pack(self._answers.record._replace(code=code, losses=None)))
+            else:
+                self._say(Packet(Ready()).fill(Ready(code)))
                 self.channel.flush()
-            while self._messages is not None and self._receive_order().command != STOP:
-                pass
+            while self._messages is not None and (order := self._receive_order()).command != STOP:
+                if order.command == TRAIN:
+                    self._whole(order)
 
     def await_hello(self) -> None:
         """← Hello, if it has not come.
@@ -397,17 +425,28 @@ class Player:
             with contextlib.suppress(LostPeerError):
                 self._receive(Packet(Hello()))
 
+    def _say(self, packet: Packet) -> None:
+        """→ Ready or Answer, to every player."""
+        for rank in range(self.count if self.speaks else 0):
+            self.channel.send(packet, rank, self.iteration)
+
     def _receive_order(self) -> Order:
-        """← Order."""
-        order = self._receive(self._orders[self._bulk])
+        """← Order of the first player."""
+        self._bulk = self._next_bulk
+        order = self._receive(self._orders[self._bulk][PLAYER])
         while order.command == WAIT:
-            order = self._receive(self._orders[self._bulk])
-        self._bulk = order.bulk
+            order = self._receive(self._orders[self._bulk][PLAYER])
+        self._next_bulk = order.bulk
         return order
 
-    def _receive(self, packet: Packet) -> Any:
+    def _whole(self, order: Order) -> Order:
+        """← Order of the other players, whose data join those of the first."""
+        others = [self._receive(self._orders[self._bulk][rank], rank).data for rank in range(1, self.count)]
+        return order._replace(data=order.data.joined(others)) if others else order
+
+    def _receive(self, packet: Packet, rank: int = PLAYER) -> Any:
         """← Hello or Order, unless it is to end at once."""
-        record = self.channel.receive(packet, PLAYER, self.iteration)
+        record = self.channel.receive(packet, rank, self.iteration)
         if record.command == ABORT:
             self._dismissed = True
             raise EndedByPeerError(record.code)
@@ -446,7 +485,8 @@ def telling(end: End, first_rank: int = PLAYER) -> Iterator[None]:
     except RuntimeError as error:
         if not is_communication_error(error):
             raise
-        lost = f"rank {own_rank()} lost another trainer in iteration {end.iteration}"
+        who = "trainer" if first_rank else "player"
+        lost = f"rank {own_rank()} lost another {who} in iteration {end.iteration}"
         report(f"{lost}: {reason(error)}", LostPeerError.exit_code)
         end.tell(LostPeerError.exit_code)
         raise EndedByPeerError(LostPeerError.exit_code) from error
@@ -468,18 +508,23 @@ def run_ranks(
     """Does this rank's part of a decoupled run, the player's or a trainer's; its exit code.
 
     Raises:
-        ConfigError: there is nobody but the player, or no GPU for it.
+        ConfigError: there is nobody but players, or no GPU for them.
         LostPeerError: another rank is gone, or silent for `--timeout` minutes; says which, and in which message.
     """
-    args, fabric = run.args, run.fabric
-    world, team = make_groups(fabric, args.timeout)
-    if fabric.global_rank == PLAYER:
-        trainers = run.trainers = Trainers(run, Channel(world, (fabric.world_size - 1) * (args.max_lag + 1)))
+    args, fabric, players = run.args, run.fabric, run.args.players
+    world, team, learners = make_groups(fabric, players, args.timeout)
+    if fabric.global_rank < players:
+        trainers = run.trainers = Trainers(run, Channel(world, (fabric.world_size - players) * (args.max_lag + 1)))
         with telling(trainers):
-            run.join(Group(fabric, device=player_device(args, fabric)))
-            return player(args, run, trainers)
-    run.join(Group(fabric, team))
-    end = Player(run, Channel(world, args.max_lag + 1))
-    with telling(end, FIRST_TRAINER), before_hello(end):
+            device = player_device(args, fabric)
+            if args.max_lag > 0:  # what each sees is its own
+                run.args = replace(args, num_envs=args.num_envs // players, players=1)
+                run.join(Group(fabric, team, device))
+            else:  # each sees all, as if it were alone
+                run.join(Group(fabric, device=device), Group(fabric, team, device))
+            return player(run.args, run, trainers)
+    run.join(Group(fabric, learners))
+    end = Player(run, Channel(world, players * (args.max_lag + 1)))
+    with telling(end, players), before_hello(end):
         trainer(args, run, end)
     return end.exit_code

@@ -21,8 +21,8 @@ from fabricrl.utils.utils import EVAL_STREAM, HALF, stream_seed
 class Evaluation:
     """Plays a copy of the agent greedily, normalisers frozen, on environments and with seeds of its own.
 
-    Each rank has its share of the episodes. Seeds are those of the run and the step, so that a run that is resumed
-    plays the same episodes again.
+    Each rank has its share of the episodes; of several players the first has all. Seeds are those of the run and the
+    step, so that a run that is resumed plays the same episodes again.
 
     Args:
         algo: the algorithm, whose `utils.py` makes the policy.
@@ -36,7 +36,8 @@ class Evaluation:
     def __init__(self, args: Any, algo: str, fabric: Any, envs: VectorEnv, masked: bool = False) -> None:
         self._args, self._fabric, rank = args, fabric, fabric.global_rank
         self._utils: Any = importlib.import_module(f"fabricrl.algos.{algo}.utils")
-        self._episodes = len(range(rank, args.eval_episodes, fabric.world_size))
+        ranks = 1 if hasattr(args, "players") else fabric.world_size
+        self._episodes = len(range(rank, args.eval_episodes, ranks)) if rank < ranks else 0
         num_envs = min(self._episodes, args.num_envs)
         self._envs = make_eval_envs(args, rank, num_envs, masked, envs) if num_envs else None
         self._keys = info_keys(args)

@@ -37,6 +37,7 @@ from fabricrl.algos.resume import PER_RANK, agreed, for_ranks, newest_run
 from fabricrl.data import DeviceRolloutBuffer, Replay, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.backends import info_keys
+from fabricrl.envs.shared import SharedEnvs
 from fabricrl.envs.structure import check_spaces, structure_of
 from fabricrl.envs.tensors import takes_tensors
 from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
@@ -72,7 +73,11 @@ class Run:
 
     Attributes:
         args: the arguments, of which another number of ranks may have changed some; asked: those as they were given.
+        given: the arguments of all players, where each has its share.
         fabric: Lightning's, or the `Group` of a decoupled script.
+        team: the ranks that agree on faults and signals; those of `fabric`, except for players that each see what all
+            do, and compute as if they were alone.
+        all_envs: number of environments, also those of other players, whose noise comes from the same generator.
         spaces: of a single environment; obs_space, action_space: those that the agent knows; mask_size: of its action
             masks, 0 if there are none.
         masks: actions that are allowed after a reset, [N, mask_size], or None.
@@ -118,9 +123,10 @@ class Run:
         self.generators: Tensor | None = None
         self._signals = StopSignal()
         self.fabric: Any = launch(args)
+        self.team = self.fabric
         self._signals.can_save = True
         self._resume(auto)
-        self.episodes, self.losses = EpisodeStatistics(self.args.num_envs, info_keys(args)), MeanMetrics()
+        self.given, self.losses = self.args, MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}
         self._parts: dict[str, Any] = {}
@@ -181,16 +187,22 @@ class Run:
             check_batch(self.state, args, fabric.world_size)
             with reading(self.path):
                 check_spaces(self.state, self.spaces)
-        self.join(fabric)
+        self.join(fabric, self.team)
         return self
 
-    def join(self, fabric: Any) -> None:
-        """Makes these ranks the run's world: Fabric's, or the `Group` of a decoupled script's player or trainers.
+    def join(self, fabric: Any, team: Any = None) -> None:
+        """Makes these ranks the run's world: Fabric's, or the `Group` of a decoupled script's players or trainers.
 
-        Seeds this rank's generators.
+        Seeds this rank's generators; those of all players alike, so that noise is an environment's, whoever plays it.
         """
-        self.fabric, args = fabric, self.args
-        self.act_rng, self.train_rng = generators(args.seed, fabric.global_rank, self.first_step)
+        self.fabric, self.team, args = fabric, team or fabric, self.args
+        players = self.team.world_size if self.trainers is not None else 1
+        self.all_envs = self.given.num_envs
+        self._envs_here = self.all_envs // players
+        self._first_env = self._envs_here * self.team.global_rank if self.trainers is not None else 0
+        self.episodes = EpisodeStatistics(args.num_envs, info_keys(args))
+        rank = fabric.global_rank if self.trainers is None else 0
+        self.act_rng, self.train_rng = generators(args.seed, rank, self.first_step)
         self.device_rng = self.train_rng
         graphs = fabric.device.type == "cuda" and args.cuda_graphs
         self.updates = Runner(args.compile, graphs, self._modules, self._optimizers, [self.train_rng])
@@ -212,7 +224,7 @@ class Run:
             self._evaluation.close()
         if kind is None and self._folder is not None:
             self._folder.finish(self.global_step, self.episodes, self._eval_return, self.exit_code > 0)
-            if self.args.upload_model and self.fabric.global_rank == 0:
+            if self.args.upload_model and self.team.global_rank == 0:
                 from fabricrl.hub import upload  # here, as it brings what draws
 
                 upload(self.folder, self.args.hf_entity, command(self.args, self.algo))
@@ -220,16 +232,23 @@ class Run:
     # --- before the loop
 
     def make_envs(self) -> VectorEnv:
-        """This rank's environments, which may record videos in the run's folder; beside them those of evaluations."""
+        """This rank's environments, which may record videos in the run's folder; beside them those of evaluations.
+
+        Players that have to see what all do share theirs.
+        """
         videos = self._made_folder().videos
         with self.together():
-            masked = self.mask_size > 0
-            self._envs = make_envs(self.args, self.fabric.global_rank, videos, masked, self.fabric.device)
+            own, masked = SimpleNamespace(**vars(self.args) | {"num_envs": self._envs_here}), self.mask_size > 0
+            place = self.team.global_rank, videos, masked, self._first_env, self.fabric.device
+            envs = self._envs = make_envs(own, *place)
             if self.tensors:
                 self._running = DeviceEpisodes(self.args.num_envs, self.fabric.device)
-                self.updates.tensors += self._envs.env.tensors()
+                self.updates.tensors += envs.env.tensors()  # type: ignore[attr-defined]
+            if self.team.world_size > self.fabric.world_size:
+                resumed, keys = self.args.resume is not None, info_keys(self.args)
+                self._envs = SharedEnvs(envs, self.team, resumed, self.mask_size, keys)
             if self.args.eval_every > 0:
-                self._evaluation = Evaluation(self.args, self.algo, self.fabric, self._envs, masked)
+                self._evaluation = Evaluation(self.given, self.algo, self.team, envs, masked)
         return self._envs
 
     @property
@@ -259,8 +278,9 @@ class Run:
 
     def _made_folder(self) -> RunFolder:
         if self._folder is None:
-            name = run_name(self.args, self.algo)
-            self._folder = RunFolder(self.fabric, self.args, self.algo, name, self.path, self.first_step, self.asked)
+            name = run_name(self.given, self.algo)
+            start = self.path, self.first_step, self.asked
+            self._folder = RunFolder(self.team, self.given, self.algo, name, *start)
         return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
@@ -272,7 +292,14 @@ class Run:
         self._contexts.enter_context(self.fabric.no_backward_sync(wrapped[0] if optimizers else wrapped))
         self._modules.append(module)
         self._optimizers += optimizers
+        for optimizer in optimizers:
+            optimizer.scaler = self._scaler
         return wrapped
+
+    @property
+    def _scaler(self) -> Any:
+        """The scale of the loss in 16-bit floats, else None."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
 
     def restore(self, **parts: Any) -> None:
         """Names the modules and optimizers that checkpoints hold, and loads their state if the run resumes one."""
@@ -284,6 +311,8 @@ class Run:
         if not self.state:
             return
         with self.together(), reading(self.path):
+            if self._scaler is not None and "scaler" in self.state:
+                self._scaler.load_state_dict(self.state["scaler"])
             for name, part in parts.items():
                 if isinstance(part, nn.Module):
                     restore(part, self.state[name])
@@ -294,7 +323,7 @@ class Run:
         """Continues the generators from the checkpoint, if the run resumes one."""
         if self.state:
             with reading(self.path):
-                rank = self.fabric.global_rank
+                rank = self.fabric.global_rank if self.trainers is None else 0
                 restore_generators(self.state["generators"], rank, self.act_rng, self.train_rng)
 
     def reset(self) -> Any:
@@ -428,6 +457,16 @@ class Run:
 
     # --- acting
 
+    def own(self, noise: Tensor, dim: int = 0) -> Tensor:
+        """Of noise for all environments along `dim`, that of those which this rank acts in."""
+        return noise if self.args.num_envs == self.all_envs else noise.narrow(dim, self._first_env, self._envs_here)
+
+    @property
+    def own_envs(self) -> slice:
+        """Of the environments that this rank sees, those that it steps itself."""
+        first = self._first_env if self.args.num_envs == self.all_envs else 0
+        return slice(first, first + self._envs_here)
+
     def player(self, agent: nn.Module) -> Any:
         """The policy of the coming rollout: the agent, or its copy where acting is faster, with the newest weights."""
         if self.player_device == self.fabric.device:
@@ -439,10 +478,10 @@ class Run:
         self._player.load_state_dict(state)
         return self._player
 
-    def noise(self, head: Any, shape: tuple[int, ...]) -> Tensor:
-        """Noise of a whole rollout for `head.sample`, [T, N, ...], where the policy acts."""
-        drawn_there = self.tensors and self.fabric.device.type != "cpu"
-        return self.to_device(head.noise(shape, self.device_rng if drawn_there else self.act_rng), self.player_device)
+    def noise(self, head: Any, steps: int) -> Tensor:
+        """Noise of a rollout of T steps for `head.sample`, [T, N, ...], where the policy acts."""
+        rng = self.device_rng if self.tensors and self.fabric.device.type != "cpu" else self.act_rng
+        return self.to_device(self.own(head.noise((steps, self.all_envs), rng), 1), self.player_device)
 
     def take_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
         """Calls `take_step(run, player, envs, rb, t, noise[t])` for each step t of a rollout.
@@ -538,7 +577,7 @@ class Run:
                     seconds[device] = (time.perf_counter() - started) / acts
         self._acts.clear()
         best = min(seconds, key=seconds.__getitem__)
-        if self.fabric.global_rank == 0:
+        if self.team.global_rank == 0:
             times = ", ".join(f"{device} {1e6 * taken:.0f} µs" for device, taken in seconds.items())
             print(f"player device: {best} ({times} an action)", file=sys.stderr, flush=True)
         return best
@@ -567,14 +606,14 @@ class Run:
             yield
         except RunError as error:
             fault = error
-        own = fault.exit_code if fault else 0
-        codes, signals = all_gather(self.fabric, torch.tensor([own, self._signals.code])).T.tolist()  # [W] each
+        own = fault.exit_code if fault is not None and str(fault) else 0  # one without text is another rank's
+        codes, signals = all_gather(self.team, torch.tensor([own, self._signals.code])).T.tolist()  # [W] each
         self.exit_code = max(self.exit_code, *signals)
         if any(codes) and fault is None:
             fault = RunError()  # the rank that failed says why
             fault.exit_code = max(codes)
         if fault is not None:
-            fault.told_by = next(rank for rank, code in enumerate(codes) if code)
+            fault.told_by = next((rank for rank, code in enumerate(codes) if code), fault.told_by)
             raise fault
 
     def check_finite(self, what: str, values: Tensor) -> None:
@@ -636,7 +675,7 @@ class Run:
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
-        if self.fabric.world_size == 1:
+        if self.team.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
         if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
             self.episodes.flush(self.fabric, self._take_infos())
@@ -729,7 +768,7 @@ class Run:
 
     def _agree(self, playing: bool) -> bool:
         """Agrees with the other ranks on signals, and on whether one still plays; none waits long for a word."""
-        told = all_gather(self.fabric, torch.tensor([playing, self._signals.code])).T  # [2, W]
+        told = all_gather(self.team, torch.tensor([playing, self._signals.code])).T  # [2, W]
         self.exit_code, self._agreed = max(self.exit_code, *told[1].tolist()), time.monotonic()
         self.while_evaluating()
         return bool(told[0].any())
@@ -759,7 +798,7 @@ class Run:
         left = (self.args.total_timesteps - self.global_step) / max(self.global_step - self.first_step, 1)
         seconds = self.clock.totals
         worth = left * sum(seconds.values()) > WORTH_A_HINT or self.is_last
-        if self._hinted or self.fabric.global_rank > 0 or not worth:
+        if self._hinted or self.team.global_rank > 0 or not worth:
             return
         text = hint(self.args, self.algo, self.fabric.device.type, self.fabric.world_size, seconds, steps)
         if text is not None:
@@ -768,7 +807,7 @@ class Run:
 
     def _warn_of_missing_infos(self) -> None:
         """Says once, after the first episodes, which of `info_keys` none of them had."""
-        if self._missed or self.fabric.global_rank > 0 or not self.episodes.ended:
+        if self._missed or self.team.global_rank > 0 or not self.episodes.ended:
             return
         self._missed = True
         missing = [key for key in self.args.info_keys if key not in self.episodes.told]
@@ -795,6 +834,8 @@ class Run:
             if self.trainers is not None:
                 self.trainers.save()  # → Order, ← Answer, State
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
+            if self._scaler is not None:
+                state["scaler"] = self._scaler.state_dict()
             state |= self._envs_state()
             state["generators"] = self.generators
             if self.generators is None:
@@ -818,6 +859,7 @@ class Run:
         assert self._folder is not None
         spaces = {"obs": structure_of(self.spaces.given), "actions": structure_of(self.action_space)}
         own = {"spaces": spaces, "mask_size": self.mask_size, "episodes": self.episodes.state_dict()}
+        own["world_size"] = self.fabric.world_size if self.trainers is None else 1  # players are as one rank
         mean_return = self.episodes.mean_return if self._evaluation is None else self._score
         self._folder.save(self.global_step, mean_return, own | state, shard)
 

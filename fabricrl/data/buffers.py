@@ -85,9 +85,12 @@ class RolloutBuffer:
             self._terminated, self._truncated = self.terminated.numpy(), self.truncated.numpy()
             self._skipped = self.skipped.numpy()
         self._final: list[tuple[int, int, np.ndarray]] = []
-        self.stacks = torch.zeros(num_steps + 1, num_envs, frame_stack, dtype=torch.int64)  # rows of frames × N
+        stacks = (num_steps + 1, num_envs, frame_stack)
+        self.stacks = torch.zeros(stacks, dtype=torch.int64, pin_memory=pin)  # rows of frames × N
         self._rows = self.stacks.numpy()
         self._first = np.zeros((num_envs, 1), dtype=np.int64)  # row of `frames` that the running episode began with
+        self._sent: Tensor | None = None  # `frames` where the policy acts or learns, if that is elsewhere
+        self._num_sent = 0  # rows of them that are there
 
     def start(self, obs: np.ndarray | None = None, masks: np.ndarray | None = None) -> None:
         """Starts a rollout at `obs` [N, R]: first observations of episodes, or those where the last rollout ended.
@@ -104,6 +107,7 @@ class RolloutBuffer:
             self._first[:] = self.frame_stack - 1
         self._final.clear()
         self._skipped[:] = False
+        self._num_sent = 0
         self._stack(0)
 
     def _stack(self, t: int) -> None:
@@ -112,11 +116,27 @@ class RolloutBuffer:
             rows = np.maximum(np.arange(t, t + self.frame_stack), self._first)  # [N, S]
             self._rows[t] = rows * self.num_envs + np.arange(self.num_envs)[:, None]
 
-    def stacked_obs(self, t: int) -> Tensor:
-        """Observations as the policy sees them at step t: [N, R], or [N, S, R] if frames are stacked."""
-        return (
-            self.obs_rows[t] if self.frame_stack == 1 else StackedFrames(self.frames.flatten(0, 1), self.stacks[t])[:]
-        )
+    def stacked_obs(self, t: int, device: torch.device = CPU) -> Tensor:
+        """Observations as the policy sees them at step t, on its device: [N, R], or [N, S, R] if frames are stacked."""
+        if self.frame_stack == 1 and device == self.frames.device:
+            return self.obs_rows[t]
+        frames = self._frames_on(device, t + self.frame_stack)
+        if self.frame_stack == 1:
+            return frames[t]
+        return StackedFrames(frames.flatten(0, 1), to_device(self.stacks[t], device))[:]
+
+    def _frames_on(self, device: torch.device, count: int) -> Tensor:
+        """`frames` on a device, of which at least the first `count` are there: each is sent once in a rollout."""
+        if device == self.frames.device:
+            return self.frames
+        if self._sent is None:
+            with torch.inference_mode(False):  # the update learns from it
+                self._sent = torch.empty_like(self.frames, device=device, pin_memory=False)
+        if count > self._num_sent:
+            new = slice(self._num_sent, count)
+            self._sent[new].copy_(self.frames[new], non_blocking=True)
+            self._num_sent = count
+        return self._sent
 
     def add(
         self,
@@ -172,7 +192,7 @@ class RolloutBuffer:
         self, prepare: Callable[[Tensor], Tensor], device: torch.device
     ) -> "tuple[Tensor | StackedFrames, Tensor]":
         """Prepared observations on the device: those of the rollout [T N, ...], and the next ones [N, ...]."""
-        frames = prepare(to_device(self.frames, device))
+        frames = prepare(self._frames_on(device, len(self.frames)))
         if self.frame_stack == 1:
             return frames[:-1].flatten(0, 1), frames[-1]
         stacks = StackedFrames(frames.flatten(0, 1), to_device(self.stacks.flatten(0, 1), device))

@@ -51,8 +51,8 @@ class DeviceRolloutBuffer(RolloutBuffer):
         """Starts a rollout at `obs` [N, D], or where the last one ended."""
         self.obs[0] = self.obs[-1] if obs is None else obs
 
-    def stacked_obs(self, t: Tensor) -> Tensor:  # type: ignore[override]
-        """The observations of step t, [N, D]."""
+    def stacked_obs(self, t: Tensor, device: torch.device | None = None) -> Tensor:  # type: ignore[override]
+        """The observations of step t, [N, D], where they are."""
         return self.obs.index_select(0, t)[0]
 
     def add(  # type: ignore[override]

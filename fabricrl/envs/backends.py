@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -117,7 +118,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
                 "--vectorization native: steps that only reset are left out: num-envs × (num-steps // 2) must be at "
                 f"least {LEAST_ROWS} × num-minibatches = {LEAST_ROWS * args.num_minibatches}"
             )
-        close_problem(native_envs(args, env).close)
+        _try_native(args, env)
         return
     if importlib.util.find_spec("envpool") is None:
         raise missing("--vectorization envpool", "envpool")
@@ -142,7 +143,7 @@ def choose(args: Any, env: gym.Env, masked: bool = False) -> str:
     Environments that are `masked` are not native: few of those tell their masks."""
     if not masked and _native_pays(args, env):
         with contextlib.suppress(ConfigError, EnvError):  # its arguments or spaces are others: not for us
-            close_problem(native_envs(args, env).close)
+            _try_native(args, env)
             return "native"
     cores = cores_of_rank(args)
     if min(args.num_envs, cores) == 1:
@@ -184,6 +185,12 @@ def native_envs(args: Any, env: gym.Env, masked: bool = False) -> VectorEnv:
     if is_game(args.env_id):
         return AtariVectorEnv(args, env, min(args.num_envs, cores_of_rank(args)))
     return NativeVectorEnv(args, env, masked)
+
+
+def _try_native(args: Any, env: gym.Env) -> None:
+    """Builds the vector form and discards it. Of games, which take a tenth of a second to load, one is enough."""
+    args = SimpleNamespace(**vars(args) | {"num_envs": 1}) if is_game(args.env_id) else args
+    close_problem(native_envs(args, env).close)
 
 
 def most_workers() -> int:

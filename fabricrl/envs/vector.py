@@ -148,14 +148,17 @@ def _is_prepared_game(args: Any, env: gym.Env) -> bool:
     return is_atari(env) and (option(args, "action_repeat") > 1 or option(args, "noop_max") > 0)
 
 
-def make_envs(args: Any, rank: int, video_folder: Path, masked: bool = False, device: Any = "cpu") -> VectorEnv:
+def make_envs(
+    args: Any, rank: int, video_folder: Path, masked: bool = False, first: int = 0, device: Any = "cpu"
+) -> VectorEnv:
     """Makes the `args.num_envs` environments of a rank, which reset in the step that ends an episode (SAME_STEP).
 
     `step` returns the first observation of the next episode; the last one is in `infos["final_obs"]`. Native ones
     reset a step later, which `infos["skipped"]` marks. `infos["life_lost"]` is there if `args.life_loss`, and
     `infos["action_mask"]` [N, S], the actions that are allowed next, if they are `masked`, as `check_env` says.
     Rank 0 records its environment 0 if `args.capture_video`, and prints what `--vectorization auto` has chosen.
-    `device`: of environments that take and return tensors.
+    `first`: the number of its first environment, where several ranks share those that one would have. `device`: of
+    environments that take and return tensors.
 
     Raises:
         ConfigError, EnvError: as `make_env`; later, `reset` and `step` raise EnvError.
@@ -183,11 +186,12 @@ def make_envs(args: Any, rank: int, video_folder: Path, masked: bool = False, de
                 native_envs(args, env, masked) if kind == "native" else EnvPoolVectorEnv(args, env), **settings
             )
     plain, spec = SimpleNamespace(**vars(args)), None if ":" in args.env_id else gym.registry.get(args.env_id)
+    numbers = range(first, first + args.num_envs)
     makers = [
         partial(_numbered, plain, index, spec, video_folder if record and index == 0 else None, masked)
-        for index in range(args.num_envs)
+        for index in numbers
     ]
-    seeds = [stream_seed(args.seed, rank, BUILD_STREAM, index) for index in range(args.num_envs)]
+    seeds = [stream_seed(args.seed, 0 if first else rank, BUILD_STREAM, index) for index in numbers]
     if kind == "sync":
         return step_in_turn(makers, seeds, **settings)
     threads = sys.modules["torch"].get_num_threads()
@@ -234,7 +238,7 @@ def _limit(args: Any) -> float:
 
 
 def _numbered(args: Any, index: int, spec: Any, video_folder: Path | None, masked: bool) -> gym.Env:
-    """Makes environment `index` of a rank; `spec` registers its id in a process that may not know it."""
+    """Makes environment `index`; `spec` registers its id in a process that may not know it."""
     if spec is not None:
         gym.registry[spec.id] = spec
     env = make_env(args, None, video_folder, video_every=args.video_every)
@@ -621,7 +625,13 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {_nearest(env_id)}")
     if isinstance(error, TypeError) and "argument" in text and _is_of_the_call(error):
         return ConfigError(f"--env-kwargs {env_kwargs} does not fit {env_id}: {text}")
-    return EnvError(f"{env_id} cannot be built: {type(error).__name__}: {text}")
+    return EnvError(f"{env_id} cannot be built: {type(error).__name__}{f': {text}' if text else _where(error)}")
+
+
+def _where(error: BaseException) -> str:
+    """The place where an error without a text was raised, as of an assertion."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" in {frames[-1].name}, line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
 
 
 def _is_of_the_call(error: BaseException) -> bool:

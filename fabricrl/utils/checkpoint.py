@@ -357,6 +357,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "optimizer": lambda value: isinstance(value, dict) and bool(value.get("state")),
     "learner": lambda value: isinstance(value, dict),
     "shards": _is_count,
+    "scaler": lambda value: _is_table(value, int | float) and all(map(_is_number, value.values())),
     "asked": lambda value: _is_table(value, int) and all(map(_is_count, value.values())),
     "shard": lambda value: value is None or _is_shard(value),
 }

@@ -1,8 +1,8 @@
-"""Decoupled training: the two groups of ranks, and messages that say what they are.
+"""Decoupled training: the groups of ranks, and messages that say what they are.
 
-Rank 0 plays, ranks 1 to W - 1 train. Groups are Lightning's TorchCollective. A message is a record, a NamedTuple whose
-fields both ends know by name; it travels from process to process as one flat buffer of bytes, allocated once.
-`fabricrl.algos.decoupled` has the two ends.
+Ranks 0 to P - 1 play, ranks P to W - 1 train. Groups are Lightning's TorchCollective. A message is a record, a
+NamedTuple whose fields both ends know by name; it travels from process to process as one flat buffer of bytes,
+allocated once. `fabricrl.algos.decoupled` has the two ends.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
 from fabricrl.utils.peers import patience
 from fabricrl.utils.utils import generators, require
 
-PLAYER, FIRST_TRAINER = 0, 1  # ranks
+PLAYER = 0  # the rank of the only player, or of the first of several, who leads
 TRAIN, STOP, ABORT, WAIT, SAVE = 0, 1, 2, 3, 4  # what the player commands
 PATH_MAX = 4096  # bytes of a path
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 class Hello(NamedTuple):
-    """Player → each trainer, once: it is ready."""
+    """Each player → each trainer, once: it is ready."""
 
     command: int = TRAIN
     code: int = 0  # exit code to end with, after ABORT
@@ -42,14 +42,17 @@ class Hello(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """First trainer → player, once: so are the trainers."""
+    """First trainer → each player, once: so are the trainers."""
 
     code: int = 0  # exit code of a fault
     refill: bool = False  # whether a run that is resumed has to fill a new replay buffer first
 
 
 class Order(NamedTuple):
-    """Player → each trainer: the data of an iteration or of several, and what to do with them; or another command."""
+    """Each player → each trainer: the data of an iteration or of several, and what to do with them.
+
+    The first player alone sends other commands.
+    """
 
     command: int  # TRAIN, STOP, ABORT, WAIT for the next Order, or SAVE: a State is awaited, for a checkpoint
     code: int  # exit code to end with
@@ -62,21 +65,21 @@ class Order(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """First trainer → player, after an update: what to act with, and how training goes."""
+    """First trainer → each player, after an update: what to act with, and how training goes."""
 
     code: int  # exit code of a fault
     signal: int  # exit code that a signal to a trainer asks for
     waited: float  # seconds that the trainer has waited for data since the last answer
     passed: float  # seconds since then
     losses: Tensor | None  # sums and numbers of the metrics noted, [2, metrics]
-    weights: Tensor  # parameters of the policy [P]
+    weights: Tensor  # parameters of the policy [P], in bfloat16 with --weights-precision bf16
 
 
 class State(NamedTuple):
-    """First trainer → player, at a checkpoint: what it holds besides."""
+    """First trainer → first player, at a checkpoint: what it holds besides."""
 
-    generators: Tensor  # of all trainers, [W - 1, 2, bytes]
-    learned: list[Tensor]  # optimizers' moments, and parameters that the policy does not act with
+    generators: Tensor  # of all trainers, [K, 2, bytes]
+    learned: list[Tensor]  # optimizers' moments, and parameters that players do not have as they are
 
 
 class EndedByPeerError(RunError):
@@ -88,8 +91,8 @@ class EndedByPeerError(RunError):
 
 
 class Group:
-    """Some of the ranks, as what is written for all of them sees Fabric: the trainers as a world of their own, or one
-    rank alone.
+    """Some of the ranks, as what is written for all of them sees Fabric: the players or the trainers as a world of
+    their own, or one rank alone.
 
     `setup` leaves gradients to `average_gradients`, which averages them over the group; `all_reduce` sums over it. All
     else is Fabric's: precision, backward, optimizers.
@@ -107,7 +110,7 @@ class Group:
         self.world_size = 1 if collective is None else collective.world_size
         self.global_rank = 0 if collective is None else collective.rank
         self.strategy = fabric.strategy
-        self.process_group = None if collective is None else collective.group  # None where there is nobody else
+        self.process_group: Any = None if collective is None else collective.group  # None where there is nobody else
         self.autocast, self.backward = fabric.autocast, fabric.backward
 
     def setup(self, module: nn.Module, *optimizers: Any) -> Any:
@@ -121,9 +124,11 @@ class Group:
         return tensor if self._collective is None else self._collective.all_reduce(tensor, reduce_op)
 
     def broadcast(self, value: Any) -> Any:
-        """For what rank 0 of a world of one tells itself."""
-        assert self.world_size == 1
-        return value
+        """A value of the group's first rank, on all of them."""
+        values = [value]
+        if self._collective is not None and self.world_size > 1:
+            torch.distributed.broadcast_object_list(values, group=self.process_group, group_src=0)
+        return values[0]
 
 
 class _InPrecision(nn.Module):
@@ -200,7 +205,7 @@ class Outbox:
 
 
 class Channel:
-    """Messages between the player and the trainers.
+    """Messages between players and trainers.
 
     Sending does not wait for the receiver, so that who is behind does not hold up who is ahead; what is sent must stay
     as it is until `capacity` more messages have been.
@@ -264,30 +269,37 @@ def tag(name: str) -> int:
     return zlib.crc32(name.encode()) >> 1
 
 
-def make_groups(fabric: Fabric, timeout: float) -> tuple[TorchCollective, TorchCollective]:
-    """All ranks on the CPU, for messages, and the trainers on their devices; every rank calls it.
+def make_groups(
+    fabric: Fabric, players: int, timeout: float
+) -> tuple[TorchCollective, TorchCollective | None, TorchCollective]:
+    """All ranks, and the players, if there are several, on the CPU; the trainers on their devices. Every rank calls it.
 
     Args:
+        players: how many; the others train.
         timeout: minutes to wait for a message before giving up; 0: for ever.
 
     Raises:
-        ConfigError: there is nobody but the player.
+        ConfigError: there is nobody to train.
     """
     if fabric.world_size == 1:
         raise ConfigError(
             "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
             "add --devices 2, or take the script of the same name without _decoupled"
         )
-    world, trainers = TorchCollective(), TorchCollective()
+    allowed = f"less than {fabric.world_size}, the number of ranks (--devices), since the others train"
+    require(players < fabric.world_size, "players", players, allowed)
+    world, team, trainers = TorchCollective(), TorchCollective() if players > 1 else None, TorchCollective()
     limit = patience(timeout)
     backend = "gloo" if fabric.device.type == "cpu" else None  # None: that of the devices
     world.create_group(backend="gloo", timeout=limit)
-    trainers.create_group(ranks=list(range(FIRST_TRAINER, fabric.world_size)), backend=backend, timeout=limit)
-    return world, trainers
+    if team is not None:
+        team.create_group(ranks=list(range(players)), backend="gloo", timeout=limit)
+    trainers.create_group(ranks=list(range(players, fabric.world_size)), backend=backend, timeout=limit)
+    return world, team, trainers
 
 
 def player_device(args: Any, fabric: Fabric) -> torch.device:
-    """Device on which the player acts.
+    """Device on which a player acts.
 
     Raises:
         ConfigError: on a GPU that is not there.
@@ -300,10 +312,11 @@ def player_device(args: Any, fabric: Fabric) -> torch.device:
 def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step: int) -> Tensor:
     """Generators as coupled scripts store them: those that act, train, and torch's own, of each of their ranks.
 
-    `states` [W - 1, 2, bytes] are the trainers'; the player is the first one's other half.
+    `states` [K, 2, bytes] are the trainers'; the first player is the first one's other half. Its generator draws the
+    noise of all players' environments.
     """
     acting = [generators(seed, rank, global_step)[0].get_state() for rank in range(len(states))]
     acting[0] = act_rng.get_state()
-    states = torch.cat((torch.stack(acting)[:, None], states), 1)  # [W - 1, 3, bytes]
+    states = torch.cat((torch.stack(acting)[:, None], states), 1)  # [K, 3, bytes]
     states[0, -1] = torch.get_rng_state()
     return states

@@ -1,8 +1,11 @@
 """Starting a script: Fabric under every launcher, and ranks that meet."""
 
+import contextlib
 import os
 import random
+import secrets
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +17,15 @@ from lightning.fabric.plugins.environments import ClusterEnvironment, LightningE
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 
+from fabricrl.utils.choices import ALLOWED, check_choice
 from fabricrl.utils.ending import is_of_peers, one_line, reason
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
 from fabricrl.utils.model import parameter_hash
-from fabricrl.utils.network import LOOPBACK, check_address, open_store, prepare_network
-from fabricrl.utils.peers import Peers, patience
+from fabricrl.utils.network import LOOPBACK, check_address, find_store, is_loopback, open_store, prepare_network
+from fabricrl.utils.peers import Peers, patience, waited
+from fabricrl.utils.precision import HalfPrecision
 from fabricrl.utils.process import (
     PLACE,
     STARTED_BY,
@@ -37,6 +43,9 @@ from fabricrl.utils.process import (
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.utils import require
 
+ATTEMPT = "fabricrl/attempt"  # under which the store of an attempt is known
+ONE_TRY = 2.0  # seconds
+
 
 def launch(args: Any) -> Fabric:
     """Builds Fabric from the launcher's environment and the arguments that the user set, and starts all ranks.
@@ -52,6 +61,9 @@ def launch(args: Any) -> Fabric:
     follow_launcher()
     keep_memory()
     options = _options(args)
+    if (device := _half_precision_device(options)) is not None:
+        options.pop("precision", os.environ.pop("LT_PRECISION", None))  # it is given once
+        options["plugins"] = [HalfPrecision(device)]
     with _explaining(options):
         strategy = DDPStrategy(timeout=patience(args.timeout))
         if "LT_CLI_USED" in os.environ:  # its constructor has the ranks meet, and it forbids `launch`
@@ -98,15 +110,29 @@ def _options(args: Any) -> dict[str, Any]:
         _set_nodes(args)
     if "LT_ACCELERATOR" not in os.environ:
         options.setdefault("accelerator", "cpu")  # small networks train slower on a GPU
-    _check_choice("precision", options, ("32-true", "32", "bf16-mixed", "bf16"))
-    _check_choice("strategy", options, ("auto", "ddp"))
+    for name in ALLOWED:
+        check_choice(name, _choice(name, options))  # launchers offer more than these scripts do
     return options
 
 
-def _check_choice(name: str, options: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    """Launchers offer more than these scripts do: parameters and observations are whole on every rank, in 32 bits."""
-    given = options.get(name, os.environ.get(f"LT_{name.upper()}", allowed[0]))
-    require(given in allowed, name, given, f"one of {', '.join(allowed)}")
+def _choice(name: str, options: dict[str, Any]) -> str | None:
+    """What the user or the launcher has chosen."""
+    return options.get(name, os.environ.get(f"LT_{name.upper()}"))
+
+
+def _half_precision_device(options: dict[str, Any]) -> str | None:
+    """The kind of device that trains in 16-bit floats, if one is to.
+
+    Raises:
+        ConfigError: it is none that does.
+    """
+    if _choice("precision", options) not in ("16-mixed", "16"):
+        return None
+    accelerator = _choice("accelerator", options)
+    there = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
+    allowed = "bf16-mixed or 32-true without --accelerator cuda: 16-bit floats are for GPUs"
+    require(there, "precision", "16-mixed", allowed)
+    return "cuda"
 
 
 def _refuse(options: dict[str, Any], names: list[str]) -> None:
@@ -150,14 +176,15 @@ def _meet(strategy: DDPStrategy, minutes: float) -> None:
     kept = launched and os.environ.get(STORE_IS_KEPT) == "True"
     if not kept:
         _open_store(ranks, one_node)
+    elif STARTED_BY not in os.environ:
+        _open_store_of_attempt(ranks, one_node, patience(minutes).total_seconds())
     if isinstance(ranks, LightningEnvironment) and not ranks.creates_processes_externally:
         os.environ[STARTED_BY] = str(os.getpid())
     prepare_network(ranks.main_address, one_node)
     if (world_size := strategy.num_nodes * strategy.num_processes) > 1:
         here = isinstance(ranks, LightningEnvironment)  # it knows the number among all only when it has launched
         rank = ranks.node_rank() * strategy.num_processes + ranks.local_rank() if here else ranks.global_rank()
-        by_agent = kept and STARTED_BY not in os.environ
-        PLACE.peers = Peers(ranks.main_address, ranks.main_port, rank, world_size, minutes, not by_agent)
+        PLACE.peers = Peers(ranks.main_address, ranks.main_port, rank, world_size, minutes)
 
 
 def _open_store(ranks: ClusterEnvironment, one_node: bool) -> None:
@@ -182,6 +209,43 @@ def _open_store(ranks: ClusterEnvironment, one_node: bool) -> None:
         PLACE.store = open_store(address, port, named)
         port = PLACE.store.port
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), STORE_IS_KEPT: "True"}
+
+
+def _open_store_of_attempt(ranks: ClusterEnvironment, one_node: bool, seconds: float) -> None:
+    """Opens a store for this attempt of torchrun's alone, of which its agent's store tells the ranks.
+
+    The agent keeps its store from restart to restart, and there PyTorch finds the addresses of ranks that have died
+    (pytorch#135712), also where TORCHELASTIC_RESTART_COUNT is what it was, as after a node has joined.
+
+    Raises:
+        LostPeerError: rank 0 does not open one in this time.
+    """
+    rank, address = ranks.global_rank(), LOOPBACK if one_node else ranks.main_address
+    agents = find_store(ranks.main_address, ranks.main_port, seconds)
+    if rank == 0:
+        everywhere = not one_node and is_loopback(address)  # some machines' names stand for it
+        PLACE.store = open_store("0.0.0.0" if everywhere else address, 0, "MASTER_PORT")
+        port, token = PLACE.store.port, secrets.token_hex(8)
+        PLACE.store.set(ATTEMPT, token)
+        agents.set(ATTEMPT, f"{port} {token}")
+    else:
+        port = _store_of_attempt(agents, address, seconds)
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+def _store_of_attempt(agents: TCPStore, address: str, seconds: float) -> int:
+    """The port of the store that rank 0 has opened; what an earlier rank 0 has left is gone with it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, RuntimeError):  # not there yet, or no longer
+            if agents.check([ATTEMPT]):
+                port, token = agents.get(ATTEMPT).decode().split()
+                if find_store(address, int(port), ONE_TRY).get(ATTEMPT).decode() == token:
+                    return int(port)
+        time.sleep(0.05)
+    raise LostPeerError(
+        f"rank {own_rank()} has not met the others at {address}: no answer {waited(seconds)}; rank 0 has not come"
+    )
 
 
 @contextmanager

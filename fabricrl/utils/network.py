@@ -35,6 +35,11 @@ def means_loopback(address: str) -> bool:
     return address == "localhost" or address == "::1" or address.startswith("127.")
 
 
+def is_loopback(address: str) -> bool:
+    """Tells if an address leads to loopback from here."""
+    return ipaddress.ip_address(socket.getaddrinfo(address, None)[0][4][0]).is_loopback
+
+
 def open_store(address: str, port: int, named: str) -> TCPStore:
     """A store that listens on this address only, where PyTorch's own would on all that the machine has.
 

@@ -8,6 +8,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from fabricrl.utils.errors import CheckpointError
+from fabricrl.utils.precision import LossScale
 from fabricrl.utils.ranks import mean_over_ranks
 from fabricrl.utils.recording import is_recording
 
@@ -66,6 +67,10 @@ class Adam(torch.optim.Optimizer):
     It behaves like `torch.optim.Adam`: it takes the gradients that autograd leaves in `parameter.grad`, and a
     parameter without one keeps its value and its moments. The learning rate,
     `param_groups[0]["lr"]`, is a tensor to be changed in place: a compiled step would not notice another number.
+
+    Attributes:
+        scaler: the scale of the losses whose gradients it takes, if they are scaled: with a gradient that is not finite
+            then, a step changes nothing.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Adam(torch.optim.Optimizer):
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         super().__init__(trained, {"lr": torch.tensor(lr), "betas": betas, "eps": eps})
         self.flat = FlatState(trained)
+        self.scaler: LossScale | None = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients."""
@@ -90,6 +96,8 @@ class Adam(torch.optim.Optimizer):
         """The gradient [P], to be changed in place between backward and step."""
         if self.flat.grad is None:
             self.flat.grad = self.flat.gather()
+            if self.scaler is not None:
+                self.flat.grad = self.scaler.unscale(self.flat.grad)
         return self.flat.grad
 
     def follow(self) -> None:
@@ -115,32 +123,42 @@ class Adam(torch.optim.Optimizer):
         used = [parameter.grad is not None for parameter in flat.parameters]
         flat.equal_steps = flat.equal_steps and all(used)
         columns = flat.vector, self.gradient, flat.exp_avg, flat.exp_avg_sq
+        overflow = None if self.scaler is None else self.scaler.overflows(self.gradient)
+        taken = 1.0 if overflow is None else 1.0 - overflow
         if flat.equal_steps:
-            flat.steps += 1
-            self._move([[column] for column in columns], [flat.steps[0]])
+            flat.steps += taken
+            self._move([[column] for column in columns], [flat.steps[0]], overflow)
         else:
             split = [column.split(flat.sizes) for column in columns] + [flat.steps.unbind()]
             *parts, steps = ([part for part, u in zip(column, used, strict=True) if u] for column in split)
-            torch._foreach_add_(steps, 1.0)
-            self._move(parts, steps)
+            torch._foreach_add_(steps, taken)
+            self._move(parts, steps, overflow)
         flat.grad = None
 
     step.hooked = True  # type: ignore[attr-defined]  # or PyTorch wraps it for its profiler, which costs as much
 
-    def _move(self, parts: list[list[Tensor]], steps: list[Tensor]) -> None:
-        """The equations above, for parts (θ, g, m, v) that have counted their step."""
+    def _move(self, parts: list[list[Tensor]], steps: list[Tensor], overflow: Tensor | None = None) -> None:
+        """The equations above, for parts (θ, g, m, v) that have counted their step; nothing where `overflow` is 1."""
         group = self.param_groups[0]
         lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
         if not is_recording() and self.flat.vector.device.type in ("cpu", "cuda"):
             settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": 0.0}
-            torch._fused_adam_(*parts, [], steps, **settings, amsgrad=False, maximize=False)  # type: ignore[call-overload]
+            rest = {"amsgrad": False, "maximize": False, "found_inf": overflow}
+            torch._fused_adam_(*parts, [], steps, **settings, **rest)  # type: ignore[call-overload]
             return
+        kept: Tensor | float = 1.0
+        rate1, rate2 = 1 - beta1, 1 - beta2
+        if overflow is not None:
+            kept = 1.0 - overflow
+            rate1, rate2 = rate1 * kept, rate2 * kept
+            parts[1] = [torch.where(overflow > 0, 0.0, grad) for grad in parts[1]]
+            steps = [step.clamp(min=1.0) for step in steps]
         # Elementary operations, which a compiler fuses
         for vector, grad, exp_avg, exp_avg_sq, step in zip(*parts, steps, strict=True):
-            exp_avg.lerp_(grad, 1 - beta1)
-            exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            exp_avg.lerp_(grad, rate1)
+            exp_avg_sq.mul_(1 - rate2).add_(grad * grad * rate2)
             denominator = (exp_avg_sq.sqrt() / (1 - beta2**step).sqrt()).add_(eps)
-            vector.sub_(exp_avg / denominator * (lr / (1 - beta1**step)))
+            vector.sub_(exp_avg / denominator * (lr * kept / (1 - beta1**step)))
 
     def state_dict(self) -> dict[str, Any]:
         """The moments as vectors, and the steps: one number, or one for each parameter where they differ."""
@@ -149,7 +167,8 @@ class Adam(torch.optim.Optimizer):
         state = {"step": steps, "exp_avg": flat.exp_avg, "exp_avg_sq": flat.exp_avg_sq}
         group = {name: value for name, value in self.param_groups[0].items() if name != "params"}
         group["lr"] = group["lr"].item()
-        return {"state": {0: state} if flat.steps.any() else {}, "param_groups": [group | {"params": [0]}]}
+        has_stepped = self.scaler is not None or flat.steps.any()  # with a scale, all steps may have overflowed so far
+        return {"state": {0: state} if has_stepped else {}, "param_groups": [group | {"params": [0]}]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -178,8 +197,8 @@ class Adam(torch.optim.Optimizer):
 
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes."""
-        flat = self.flat
-        return [flat.vector, flat.exp_avg, flat.exp_avg_sq, flat.steps]
+        flat, scaler = self.flat, [] if self.scaler is None else self.scaler.tensors()
+        return [flat.vector, flat.exp_avg, flat.exp_avg_sq, flat.steps, *scaler]
 
 
 def average_gradients(fabric: Fabric, optimizer: Adam, metrics: Tensor) -> Tensor:

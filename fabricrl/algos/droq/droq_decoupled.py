@@ -39,7 +39,7 @@ def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
         learner = setup(run, agent)
 
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
-        trainers.begin(make_messages(run, learner, args.num_envs // trainers.count))  # → Hello, ← Ready
+        trainers.begin(make_messages(run, learner))  # → Hello, ← Ready
         restore_replay(run, rb, schedule)
 
         # --- Start
@@ -86,7 +86,7 @@ def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
     run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
 
     # --- Buffer
-    folder = player.meet(make_messages(run, learner, args.num_envs))  # ← Hello
+    folder = player.meet(make_messages(run, learner))  # ← Hello
     rb = make_buffer(run, folder)
     refill = restore_replay(run, rb)
     update = make_updates(run, learner, rb)

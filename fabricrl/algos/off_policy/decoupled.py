@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fabricrl.algos.decoupled import Trainers
@@ -18,7 +19,7 @@ from fabricrl.utils.utils import require
 
 
 class Steps(NamedTuple):
-    """Steps of a trainer's environments: one, or a block of S where nothing is learned yet.
+    """Steps of the environments that a player and a trainer share: one, or a block of S where nothing is learned yet.
 
     Without steps `next_obs` [0] are the observations that the environments start from.
     """
@@ -33,9 +34,17 @@ class Steps(NamedTuple):
     next_obs: Tensor  # [S, n, ...]
     final_obs: Tensor  # [S, n, ...], where an episode has ended
 
+    def joined(self, others: "list[Steps]") -> "Steps":
+        """The same steps of several players, their environments side by side."""
+        names = ("actions", "rewards", "terminated", "truncated", "next_obs", "final_obs")
+        columns: Any = {name: torch.cat([getattr(part, name) for part in (self, *others)], 1) for name in names}
+        return self._replace(**columns)
 
-def declare_steps(run: Run, agent: Any, num_envs: int, count: int) -> Steps:
-    """`count` steps of `num_envs` environments in names, shapes and types."""
+
+def declare_steps(run: Run, agent: Any, count: int) -> Steps:
+    """`count` steps of the environments that a player and a trainer share, in names, shapes and types."""
+    trainers = run.fabric.world_size if run.trainers is None else run.trainers.count
+    num_envs = run.given.num_envs // (run.given.players * trainers)
     rb = NewestSteps(count, num_envs, run.obs_space, agent.head.num_actions)
     return Steps((0, 0), 0, normalizer_state(agent), **rb.steps)
 
@@ -43,8 +52,9 @@ def declare_steps(run: Run, agent: Any, num_envs: int, count: int) -> Steps:
 def divide(rb: Replay, agent: Any, trainers: Trainers, due: tuple[int, int] = (0, 0)) -> Iterator[Steps]:
     """The waiting steps for each trainer, with its environments side by side; they have been sent then."""
     assert isinstance(rb, NewestSteps)
-    envs, size = rb.num_envs // trainers.count, BLOCK if trainers.bulk else 1
-    for first in range(0, rb.num_envs, envs):
+    own, size = trainers.run.own_envs, BLOCK if trainers.bulk else 1
+    envs = (own.stop - own.start) // trainers.count
+    for first in range(own.start, own.stop, envs):
         columns = {name: column[:size, first : first + envs] for name, column in rb.steps.items()}
         yield Steps(due, rb.waiting, normalizer_state(agent), **columns)
     rb.sent()
@@ -68,11 +78,14 @@ def normalizer_state(agent: Any) -> dict[str, Tensor]:
 
 
 def check_division(run: Run) -> None:
-    """Raises ConfigError unless environments and batches can be divided among the trainers."""
-    args, count = run.args, max(run.fabric.world_size - 1, 1)
+    """Raises ConfigError unless environments and batches can be divided among players and trainers."""
+    args, count = run.args, max(run.fabric.world_size - run.args.players, 1)
     with run.together():  # none leaves while another is still about to meet the rest
         for name in ("num_envs", "batch_size"):
             require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
+        pairs = args.players * count
+        allowed = f"a multiple of {pairs}, so that {count} trainers have as many of each of {args.players} players"
+        require(args.num_envs % pairs == 0, "num_envs", args.num_envs, allowed)
         rows = args.buffer_size // args.num_envs * args.num_envs
         require(rows >= args.batch_size, "buffer_size", args.buffer_size, f"such that {rows} is at least batch-size")
 

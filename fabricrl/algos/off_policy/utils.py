@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.algos.off_policy.args import EntropyArgs, OffPolicyArgs
@@ -40,7 +39,7 @@ def make_schedule(run: Run) -> "UpdateSchedule":
         if isinstance(args, EntropyArgs) and run.state and run.state["args"]["autotune"] != args.autotune:
             there, here = ("fixed", "learned") if args.autotune else ("learned", "fixed")
             raise CheckpointError(f"--autotune: the temperature was {there} in the checkpoint and is {here} now")
-        schedule = UpdateSchedule(args, run.fabric)
+        schedule = UpdateSchedule(args, run.fabric.world_size if run.trainers is None else 1, run.team.global_rank == 0)
         if run.trainers is None:  # whose buffers are theirs to check
             check_buffer(run)
     return schedule
@@ -234,11 +233,11 @@ class UpdateSchedule:
         done: critic updates taken, or handed out by `take`, so far.
     """
 
-    def __init__(self, args: OffPolicyArgs, fabric: Fabric) -> None:
-        """Raises ConfigError if learning would never start."""
+    def __init__(self, args: OffPolicyArgs, batches: int = 1, speaks: bool = True) -> None:
+        """`batches`: that one update is made of, a rank each. Raises ConfigError if learning would never start."""
         self.args, self.ratio = args, Fraction(str(args.replay_ratio))  # exact, which a float is not
-        self.least = max(args.learning_starts, args.batch_size * fabric.world_size)
-        if self.least > args.learning_starts and fabric.global_rank == 0:
+        self.least = max(args.learning_starts, args.batch_size * batches)
+        if self.least > args.learning_starts and speaks:
             print(f"warning: learning starts after {self.least} steps, a batch of each rank", file=sys.stderr)
         self.starts, self.before, self.done = self.least, 0, 0
         allowed = f"above {self.least}, when learning starts"

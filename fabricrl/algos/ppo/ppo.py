@@ -32,7 +32,7 @@ METRICS = tuple(f"losses/{name}" for name in LOSSES)
 @torch.inference_mode()
 def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    noise = run.noise(player.head, rb.actions.shape[:2])  # [T, N, ...]
+    noise = run.noise(player.head, len(rb.actions))  # [T, N, ...]
     with run.together(), rb.checked():
         run.take_steps(take_step, player, envs, rb, noise)
     run.clock.lap("comm")
@@ -40,7 +40,8 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
 
 def take_step(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer, t: Any, noise: Tensor) -> None:
     """Takes step t in every environment, by actions drawn with noise [N, ...]."""
-    drawn = run.act(player, rb.stacked_obs(t), noise, rb.mask(t, run.player_device))  # [N, A]
+    device = run.player_device
+    drawn = run.act(player, rb.stacked_obs(t, device), noise, rb.mask(t, device))  # [N, A]
     actions = run.for_envs(drawn)
     run.clock.lap("act")
     next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))

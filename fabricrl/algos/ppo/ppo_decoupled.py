@@ -12,6 +12,7 @@ An iteration's messages; with --max-lag 0 the player waits for Answer, with K it
 Normalisers stay with the player, who alone sees raw observations and rewards. Shapes as in ppo.py; B rows of a share.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,34 +29,59 @@ from fabricrl.utils.utils import require
 
 
 class Rollout(NamedTuple):
-    """A trainer's share of a rollout, every (W - 1)-th row, and how to train on it."""
+    """A trainer's share of a player's rollout, every K-th row, and how to train on it."""
 
     learning_rate: float
     clip_coef: float
     ent_coef: float
-    data: Batch  # [B, ...]; frame stacks are put together
+    data: Batch  # [B / P, ...]; frame stacks are put together
+    steps: int = 1  # in which these rows lie, as many in each; 1: in no order that matters
+
+    def joined(self, others: "list[Rollout]") -> "Rollout":
+        """The shares of several players as one, step by step: as the environments of one player would lie, [B, ...]."""
+        columns = [rollout.data.columns for rollout in (self, *others)]
+        data = {name: [part[name] for part in columns] for name, column in columns[0].items() if column is not None}
+        joined = {name: torch.cat([p.unflatten(0, (self.steps, -1)) for p in parts], 1) for name, parts in data.items()}
+        return self._replace(data=self.data.with_columns(**{name: c.flatten(0, 1) for name, c in joined.items()}))
 
 
-def declare_share(run: Run, agent: Any, count: int) -> Batch:
-    """The share of each of `count` trainers in names, shapes and types."""
-    rows = run.args.num_steps * run.args.num_envs // count  # B
+def declare_share(run: Run, agent: Any) -> Batch:
+    """What a player sends to a trainer in names, shapes and types."""
+    trainers = run.fabric.world_size if run.trainers is None else run.trainers.count
+    rows = run.args.num_steps * run.given.num_envs // (run.given.players * trainers)  # B / P
     names = ("logprobs", "values", "advantages", "returns")
     return Batch(
         obs=torch.zeros(rows, *agent.obs_shape, dtype=agent.obs_dtype),
         actions=torch.zeros(rows, agent.head.num_actions, dtype=agent.head.dtype),
         masks=torch.zeros(rows, run.mask_size, dtype=torch.bool) if run.mask_size else None,
-        counts=torch.ones(rows),
+        counts=torch.ones(rows, dtype=torch.bool),
         **dict.fromkeys(names, torch.zeros(rows)),
     )
 
 
+def as_trained(data: Batch, device: torch.device) -> Batch:
+    """What has travelled, as updates take it: on the device, and counts, a byte each on the way, as numbers."""
+    return data.with_columns(counts=None if data.counts is None else data.counts.float()).to(device)
+
+
+def divide(run: Run, data: Batch) -> Iterator[tuple[Batch, int]]:
+    """Each trainer's share of the rows [T N] of this player's own environments, and in how many steps they lie."""
+    numbers = torch.arange(len(data)).view(run.args.num_steps, -1)[:, run.own_envs]
+    own, count = data if numbers.numel() == len(data) else data[numbers.flatten()], run.trainers.count
+    for rank in range(count):
+        yield own[rank::count], len(numbers) if numbers.shape[1] % count == 0 else 1
+
+
 def check_division(run: Run) -> None:
-    """Raises ConfigError unless minibatches can be divided among the trainers."""
-    args, count = run.args, max(run.fabric.world_size - 1, 1)
+    """Raises ConfigError unless minibatches can be divided among the trainers, and rollouts of each player."""
+    args, count = run.args, max(run.fabric.world_size - run.args.players, 1)
     minibatch = args.num_steps * args.num_envs // args.num_minibatches
     allowed = f"such that each of {count} trainers has an equal share of every minibatch of {minibatch}"
     with run.together():  # none leaves while another is still about to meet the rest
         require(minibatch % count == 0, "num_envs", args.num_envs, allowed)
+        rows = args.num_steps * args.num_envs // args.players
+        allowed = f"such that each of {count} trainers has an equal share of the {rows} steps of each player"
+        require(rows % count == 0, "num_envs", args.num_envs, allowed)
 
 
 def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
@@ -69,7 +95,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
 
         run.restore(agent=agent, optimizer=optimizer)
-        share = Rollout(0.0, 0.0, 0.0, declare_share(run, agent, trainers.count))
+        share = Rollout(0.0, 0.0, 0.0, declare_share(run, agent))
         trainers.begin(Messages(share, METRICS, agent, optimizer))  # → Hello, ← Ready
 
         # --- Buffer
@@ -93,8 +119,8 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
-            shares = (data[rank :: trainers.count] for rank in range(trainers.count))
-            trainers.train(Rollout(learning_rate, clip_coef, ent_coef, share) for share in shares)  # → Order, ← Answer
+            shares = divide(run, data)
+            trainers.train(Rollout(learning_rate, clip_coef, ent_coef, *share) for share in shares)  # → Order, ← Answer
             if step > 0:  # after the update: a rollout's actions and losses see the same statistics
                 run.observe(agent, rb)
             run.clock.lap("train")
@@ -125,19 +151,20 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
     run.restore(agent=agent, optimizer=optimizer)
 
     # --- Start
-    share = Rollout(0.0, 0.0, 0.0, declare_share(run, agent, run.fabric.world_size))
+    share = Rollout(0.0, 0.0, 0.0, declare_share(run, agent))
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
+    share = share.joined([share] * (player.count - 1))
     if run.records:
         with run.rehearsal():
             counts = share.data.counts if player.skips else None
-            data = share.data.with_columns(counts=counts).to(run.fabric.device)
+            data = as_trained(share.data.with_columns(counts=counts), run.fabric.device)
             train(run, epoch, data, *run.numbers(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order
         # 3. Update
-        learning_rate, clip_coef, ent_coef, data = order.data
+        learning_rate, clip_coef, ent_coef, data, _ = order.data
         optimizer.param_groups[0]["lr"].fill_(learning_rate)
-        data = data.to(run.fabric.device)
+        data = as_trained(data, run.fabric.device)
         run.note(METRICS, train(run, epoch, data, *run.numbers(clip_coef, ent_coef)))
 
         # 4. Log, 5. Checkpoint

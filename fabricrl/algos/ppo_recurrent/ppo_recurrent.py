@@ -32,11 +32,10 @@ from fabricrl.utils import Adam, anneal, explained_variance, gae
 @torch.inference_mode()
 def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentRolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    shape, device = rb.actions.shape[:2], run.player_device
-    noise = run.to_device(player.head.noise(shape, run.act_rng), device).unbind()  # T × [N, ...]
+    noise, device = run.noise(player.head, len(rb.actions)), run.player_device  # [T, N, ...]
     with run.together(), rb.checked():
         for t in range(len(noise)):
-            drawn, states = run.act(player, rb.stacked_obs(t), rb.memory_rows[t], noise[t], rb.mask(t, device))
+            drawn, states = run.act(player, rb.stacked_obs(t, device), rb.memory_rows[t], noise[t], rb.mask(t, device))
             actions = run.on_host(drawn).numpy()  # [N, A]
             run.clock.lap("act")
             next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))

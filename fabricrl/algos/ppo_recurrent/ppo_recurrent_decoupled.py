@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, run_ranks
 from fabricrl.algos.ppo.ppo import METRICS, update
-from fabricrl.algos.ppo.ppo_decoupled import check_division, declare_share
+from fabricrl.algos.ppo.ppo_decoupled import as_trained, check_division, declare_share
 from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
 from fabricrl.algos.ppo_recurrent.args import PRESETS, RecurrentPPODecoupledArgs
 from fabricrl.algos.ppo_recurrent.ppo_recurrent import returns_and_advantages, rollout, train
@@ -34,31 +34,39 @@ from fabricrl.utils import Adam, anneal, explained_variance
 
 
 class Rollout(NamedTuple):
-    """A trainer's share of a rollout, consecutive rows of it, and how to train on it."""
+    """A trainer's share of a player's rollout, consecutive rows of it, and how to train on it."""
 
     learning_rate: float
     clip_coef: float
     ent_coef: float
-    data: Batch  # [B, ...]; frame stacks are put together
-    ends: Tensor  # [B], rows that no sequence goes beyond
+    data: Batch  # [B / P, ...]; frame stacks are put together
+    ends: Tensor  # [B / P], rows that no sequence goes beyond
+
+    def joined(self, others: "list[Rollout]") -> "Rollout":
+        """The shares of several players one after the other, environment by environment, [B, ...]."""
+        columns = [rollout.data.columns for rollout in (self, *others)]
+        data = {name: [part[name] for part in columns] for name, column in columns[0].items() if column is not None}
+        joined = self.data.with_columns(**{name: torch.cat(parts) for name, parts in data.items()})
+        return self._replace(data=joined, ends=torch.cat([self.ends, *(other.ends for other in others)]))
 
 
-def declare_rollout(run: Run, agent: RecurrentPPOAgent, count: int) -> Rollout:
-    """The share of each of `count` trainers in names, shapes and types."""
-    data = declare_share(run, agent, count)
-    rows = len(data.actions)  # B
+def declare_rollout(run: Run, agent: RecurrentPPOAgent) -> Rollout:
+    """What a player sends to a trainer in names, shapes and types."""
+    data = declare_share(run, agent)
+    rows = len(data.actions)  # B / P
     memory = {"previous": torch.zeros(rows, agent.num_prev)}
     memory["states"] = torch.zeros(rows, agent.memory_size - agent.num_prev)
     return Rollout(0.0, 0.0, 0.0, data.with_columns(**memory), torch.zeros(rows, dtype=torch.bool))
 
 
-def divide(data: Batch, ends: Tensor, count: int) -> Iterator[tuple[Batch, Tensor]]:
-    """The rollout, environment by environment, and its `ends` [N T], in equal parts.
+def divide(run: Run, data: Batch, ends: Tensor) -> Iterator[tuple[Batch, Tensor]]:
+    """The rollout of this player's own environments, one after the other, and its `ends` [N T], in equal parts.
 
     A sequence that lies in two of them is cut there.
     """
-    rows = len(ends) // count
-    for first in range(0, len(ends), rows):
+    own, num_steps = run.own_envs, run.args.num_steps
+    rows = (own.stop - own.start) * num_steps // run.trainers.count
+    for first in range(own.start * num_steps, own.stop * num_steps, rows):
         part = slice(first, first + rows)
         yield data[part], ends[part]
 
@@ -75,7 +83,7 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))  # noqa: RUF059
 
         run.restore(agent=agent, optimizer=optimizer)
-        share = declare_rollout(run, agent, trainers.count)
+        share = declare_rollout(run, agent)
         trainers.begin(Messages(share, METRICS, agent, optimizer))  # → Hello, ← Ready
 
         # --- Buffer
@@ -101,7 +109,7 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
             optimizer.param_groups[0]["lr"].fill_(learning_rate)
-            shares = divide(data, sequences.ends, trainers.count)
+            shares = divide(run, data, sequences.ends)
             trainers.train(Rollout(learning_rate, clip_coef, ent_coef, *share) for share in shares)  # → Order, ← Answer
             if step > 0:  # after the update: a rollout's actions and losses see the same statistics
                 run.observe(agent, rb)
@@ -133,12 +141,13 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     run.restore(agent=agent, optimizer=optimizer)
 
     # --- Start
-    share = declare_rollout(run, agent, run.fabric.world_size)
+    share = declare_rollout(run, agent)
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
+    share = share.joined([share] * (player.count - 1))
     if run.records:
         with run.rehearsal():
             counts = share.data.counts if player.skips else None
-            data = share.data.with_columns(counts=counts).to(run.fabric.device)
+            data = as_trained(share.data.with_columns(counts=counts), run.fabric.device)
             for sequences in Sequences.of_all_sizes(share.ends[:, None], args.sequence_length, run.captures):
                 train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
 
@@ -146,7 +155,7 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
         # 3. Update
         learning_rate, clip_coef, ent_coef, data, ends = order.data
         optimizer.param_groups[0]["lr"].fill_(learning_rate)
-        data, sequences = data.to(run.fabric.device), Sequences(ends[:, None], args.sequence_length)
+        data, sequences = as_trained(data, run.fabric.device), Sequences(ends[:, None], args.sequence_length)
         run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
 
         # 4. Log, 5. Checkpoint

@@ -33,9 +33,10 @@ def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, explores: b
     """Takes one step in every environment, by uniform actions if `explores`, into the replay buffer."""
     with run.together():
         if explores:
-            actions = 2 * torch.rand(rb.num_envs, player.head.num_actions, generator=run.act_rng) - 1  # [N, A]
+            uniform = torch.rand(run.all_envs, player.head.num_actions, generator=run.act_rng)
+            actions = run.own(2 * uniform - 1)  # [N, A]
         else:
-            noise = player.head.noise((rb.num_envs,), run.act_rng)
+            noise = run.own(player.head.noise((run.all_envs,), run.act_rng))
             actions = run.on_host(run.act(player, rb.newest_obs(), noise))  # [N, A]
             run.check_finite("the policy's actions", actions)
         run.clock.lap("act")

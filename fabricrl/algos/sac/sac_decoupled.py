@@ -23,10 +23,10 @@ from fabricrl.algos.sac.args import SACDecoupledArgs
 from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, make_updates, planned, rollout, setup
 
 
-def make_messages(run: Run, learner: Learner, num_envs: int) -> Messages:
-    """Declares what a trainer of `num_envs` environments and the player exchange."""
+def make_messages(run: Run, learner: Learner) -> Messages:
+    """Declares what a trainer and a player exchange."""
     agent, metrics = learner.agent, (*CRITIC_METRICS, *ACTOR_METRICS)
-    one, block = (declare_steps(run, agent, num_envs, count) for count in (1, BLOCK))
+    one, block = (declare_steps(run, agent, count) for count in (1, BLOCK))
     return Messages(one, metrics, agent, learner.actor_optimizer, learner.q_optimizer, bulk=block, most=BLOCK)
 
 
@@ -45,7 +45,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
         learner = setup(run, agent)
 
         run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
-        trainers.begin(make_messages(run, learner, args.num_envs // trainers.count))  # → Hello, ← Ready
+        trainers.begin(make_messages(run, learner))  # → Hello, ← Ready
         restore_replay(run, rb, schedule)
 
         # --- Start
@@ -91,7 +91,7 @@ def trainer(args: SACDecoupledArgs, run: Run, player: Player) -> None:
     run.restore(agent=agent, q_optimizer=learner.q_optimizer, actor_optimizer=learner.actor_optimizer)
 
     # --- Buffer
-    folder = player.meet(make_messages(run, learner, args.num_envs))  # ← Hello
+    folder = player.meet(make_messages(run, learner))  # ← Hello
     rb = make_buffer(run, folder)
     refill = restore_replay(run, rb)
     update = make_updates(run, learner, rb)

@@ -1,0 +1,357 @@
+"""Cost of an iteration on W ranks, coupled and decoupled: processor time, messages, bytes, and where the time goes.
+
+    python benchmarks/scale.py                        → benchmarks/results/scale.md
+    python benchmarks/scale.py --ranks 1 2 --tasks ppo --repeats 1
+
+Ranks may be more than cores: then processor time, bytes and messages count, not wall time. With the right to make
+network namespaces, two of them stand for two nodes, with the bandwidth and delay that `tc` gives the link between them;
+they are gone afterwards. What this machine does not allow is left out, with a message.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/scale.md"
+COMMON = ["--num-threads", "1", "--no-save-model", "--logger", "csv", "--vectorization", "sync", "--timeout", "2"]
+# Steps of an iteration of all ranks stay as they are: W ranks have a W-th of the environments or of the batch each
+PPO = ["--env-id", "CartPole-v1", "--num-steps", "128", "--num-minibatches", "4", "--update-epochs", "4"]
+SAC = ["--env-id", "Pendulum-v1", "--learning-starts", "256", "--buffer-size", "10000", "--replay-ratio", "1"]
+TASKS: dict[str, list[str]] = {"ppo": PPO, "sac": SAC}
+ENVS, BATCH = 8, 256  # of all ranks
+WARM_UP = {"ppo": 3, "sac": 64}  # iterations that are not counted: of SAC those without updates, and some more
+COUNTED = {"ppo": 12, "sac": 150}
+LINKS = [("10gbit", 0.0), ("1gbit", 0.0), ("20mbit", 0.0), ("10gbit", 0.1), ("10gbit", 1.0), ("10gbit", 10.0)]
+PEERS = [8, 64, 512]  # trainers of the table on paper
+FIELDS = ("wall", "cpu", "compute", "wait", "messages", "bytes")
+
+
+# --- In a rank: counts what it sends, and how long it waits
+
+
+class Meter:
+    """Counts of a rank: seconds by the clock and of the processor, in messages and outside; messages and bytes sent."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(("wait", "inside", "messages", "bytes"), 0.0)
+        self.marks: list[dict[str, float]] = []
+        self._within = False  # what one message calls is part of it
+
+    def counted(self, function: Callable[..., Any], sent: Callable[..., tuple[int, float]]) -> Callable[..., Any]:
+        """The function, with its time counted as that of messages; `sent` says how many it sends, and their bytes."""
+
+        def call(*given: Any, **more: Any) -> Any:
+            if self._within:
+                return function(*given, **more)
+            started, thread, self._within = time.perf_counter(), time.thread_time(), True
+            try:
+                return function(*given, **more)
+            finally:
+                self._within = False
+                self.totals["wait"] += time.perf_counter() - started
+                self.totals["inside"] += time.thread_time() - thread
+                messages, size = sent(*given, **more)
+                self.totals["messages"] += messages
+                self.totals["bytes"] += size
+
+        return call
+
+    def mark(self) -> None:
+        """Notes where the counts stand, once an iteration."""
+        compute = time.thread_time() - self.totals["inside"]
+        self.marks.append(self.totals | {"wall": time.perf_counter(), "cpu": time.process_time(), "compute": compute})
+
+    def each(self, generator: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """The generator, with a mark before each of its values."""
+
+        def marked(*given: Any, **more: Any) -> Iterator[Any]:
+            for value in generator(*given, **more):
+                self.mark()
+                yield value
+
+        return marked
+
+    def of_an_iteration(self, warm_up: int) -> dict[str, float]:
+        """Means over the iterations after the first ones."""
+        first, last = self.marks[min(warm_up, len(self.marks) - 2)], self.marks[-1]
+        count = len(self.marks) - 1 - min(warm_up, len(self.marks) - 2)
+        return {name: (last[name] - first[name]) / count for name in FIELDS}
+
+
+def run_rank(path: str, warm_up: int, module: str, flags: list[str]) -> None:
+    """Runs a script as one of its ranks, and writes what an iteration has cost it."""
+    from fabricrl.algos.decoupled import Player
+    from fabricrl.algos.run import Run
+    from fabricrl.utils import ranks
+    from fabricrl.utils.decoupled import Channel
+    from fabricrl.utils.errors import RunError
+
+    meter, world_size = Meter(), int(os.environ["WORLD_SIZE"])
+
+    def gathered(rows: Any, own: Any, *_: Any) -> tuple[int, float]:
+        return len(rows) // max(len(own), 1) - 1, (rows.numel() - own.numel()) * own.itemsize
+
+    def reduced(vector: Any, *_: Any) -> tuple[int, float]:  # around a ring: a part of it at a time
+        return 2 * (world_size - 1), 2 * (world_size - 1) / world_size * vector.nbytes
+
+    collectives: Any = ranks.functional_collectives
+    ranks.gather = meter.counted(ranks.gather, gathered)
+    collectives.all_reduce = meter.counted(collectives.all_reduce, reduced)
+    collectives.wait_tensor = meter.counted(collectives.wait_tensor, lambda *_: (0, 0))
+    Channel.send = meter.counted(Channel.send, lambda channel, packet, *_: (1, packet.buffer.nbytes))  # type: ignore[method-assign]
+    Channel.receive = meter.counted(Channel.receive, lambda *_: (0, 0))  # type: ignore[method-assign]
+    Run.iterations = meter.each(Run.iterations)  # type: ignore[method-assign]
+    Player.orders = meter.each(Player.orders)  # type: ignore[method-assign]
+    sys.argv = [module, *flags]
+    try:
+        code = importlib.import_module(module).main()
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    Path(path).write_text(json.dumps(meter.of_an_iteration(warm_up)))
+    sys.exit(code)
+
+
+# --- Runs
+
+
+def flags_of(task: str, ranks: int, players: int) -> list[str]:
+    """The command line of a run on so many ranks, of which some play; 0 players: the coupled script."""
+    per_rank = ENVS if players else ENVS // ranks
+    steps = (WARM_UP[task] + COUNTED[task] + 1) * ENVS * (128 if task == "ppo" else 1) + 256 * (task == "sac")
+    flags = [*TASKS[task], *COMMON, "--num-envs", str(per_rank), "--total-timesteps", str(steps)]
+    if task == "sac":
+        flags += ["--batch-size", str(BATCH if players else BATCH // ranks)]
+    return flags + (["--players", str(players)] if players else [])
+
+
+def measure(task: str, ranks: int, players: int = 0, places: list[str] | None = None) -> list[dict[str, float]]:
+    """What an iteration costs each rank.
+
+    Args:
+        places: the network namespace of each rank; None: all are on this machine, as they are.
+    """
+    module = f"fabricrl.algos.{task}.{task}" + "_decoupled" * (players > 0)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*flags_of(task, ranks, players), "--log-dir", folder]
+        warm_up = WARM_UP[task] + (256 // ENVS if task == "sac" else 0)
+        nodes = 1 if places is None else len(set(places))
+        variables = {"MASTER_ADDR": "127.0.0.1" if places is None else ADDRESSES[0], "MASTER_PORT": str(free_port())}
+        variables |= {"TORCHELASTIC_RUN_ID": "scale", "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        variables |= {"LOCAL_WORLD_SIZE": str(ranks // nodes), "PYTHONPATH": str(ROOT)}
+        started: list[subprocess.Popen] = []
+        texts = [Path(folder, f"{rank}.txt") for rank in range(ranks)]
+        try:
+            for rank in range(ranks):
+                own = {"RANK": rank, "LOCAL_RANK": rank % (ranks // nodes), "GROUP_RANK": rank * nodes // ranks}
+                command = [sys.executable, __file__, "--rank", f"{folder}/{rank}.json", str(warm_up), module, *flags]
+                if places is not None:
+                    command = ["ip", "netns", "exec", places[rank], *command]
+                environment = os.environ | variables | {name: str(number) for name, number in own.items()}
+                with texts[rank].open("w") as out:
+                    started.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
+            codes = [process.wait(timeout=900) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        if any(codes):
+            told = "\n".join(text.read_text() for text in texts)
+            raise SystemExit(f"ranks of {module} ended with {codes}:\n{told}")
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def median_of(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The median of each figure of each rank over repeated runs."""
+    return [
+        {name: statistics.median(run[rank][name] for run in runs) for name in FIELDS} for rank in range(len(runs[0]))
+    ]
+
+
+# --- Two nodes
+
+
+ADDRESSES = ["10.203.7.1", "10.203.7.2"]
+NODES = [f"fabricrl-{os.getpid()}-{number}" for number in (1, 2)]
+
+
+def call(*words: str) -> None:
+    """Calls a command. Raises OSError with what it says if it fails."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(words)}: {done.stderr.strip() or done.returncode}")
+
+
+@contextlib.contextmanager
+def two_nodes(rate: str, delay: float) -> Iterator[list[str]]:
+    """Two network namespaces with a link of this rate and delay (milliseconds) between them.
+
+    Raises:
+        OSError: this machine does not allow it, or has no such queue.
+    """
+    try:
+        for name in NODES:
+            call("ip", "netns", "add", name)
+        call("ip", "link", "add", "eth0", "netns", NODES[0], "type", "veth", "peer", "name", "eth0", "netns", NODES[1])
+        for name, address in zip(NODES, ADDRESSES, strict=True):
+            inside = ["ip", "netns", "exec", name]
+            call(*inside, "ip", "addr", "add", f"{address}/24", "dev", "eth0")
+            for link in ("eth0", "lo"):
+                call(*inside, "ip", "link", "set", link, "up")
+            queue = ["netem", "delay", f"{delay}ms", "rate", rate] if delay else ["tbf", "rate", rate, "burst", "64kb"]
+            call(*inside, "tc", "qdisc", "add", "dev", "eth0", "root", *queue, *([] if delay else ["latency", "400ms"]))
+        yield NODES
+    finally:
+        for name in NODES:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def bits(rate: str) -> float:
+    """Bits per second of a rate as `tc` has it."""
+    units = {"gbit": 1e9, "mbit": 1e6}
+    return next(float(rate.removesuffix(unit)) * size for unit, size in units.items() if rate.endswith(unit))
+
+
+# --- The model
+
+
+def predicted(ranks: int, costs: dict[int, dict[str, float]]) -> float:
+    """Processor time of a rank: what it computes at this share of the work, and what its messages cost.
+
+    Computing is a + b / W: an update's fixed cost, and that of its rows; a message costs c. All three are fitted to
+    the numbers of ranks below.
+    """
+    import numpy as np
+
+    below = sorted(count for count in costs if count < ranks)
+    if len(below) < 2:
+        return math.nan
+    shares = np.array([[1.0, 1 / count] for count in below])
+    fixed, rows = np.linalg.lstsq(shares, np.array([costs[count]["compute"] for count in below]), rcond=None)[0]
+    sent = [costs[count] for count in below if costs[count]["messages"] > 0]
+    each = statistics.median((cost["cpu"] - cost["compute"]) / cost["messages"] for cost in sent) if sent else 0.0
+    return float(fixed + rows / ranks + each * costs[ranks]["messages"])
+
+
+def on_paper(task: str, costs: dict[int, dict[str, float]], rate: float, delay: float) -> list[str]:
+    """Rows for more ranks than there are, each with the work of one: as many collectives as two ranks have.
+
+    Each is a sum in 2 log2 W rounds, of half the vector's bytes in all of the first, and as many in the others.
+    """
+    one, two = costs[1], costs[2]
+    size, handling = two["bytes"] / two["messages"], (two["cpu"] - two["compute"]) / two["messages"]
+    lines = []
+    for ranks in PEERS:
+        each = 2 * math.log2(ranks) * (delay + handling) + 2 * size * 8 / rate
+        share = one["compute"] / (one["compute"] + two["messages"] * each)
+        cells = f"{1e3 * one['compute']:.1f} | {1e3 * two['messages'] * each:.1f} | {share:.0%}"
+        lines.append(f"| {task} | {ranks} | {cells} |")
+    return lines
+
+
+# --- The report
+
+
+def row(task: str, kind: str, who: str, cost: dict[str, float], more: str = "") -> str:
+    cells = [1e3 * cost[name] for name in ("cpu", "compute", "wait", "wall")]
+    numbers = " | ".join(f"{cell:.2f}" for cell in cells)
+    return f"| {task} | {kind} | {who} | {numbers} | {cost['messages']:.1f} | {cost['bytes'] / 1e3:.1f} |{more}"
+
+
+def on_this_machine(tasks: list[str], ranks: list[int], repeats: int) -> tuple[list[str], dict[str, Any]]:
+    """Tables of what an iteration costs, and the costs of the coupled scripts by number of ranks."""
+    lines = ["| task | script | rank | processor ms | computing ms | in messages ms | wall ms | messages | kB |"]
+    lines += ["|-|-|-|-|-|-|-|-|-|"]
+    coupled: dict[str, dict[int, dict[str, float]]] = {task: {} for task in tasks}
+    for task in tasks:
+        for count in ranks:
+            found = median_of([measure(task, count) for _ in range(repeats)])
+            coupled[task][count] = {name: statistics.mean(rank[name] for rank in found) for name in FIELDS}
+            lines.append(row(task, f"coupled, {count}", "each", coupled[task][count]))
+            print(lines[-1], flush=True)
+        for count in (count for count in ranks if count > 1):
+            players = count // 2
+            found = median_of([measure(task, count, players) for _ in range(repeats)])
+            for who, rank in (("player", 0), ("first trainer", players)):
+                lines.append(row(task, f"decoupled, {players} + {players}", who, found[rank]))
+                print(lines[-1], flush=True)
+    return lines, coupled
+
+
+def check_model(coupled: dict[str, dict[int, dict[str, float]]]) -> list[str]:
+    lines = ["| task | ranks | predicted ms | measured ms | ratio |", "|-|-|-|-|-|"]
+    for task, costs in coupled.items():
+        for count in sorted(costs):
+            guess = predicted(count, costs)
+            if guess == guess:
+                ratio = guess / costs[count]["cpu"]
+                verdict = "" if abs(ratio - 1) <= 0.2 else " (beyond 20 %)"
+                lines.append(
+                    f"| {task} | {count} | {1e3 * guess:.2f} | {1e3 * costs[count]['cpu']:.2f} | {ratio:.2f}{verdict} |"
+                )
+    return lines
+
+
+def between_nodes(tasks: list[str], repeats: int) -> list[str]:
+    """Two coupled ranks on two nodes: measured, and as the bytes and the delay of their messages predict it."""
+    lines = ["| task | link | delay ms | iteration ms | predicted ms | ratio |", "|-|-|-|-|-|-|"]
+    base: dict[str, float] = {}
+    for rate, delay in LINKS:
+        try:
+            with two_nodes(rate, delay) as nodes:
+                for task in tasks:
+                    found = median_of([measure(task, 2, places=nodes) for _ in range(repeats)])[0]
+                    base.setdefault(task, found["wall"])
+                    guess = base[task] + found["bytes"] * 8 / bits(rate) + found["messages"] * delay / 1e3
+                    cells = f"{1e3 * found['wall']:.1f} | {1e3 * guess:.1f} | {guess / found['wall']:.2f}"
+                    lines.append(f"| {task} | {rate} | {delay:g} | {cells} |")
+                    print(lines[-1], flush=True)
+        except OSError as error:
+            print(f"left out: two nodes at {rate} with {delay:g} ms: {error}", flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    costs, coupled = on_this_machine(args.tasks, args.ranks, args.repeats)
+    parts = ["# An iteration on W ranks", f"`python benchmarks/scale.py --repeats {args.repeats}`", *["\n".join(costs)]]
+    parts += ["## The model against what was measured", "\n".join(check_model(coupled))]
+    parts += ["## Two nodes", "\n".join(between_nodes(args.tasks, args.repeats))]
+    head = ["| task | trainers | computing ms | messages ms | computing, of all |", "|-|-|-|-|-|"]
+    tables = [
+        line
+        for task in args.tasks
+        if {1, 2} <= set(coupled[task])
+        for line in on_paper(task, coupled[task], 10e9, 1e-4)
+    ]
+    parts += ["## More trainers, on paper: 10 Gbit, 0.1 ms", "\n".join(head + tables)]
+    args.out.write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        run_rank(sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5:])
+    else:
+        main()
