@@ -6,6 +6,8 @@
     python benchmarks/backends.py --halfcheetah  HalfCheetah-v5 with EnvPool beside sync, the whole of PPO
     python benchmarks/backends.py --games        processor time of a step of Pong, 8 games, of each back end
     python benchmarks/backends.py --pong         Pong, native and with EnvPool, beside the floor: game and network alone
+    python benchmarks/backends.py --tensors      256 CartPoles that are tensors beside 256 native ones, compiled or not
+    python benchmarks/backends.py --tensors-gpu  4 096 and 16 384 of them on a GPU, beside the sketch of such a run
 
 The table goes to benchmarks/results/backends.md, the others to speed.csv and speed.md as those of speed.py do. Let
 nothing else run meanwhile. Exit code 1: a bar was missed.
@@ -15,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -232,6 +235,56 @@ def bench_pong(options: argparse.Namespace) -> bool:
     return bench("pong", comparisons, measure, options)
 
 
+def bench_tensors(options: argparse.Namespace) -> bool:
+    """Steps per second with 256 CartPoles that are tensors, beside native ones; as they are, and with --compile."""
+    flags = f"{PPO} {CARTPOLE} --num-envs 256 --num-steps 32 --total-timesteps 1000000"
+    kinds = {"as it is": ("", ">= 100000"), "with --compile": ("--compile", "")}
+    comparisons = [
+        Comparison(f"steps/s, {kind}", "PPO, 256 CartPoles of tensors", "one step a second", "a / b", bar)
+        for kind, (_, bar) in kinds.items()
+    ]
+    comparisons += [
+        Comparison(f"beside native, {kind}", "PPO, 256 CartPoles of tensors", "256 native ones", "a / b")
+        for kind in kinds
+    ]
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        pairs = []
+        for more, _ in kinds.values():
+            command = f"{flags} {more} --seed {seed}"
+            tensors = f"{command} --env-id torch/CartPole-v1"
+            pairs.append(
+                tuple(timed(ours(c, folder, options)).sps for c in (tensors, f"{command} --vectorization native"))
+            )
+        return [(a, 1.0) for a, _ in pairs] + pairs
+
+    return bench("tensors-cartpole", comparisons, measure, options)
+
+
+def bench_tensors_gpu(options: argparse.Namespace) -> bool:
+    """Steps per second of a rollout and update that never leave a GPU, beside the sketch of them; and the return."""
+    flags = "--env-id torch/CartPole-v1 --num-steps 32 --learning-rate 3e-3 --accelerator cuda --compile"
+    counts = {4096: 60_000_000, 16384: 120_000_000}
+    comparisons = [
+        Comparison(f"steps/s, {count}", f"PPO, {count} CartPoles on the GPU", "the sketch", "a / b", bar)
+        for count, bar in zip(counts, (">= 0.56", ""), strict=True)
+    ]
+    comparisons.append(Comparison("mean return", "PPO, 4096", "0", "a - b", ">= 475"))
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        pairs, returns = [], []
+        for count, steps in counts.items():
+            command = f"{PPO} {flags} --num-envs {count} --total-timesteps {steps} --log-every 2000000 --seed {seed}"
+            output, _ = run(ours(command, folder, options))
+            sps, mean = (float(found) for found in re.findall(r"(?:sps|return_mean)=([\d.]+)", output))
+            sketch, _ = run([sys.executable, "benchmarks/sketches/gpu_environment.py", str(count), "1"])
+            pairs.append((sps, 1e6 * float(re.findall(r"([\d.]+) M steps/s", sketch)[0])))
+            returns.append(mean)
+        return [*pairs, (returns[0], 0.0)]
+
+    return bench("gpu-tensors", comparisons, measure, options)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = {
@@ -240,6 +293,8 @@ def main() -> int:
         "halfcheetah": bench_halfcheetah,
         "games": bench_games,
         "pong": bench_pong,
+        "tensors": bench_tensors,
+        "tensors-gpu": bench_tensors_gpu,
     }
     for name, job in jobs.items():
         parser.add_argument(f"--{name}", action="store_true", help=(job.__doc__ or "").split("\n")[0])
@@ -254,7 +309,8 @@ def main() -> int:
     torch.set_num_threads(1)
     reached = []
     for name, job in jobs.items():
-        if getattr(options, name) or not any(getattr(options, other) for other in jobs):
+        asked = [other for other in jobs if getattr(options, other.replace("-", "_"))]
+        if name in asked or (not asked and name != "tensors-gpu"):
             options.command = f"python benchmarks/backends.py --{name} --repetitions {options.repetitions}"
             reached.append(job(options))
     return 0 if all(reached) else 1

@@ -44,5 +44,9 @@ for name in "sac" "ppo" "droq" "recurrent ppo" "sac, compiled" "ppo, compiled" "
     [ -z "$dry" ] || [[ $name != *ppo* ]] || flags=("${flags[@]/ --learning-starts 3000/}")
     timeout "$(within 120)" $python benchmarks/speed.py "${flags[@]}" || echo "$name: failed, missed its bar, or was out of time"
 done
+echo "--- environments of tensors: $((deadline - SECONDS)) s are left"
+flags=(--tensors-gpu --repetitions 1 --out "$out")
+[ -z "$dry" ] || flags=(--tensors --repetitions 1 --out "$out" --total-timesteps 16384)
+timeout "$(within 120)" $python benchmarks/backends.py "${flags[@]}" || echo "tensors: failed, missed its bar, or was out of time"
 echo "--- all in $SECONDS s"
 grep -h '^| gpu-' "$out/speed.md" || true

@@ -120,6 +120,39 @@ def test_iterations_wait_in_one_place(
         assert max(strict[:-1]) <= 2  # weights to act with, and the losses
 
 
+TENSORS = ["--num-envs", 64, "--num-steps", 16, "--total-timesteps", 16384, "--norm-obs", "--norm-reward"]
+ON_TENSORS = pytest.mark.parametrize(
+    "more",
+    [
+        ["--env-id", "torch/CartPole-v1"],
+        ["--env-id", "torch/Reach-v0"],
+        ["--env-id", "tests.tensor_envs:Numbered-v0", "--env-kwargs", '{"autoreset_mode": "next_step"}'],
+    ],
+    ids=["cartpole", "reach", "next step"],
+)
+
+
+@ON_TENSORS
+def test_of_tensors_only_logs_leave_the_gpu(more: list[Any], train: Callable[..., Any], strict: list[int]) -> None:
+    assert train(ppo.main, *TENSORS, *more, *CUDA, "--log-every", 10**9).code == 0
+    assert max(strict[:-1]) == 2  # episodes, and losses
+
+
+@ON_TENSORS
+def test_rollouts_of_tensors_are_the_same_captured_compiled_and_resumed(
+    more: list[Any], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    line = [*TENSORS, *more, *CUDA, "--checkpoint-every", 8192, "--keep-checkpoints", 9]
+    captured, eager, compiled = (train(ppo.main, *line, *flags) for flags in ([], EAGER, ["--compile"]))
+    torch.testing.assert_close(captured.weights, eager.weights, rtol=0, atol=2e-3)
+    torch.testing.assert_close(compiled.weights, eager.weights, rtol=0, atol=0.05)
+    half = captured.checkpoint.with_name(f"step_{8192:012d}.ckpt")
+    resumed = train(ppo.main, "--resume", half, "--log-dir", tmp_path / "resumed")
+    assert differences(captured.state["envs"], resumed.state["envs"]) == []
+    on_cpu = train(ppo.main, "--resume", half, "--accelerator", "cpu", "--log-dir", tmp_path / "cpu")
+    assert on_cpu.result["steps"] == "16384"
+
+
 @pytest.mark.parametrize("flags", [[], ["--vectorization", "native"]], ids=["images", "native"])
 @pytest.mark.parametrize("algo", [ppo, ppo_recurrent], ids=["ppo", "ppo_recurrent"])
 def test_stacked_images_and_skipped_steps_as_on_the_cpu(algo: Any, flags: list, train: Callable[..., Any]) -> None:

@@ -177,7 +177,7 @@ def test_nothing_leaves_the_device_in_a_rollout_nor_in_the_update(
 
 
 def test_what_asks_for_a_value_in_a_rollout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeviceRolloutBuffer, "stacked_obs", lambda rb, t: rb.obs[t.item()])
+    monkeypatch.setattr(DeviceRolloutBuffer, "stacked_obs", lambda rb, t, device: rb.obs[t.item()])
     take_steps = Run.take_steps
 
     def refusing(*args: Any) -> None:
