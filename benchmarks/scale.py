@@ -36,7 +36,7 @@ WARM_UP = {"ppo": 3, "sac": 64}  # iterations that are not counted: of SAC those
 COUNTED = {"ppo": 12, "sac": 150}
 LINKS = [("10gbit", 0.0), ("1gbit", 0.0), ("20mbit", 0.0), ("10gbit", 0.1), ("10gbit", 1.0), ("10gbit", 10.0)]
 PEERS = [8, 64, 512]  # trainers of the table on paper
-FIELDS = ("wall", "cpu", "compute", "wait", "messages", "bytes")
+FIELDS = ("wall", "cpu", "compute", "wait", "calls", "messages", "bytes")
 
 
 # --- In a rank: counts what it sends, and how long it waits
@@ -46,7 +46,7 @@ class Meter:
     """Counts of a rank: seconds by the clock and of the processor, in messages and outside; messages and bytes sent."""
 
     def __init__(self) -> None:
-        self.totals = dict.fromkeys(("wait", "inside", "messages", "bytes"), 0.0)
+        self.totals = dict.fromkeys(("wait", "inside", "calls", "messages", "bytes"), 0.0)
         self.marks: list[dict[str, float]] = []
         self._within = False  # what one message calls is part of it
 
@@ -64,6 +64,7 @@ class Meter:
                 self.totals["wait"] += time.perf_counter() - started
                 self.totals["inside"] += time.thread_time() - thread
                 messages, size = sent(*given, **more)
+                self.totals["calls"] += messages > 0
                 self.totals["messages"] += messages
                 self.totals["bytes"] += size
 
@@ -231,8 +232,8 @@ def bits(rate: str) -> float:
 def predicted(ranks: int, costs: dict[int, dict[str, float]]) -> float:
     """Processor time of a rank: what it computes at this share of the work, and what its messages cost.
 
-    Computing is a + b / W: an update's fixed cost, and that of its rows; a message costs c. All three are fitted to
-    the numbers of ranks below.
+    Computing is a + b / W: an update's fixed cost, and that of its rows. A collective, or a record, costs c, however
+    many messages it is: a rank that waits for one stays awake. All three are fitted to the numbers of ranks below.
     """
     import numpy as np
 
@@ -241,23 +242,23 @@ def predicted(ranks: int, costs: dict[int, dict[str, float]]) -> float:
         return math.nan
     shares = np.array([[1.0, 1 / count] for count in below])
     fixed, rows = np.linalg.lstsq(shares, np.array([costs[count]["compute"] for count in below]), rcond=None)[0]
-    sent = [costs[count] for count in below if costs[count]["messages"] > 0]
-    each = statistics.median((cost["cpu"] - cost["compute"]) / cost["messages"] for cost in sent) if sent else 0.0
-    return float(fixed + rows / ranks + each * costs[ranks]["messages"])
+    sent = [costs[count] for count in below if costs[count]["calls"] > 0]
+    each = statistics.median((cost["cpu"] - cost["compute"]) / cost["calls"] for cost in sent) if sent else 0.0
+    return float(fixed + rows / ranks + each * costs[ranks]["calls"])
 
 
 def on_paper(task: str, costs: dict[int, dict[str, float]], rate: float, delay: float) -> list[str]:
     """Rows for more ranks than there are, each with the work of one: as many collectives as two ranks have.
 
-    Each is a sum in 2 log2 W rounds, of half the vector's bytes in all of the first, and as many in the others.
+    Each is a sum in 2 log2 W rounds, in which about twice the vector's bytes leave a rank.
     """
     one, two = costs[1], costs[2]
-    size, handling = two["bytes"] / two["messages"], (two["cpu"] - two["compute"]) / two["messages"]
+    size, handling = two["bytes"] / two["messages"], (two["cpu"] - two["compute"]) / two["calls"]
     lines = []
     for ranks in PEERS:
-        each = 2 * math.log2(ranks) * (delay + handling) + 2 * size * 8 / rate
-        share = one["compute"] / (one["compute"] + two["messages"] * each)
-        cells = f"{1e3 * one['compute']:.1f} | {1e3 * two['messages'] * each:.1f} | {share:.0%}"
+        waiting = two["calls"] * (2 * math.log2(ranks) * delay + handling + 2 * size * 8 / rate)
+        share = one["compute"] / (one["compute"] + waiting)
+        cells = f"{1e3 * one['compute']:.1f} | {1e3 * waiting:.1f} | {share:.0%}"
         lines.append(f"| {task} | {ranks} | {cells} |")
     return lines
 
@@ -265,16 +266,19 @@ def on_paper(task: str, costs: dict[int, dict[str, float]], rate: float, delay: 
 # --- The report
 
 
-def row(task: str, kind: str, who: str, cost: dict[str, float], more: str = "") -> str:
+def row(task: str, kind: str, who: str, cost: dict[str, float]) -> str:
     cells = [1e3 * cost[name] for name in ("cpu", "compute", "wait", "wall")]
     numbers = " | ".join(f"{cell:.2f}" for cell in cells)
-    return f"| {task} | {kind} | {who} | {numbers} | {cost['messages']:.1f} | {cost['bytes'] / 1e3:.1f} |{more}"
+    sent = f"{cost['calls']:.1f} | {cost['messages']:.1f} | {cost['bytes'] / 1e3:.1f}"
+    return f"| {task} | {kind} | {who} | {numbers} | {sent} |"
 
 
 def on_this_machine(tasks: list[str], ranks: list[int], repeats: int) -> tuple[list[str], dict[str, Any]]:
     """Tables of what an iteration costs, and the costs of the coupled scripts by number of ranks."""
-    lines = ["| task | script | rank | processor ms | computing ms | in messages ms | wall ms | messages | kB |"]
-    lines += ["|-|-|-|-|-|-|-|-|-|"]
+    lines = [
+        "| task | script | rank | processor ms | computing ms | in messages ms | wall ms | calls | messages | kB |"
+    ]
+    lines += ["|-|-|-|-|-|-|-|-|-|-|"]
     coupled: dict[str, dict[int, dict[str, float]]] = {task: {} for task in tasks}
     for task in tasks:
         for count in ranks:
