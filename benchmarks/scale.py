@@ -135,7 +135,7 @@ def flags_of(task: str, ranks: int, players: int) -> list[str]:
 
 
 def measure(task: str, ranks: int, players: int = 0, places: list[str] | None = None) -> list[dict[str, float]]:
-    """What an iteration costs each rank.
+    """The cost of an iteration to each rank.
 
     Args:
         places: the network namespace of each rank; None: all are on this machine, as they are.

@@ -95,6 +95,7 @@ class Pictures(Simulator):
     single_observation_space = Box(0, 255, (8, 8), np.uint8)
 
 
-for _name, _class in {"Numbered": Numbered, "Simulator": Simulator, "Ignorant": Ignorant, "Pictures": Pictures}.items():
+_IDS = {"Numbered": Numbered, "Simulator": Simulator, "Ignorant": Ignorant, "TensorPictures": Pictures}
+for _name, _class in _IDS.items():
     limit = 5 if _class is Numbered else None
     gym.register(f"{_name}-v0", vector_entry_point=_class, max_episode_steps=limit)  # type: ignore[arg-type]

@@ -45,6 +45,7 @@ from tests.process import (
     command,
     differences,
     files,
+    free_port,
     load,
     logged,
     run,
@@ -850,8 +851,8 @@ def test_arguments_that_do_not_fit_the_ranks_end_all_of_them_with_one_line(
 
 LAUNCHES: dict[str, tuple[str, list[object]]] = {
     "python": ("ppo", [*FORKED, PPO_DECOUPLED, "--devices", 2]),
-    "lightning run model": ("sac", [command("lightning"), "run", "model", "--accelerator=cpu", "--strategy=ddp",
-                                    "--devices=2", SAC_DECOUPLED]),
+    "lightning run model": ("sac", [command("lightning"), "run", "model", f"--main-port={free_port()}",
+                                    "--accelerator=cpu", "--strategy=ddp", "--devices=2", SAC_DECOUPLED]),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import random
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ def test_a_node_may_leave_and_return(tmp_path: Path) -> None:
     PyTorch 2.13 tells a node that joins a running job of no store, unless that is opened anew (pytorch#135712).
     """
     meeting = ["--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 3, "--local-addr", "127.0.0.1"]
-    meeting += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    port = free_port()
+    meeting += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     meeting += ["--rdzv-conf", "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3"]
     flags = ["--num-envs", 2, "--num-steps", 32, "--total-timesteps", 1_000_000_000, "--checkpoint-every", 256]
     line = [command("torchrun"), *meeting, PPO, *flags, "--resume", "auto", "--log-dir", tmp_path]
@@ -150,8 +152,13 @@ def test_a_node_may_leave_and_return(tmp_path: Path) -> None:
 
         return look
 
+    def listens() -> bool:
+        with socket.socket() as other:
+            return other.connect_ex(("127.0.0.1", port)) == 0
+
     anew = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with started(*line, variables=anew) as first:
+        wait_for(listens, first)  # whoever comes first keeps the place where they meet, and has to stay
         with started(*line, variables=anew) as second:
             together = wait_for(saved_by(2, after=0), first)
             second.kill()

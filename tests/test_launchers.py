@@ -100,7 +100,14 @@ def launched(base: Path) -> Any:
             "python, one rank": [*FORKED, PPO, *log_dir(name)],
             "python": [*PYTHON, str(base / "spy.py"), *DDP, *log_dir(name)],
             "fabric run": [command("fabric"), "run", f"--main-port={free_port()}", *LIGHTNING, *log_dir(name)],
-            "lightning run model": [command("lightning"), "run", "model", *LIGHTNING, *log_dir(name)],
+            "lightning run model": [
+                command("lightning"),
+                "run",
+                "model",
+                f"--main-port={free_port()}",
+                *LIGHTNING,
+                *log_dir(name),
+            ],
             "torchrun": [command("torchrun"), "--standalone", "--nproc-per-node", "2", PPO, *log_dir(name)],
         }[name]
 
@@ -244,7 +251,7 @@ def update(rank: int, world_size: int, port: int, sgd: bool, norm_adv: bool, pat
     model, optimizer = fabric.setup(agent, adam)
     share = 64 // world_size
     data = batch(64)[rank * share : (rank + 1) * share].with_columns(counts=None)
-    run: Any = SimpleNamespace(fabric=fabric, args=args, train_rng=torch.Generator().manual_seed(rank))
+    run: Any = SimpleNamespace(fabric=fabric, args=args, device_rng=torch.Generator().manual_seed(rank))
     start = adam.flat.vector.clone()
     with fabric.no_backward_sync(model):
         step = partial(update_step, run, model, optimizer)

@@ -82,7 +82,7 @@ def launched(base: Path) -> Callable[..., tuple[Running, Path]]:
         else:
             arguments: dict[str, list[object]] = {
                 "python": [*FORKED, script, *DDP, *flags],
-                "lightning run model": [command("lightning"), "run", "model", *lightning],
+                "lightning run model": [command("lightning"), "run", "model", f"--main-port={free_port()}", *lightning],
             }
             ended = run(*arguments[name])
         assert ended.code == 0, ended.report()

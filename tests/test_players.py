@@ -114,7 +114,7 @@ class Barrier:
 
 
 def in_threads(monkeypatch: pytest.MonkeyPatch, play: Callable[[int], Any]) -> list[Any]:
-    """What `play` returns for each of two players."""
+    """Results of `play`, one for each of two players."""
     monkeypatch.setattr(shared, "all_gather", Barrier(2))
     monkeypatch.setattr(shared, "seed_generators", lambda *_, **__: None)  # of the process, which they share
     with ThreadPoolExecutor(2) as pool:

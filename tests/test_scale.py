@@ -56,7 +56,7 @@ def test_a_rate_is_read_as_tc_has_it(scale: Any) -> None:
 
 
 def test_a_machine_that_does_not_allow_nodes_says_so(scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has been made by then is removed."""
+    """All that has been made by then is removed."""
     called: list[tuple[str, ...]] = []
 
     def refuse(*words: str) -> None:

@@ -325,7 +325,7 @@ def test_faults_of_environments_are_told_in_a_line(
         (["--env-id", "Acrobot-v1"], "Acrobot-v1 has no vector_entry_point, unlike torch/Acrobot-v1, "),
         (["--env-id", "CartPole-v1"], "what CartPole-v1 is registered with as vector_entry_point takes no `device`"),
         (["--env-id", "tests.tensor_envs:Ignorant-v0"], "takes no `device`"),
-        (["--env-id", "tests.tensor_envs:Pictures-v0"], "observations must be a Box of real numbers"),
+        (["--env-id", "tests.tensor_envs:TensorPictures-v0"], "observations must be a Box of real numbers"),
         (["--env-id", "tests.tensor_envs:None-v0"], "is not a known environment"),
         (["--env-id", "no_such_module:None-v0"], "needs a package that is not installed"),
         (["--env-kwargs", '{"wind": 1}'], "does not fit torch/CartPole-v1"),

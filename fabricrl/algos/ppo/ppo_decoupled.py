@@ -46,7 +46,7 @@ class Rollout(NamedTuple):
 
 
 def declare_share(run: Run, agent: Any) -> Batch:
-    """What a player sends to a trainer in names, shapes and types."""
+    """Names, shapes and types of a player's message to a trainer."""
     trainers = run.fabric.world_size if run.trainers is None else run.trainers.count
     rows = run.args.num_steps * run.given.num_envs // (run.given.players * trainers)  # B / P
     names = ("logprobs", "values", "advantages", "returns")
@@ -60,7 +60,7 @@ def declare_share(run: Run, agent: Any) -> Batch:
 
 
 def as_trained(data: Batch, device: torch.device) -> Batch:
-    """What has travelled, as updates take it: on the device, and counts, a byte each on the way, as numbers."""
+    """The batch that has travelled, on the device; counts, a byte each on the way, are numbers again."""
     return data.with_columns(counts=None if data.counts is None else data.counts.float()).to(device)
 
 

@@ -51,7 +51,7 @@ class Rollout(NamedTuple):
 
 
 def declare_rollout(run: Run, agent: RecurrentPPOAgent) -> Rollout:
-    """What a player sends to a trainer in names, shapes and types."""
+    """Names, shapes and types of a player's message to a trainer."""
     data = declare_share(run, agent)
     rows = len(data.actions)  # B / P
     memory = {"previous": torch.zeros(rows, agent.num_prev)}
