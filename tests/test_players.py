@@ -316,6 +316,15 @@ def test_a_player_acts_with_rounded_weights_if_it_is_told_to_and_saves_those_tha
         assert differences(*agents), "it has acted with the same weights"
 
 
+def test_a_checkpoint_changes_nothing_where_weights_are_rounded(tmp_path: Path) -> None:
+    flags = ["--max-lag", 0, "--weights-precision", "bf16"]
+    often = play("ppo", tmp_path / "often", *flags, world_size=2)
+    seldom = play("ppo", tmp_path / "seldom", *flags, "--checkpoint-every", 0, world_size=2)
+    last = saved_steps(seldom)[-1]
+    assert len(saved_steps(often)) > 1
+    assert differences(*(load(checkpoint(folder, last))["agent"] for folder in (often, seldom))) == []
+
+
 # --- Messages
 
 

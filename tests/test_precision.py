@@ -66,6 +66,16 @@ def test_the_state_is_interchangeable_with_that_of_torch_s_scaler() -> None:
     assert theirs.get_scale() == 64
 
 
+def test_the_scale_stays_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "growth_interval", 1)
+    scaler = LossScale("cpu")
+    for _ in range(200):
+        assert scaler.overflows(torch.zeros(1)) == 0
+    assert scaler.scale_factor == 2.0**127
+    assert scaler.overflows(torch.tensor([HUGE])) == 1
+    assert scaler.scale_factor == 2.0**126
+
+
 @pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"scale": HUGE}, {"scale": float("nan")}, {"_growth_tracker": -1}])
 def test_a_scale_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
     scaler = LossScale("cpu")

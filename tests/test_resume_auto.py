@@ -111,6 +111,12 @@ def test_arguments_are_the_same_where_they_name_a_run_alike(kind: Any) -> None:
         assert same == (names[0] == names[1]), field.name
 
 
+def test_a_decoupled_run_is_not_that_of_the_coupled_script() -> None:
+    coupled, decoupled = PPOArgs(), PPODecoupledArgs()
+    assert identity(PPODecoupledArgs, vars(coupled)) != identity(PPODecoupledArgs, vars(decoupled))
+    assert identity(PPOArgs, vars(coupled)) != identity(PPOArgs, vars(decoupled))
+
+
 def test_an_argument_that_an_older_run_did_not_know_counts_as_its_default(stopped: Finished, tmp_path: Path) -> None:
     args, path = PPOArgs(log_dir=str(tmp_path)), stopped.folder / "args.json"
     older = path.read_text().replace('"anneal_clip": false,', "")

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -155,6 +157,18 @@ def test_where_there_is_nothing_to_save_yet_sigusr1_ends_the_process_at_once() -
     with mock.patch("os._exit", ends.append):
         StopSignal().hear(signal.SIGUSR1)
     assert ends[0] == 75
+
+
+def test_sigusr1_that_a_launcher_held_back_is_answered_once_somebody_can() -> None:
+    code = (
+        "import os, signal, time\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "from fabricrl.utils.signals import StopSignal\n"
+        "StopSignal()\n"
+        "time.sleep(20)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 75
 
 
 SCONTROL = """#!/bin/sh

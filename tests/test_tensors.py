@@ -1,6 +1,7 @@
 """`--vectorization torch`: rollouts that stay on the device of environments that take and return tensors."""
 
 import importlib
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
@@ -21,12 +23,13 @@ from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
 from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
+from fabricrl.envs.tensors import TensorEnvs
 from fabricrl.utils import utils
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
 from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics
 from fabricrl.utils.update import Runner
 from tests.conftest import BareRun, NoValues, Trained, on_ranks
-from tests.process import differences, load
+from tests.process import differences, load, run_folder, run_team
 
 CPU = torch.device("cpu")
 NUMBERED, SIMULATOR = "tests.tensor_envs:Numbered-v0", "tests.tensor_envs:Simulator-v0"
@@ -231,6 +234,19 @@ def test_a_resumed_run_is_the_straight_run_to_the_bit(
     assert straight.result["return_mean"] == resumed.result["return_mean"]
 
 
+def test_a_resumed_run_of_two_ranks_is_the_straight_run_to_the_bit(tmp_path: Path) -> None:
+    flags = ["--env-id", NUMBERED, "--num-envs", 2, "--num-steps", 16, "--total-timesteps", 256, "--norm-reward"]
+    flags += ["--checkpoint-every", 128, "--keep-checkpoints", 9]
+    straight = run_team("fabricrl.algos.ppo.ppo", *flags, "--log-dir", tmp_path / "straight", folder=tmp_path)
+    folder = run_folder(tmp_path / "straight")
+    half, end = (folder / "checkpoints" / f"step_{step:012d}.ckpt" for step in (128, 256))
+    resumed = run_team("fabricrl.algos.ppo.ppo", "--resume", half, "--log-dir", tmp_path / "more", folder=tmp_path)
+    more = run_folder(tmp_path / "more") / "checkpoints" / end.name
+    assert straight.code == resumed.code == 0
+    for name in ("agent", "optimizer", "envs", "generators"):
+        assert differences(load(end)[name], load(more)[name]) == [], name
+
+
 def test_a_simulator_that_tells_no_state_begins_new_episodes_when_resumed(
     train: Callable[..., Trained], tmp_path: Path
 ) -> None:
@@ -295,6 +311,30 @@ def test_actions_are_clipped_and_counted_from_the_start_of_their_space() -> None
     numbered: Any = make_envs(PPOArgs(env_id=NUMBERED, num_envs=4), 0, Path())
     assert numbered.env._taken(torch.tensor([[0], [1]])).tolist() == [1, 2]
     assert numbered.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+
+
+def test_the_numbers_of_an_episode_that_ended_are_told_not_those_of_the_next() -> None:
+    envs: Any = make_envs(PPOArgs(env_id=NUMBERED, num_envs=4), 0, Path()).env
+    envs.reset(seed=1)
+    number, ended = torch.arange(4.0), torch.tensor([True, False, True, False])
+    given = {"is_success": 0 * number, "final_info": {"is_success": number}, "final_obs": torch.zeros(4, 3)}
+    *_, infos = envs.answer(torch.zeros(4, 3), number, ended, ~ended, given)
+    assert infos["episode_info"][:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+    device = torch.device("meta")  # as of a simulator that has no attribute of this name
+    assert TensorEnvs(envs.env, PPOArgs(env_id=NUMBERED, num_envs=4), device).device == device
+
+
+def test_what_does_not_count_in_a_rollout_of_tensors_may_be_anything() -> None:
+    """NaN as final observations where an episode has not been truncated, and numbers that only one step has told."""
+    rb = DeviceRolloutBuffer(2, 2, Box(-1, 1, (1,)), 1, torch.float32, False, 1, torch.device("cpu"))
+    rb.start(torch.zeros(2, 1))
+    final_obs, truncated = torch.tensor([[math.nan], [0.5]]), torch.tensor([False, True])
+    for t in range(2):
+        infos = {"final_obs": final_obs} | ({} if t else {"episode_info": torch.ones(2, 1)})
+        rb.add(torch.tensor([t]), torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2), ~truncated, truncated, infos)
+    assert (rb.bootstraps * rb.truncated_episodes()[2][:, 0]).tolist() == [0.0, 0.5, 0.0, 0.5]
+    assert rb.is_finite()
+    assert rb.episode_infos[:, 0, 0].isnan().tolist() == [False, True]
 
 
 # --- Faults

@@ -321,7 +321,8 @@ def command(args: StandardArgs, algo: str) -> str:
 def identity(kind: type[StandardArgs], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that make a run what it is, as JSON has them: those that its name comes from, seed and `exp_name`.
 
-    They are the arguments of environment and algorithm. How a run is watched, and where it computes, is no part of it.
+    They are the arguments of environment and algorithm, and whether the script is the decoupled one. How a run is
+    watched, and where it computes, is no part of it.
     Arguments that `values` lack, as they are of an earlier version, have their defaults.
     """
     found, group = {}, ""
@@ -330,7 +331,7 @@ def identity(kind: type[StandardArgs], values: Mapping[str, Any]) -> dict[str, A
         named = group not in UNNAMED_GROUPS and field.name not in UNNAMED
         if named or field.name in ("env_id", "seed", "exp_name"):
             found[field.name] = values.get(field.name, field.default)
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(found | {"is_decoupled": "max_lag" in values}))
 
 
 def _different(args: StandardArgs, groups: set[str], names: set[str]) -> Iterator[tuple[str, Any]]:

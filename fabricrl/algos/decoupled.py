@@ -121,6 +121,12 @@ class Messages:
         for optimizer in self.optimizers:
             optimizer.flat.compare_steps()
 
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Rounds the parameters of a player to those that it would have been sent."""
+        if not self.exact:
+            self.weights.copy_(self.weights.bfloat16())
+
     def orders(self) -> dict[bool, Order]:
         """By whether they are of many iterations."""
         return {bulk: Order(TRAIN, 0, 0, 0, False, False, False, data) for bulk, data in self._data.items()}
@@ -171,6 +177,7 @@ class Trainers:
         self._each(Outbox(Hello(), self.count), hello)
         self._messages = messages
         messages.exact = run.args.weights_precision == "fp32"
+        messages.round_weights()
         turns = self.count * (run.args.max_lag + 2)
         self._orders = {bulk: Outbox(order, turns) for bulk, order in messages.orders().items()}
         self._answer, self._state = Packet(messages.answer()), Packet(messages.state(self.count))
@@ -267,6 +274,11 @@ class Trainers:
         state = self.channel.receive(self._state, self.first, iteration)
         self._messages.load(state.learned)
         run.generators = with_player(state.generators, run.act_rng, run.args.seed, run.global_step)
+
+    def saved(self) -> None:
+        """Goes on, once a checkpoint is written, with the weights that the player had before."""
+        assert self._messages is not None
+        self._messages.round_weights()
 
     def stop(self) -> None:
         """← Answer of what is still under way, as before an early end; → Order, the last one: the run is over."""

@@ -158,6 +158,8 @@ class Run:
             if self.args.resume:  # rank 0 has not found what this rank has
                 self.args = replace(self.args, resume=None)
             return
+        if not self.args.resume:  # this rank has not found what rank 0 has
+            self.args = replace(self.args, resume=str(self.path))
         ranks = 1 if isinstance(self.args, DecoupledArgs) else self.fabric.world_size
         with reading(self.path):
             kept = [] if auto else list(filter(is_given, PER_RANK))
@@ -362,7 +364,8 @@ class Run:
         if stored is None or not fits or stored["obs"][rank].shape != obs.shape:
             return obs
         with reading(self.path):
-            own = {name: value[rank] for name, value in stored.items() if name != "device"}
+            # Clones, since a generator reads its state from the beginning of the storage
+            own = {name: value[rank].clone() for name, value in stored.items() if name != "device"}
             self._envs.env.load_state_dict(own)
             assert self._running is not None
             self._running.returns.copy_(own["returns"])
@@ -847,6 +850,8 @@ class Run:
                 else:
                     state["shards"] = self.trainers.count
             self.save(state, shard)
+            if self.trainers is not None:
+                self.trainers.saved()
         self.clock.lap("log")
 
     def shard(self, rb: Replay) -> dict[str, Any]:

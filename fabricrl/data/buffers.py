@@ -51,7 +51,7 @@ class RolloutBuffer:
         place: where it lies: the CPU but for environments that take and return tensors, see `DeviceRolloutBuffer`.
     """
 
-    cuts: float | Tensor = 1.0  # of each of `truncated_episodes`
+    bootstraps: float | Tensor = 1.0  # weight of each of `truncated_episodes`
 
     def __init__(
         self,

@@ -73,8 +73,8 @@ class DeviceRolloutBuffer(RolloutBuffer):
             columns.append((self.skipped, infos["skipped"]))
         else:
             columns.append((self.final_obs, infos["final_obs"]))
-        if "episode_info" in infos:
-            columns.append((self.episode_infos, infos["episode_info"]))
+        nothing = torch.full_like(self.episode_infos[0], torch.nan)
+        columns.append((self.episode_infos, infos.get("episode_info", nothing)))
         for column, values in columns:
             column.index_copy_(0, t, values[None])
 
@@ -84,13 +84,16 @@ class DeviceRolloutBuffer(RolloutBuffer):
         return True
 
     @property
-    def cuts(self) -> Tensor:  # type: ignore[override]
+    def bootstraps(self) -> Tensor:  # type: ignore[override]
         """[T N], 1 where an episode was truncated and not terminated."""
         return (self.truncated & ~self.terminated).flatten().float()
 
     def truncated_episodes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All steps, of which `cuts` tells those that count: t [T N], env [T N], final observations [T N, D]."""
-        return *self._pairs, self.final_obs.flatten(0, 1)
+        """All steps, of which `bootstraps` tells those that count: t [T N], env [T N], final observations [T N, D].
+
+        These are 0 where they do not count: NaN would stay NaN whatever its weight.
+        """
+        return *self._pairs, torch.where((self.bootstraps > 0)[:, None], self.final_obs.flatten(0, 1), 0.0)
 
     @contextmanager
     def checked(self) -> Iterator[None]:
@@ -108,7 +111,7 @@ class DeviceRolloutBuffer(RolloutBuffer):
 
     def is_finite(self) -> Tensor:
         """True if environments have brought no NaN and no infinity in this rollout, as a tensor."""
-        final_obs = torch.where((self.cuts > 0)[:, None], self.final_obs.flatten(0, 1), 0.0)
+        *_, final_obs = self.truncated_episodes()
         return (self.obs.sum(dtype=torch.float64) + self.rewards.sum() + final_obs.sum(dtype=torch.float64)).isfinite()
 
     def find_nonfinite(self) -> str:

@@ -115,7 +115,7 @@ class TensorEnvs(VectorWrapper):
         EnvError: later, `reset` or `step` returned something else than their spaces promise.
     """
 
-    def __init__(self, envs: VectorEnv, args: Any) -> None:
+    def __init__(self, envs: VectorEnv, args: Any, device: torch.device | str = CPU) -> None:
         super().__init__(envs)
         name, mode = args.env_id, envs.metadata.get("autoreset_mode")
         space, self._actions = envs.single_observation_space, envs.single_action_space
@@ -127,7 +127,7 @@ class TensorEnvs(VectorWrapper):
             )
         if envs.num_envs != args.num_envs:
             raise EnvError(f"{name} has {envs.num_envs} environments where {args.num_envs} were asked for")
-        self.device = torch.device(getattr(envs, "device", "cpu"))
+        self.device = torch.device(device)
         low, high = (bound.reshape(-1).astype(np.float32) for bound in (space.low, space.high))
         self.single_observation_space = Box(low, high)
         self.observation_space = batch_space(self.single_observation_space, args.num_envs)
@@ -182,7 +182,7 @@ class TensorEnvs(VectorWrapper):
             raise EnvError("environments of tensors that reset in the same step returned no `final_obs` in their infos")
         else:
             infos["final_obs"] = self._vectors("step, as final_obs,", given["final_obs"])
-        told = given if self._resets_later else given.get("final_info", {}) | given
+        told = given if self._resets_later else given | given.get("final_info", {})
         infos |= self._told(told, terminated | truncated)
         return obs, rewards, terminated, truncated, infos
 

@@ -546,7 +546,7 @@ def _construct_tensors(args: Any, device: Any) -> Any:
                 f"--vectorization torch: what {args.env_id} is registered with as vector_entry_point takes no `device`"
             ) from error
         raise _construction_error(args.env_id, args.env_kwargs, error) from error
-    return TensorEnvs(envs, args)
+    return TensorEnvs(envs, args, device)
 
 
 def _construct(args: Any, render_mode: str | None = None) -> gym.Env:

@@ -279,7 +279,8 @@ def _refresh(normalizer: RunningNormalizer, _: object) -> None:
 class RewardNormalizer(RunningNormalizer):
     """Divides rewards by the running deviation of the discounted return, so that critics learn numbers of order one.
 
-    The discounted return so far of each environment is not saved: a run that is resumed begins new episodes.
+    The discounted return so far of each environment is not saved with the agent: a run that is resumed begins new
+    episodes, unless its environments tell their state.
     """
 
     def __init__(self, clip: float = 10.0) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fabricrl.utils.errors import CheckpointError
 
 NUMBERS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+LARGEST = 2.0**127  # finite in float32
 
 
 class LossScale:
@@ -20,7 +21,7 @@ class LossScale:
     the gradient after it has been averaged over ranks, which therefore keep the same scale.
 
     Attributes:
-        scale, growth_tracker: the factor, and steps since it has changed; scalars that change in place.
+        scale_factor, growth_tracker: the factor, and steps since it has changed; scalars that change in place.
     """
 
     growth_factor, backoff_factor, growth_interval = 2.0, 0.5, 2000
@@ -44,7 +45,7 @@ class LossScale:
         tracked = (self.growth_tracker + 1) * (1 - overflow).int()
         grows = tracked >= self.growth_interval
         shrunk = torch.where(overflow > 0, self.backoff_factor, 1.0)
-        self.scale_factor.mul_(torch.where(grows, self.growth_factor, shrunk))
+        self.scale_factor.mul_(torch.where(grows, self.growth_factor, shrunk)).clamp_(max=LARGEST)
         self.growth_tracker.copy_(tracked * (~grows).int())
         return overflow
 

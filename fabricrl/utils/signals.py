@@ -59,12 +59,15 @@ class StopSignal:
         if StopSignal._pipe < 0:
             reading, StopSignal._pipe = os.pipe()
             os.set_blocking(StopSignal._pipe, False)
-            threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True).start()
+        else:
+            reading = -1
         for number in NUMBERS if raises else (*NUMBERS, PREEMPT):
             signal.signal(number, self._handle)
         if not raises:  # so that all processes that this thread starts ignore what is sent to the whole job
             signal.pthread_sigmask(signal.SIG_BLOCK, {PREEMPT})
         signal.set_wakeup_fd(StopSignal._pipe, warn_on_full_buffer=False)
+        if reading >= 0:  # only now: it lets through what has come while a launcher had it blocked
+            threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first = not self.received
