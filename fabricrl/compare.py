@@ -171,7 +171,8 @@ def group_logs(named: Sequence[tuple[str, Log]], final: float = 0.1) -> list[Gro
     groups: dict[tuple[str, str], list[Log]] = {}
     for given, log in named:
         a = log.arguments
-        changed = [f"{name.replace('_', '-')}={a[name]}" for name in sorted(telling - {"exp_name"})] if a else []
+        names = [name for name in sorted(telling - {"exp_name"}) if a and a[name] is not None]
+        changed = [f"{name.replace('_', '-')}={a[name]}" for name in names]
         script = log.folder.parent.parent.name + "_decoupled" * ("max_lag" in a) if a else log.name
         algo = a.get("exp_name") or script
         groups.setdefault((a.get("env_id", ""), given or " ".join([algo, *changed])), []).append(log)
@@ -229,7 +230,10 @@ def summarise(groups: Sequence[Group], threshold: float | None = None) -> list[d
         low, high = interval(group.finals)
         row: dict[str, Any] = {"env": group.env_id, "group": group.name, "seeds": len(group.finals)}
         row |= {"iqm": float(iqm(group.finals)), "iqm_low": float(low), "iqm_high": float(high)}
-        row |= {"mean": float(group.finals.mean()), "std": float(group.finals.std())}
+        row |= {
+            "mean": float(group.finals.mean()),
+            "std": float(group.finals.std()) if len(group.finals) > 1 else np.nan,
+        }
         row |= {"steps": int(group.grid[-1]), "seconds": float(group.seconds.mean())}
         row |= {"threshold": float(goal), "steps_to_threshold": float(np.median(steps_to(group, goal)))}
         better = better_low = better_high = np.array(np.nan)  # than itself
@@ -258,7 +262,7 @@ def as_json(rows: Sequence[dict[str, Any]]) -> str:
 
 def warn_of_few_seeds(rows: Sequence[dict[str, Any]]) -> None:
     """Tells on standard error that intervals over fewer than five seeds are too narrow."""
-    if min(row["seeds"] for row in rows) < 5:
+    if any(1 < row["seeds"] < 5 for row in rows):
         print("note: over fewer than five seeds, an interval is narrower than it should be", file=sys.stderr)
 
 
@@ -274,7 +278,8 @@ def markdown(rows: Sequence[dict[str, Any]], first: dict[str, str]) -> str:
     for row in rows:
         reached = f"{row['steps_to_threshold']:.0f}" if np.isfinite(row["steps_to_threshold"]) else "never"
         cells = [row["env"], row["group"], str(row["seeds"]), _between(row["iqm"], row["iqm_low"], row["iqm_high"], 1)]
-        cells += [f"{row['mean']:.1f} ± {row['std']:.1f}", str(row["steps"]), f"{reached} ({row['threshold']:.4g})"]
+        spread = f" ± {row['std']:.1f}" if row["seeds"] > 1 else ""
+        cells += [f"{row['mean']:.1f}{spread}", str(row["steps"]), f"{reached} ({row['threshold']:.4g})"]
         cells += [f"{row['seconds']:.0f}" if np.isfinite(row["seconds"]) else "", ""]
         if row["group"] != first[row["env"]]:
             cells[-1] = _between(row["better"], row["better_low"], row["better_high"], 2)

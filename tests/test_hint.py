@@ -61,8 +61,9 @@ def test_slow_environments_that_were_asked_to_be_stepped_one_by_one_are_better_i
 
 def test_playing_and_training_at_once_is_advised_where_both_take_their_time_and_a_core_is_free() -> None:
     both = {"env": 20, "train": 20, "compile": True}
-    assert told(**both) == "env and act 0.56, train 0.44 of the time: ppo_decoupled.py --devices 2 does both at once"
-    assert "droq_decoupled.py" in str(told("droq", **both))
+    shares = "env and act 0.56, train 0.44 of the time"
+    assert told(**both) == f"{shares}: fabricrl ppo-decoupled --devices 2 plays and trains at the same time"
+    assert "fabricrl droq-decoupled" in str(told("droq", **both))
     assert told(**both, max_lag=1) is None
     assert told(**both, ranks=2) is None
     assert told(**both, num_threads=2) is None

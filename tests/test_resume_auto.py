@@ -56,7 +56,7 @@ def test_the_same_command_starts_a_run_goes_on_with_it_and_then_has_nothing_to_d
     before = {path: path.read_bytes() for path in (second.folder / "checkpoints").iterdir()}
     third = call(ppo.main, *FLAGS, "--log-dir", tmp_path)
     assert (third.code, third.folder) == (0, stopped.folder)
-    text = f"nothing to do: 1024 of 1024 steps are done; --resume {stopped.folder} --total-timesteps 2048 goes on"
+    text = f"nothing to do: 1024 of 1024 steps are done; to continue: --resume {stopped.folder} --total-timesteps 2048"
     assert text in third.err.splitlines()
     assert {path: path.read_bytes() for path in (second.folder / "checkpoints").iterdir()} == before
 

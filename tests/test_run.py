@@ -229,8 +229,8 @@ def test_paths_below_the_current_folder_begin_there(tmp_path: Path, monkeypatch:
         assert ended.checkpoint.exists()
         assert "writing to logs/ppo/" in ended.err
         assert str(tmp_path) not in ended.err
-    assert "nothing to do: 128 of 128 steps are done; --resume " in again.err
-    assert "--total-timesteps 256 goes on" in again.err
+    assert "nothing to do: 128 of 128 steps are done; to continue: --resume " in again.err
+    assert "--total-timesteps 256" in again.err
     assert call(main, "--resume", first.checkpoint, "--total-timesteps", 256).result["steps"] == "256"
 
 

@@ -87,7 +87,7 @@ def test_after_a_stop_the_run_can_be_resumed(tmp_path: Path) -> None:
     with mock.patch.object(ppo, "gae", signalled):
         stopped = call(ppo.main, *ENDLESS, *log_under(tmp_path))
     assert (stopped.code, stopped.result["steps"]) == (143, "32")
-    assert f"stopped at step 32; --resume {stopped.folder} goes on" in stopped.err.splitlines()
+    assert f"stopped at step 32; to continue: --resume {stopped.folder}" in stopped.err.splitlines()
     resumed = call(ppo.main, "--resume", stopped.folder, "--total-timesteps", 96)
     assert (resumed.code, resumed.result["steps"]) == (0, "96")
     assert resumed.folder == stopped.folder

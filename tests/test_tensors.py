@@ -363,8 +363,11 @@ def test_faults_of_environments_are_told_in_a_line(
     ("flags", "words"),
     [
         (["--env-id", "Acrobot-v1"], "Acrobot-v1 has no vector_entry_point, unlike torch/Acrobot-v1, "),
-        (["--env-id", "CartPole-v1"], "what CartPole-v1 is registered with as vector_entry_point takes no `device`"),
-        (["--env-id", "tests.tensor_envs:Ignorant-v0"], "takes no `device`"),
+        (
+            ["--env-id", "CartPole-v1"],
+            "CartPole-v1 does not take tensors: its vector_entry_point has no argument `device`",
+        ),
+        (["--env-id", "tests.tensor_envs:Ignorant-v0"], "has no argument `device`"),
         (["--env-id", "tests.tensor_envs:TensorPictures-v0"], "observations must be a Box of real numbers"),
         (["--env-id", "tests.tensor_envs:None-v0"], "is not a known environment"),
         (["--env-id", "no_such_module:None-v0"], "needs a package that is not installed"),

@@ -547,7 +547,12 @@ def _preset(kind: type[StandardArgs], name: str, presets: dict[str, dict[str, An
     path = Path(sys.modules[kind.__module__].__file__ or "").with_name("presets.toml")
     tuned = tomllib.loads(path.read_text()) if path.exists() else {}
     family = re.sub(r"-v\d+$", "", env_id)
-    require(family in tuned, "preset", name, f"another one: {env_id} is not tuned; {', '.join(tuned) or 'nothing'} is")
+    require(
+        family in tuned,
+        "preset",
+        name,
+        f"another one: there are tuned settings for {', '.join(tuned) or 'nothing'}, not for {env_id}",
+    )
     settings = {field: tuple(value) if isinstance(value, list) else value for field, value in tuned[family].items()}
     return settings | {"env_id": env_id}
 

@@ -762,6 +762,9 @@ class Run:
             self._score = self._eval_return = self._eval_charts["eval/return_mean"]
             if self.args.stop_at_return is not None and self._score >= self.args.stop_at_return:
                 self._is_last = True
+                if self.team.global_rank == 0:
+                    text = f"mean return {self._score:.2f} of an evaluation reaches --stop-at-return"
+                    print(f"stopping at step {self.global_step}: {text}", file=sys.stderr, flush=True)
         self.clock.lap("eval")
 
     def _after_step(self, ended: int) -> None:

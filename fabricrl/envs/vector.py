@@ -543,7 +543,8 @@ def _construct_tensors(args: Any, device: Any) -> Any:
     except (Exception, SystemExit) as error:
         if isinstance(error, TypeError) and "'device'" in str(error):
             raise ConfigError(
-                f"--vectorization torch: what {args.env_id} is registered with as vector_entry_point takes no `device`"
+                f"--vectorization torch: {args.env_id} does not take tensors: its vector_entry_point has no argument "
+                "`device`"
             ) from error
         raise _construction_error(args.env_id, args.env_kwargs, error) from error
     return TensorEnvs(envs, args, device)

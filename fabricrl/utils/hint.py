@@ -40,5 +40,6 @@ def hint(args: Any, algo: str, device: str, world_size: int, seconds: Mapping[st
     alone = world_size == 1 and not hasattr(args, "max_lag") and cores >= 2 * threads
     if alone and min(playing, shares["train"]) > 0.3:
         text = f"env and act {playing:.2f}, train {shares['train']:.2f} of the time"
-        return f"{text}: {algo}_decoupled.py --devices 2 does both at once"
+        twin = algo.replace("_", "-") + "-decoupled"
+        return f"{text}: fabricrl {twin} --devices 2 plays and trains at the same time"
     return None

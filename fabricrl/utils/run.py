@@ -159,12 +159,16 @@ class RunFolder:
         self.close("success")
         if self.fabric.global_rank == 0:
             if stopped and self.checkpoint is not None:
-                print(f"stopped at step {step}; --resume {from_here(self.folder)} goes on", file=sys.stderr, flush=True)
+                print(
+                    f"stopped at step {step}; to continue: --resume {from_here(self.folder)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if step == self.first_step and not stopped:
                 done = f"{step} of {self.args.total_timesteps} steps are done"
                 done += ", and --stop-at-return is reached" * self.has_stopped
-                how = "another --stop-at-return" if self.has_stopped else f"--total-timesteps {2 * step}"
-                print(f"nothing to do: {done}; --resume {from_here(self.folder)} {how} goes on", file=sys.stderr)
+                how = "--stop-at-return <more>" if self.has_stopped else f"--total-timesteps {2 * step}"
+                print(f"nothing to do: {done}; to continue: --resume {from_here(self.folder)} {how}", file=sys.stderr)
             fields = f"steps={step} sps={self.sps(step):.0f} return_mean={episodes.mean_return:.2f}"
             fields += f" episodes={episodes.count}"
             fields += "" if evaluated is None else f" eval_return_mean={evaluated:.2f}"
