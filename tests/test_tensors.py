@@ -383,7 +383,7 @@ def test_what_cannot_be_is_refused_by_name(flags: list[Any], words: str, train: 
 
 
 def test_native_is_another_thing(train: Callable[..., Trained]) -> None:
-    with pytest.raises(ConfigError, match="torch/CartPole-v1 has no native form, unlike .*CartPole-v0, CartPole-v1"):
+    with pytest.raises(ConfigError, match=r"torch/CartPole-v1 has no native form, unlike .*CartPole-v0, CartPole-v1"):
         train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1", "--vectorization", "native")
 
 
