@@ -346,7 +346,7 @@ def main() -> int:
     parser.add_argument("--out", type=picture, help="picture to draw: png, svg or pdf; tables go beside it (.md, .csv)")
     parser.add_argument("--metric", default="", help="tag to compare (default: the returns of training episodes)")
     parser.add_argument("--final", type=float, default=0.1, help="last share of a run for its final return (0.1)")
-    parser.add_argument("--threshold", type=float, help="return; the steps to reach it are shown (default: 0.9 of the way)")
+    parser.add_argument("--threshold", type=float, help="return to reach, in how many steps (default: 0.9 of the way)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     options = parser.parse_args()
     require(0 < options.final <= 1, "final", options.final, "above 0, at most 1")
