@@ -276,6 +276,9 @@ TASKS = {
     "tuned-cartpole": tuned(PPO, "CartPole-v1", 490, (500.0, 0.0), "CartPole-v1, 100k steps"),
     "tuned-pendulum": tuned(PPO, "Pendulum-v1", -172.2 - 104.2, (-172.2, 104.2), "Pendulum-v1 with gSDE, 100k steps"),
     "tuned-acrobot": tuned(PPO, "Acrobot-v1", -73.5 - 18.2, (-73.5, 18.2), "Acrobot-v1, 1M steps"),
+    "tuned-mountaincar-continuous": tuned(
+        PPO, "MountainCarContinuous-v0", 88.3 - 2.6, (88.3, 2.6), "MountainCarContinuous-v0 with gSDE, 20k steps"
+    ),
     "tuned-mountaincar": tuned(PPO, "MountainCar-v0", -110.4 - 19.5, (-110.4, 19.5), "MountainCar-v0, 1M steps"),
     "tuned-recurrent-cartpole": tuned(RECURRENT, "CartPole-v1", 490, (500.0, 0.0), "CartPoleNoVel-v1, 100k steps"),
     "tuned-sac-pendulum": tuned(f"{SAC} {ONE}", "Pendulum-v1", -157.0 - 88.7, (-157.0, 88.7), "Pendulum-v1, 20k steps"),
