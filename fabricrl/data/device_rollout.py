@@ -44,6 +44,7 @@ class DeviceRolloutBuffer(RolloutBuffer):
         self.steps = torch.arange(num_steps, device=device).split(1)
         self.final_obs = self.obs[1:] if skips else torch.zeros_like(self.obs[1:])
         self.episode_infos = torch.full((num_steps, num_envs, num_keys), torch.nan, device=device)
+        self._untold = self.episode_infos[0].clone()
         rows, columns = torch.arange(num_steps, device=device), torch.arange(num_envs, device=device)
         self._pairs = rows.repeat_interleave(num_envs), columns.repeat(num_steps)
 
@@ -73,8 +74,7 @@ class DeviceRolloutBuffer(RolloutBuffer):
             columns.append((self.skipped, infos["skipped"]))
         else:
             columns.append((self.final_obs, infos["final_obs"]))
-        nothing = torch.full_like(self.episode_infos[0], torch.nan)
-        columns.append((self.episode_infos, infos.get("episode_info", nothing)))
+        columns.append((self.episode_infos, infos.get("episode_info", self._untold)))
         for column, values in columns:
             column.index_copy_(0, t, values[None])
 
