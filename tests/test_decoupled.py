@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from fabricrl.algos.ppo_recurrent.args import RecurrentPPODecoupledArgs
 from fabricrl.algos.sac import sac_decoupled
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import Batch, NewestSteps, ReplayBuffer, StackedFrames
+from fabricrl.utils import ranks as ranks_module
 from fabricrl.utils.decoupled import (
     ABORT,
     PLAYER,
@@ -52,7 +54,7 @@ from fabricrl.utils.errors import CheckpointError, ConfigError, LostPeerError, N
 from fabricrl.utils.metric import MeanMetrics, Stopwatch
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.optimizer import Adam, average_gradients
-from fabricrl.utils.ranks import all_gather, all_max
+from fabricrl.utils.ranks import all_gather, all_max, mean_over_ranks
 from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import generators
 from tests.conftest import BareRun
@@ -748,12 +750,16 @@ def grouped(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
     rows = torch.arange(12.0).view(4, 3)[2 * max(rank - 1, 0) :][:2] if rank else torch.arange(12.0).view(4, 3)
     group.backward(wrapped(rows).square().mean())
     metrics = average_gradients(group, optimizer, torch.tensor([float(rank)]))  # type: ignore[arg-type]
+    with mock.patch.object(ranks_module, "FEW", 1):  # more ranks than that leave the sum to the collective
+        row = torch.tensor([rank, 1.0])
+        many = [mean_over_ranks(group, row), row] if rank != PLAYER else []  # type: ignore[arg-type]
     stop = StopSignal()
     stop.received = {0: 0, 1: 0, 2: 15}[rank]
     result = {
         "size": group.world_size, "rank": group.global_rank, "grad": optimizer.gradient, "metrics": metrics,
         "sum": group.all_reduce(torch.tensor([rank + 1.0])), "gathered": all_gather(group, torch.tensor(rank)),
         "max": all_max(group, rank), "stop": stop.exit_code(group), "device": str(group.device), "told": [],
+        "many": many,
     }  # fmt: skip
     if rank == PLAYER:
         return result | {"broadcast": group.broadcast("path")}
@@ -773,6 +779,9 @@ def test_trainers_average_gradients_and_agree_among_themselves_and_the_player_is
     assert torch.equal(first["grad"], second["grad"]), "trainers step by different gradients"
     torch.testing.assert_close(first["grad"], player["grad"])  # of all rows at once
     assert [rank["metrics"].item() for rank in (player, first, second)] == [0, 1.5, 1.5]
+    assert [[part.tolist() for part in rank["many"]] for rank in (first, second)] == [
+        [[1.5, 1.0], [rank, 1.0]] for rank in (1.0, 2.0)
+    ]
     assert [rank["sum"].item() for rank in (player, first, second)] == [1, 5, 5]
     assert [rank["gathered"].tolist() for rank in (player, first, second)] == [[0], [1, 2], [1, 2]]
     assert [rank["max"] for rank in (player, first, second)] == [0, 2, 2]

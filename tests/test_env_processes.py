@@ -401,3 +401,9 @@ def test_environments_that_start_from_equal_observations_are_reported(
     assert capsys.readouterr().err == text, "once, by one rank"
     build(kind if kind != "native" else "sync").reset(seed=[1, 2])
     assert capsys.readouterr().err == ""
+
+
+def test_games_may_start_from_equal_frames(build: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    obs, _ = build("sync", "CountingImages", module="image_envs").reset(seed=[1, 1])
+    assert (obs[0] == obs[1]).all()
+    assert capsys.readouterr().err == ""

@@ -232,7 +232,7 @@ class Trainers:
     def keep_waiting(self) -> None:
         """→ Order, to wait for the next: in an evaluation that takes long, since trainers give up a silent player."""
         quarter = 15 * self.run.args.timeout  # of what they wait, in seconds
-        if self.leads and 0 < quarter < time.monotonic() - self._spoke:
+        if 0 < quarter < time.monotonic() - self._spoke:
             self._spoke = time.monotonic()
             self._command(WAIT)
 

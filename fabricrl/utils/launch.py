@@ -258,7 +258,17 @@ def _explaining(options: dict[str, Any]) -> Iterator[None]:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise LostPeerError(f"rank {own_rank()} has not met the others at {place}: {reason(error)}") from error
         given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-        raise ConfigError(f"{given} is not available here: {one_line(error)}") from error
+        wants_gpu = options.get("accelerator") in ("cuda", "gpu") and not torch.cuda.is_available()
+        cause = _no_gpu() if wants_gpu else one_line(error)
+        raise ConfigError(f"{given} is not available here: {cause}") from error
+
+
+def _no_gpu() -> str:
+    """Why there is no GPU, and what to do about it."""
+    instead = "or train with --accelerator cpu"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"PyTorch {torch.__version__} is without CUDA: install one with it (https://pytorch.org), {instead}"
+    return f"PyTorch finds no GPU: nvidia-smi must list one, and CUDA_VISIBLE_DEVICES not hide it, {instead}"
 
 
 def _threads(args: Any, fabric: Fabric) -> int:
@@ -293,6 +303,8 @@ def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:
     if fabric.world_size == 1:
         return
     check_parameters(fabric, module)
+    if obs.dtype == torch.uint8:  # frames: games start alike
+        return
     firsts = all_gather(fabric, obs.flatten())  # [W, ...]
     if fabric.global_rank == 0 and len(firsts.unique(dim=0)) < len(firsts):
         print("warning: some ranks start from equal observations; is the environment seeded?", file=sys.stderr)
