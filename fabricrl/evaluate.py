@@ -67,9 +67,7 @@ def check_screen() -> None:
     """Raises EnvError where no window can be opened: MuJoCo aborts there, and pygame draws for nobody."""
     screens = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
     if sys.platform == "linux" and not any(map(os.environ.get, screens)):
-        raise EnvError(
-            "--render needs a screen, and there is none (DISPLAY is not set): record with --capture-video"
-        )
+        raise EnvError("--render needs a screen, and there is none (DISPLAY is not set): record with --capture-video")
 
 
 def video_folder(policy: Policy, source: str) -> Path:
