@@ -286,6 +286,8 @@ def test_a_runs_totals_stay_whatever_the_number_of_ranks() -> None:
     assert shares(PPOArgs(), 8, 2, num_envs=4) == {"num_envs": 1}
     kept = resume.for_ranks(sac_args, {"args": stored, "world_size": 2}, 1, ["num_envs"])
     assert kept == {"batch_size": 512, "buffer_size": 1002}  # of as many environments as each rank had
+    more = SACArgs(num_envs=8, batch_size=256, buffer_size=1002)
+    assert resume.for_ranks(more, {"args": stored, "world_size": 2}, 2, ["num_envs"]) == {"batch_size": 256}
 
 
 @pytest.mark.parametrize(
