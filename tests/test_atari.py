@@ -218,6 +218,14 @@ def test_the_time_limit_of_a_game_is_carried_over(monkeypatch: pytest.MonkeyPatc
         assert 98 <= end <= 101
 
 
+def test_a_game_without_a_time_limit_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("ale_py.vector_env.AtariVectorEnv", lambda game, num_envs, **given: told.update(given))
+    monkeypatch.setitem(gym.registry["ALE/Pong-v5"].kwargs, "max_num_frames_per_episode", None)
+    environments("native").close()
+    assert told["max_num_frames_per_episode"] > 2e9  # ale-py's own, if it is told none, is 30 minutes
+
+
 def test_policies_that_draw_their_actions_earn_alike(games: Callable) -> None:
     """Points lost at Pong come one by one, so that their number has an error of about its root."""
     lost = []
