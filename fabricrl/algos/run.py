@@ -32,8 +32,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
 from fabricrl.algos.acting import example_inputs, faster_device
-from fabricrl.algos.args import AUTO, check_sizes, command, parse, run_name
+from fabricrl.algos.args import AUTO, check_sizes
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.evaluation import Evaluation
+from fabricrl.algos.names import command, run_name
 from fabricrl.algos.resume import go_on, newest_run
 from fabricrl.algos.underway import Underway
 from fabricrl.data import DeviceRolloutBuffer, Replay, RolloutBuffer
