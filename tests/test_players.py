@@ -428,3 +428,46 @@ def test_what_players_cannot_share_is_refused_in_one_line(
     ended = run_team(MODULE[algo], *line, folder=tmp_path, code=2, world_size=world_size)
     assert ended.errors == [f"error: {words}"], ended.report()
     assert not (tmp_path / "logs").exists()
+
+
+# --- Players on the CPU beside trainers that own GPUs
+
+
+def stand_in_for_gpus(rank: int) -> None:
+    """Two GPUs, for which the CPU stands: each rank notes the one that it has, and how its group would average."""
+    from lightning.fabric.accelerators import CUDAAccelerator
+    from lightning.fabric.plugins.collectives import TorchCollective
+
+    from fabricrl.algos import decoupled
+    from fabricrl.utils.process import PLACE
+
+    create_group, notes = TorchCollective.create_group, Path(os.environ["NOTES"])
+
+    def noted(collective: TorchCollective, backend: str, **more: Any) -> Any:
+        with (notes / str(rank)).open("a") as file:
+            print(PLACE.gpu, backend, *more.get("ranks", ["all"]), file=file)
+        return create_group(collective, backend="gloo", **more)
+
+    def placed(fabric: Any) -> torch.device:
+        return torch.device("cpu", PLACE.gpu)
+
+    CUDAAccelerator.is_available = staticmethod(lambda: True)  # type: ignore[method-assign]
+    CUDAAccelerator.parse_devices = staticmethod(lambda devices: [0, 1][: len(devices)])  # type: ignore[method-assign]
+    torch.cuda.set_device = lambda gpu: None
+    decoupled.trainer_device = placed
+    TorchCollective.create_group = noted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "droq"])
+def test_players_on_the_cpu_take_no_gpu_and_change_nothing(algo: str, tmp_path: Path) -> None:
+    plain = play(algo, tmp_path / "plain", "--max-lag", 0, world_size=3)
+    on_gpus, notes = ["--accelerator", "cuda", "--player-device", "cpu"], {"NOTES": str(tmp_path)}
+    options: dict[str, Any] = {"prepare": stand_in_for_gpus, "variables": notes}
+    beside = play(algo, tmp_path / "beside", "--max-lag", 0, *on_gpus, world_size=3, **options)
+    messages, gradients = "gloo all", "nccl 1 2"
+    told = [(tmp_path / str(rank)).read_text().splitlines() for rank in range(3)]
+    assert told[0][0] == f"None {messages}"
+    assert told[1:] == [[f"{gpu} {messages}", f"{gpu} {gradients}"] for gpu in (0, 1)]
+    last = saved_steps(plain)[-1]
+    assert saved_steps(beside) == saved_steps(plain)
+    assert differences(content(checkpoint(plain, last)), content(checkpoint(beside, last))) == []

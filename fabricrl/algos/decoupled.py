@@ -51,6 +51,7 @@ from fabricrl.utils.decoupled import (
     State,
     make_groups,
     player_device,
+    trainer_device,
     with_player,
 )
 from fabricrl.utils.ending import is_communication_error, reason, report
@@ -535,7 +536,7 @@ def run_ranks(
             else:  # each sees all, as if it were alone
                 run.join(Group(fabric, device=device), Group(fabric, team, device))
             return player(run.args, run, trainers)
-    run.join(Group(fabric, learners))
+    run.join(Group(fabric, learners, trainer_device(fabric)))
     end = Player(run, Channel(world, players * (args.max_lag + 1)))
     with telling(end, players), before_hello(end):
         trainer(args, run, end)
