@@ -38,7 +38,7 @@ DROQ = str(ROOT / "fabricrl/algos/droq/droq.py")
 EVALUATE = str(ROOT / "fabricrl/evaluate.py")
 PYTHON = [sys.executable]
 FORKED = ["forked"]  # a script after it starts in milliseconds, see `Forked`
-LIMIT = 120  # seconds; only a process that hangs ever needs them
+LIMIT = 300  # seconds, after which something hangs, however busy the machine
 # What a launcher around the tests would have set, and what would make our launchers believe that they run inside it
 LAUNCHERS = re.compile(
     r"(LT|TORCHELASTIC|TORCH_NCCL|SLURM)_.*|(LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE|NAME)|MASTER_.*"

@@ -22,7 +22,8 @@ from lightning.fabric.strategies import DDPStrategy
 from fabricrl import algos
 from fabricrl.algos import evaluation
 from fabricrl.algos import run as run_module
-from fabricrl.algos.args import StandardArgs, parse
+from fabricrl.algos.args import StandardArgs
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.ppo import ppo as ppo_script
 from fabricrl.algos.ppo.agent import ACTION_SPACES
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs

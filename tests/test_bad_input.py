@@ -12,7 +12,8 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 from fabricrl import evaluate
 from fabricrl.algos import run as run_module
-from fabricrl.algos.args import check_sizes, parse
+from fabricrl.algos.args import check_sizes
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.agent import PPOAgent

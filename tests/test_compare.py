@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fabricrl import compare
-from fabricrl.algos.args import UNNAMED
+from fabricrl.algos.names import UNNAMED
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement

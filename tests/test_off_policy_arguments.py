@@ -14,7 +14,8 @@ from gymnasium.spaces import Box
 from gymnasium.vector import SyncVectorEnv
 
 from fabricrl.algos import run as run_module
-from fabricrl.algos.args import StandardArgs, parse
+from fabricrl.algos.args import StandardArgs
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.off_policy import utils as off_policy

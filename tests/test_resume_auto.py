@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fabricrl.algos import resume, run
-from fabricrl.algos.args import identity, run_name
+from fabricrl.algos.names import identity, run_name
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.sac.args import SACArgs

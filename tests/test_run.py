@@ -16,7 +16,8 @@ from urllib.parse import parse_qs, urlsplit
 import gymnasium as gym
 import pytest
 
-from fabricrl.algos.args import _preset, run_name
+from fabricrl.algos.command_line import preset_values
+from fabricrl.algos.names import run_name
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.envs import make_envs
@@ -173,7 +174,7 @@ def test_a_run_is_named_after_what_was_changed() -> None:
     preset = {"preset": "mujoco", **PRESETS["mujoco"]}
     assert name(**preset) == "ppo_preset=mujoco"
     assert name(**preset | {"num_envs": 4}) == "ppo_num-envs=4_preset=mujoco"  # though it is the default without preset
-    tuned = {**_preset(PPOArgs, "tuned", PRESETS, "CartPole-v1"), "preset": "tuned"}
+    tuned = {**preset_values(PPOArgs, "tuned", PRESETS, "CartPole-v1"), "preset": "tuned"}
     assert name(**tuned) == "ppo_preset=tuned"
     assert name(PPODecoupledArgs, max_lag=0) == "ppo_decoupled_max-lag=0"
     many = {
