@@ -434,7 +434,7 @@ def spy(rank: int) -> None:
             print(json.dumps(entry), file=file)
 
     def wait(rollouts: int) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + LIMIT
         while len(path.with_suffix(".0").read_text().splitlines()) < rollouts:
             assert time.monotonic() < deadline, "the player does not play while the trainers learn"
             time.sleep(0.01)
@@ -694,7 +694,7 @@ def test_a_killed_rank_ends_the_others_with_code_7_and_a_line(
     with team(MODULE[algo], *flags, folder=tmp_path, world_size=world_size) as running:
         wait_for_checkpoint(running, tmp_path)
         os.kill(running.ranks[victim].pid or 0, signal.SIGKILL)
-        assert_ended(running, [-9 if rank == victim else 7 for rank in range(world_size)], within=30)
+        assert_ended(running, [-9 if rank == victim else 7 for rank in range(world_size)], within=LIMIT)
     assert re.fullmatch(rf"rank {victim}, process {running.ranks[victim].pid} of \S+, has ended", loss_told(running))
     assert_newest_loads(algo, tmp_path)
 
@@ -705,7 +705,7 @@ def test_a_stopped_trainer_ends_the_others_with_code_7_once_the_time_is_out(tmp_
     with team(MODULE["sac"], *flags, folder=tmp_path, world_size=3) as running:
         wait_for_checkpoint(running, tmp_path)
         os.kill(running.ranks[2].pid or 0, signal.SIGSTOP)
-        assert_ended(running, [7, 7, 7], within=6 + 30)  # the others wake it, and what it finds ends it, too
+        assert_ended(running, [7, 7, 7], within=LIMIT)  # the others wake it, and what it finds ends it, too
     assert re.fullmatch(rf"rank 2, process {running.ranks[2].pid} of \S+, has been stopped", loss_told(running))
     assert_newest_loads("sac", tmp_path)
 
@@ -835,7 +835,7 @@ def test_a_signal_to_any_rank_ends_all_with_a_checkpoint_that_resumes(
         wait_for_checkpoint(running, tmp_path)
         for rank in ranks:
             os.kill(running.ranks[rank].pid or 0, number)
-        assert_ended(running, [code] * 3, within=30)
+        assert_ended(running, [code] * 3, within=LIMIT)
     assert running.errors == []
     path = assert_newest_loads(algo, tmp_path)
     step = load(path)["global_step"]

@@ -25,7 +25,7 @@ from fabricrl.envs import check_env, guard, make_envs, vector, workers
 from fabricrl.utils.errors import EnvError
 from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import env_seeds
-from tests.process import FORKED, PPO, PYTHON, call, run, run_team, started, wait_for
+from tests.process import FORKED, PPO, PYTHON, call, run, run_team, signal_again, started, wait_for
 from tests.process_envs import multiply
 
 KINDS = ["sync", "async"]
@@ -346,8 +346,7 @@ def test_a_second_signal_ends_a_run_whose_environment_hangs(tmp_path: Path) -> N
     with started(*FORKED, PPO, *SMALL, *flags, "--log-dir", tmp_path / "logs") as running:
         wait_for(lambda: noted(tmp_path, "hanging"), running)
         running.process.send_signal(signal.SIGINT)
-        time.sleep(1.2)  # sooner it would count as the same
-        running.process.send_signal(signal.SIGTERM)
+        signal_again(running.process, signal.SIGTERM)
         running.finish()  # asserts that no process is left
     assert running.code == 143, running.report()
 

@@ -28,7 +28,7 @@ from fabricrl.envs.spaces import env_actions
 from fabricrl.envs.vector import check_env, make_envs
 from fabricrl.utils.decoupled import Packet
 from fabricrl.utils.errors import EnvError, RunError
-from tests.process import call, differences, load, run_folder, run_team, saved_steps, team
+from tests.process import LIMIT, call, differences, load, run_folder, run_team, saved_steps, team
 from tests.test_decoupled import Data, answered, some_messages, watched
 from tests.test_decoupled_run import (
     COUPLED,
@@ -382,7 +382,7 @@ def test_a_killed_rank_ends_players_and_trainers_with_code_7_and_a_line(algo: st
     with team(MODULE[algo], *flags, folder=tmp_path, world_size=3) as running:
         wait_for_checkpoint(running, tmp_path)
         os.kill(running.ranks[victim].pid or 0, signal.SIGKILL)
-        assert_ended(running, [-9 if rank == victim else 7 for rank in range(3)], within=30)
+        assert_ended(running, [-9 if rank == victim else 7 for rank in range(3)], within=LIMIT)
     assert re.fullmatch(rf"rank {victim}, process {running.ranks[victim].pid} of \S+, has ended", loss_told(running))
     assert_newest_loads(algo, tmp_path)
 
@@ -392,7 +392,7 @@ def test_a_signal_to_any_rank_ends_all_players_after_the_same_iteration(algo: st
     with team(MODULE[algo], *endless(algo, tmp_path), *TWO_PLAYERS, folder=tmp_path, world_size=3) as running:
         wait_for_checkpoint(running, tmp_path)
         os.kill(running.ranks[rank].pid or 0, signal.SIGTERM)
-        assert_ended(running, [143] * 3, within=30)
+        assert_ended(running, [143] * 3, within=LIMIT)
     assert running.errors == []
     path = assert_newest_loads(algo, tmp_path)
     assert running.result["checkpoint"] == str(path)
