@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ from fabricrl.algos.ppo.agent import make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
+from fabricrl.algos.underway import Underway
 from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
-from fabricrl.envs.tensors import TensorEnvs
+from fabricrl.envs.tensors import TensorEnvs, trial_device
 from fabricrl.utils import utils
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
 from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics
@@ -245,6 +247,51 @@ def test_a_resumed_run_of_two_ranks_is_the_straight_run_to_the_bit(tmp_path: Pat
     assert straight.code == resumed.code == 0
     for name in ("agent", "optimizer", "envs", "generators"):
         assert differences(load(end)[name], load(more)[name]) == [], name
+
+
+def test_episodes_of_other_environments_are_not_gone_on_with() -> None:
+    """Of another kind of device, of ranks that had none, of another number."""
+    loaded: list[dict[str, Tensor]] = []
+    envs: Any = SimpleNamespace(load_state_dict=loaded.append)
+    underway = Underway(SimpleNamespace(global_rank=1, device=CPU), envs, 2)  # type: ignore[arg-type]
+    obs, state = torch.zeros(2, 3), {"device": "cpu", "obs": torch.ones(2, 2, 3)}
+    state |= dict.fromkeys(("returns", "lengths"), torch.ones(2, 2))
+    for other in ({"device": "cuda"}, {"obs": torch.ones(1, 2, 3)}, {"obs": torch.ones(2, 4, 3)}):
+        assert underway.load_state_dict(state | other, obs, None, None) is obs
+    assert not loaded
+    assert (underway.load_state_dict(state, obs, None, None) == 1).all()
+    assert len(loaded) == 1
+
+
+def test_a_reset_begins_with_all_environments_anew() -> None:
+    """Also where one had ended, and would have reset in the next step."""
+    envs = make_envs(PPOArgs(env_id=NUMBERED, env_kwargs=LATER, num_envs=4, vectorization="torch"), 0, Path())
+    envs.reset(seed=[1])
+    ended, steps = torch.zeros(4, dtype=torch.bool), 0
+    while not ended.any():
+        *_, terminated, truncated, _ = envs.step(torch.zeros(4, 1))
+        ended, steps = terminated | truncated, steps + 1
+        assert steps < 100
+    envs.reset(seed=[1])
+    assert not envs.step(torch.zeros(4, 1))[-1]["skipped"].any()
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "there", "kind"),
+    [
+        ({}, None, True, "cpu"), ({"cuda": True}, None, True, "cuda"), ({"accelerator": "cuda"}, None, True, "cuda"),
+        ({}, "cuda", True, "cuda"), ({"accelerator": "cpu"}, "cuda", True, "cpu"), ({}, "cuda", False, "cpu"),
+    ],
+)  # fmt: skip
+def test_environments_are_tried_where_the_run_will_train(
+    given: dict[str, Any], variable: str | None, there: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fabric run --accelerator=cuda` says so in a variable."""
+    monkeypatch.delenv("LT_ACCELERATOR", raising=False)
+    if variable:
+        monkeypatch.setenv("LT_ACCELERATOR", variable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert trial_device(PPOArgs(**given)).type == kind
 
 
 def test_a_simulator_that_tells_no_state_begins_new_episodes_when_resumed(

@@ -266,6 +266,46 @@ def test_of_a_rank_elsewhere_it_is_known_that_it_does_not_answer(join: Callable,
     assert join(0, world_size=2).roll_call()[0] == "rank 1, process 12 of elsewhere, does not answer"
 
 
+def test_of_those_that_are_missing_the_ones_that_have_ended_or_gone_quiet_are_named(
+    join: Callable, store: TCPStore
+) -> None:
+    """The others may be on their way to ask."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as other:
+        pass
+    own = join(0)
+    store.set("fabricrl/0/lives/1", "0 12 elsewhere 34")
+    store.set("fabricrl/0/lives/2", f"0 {other.pid} {peers_module._machine()}")
+    assert own.roll_call()[0].endswith(f"process {other.pid} of {peers_module._machine().split()[0]}, has ended")
+    store.set("fabricrl/0/lives/2", "0 13 elsewhere 34")
+    own.look()
+    own._changed[1] -= 1000.0  # seconds
+    assert own.roll_call()[0] == "rank 1, process 12 of elsewhere, does not answer"
+
+
+def test_a_job_that_was_suspended_as_a_whole_has_not_waited(
+    join: Callable, store: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = join(0, world_size=2)
+    own.close()
+    store.set("fabricrl/0/lives/1", "0 12 elsewhere 34")
+    own.look()
+    pauses = iter([False, True])
+    own._over = SimpleNamespace(wait=lambda seconds: next(pauses), set=lambda: None)
+    own._clock, own._looked = 0.0, time.monotonic() - 1000.0
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("it has ended the process"))
+    own._watch()
+    assert own._clock == 2 * own._often
+
+
+def test_a_launcher_that_starts_ranks_again_counts_none_of_those_before(
+    join: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join(1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    own = join(0, world_size=2)
+    assert own.roll_call() == ("rank 1 has not come", True)
+
+
 def test_signs_of_life_are_heard_and_missed(join: Callable[..., Peers], store: TCPStore) -> None:
     minutes = 0.8 / 60  # a sign of life every 0.1 s
     first, second = join(0, minutes, 2), join(1, minutes, 2)
@@ -289,6 +329,8 @@ def test_a_store_that_is_gone_is_that_of_rank_0_or_of_the_launcher() -> None:
     ):
         assert own.roll_call() == ("rank 0 has not come", True)
         assert by_agent.roll_call()[0] == "the launcher does not answer"
+        own._looked -= 1000.0  # it has been stopped for so long that the others have left, and told
+        assert own.roll_call() == ("rank 0 has not come", False)
     own.close()
     by_agent.close()
     del kept
