@@ -1,6 +1,5 @@
 """`--vectorization torch`: rollouts that stay on the device of environments that take and return tensors."""
 
-import importlib
 import math
 import re
 from collections.abc import Callable
@@ -17,11 +16,10 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from fabricrl import evaluate
-from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.agent import make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.run import Run
-from fabricrl.algos.sac import sac
 from fabricrl.algos.underway import Underway
 from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
@@ -434,35 +432,10 @@ def test_native_is_another_thing(train: Callable[..., Trained]) -> None:
         train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1", "--vectorization", "native")
 
 
-@pytest.mark.parametrize("name", ["ppo_recurrent", "ppo_decoupled"])
-def test_scripts_that_play_on_the_cpu_take_the_single_form(
-    name: str, train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refused in a line where they are told to do otherwise, before any rank is started."""
-    folder = name.removesuffix("_decoupled")
-    main = importlib.import_module(f"fabricrl.algos.{folder}.{name}").main
+def test_a_script_that_plays_on_the_cpu_takes_the_single_form(train: Callable[..., Trained]) -> None:
+    """Refused in a line where it is told to do otherwise, before any rank is started."""
     flags = ["--env-id", "torch/CartPole-v1", *TINY[:6]]
     with pytest.raises(ConfigError, match="--vectorization is torch: it must be another with this script"):
-        train(main, *flags, "--vectorization", "torch")
-    if name == "ppo_recurrent":
-        output = train(main, *flags, "--hidden-sizes", 8).output
-        assert "vectorization: sync" in output
-
-
-def test_one_without_a_single_form_is_for_ppo(train: Callable[..., Trained]) -> None:
-    with pytest.raises(ConfigError, match="torch/Reach-v0 is registered as a vector environment alone: only ppo takes"):
-        train(sac.main, "--env-id", "torch/Reach-v0")
-    assert (
-        train(
-            sac.main,
-            "--env-id",
-            "torch/Pendulum-v1",
-            "--total-timesteps",
-            20,
-            "--learning-starts",
-            10,
-            "--batch-size",
-            4,
-        ).code
-        == 0
-    )
+        train(ppo_decoupled.main, *flags, "--vectorization", "torch")
+    with pytest.raises(ConfigError, match="torch/Reach-v0 is registered as a vector environment alone"):
+        train(ppo_decoupled.main, *TINY[:6], "--env-id", "torch/Reach-v0")

@@ -623,7 +623,8 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
         return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")
     if "entry_point is not specified" in text:
         return ConfigError(
-            f"--env-id {env_id} is registered as a vector environment alone: only ppo takes those, as tensors"
+            f"--env-id {env_id} is registered as a vector environment alone: that takes --vectorization torch, which "
+            "decoupled scripts do not have"
         )
     malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
     if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):

@@ -109,7 +109,8 @@ def make_updates(run: Run, learner: Learner, rb: Any) -> Updates:
     step_actor = run.compiled(partial(update_actor, run, learner))
     update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor))
     if run.records:
-        with run.rehearsal():
+        play = partial(rollout, run, learner.agent, run.envs, rb)
+        with run.rehearsal(partial(play, explores=True), partial(play, explores=False)):
             for count in {math.floor(run.args.replay_ratio), math.ceil(run.args.replay_ratio)}:  # updates a step
                 update(count + 1)
     return update
