@@ -21,7 +21,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Space
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 
 from fabricrl.envs.backends import (
     DEFAULTS,
@@ -62,6 +62,7 @@ from fabricrl.envs.spaces import (
     mask_choices,
     odd_images,
 )
+from fabricrl.envs.turns import TurnsVectorEnv
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.envs.wrappers import (
     ActionRepeat,
@@ -281,9 +282,8 @@ def step_in_turn(
 
     try:
         with generators_kept():
-            # Without copies: the buffer copies each observation before the next step overwrites it.
             thunks = [partial(build, index) for index in range(len(makers))]
-            envs = SyncVectorEnv(thunks, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+            envs = TurnsVectorEnv(thunks)
     except BaseException as error:
         for env in built:
             close_problem(env.close)
