@@ -119,7 +119,7 @@ def kill_once(twin: str, launcher: str, ranks: int, rank: int, log_dir: Path, mo
 
 
 def resumes(twin: str, log_dir: Path) -> str:
-    """What keeps the coupled script from going on with the newest checkpoint; empty if nothing does."""
+    """Says what keeps the coupled script from going on with the newest checkpoint; empty if nothing does."""
     state, path = load_checkpoint(next(log_dir.glob("*/*/*")))
     main = importlib.import_module(f"fabricrl.algos.{twin}.{twin}").main
     last = state["global_step"] + 64

@@ -30,6 +30,7 @@ from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics
 from fabricrl.utils.update import Runner
 from tests.conftest import BareRun, NoValues, Trained, on_ranks
 from tests.process import differences, load, run_folder, run_team
+from tests.tensor_envs import Simulator
 
 CPU = torch.device("cpu")
 NUMBERED, SIMULATOR = "tests.tensor_envs:Numbered-v0", "tests.tensor_envs:Simulator-v0"
@@ -356,6 +357,23 @@ def test_actions_are_clipped_and_counted_from_the_start_of_their_space() -> None
     numbered: Any = make_envs(PPOArgs(env_id=NUMBERED, num_envs=4), 0, Path())
     assert numbered.env._taken(torch.tensor([[0], [1]])).tolist() == [1, 2]
     assert numbered.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    wide = Simulator(2)
+    wide.single_action_space = Box(np.array([-1.0, -2.0], np.float32), np.array([1.0, 2.0], np.float32))
+    taken = TensorEnvs(wide, PPOArgs(env_id=SIMULATOR, num_envs=2))._taken(torch.tensor([[5.0, 5.0], [-5.0, -5.0]]))
+    assert taken.tolist() == [[1, 2], [-1, -2]]
+
+
+def test_a_step_that_only_resets_counts_for_nothing() -> None:
+    """Whatever environments return with it; and of one whose episode goes on no number is told."""
+    envs: Any = make_envs(PPOArgs(env_id=NUMBERED, env_kwargs=LATER, num_envs=2), 0, Path()).env
+    envs.reset(seed=1)
+    obs, ones, first, both = torch.zeros(2, 3), torch.ones(2), torch.tensor([True, False]), torch.tensor([True, True])
+    *_, infos = envs.answer(obs, ones, first, ~both, {"is_success": ones})
+    assert infos["episode_info"][:, 0].isnan().tolist() == [False, True]
+    _, rewards, terminated, truncated, infos = envs.answer(obs, ones, both, both, {"is_success": ones})
+    assert (rewards.tolist(), infos["skipped"].tolist()) == ([0, 1], [True, False])
+    assert terminated.tolist() == truncated.tolist() == [False, True]
+    assert infos["episode_info"][:, 0].isnan().tolist() == [True, False]
 
 
 def test_the_numbers_of_an_episode_that_ended_are_told_not_those_of_the_next() -> None:
@@ -380,6 +398,12 @@ def test_what_does_not_count_in_a_rollout_of_tensors_may_be_anything() -> None:
     assert (rb.bootstraps * rb.truncated_episodes()[2][:, 0]).tolist() == [0.0, 0.5, 0.0, 0.5]
     assert rb.is_finite()
     assert rb.episode_infos[:, 0, 0].isnan().tolist() == [False, True]
+    with pytest.raises(EnvError), rb.checked():
+        raise EnvError("it has failed")
+    rb.final_obs[1, 1] = math.inf  # that of an episode that was truncated
+    assert not rb.is_finite()
+    with pytest.raises(NonFiniteError, match="a final observation is not finite"), rb.checked():
+        raise EnvError("it has failed for that")
 
 
 # --- Faults
