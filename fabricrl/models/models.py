@@ -143,7 +143,6 @@ class EnsembleMLP(nn.Module):
     """
 
     ones: Tensor
-    zeros: Tensor
 
     def __init__(
         self,
@@ -166,9 +165,7 @@ class EnsembleMLP(nn.Module):
         norms = hidden_sizes if layer_norm else ()
         self.scales = nn.ParameterList(torch.ones(count, 1, width) for width in norms)
         self.shifts = nn.ParameterList(torch.zeros(count, 1, width) for width in norms)
-        widest = max(norms, default=0)
-        self.register_buffer("ones", torch.ones(widest), persistent=False)
-        self.register_buffer("zeros", torch.zeros(widest), persistent=False)
+        self.register_buffer("ones", torch.ones(max(norms, default=0)), persistent=False)
 
     def forward(self, *inputs: Tensor, kept: Sequence[Tensor] = ()) -> Tensor:
         """The ensemble's outputs [C, B] at inputs that are concatenated, such as observations and actions.
@@ -192,8 +189,8 @@ class EnsembleMLP(nn.Module):
         if not self.layer_norm:
             return x / keep if kept else x
         x, width = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1]
-        # What divides x by `keep` is divided out again, but for ε. Only with ones and zeros PyTorch vectorises it
-        x = functional.layer_norm(x, (width,), self.ones[:width], self.zeros[:width], 1e-5 * keep**2)
+        # What divides x by `keep` is divided out again, but for ε. Without a scale, PyTorch does not vectorise it
+        x = functional.layer_norm(x, (width,), self.ones[:width], eps=1e-5 * keep**2)
         return (x * self.scales[layer]).add_(self.shifts[layer])  # addcmul's backward pass would read x once more
 
 
