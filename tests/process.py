@@ -300,6 +300,23 @@ def wait_for(condition: Callable[[], Any], running: Running) -> Any:
     return value
 
 
+def catches(pid: int, number: int) -> bool:
+    """Tells if a process has a handler for a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def signal_again(process: Any, number: int) -> None:
+    """Signals a process that has been signalled before until it ends.
+
+    One that comes sooner than a second after the first was heard counts as the same, and a busy machine hears late.
+    """
+    deadline = time.monotonic() + LIMIT
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(1.2)
+        process.send_signal(number)  # nothing, if it has ended
+
+
 @dataclass
 class Finished:
     """A script's `main` that was called in this process."""

@@ -257,6 +257,18 @@ def test_csv_logger_writes_a_row_for_each_entry_and_two_runs_of_a_second_have_tw
         assert rows[0].keys() >= TAGS - {"charts/episodic_return", "charts/episodic_length"}
 
 
+def test_a_budget_of_no_whole_iterations_is_rounded_down_and_said_to_be(tmp_path: Path) -> None:
+    flags = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--log-dir", tmp_path]
+    rounded = call(main, *flags, "--total-timesteps", 100)
+    assert rounded.result["steps"] == "96"
+    text = "--total-timesteps 100 is rounded down to 96, whole iterations of 32 steps"
+    assert rounded.err.splitlines().count(text) == 1
+    assert "is rounded down" not in call(main, *flags, "--total-timesteps", 64).err
+    more = call(main, "--resume", rounded.folder, "--total-timesteps", 200, "--num-envs", 4)
+    assert more.result["steps"] == "160"
+    assert "--total-timesteps 200 is rounded down to 160, whole iterations of 64 steps" in more.err
+
+
 def test_without_save_model_no_checkpoint_is_written(tmp_path: Path) -> None:
     finished = call(main, "--no-save-model", "--total-timesteps", 512, "--log-dir", tmp_path)
     assert finished.result["checkpoint"] == "None"

@@ -67,6 +67,7 @@ from fabricrl.utils.utils import env_seeds, generators, require
 LOOK_EVERY = 1000  # updates
 AGREE_EVERY = 1.0  # seconds of an evaluation, so that no rank waits long for a word of the others
 WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
+WORTH_A_WORD = 0.01  # of `total_timesteps`: fewer are not missed
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
 
@@ -168,6 +169,10 @@ class Run:
         args, fabric = self.args, self.fabric
         steps = args.num_envs * getattr(args, "num_steps", 1) * fabric.world_size
         require(steps <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {steps}")
+        left = (args.total_timesteps - self.first_step) % steps
+        if left > WORTH_A_WORD * args.total_timesteps and self.team.global_rank == 0:
+            text = f"is rounded down to {args.total_timesteps - left}, whole iterations of {steps} steps"
+            print(f"--total-timesteps {args.total_timesteps} {text}", file=sys.stderr, flush=True)
         acts = args.player_device != "cuda" or fabric.device.type == "cuda"
         require(acts, "player_device", args.player_device, "cpu or auto where the run trains on the CPU")
         acts = not self.tensors or args.player_device != "cpu" or fabric.device.type == "cpu"
@@ -567,11 +572,10 @@ class Run:
         own = fault.exit_code if fault is not None and str(fault) else 0  # one without text is another rank's
         codes, signals = all_gather(self.team, torch.tensor([own, self._signals.code])).T.tolist()  # [W] each
         self.exit_code = max(self.exit_code, *signals)
-        if any(codes) and fault is None:
-            fault = RunError()  # the rank that failed says why
-            fault.exit_code = max(codes)
+        if any(codes):
+            fault = fault or RunError()  # the first rank that failed says why
+            fault.told_by, fault.exit_code = next((rank, code) for rank, code in enumerate(codes) if code)
         if fault is not None:
-            fault.told_by = next((rank for rank, code in enumerate(codes) if code), fault.told_by)
             raise fault
 
     def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
