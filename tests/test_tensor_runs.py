@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fabricrl import evaluate
-from fabricrl.algos.droq import agent as droq_agent
 from fabricrl.algos.droq import droq, droq_decoupled
 from fabricrl.algos.off_policy import utils as off_policy
 from fabricrl.algos.off_policy.utils import Updates
@@ -25,6 +24,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import DeviceRecurrentRolloutBuffer, RecurrentRolloutBuffer, ReplayBuffer, TensorReplayBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.spaces import rescale_actions
+from fabricrl.models.models import DropoutMasks
 from fabricrl.models.recurrent import FixedSequences, RecurrentCore, Sequences
 from fabricrl.utils import utils
 from fabricrl.utils.errors import CheckpointError, ConfigError, EnvError, NonFiniteError
@@ -53,7 +53,7 @@ OFF = pytest.mark.parametrize("algo", ["sac", "droq"])
 def drawn_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout on a CPU asks how many units have been dropped."""
     monkeypatch.setattr(
-        droq_agent, "draw_dropped", lambda rate, shape, rng: (torch.rand(shape, generator=rng) < rate).float()
+        DropoutMasks, "draw", lambda masks, count, rng: (torch.rand(count, generator=rng) >= masks.rate).float()
     )
 
 

@@ -252,13 +252,16 @@ def test_episodes_of_other_environments_are_not_gone_on_with() -> None:
     """Of another kind of device, of ranks that had none, of another number."""
     loaded: list[dict[str, Tensor]] = []
     envs: Any = SimpleNamespace(load_state_dict=loaded.append)
-    underway = Underway(SimpleNamespace(global_rank=1, device=CPU), envs, 2)  # type: ignore[arg-type]
-    obs, state = torch.zeros(2, 3), {"device": "cpu", "obs": torch.ones(2, 2, 3)}
+    underway = Underway(SimpleNamespace(global_rank=1, device=CPU), envs, 2, 0)  # type: ignore[arg-type]
+    rb = DeviceRolloutBuffer(4, 2, Box(-1, 1, (3,)), 1, torch.float32, False, 0, CPU)
+    state = {"device": "cpu", "obs": torch.ones(2, 2, 3)}
     state |= dict.fromkeys(("returns", "lengths"), torch.ones(2, 2))
     for other in ({"device": "cuda"}, {"obs": torch.ones(1, 2, 3)}, {"obs": torch.ones(2, 4, 3)}):
-        assert underway.load_state_dict(state | other, obs, None, None) is obs
+        assert not underway.load_state_dict(state | other, rb, None, None)
     assert not loaded
-    assert (underway.load_state_dict(state, obs, None, None) == 1).all()
+    assert not rb.obs.any()
+    assert underway.load_state_dict(state, rb, None, None)
+    assert (rb.obs[-1] == 1).all()
     assert len(loaded) == 1
 
 
