@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fabricrl.algos.droq import agent as droq_agent
 from fabricrl.algos.run import Run
+from fabricrl.models.models import DropoutMasks
 from fabricrl.utils import hint
 from fabricrl.utils.metric import MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
@@ -215,7 +215,7 @@ def captured(graphs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fabricrl.algos.run.Runner", lambda compile, capture, *rest: Runner(compile, True, *rest))
     # On the CPU it asks how many have been drawn
     monkeypatch.setattr(
-        droq_agent, "draw_dropped", lambda rate, shape, rng: (torch.rand(shape, generator=rng) < rate).float()
+        DropoutMasks, "draw", lambda masks, count, rng: (torch.rand(count, generator=rng) >= masks.rate).float()
     )
 
 

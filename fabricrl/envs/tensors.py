@@ -35,9 +35,8 @@ def takes_tensors(args: Any) -> bool:
 
 
 def _is_able(args: dict[str, Any]) -> bool:
-    """Tells if the script with these arguments keeps rollouts on a device: PPO does. The recurrent one cuts them into
-    sequences on the CPU, those with a replay buffer store arrays, and decoupled ones play on the CPU."""
-    return "num_steps" in args and not {"sequence_length", "max_lag"} & args.keys()
+    """Tells if the script with these arguments keeps what it plays on a device: those that are decoupled do not."""
+    return "max_lag" not in args
 
 
 def are_tensors(env_id: str) -> bool:
@@ -101,7 +100,7 @@ def _spec(env_id: str) -> Any:
 def check_arguments(args: Any) -> None:
     """Raises ConfigError if an argument is set that environments of tensors cannot follow, or this script cannot."""
     if not _is_able(vars(args)):
-        raise ConfigError("--vectorization is torch: it must be another with this script; only ppo takes torch")
+        raise ConfigError("--vectorization is torch: it must be another with this script, which plays on the CPU")
     spec = _spec(args.env_id)
     if spec is not None and spec.vector_entry_point is None:
         ours = ", ".join(sorted(known.id for known in gym.registry.values() if known.namespace == "torch"))
@@ -112,8 +111,9 @@ def check_arguments(args: Any) -> None:
             if name == "capture_video":
                 why = "environments of tensors are not drawn while they train; evaluate.py --capture-video draws one"
             raise ConfigError(f"{flag} is set: {why}")
-    if getattr(args, "check_spaces", False):
-        raise ConfigError("--check-spaces is set: it needs another --vectorization than torch")
+    for name in ("check_spaces", "buffer_memmap", "implicit_next_obs"):
+        if getattr(args, name, False):
+            raise ConfigError(f"--{name.replace('_', '-')} is set: it needs another --vectorization than torch")
     if simulator_of(args.env_id) == "isaaclab" and args.eval_every > 0:
         raise ConfigError(
             "--eval-every is set: Isaac Lab has one simulation a process, which trains; evaluate.py plays checkpoints"
@@ -166,6 +166,7 @@ class TensorEnvs(VectorWrapper):
         if hidden:
             self._shown = torch.ones(len(low), device=self.device)
             self._shown[hidden] = 0.0
+        self._rescales = not hasattr(args, "num_steps")  # with a replay buffer, policies act in [−1, 1]
         self._bounds: list[Tensor] = []
         if isinstance(self._actions, Box):
             self._bounds = [torch.as_tensor(b, device=self.device) for b in (self._actions.low, self._actions.high)]
@@ -227,7 +228,11 @@ class TensorEnvs(VectorWrapper):
         space, shape = self._actions, (len(actions), *(self._actions.shape or ()))
         if isinstance(space, Box):
             low, high = self._bounds
-            return actions.reshape(shape).clamp(low, high)
+            actions = actions.reshape(shape)
+            if self._rescales:
+                share = (actions + 1) / 2
+                actions = (1 - share) * low + share * high
+            return actions.clamp(low, high)
         if isinstance(space, Discrete | MultiDiscrete | MultiBinary):
             actions = actions.reshape(shape)
             return actions if self._start is None else actions + self._start
