@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import gymnasium as gym
 import pytest
 import torch
 import torch._inductor
@@ -267,3 +268,20 @@ def ppo(train: Callable[..., Trained]) -> Callable[..., Trained]:
     from fabricrl.algos.ppo.ppo import main
 
     return partial(train, main)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts small packages with the interfaces of simulators in the place of those, and everything back."""
+    known, loaded = dict(gym.registry), dict(sys.modules)
+    folder, adapters = Path(__file__).parent / "stand_ins", ("maniskill", "isaaclab", "playground")
+    packages = tuple(path.name for path in folder.iterdir())
+    for name in loaded:
+        if name.split(".")[0] in packages or name.removeprefix("fabricrl.envs.simulators.") in adapters:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(folder)
+    yield
+    for name in sys.modules.keys() - loaded.keys():
+        del sys.modules[name]
+    gym.registry.clear()
+    gym.registry.update(known)

@@ -1,8 +1,10 @@
 """Environments that take and return tensors, as a script sees them: `--vectorization torch`."""
 
 import importlib
+import json
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fabricrl.envs.backends import DEFAULTS, info_keys, option
 from fabricrl.envs.packing import velocities
+from fabricrl.envs.simulators import register, simulator_of
 from fabricrl.envs.spaces import text_of
 from fabricrl.utils.errors import ConfigError, EnvError
 
@@ -37,17 +40,35 @@ def _is_able(args: dict[str, Any]) -> bool:
 
 
 def are_tensors(env_id: str) -> bool:
-    """Tells if an id is registered with a vector environment that says it takes and returns tensors, or with nothing
-    else."""
+    """Tells if an id is registered with a vector environment that says it takes and returns tensors, or JAX's arrays,
+    or with nothing else."""
+    spec = _spec(env_id)
+    if spec is not None and spec.vector_entry_point is not None and spec.entry_point is None:
+        return True
+    metadata = _metadata(env_id)
+    return bool(metadata.get("tensors", False) or metadata.get("jax", False))
+
+
+def _metadata(env_id: str) -> dict[str, Any]:
+    """Metadata of the vector environment that an id is registered with; {} if it cannot be imported."""
     spec = _spec(env_id)
     entry = None if spec is None else spec.vector_entry_point
-    if entry is not None and spec.entry_point is None:
-        return True
     try:
         creator = load_env_creator(entry) if isinstance(entry, str) else entry
     except (ImportError, AttributeError):  # for those to tell who build it
-        return False
-    return bool((getattr(creator, "metadata", None) or {}).get("tensors", False))
+        return {}
+    return getattr(creator, "metadata", None) or {}
+
+
+def make(args: Any, device: torch.device | str) -> VectorEnv:
+    """Builds the vector environment of a run, on a device; one in JAX by its functions."""
+    kwargs = json.loads(args.env_kwargs)
+    build = partial(gym.make_vec, args.env_id, args.num_envs, vectorization_mode="vector_entry_point")
+    if not _metadata(args.env_id).get("jax", False):
+        return build(**kwargs, device=str(device))
+    from fabricrl.envs.simulators.functional import as_tensors  # here, as it brings JAX
+
+    return as_tensors(build(**kwargs), str(device))
 
 
 def were_tensors(args: dict[str, Any]) -> bool:
@@ -72,6 +93,7 @@ def _spec(env_id: str) -> Any:
             importlib.import_module(module)
         except Exception:  # which building it will tell
             return None
+    register(env_id)
     return gym.registry.get(name)
 
 
@@ -92,6 +114,10 @@ def check_arguments(args: Any) -> None:
     for name in ("check_spaces", "buffer_memmap", "implicit_next_obs"):
         if getattr(args, name, False):
             raise ConfigError(f"--{name.replace('_', '-')} is set: it needs another --vectorization than torch")
+    if simulator_of(args.env_id) == "isaaclab" and args.eval_every > 0:
+        raise ConfigError(
+            "--eval-every is set: Isaac Lab has one simulation a process, which trains; evaluate.py plays checkpoints"
+        )
 
 
 def trial_device(args: Any) -> torch.device:

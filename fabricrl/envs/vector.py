@@ -51,6 +51,7 @@ from fabricrl.envs.guard import (
     warn,
     watched,
 )
+from fabricrl.envs.simulators import SIMULATORS, register, simulator_of
 from fabricrl.envs.spaces import (
     Spaces,
     check_action_space,
@@ -82,7 +83,7 @@ from fabricrl.utils.records import Records
 BUILD_STREAM = 3  # of the generators that environments draw from while they are built
 
 # Module that is missing -> extra that brings it
-EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d", "ale_py": "atari"}
+EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d", "ale_py": "atari", "jax": "jax", "flax": "jax"}
 
 
 def make_env(
@@ -535,15 +536,16 @@ def _check_tensors(args: Any, action_spaces: tuple[type[Space], ...], bounded: b
 
 def _construct_tensors(args: Any, device: Any) -> Any:
     """Builds environments of tensors: `TensorEnvs`."""
-    from fabricrl.envs.tensors import TensorEnvs
+    from fabricrl.envs.tensors import TensorEnvs, make
 
-    kwargs = json.loads(args.env_kwargs) | {"device": str(device)}
     if ":" in args.env_id and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode="vector_entry_point", **kwargs)
+            envs = make(args, device)
+    except RunError:
+        raise
     except (Exception, SystemExit) as error:
         if isinstance(error, TypeError) and "'device'" in str(error):
             raise ConfigError(
@@ -574,6 +576,7 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
         sys.path.insert(0, os.getcwd())  # modules of one's own are looked up where the command was given
     if render_mode == "rgb_array" and _draws_nowhere(env_id):
         raise ConfigError("MuJoCo has no screen to draw on here: set MUJOCO_GL=egl (or osmesa) before the command")
+    register(env_id)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old versions; unknown ids raise an error that says more
@@ -614,6 +617,8 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
     absent = error if isinstance(error, ImportError) else error.__cause__
     if isinstance(absent, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
         name = (getattr(absent, "name", None) or "").split(".")[0]
+        if simulator := simulator_of(env_id):
+            return ConfigError(f"--env-id {env_id} needs a package that is not installed: {SIMULATORS[simulator]}")
         hinted = [extra for extra in EXTRAS.values() if f"gymnasium[{extra}]" in text]  # by Gymnasium itself
         if extra := EXTRAS.get(name) or next(iter(hinted), None):
             return missing(f"--env-id {env_id}", extra)
