@@ -220,7 +220,7 @@ def free_port() -> int:
 
 
 class Cells:
-    """What has been measured, kept in a file: the cost of each rank, for each run of each cell."""
+    """Costs that have been measured, kept in a file: those of each rank, for each run of each cell."""
 
     def __init__(self, path: Path, fresh: bool) -> None:
         self.path = path
