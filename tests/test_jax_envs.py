@@ -186,7 +186,7 @@ def test_playground_begins_episodes_anew_or_as_at_first() -> None:
             begun += new[ended].unbind()
             steps[ended], ends = 0, ends + int(ended.sum())
         assert ends > 12
-        assert own(envs)._next._cache_size() == 1  # compiled once, before any clock runs
+        assert own(envs)._next._cache_size() == 1  # compiled once
         assert len({tuple(row.tolist()) for row in begun}) == (ends if full else 6)
 
 

@@ -80,7 +80,7 @@ class JaxEnvs(VectorEnv):
             number = secrets.randbits(32) if seed is None else seed % 2**32
             key = jax.device_put(jax.random.PRNGKey(number), self._place)
         self._running, obs = self._first(key)
-        if is_first:  # compiles a step before any clock runs, and forgets it
+        if is_first:  # compiles a step now, and forgets it
             self._next(self._running, self._array(self._no_actions()))
         return self._tensor(obs), {}
 
@@ -157,7 +157,7 @@ def _choose(ended: Any, fresh: Any, old: Any) -> Any:
 
 
 def _of_one_type(running: Running) -> Running:
-    """The same without weak types, in which a first state may differ from later ones: a step would be compiled twice."""
+    """The same without weak types, in which first states may differ from later ones: two programs of a step."""
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), running)
 
 
