@@ -80,7 +80,7 @@ class JaxEnvs(VectorEnv):
             number = secrets.randbits(32) if seed is None else seed % 2**32
             key = jax.device_put(jax.random.PRNGKey(number), self._place)
         self._running, obs = self._first(key)
-        if is_first:  # compiles a step before any clock runs, and forgets it
+        if is_first:  # compiles a step now, and forgets it
             self._next(self._running, self._array(self._no_actions()))
         return self._tensor(obs), {}
 
@@ -93,7 +93,7 @@ class JaxEnvs(VectorEnv):
     def _first_states(self, key: Any) -> tuple[Running, Any]:
         key, first, seen = jax.random.split(key, 3)
         state = self.task.first(jax.random.split(first, self.num_envs))
-        running = Running(state, jnp.zeros(self.num_envs, jnp.int32), key)
+        running = _of_one_type(Running(state, jnp.zeros(self.num_envs, jnp.int32), key))
         return running, self.task.observe(state, jax.random.split(seen, self.num_envs))
 
     def _next_states(self, running: Running, actions: Any) -> tuple[Running, tuple[Any, ...]]:
@@ -106,7 +106,7 @@ class JaxEnvs(VectorEnv):
         ended = terminated | truncated
         fresh = jax.lax.cond(ended.any(), self.task.restart, lambda state, keys: state, state, restarts)
         state = jax.tree.map(partial(_choose, ended), fresh, state)
-        running = Running(state, jnp.where(ended, 0, steps), key)
+        running = _of_one_type(Running(state, jnp.where(ended, 0, steps), key))
         infos = {"final_obs": final_obs, **told}
         return running, (self.task.observe(state, sights), rewards, terminated, truncated, infos)
 
@@ -154,6 +154,11 @@ def _choose(ended: Any, fresh: Any, old: Any) -> Any:
     if old.ndim == 0 or old.shape[0] != len(ended):
         return old
     return jnp.where(ended.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
+
+
+def _of_one_type(running: Running) -> Running:
+    """The same without weak types, in which first states may differ from later ones: two programs of a step."""
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), running)
 
 
 def _signed(values: np.ndarray) -> np.ndarray:
