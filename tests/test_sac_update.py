@@ -30,6 +30,7 @@ from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
 from tests.conftest import BareRun
 
 OBS, ACTIONS, BATCH = 3, 2, 16
+OBS_SPACE = Box(-np.inf, np.inf, (OBS,))
 
 
 def rng(seed: int = 3) -> torch.Generator:
@@ -50,7 +51,7 @@ def make_args(**changes: Any) -> SACArgs:
 
 
 def make_agent(args: SACArgs) -> SACAgent:
-    sizes = OBS, ACTIONS, args.hidden_sizes, args.activation, args.num_critics
+    sizes = OBS_SPACE, ACTIONS, args.hidden_sizes, args.activation, args.num_critics
     agent = SACAgent(*sizes, args.alpha, args.autotune, args.target_entropy, args.norm_obs)
     with torch.no_grad():
         for parameter in [*agent.critics.parameters(), *agent.target_critics.parameters()]:

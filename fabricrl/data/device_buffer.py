@@ -110,6 +110,14 @@ class DeviceReplayBuffer:
         """Observations that the next step starts from, [N, *obs_shape], on the CPU; a view."""
         return self._newest.newest_obs()
 
+    def newest_vectors(self) -> Tensor:
+        """The same, as such a buffer holds vectors alone."""
+        return self.newest_obs()
+
+    def stacked_obs(self) -> Tensor:
+        """The same, as the policy sees them."""
+        return self.newest_obs()
+
     def check_finite(self) -> None:
         """Raises NonFiniteError if the newest step has brought NaN or infinity."""
         self._newest.check_finite()

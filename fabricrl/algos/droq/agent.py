@@ -25,7 +25,7 @@ class DroQAgent(SACAgent):
         Returns:
             for each pass, a mask [C, B, H] for each hidden layer.
         """
-        critics, device = self.critics, self.log_alpha.device
+        critics, device = self.ensemble, self.log_alpha.device
         if critics.dropout == 0 or not critics.hidden_sizes:
             return [[] for _ in range(passes)]
         shapes = [(critics.count, rows, width) for width in critics.hidden_sizes]
