@@ -16,6 +16,7 @@ from gymnasium.spaces import Discrete
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from fabricrl.algos import run as run_module
 from fabricrl.algos.decoupled import Messages, Player, Trainers, before_hello, telling
 from fabricrl.algos.droq import droq_decoupled
 from fabricrl.algos.off_policy import decoupled as off_policy
@@ -616,7 +617,7 @@ def test_weights_reach_a_policy_that_has_moved_since_its_optimizer_was_made() ->
 
 def test_a_trainer_does_not_ask_where_the_policy_acts_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     run = BareRun(PPOArgs())
-    monkeypatch.setattr(run, "_faster_device", lambda agent: pytest.fail("it has no environments"))
+    monkeypatch.setattr(run_module, "faster_device", lambda *_: pytest.fail("it has no environments"))
     run.fabric = SimpleNamespace(device=torch.device("cuda"))
     run.restore(agent=torch.nn.Linear(1, 1))
 

@@ -1,13 +1,11 @@
 """SAC and DroQ on images: frame stacks out of replay, random shifts, and an encoder that the critics alone train."""
 
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -17,15 +15,19 @@ from torch import Tensor
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.agent import make_agent as make_droq_agent
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.off_policy.utils import has_implicit_next
+from fabricrl.algos.off_policy.utils import buffer_device, has_implicit_next
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import EncodedCritics, SACAgent, make_agent
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.data import Batch
+from fabricrl.data import Batch, memory
 from fabricrl.data.buffers import NewestSteps, ReplayBuffer, record_type
+from fabricrl.data.memory import GIB
 from fabricrl.models.augmentation import moved, shift_images
+from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.records import Records
 from tests.conftest import BareRun, Trained
+from tests.process import call, differences, load, run_folder, run_team
+from tests.test_off_policy_resume import content
 from tests.test_replay_buffer import IMAGE, NUM_ACTIONS, VECTOR, World, filled, play, rng, same, stored
 
 SPACE = Records({"speed": 2}, {"camera": (36, 40, 3), "depth": (3, 37, 38)})
@@ -270,3 +272,87 @@ def test_numbers_beside_images_are_normalised() -> None:
     agent.obs_normalizer.update(torch.tensor([[1.0, 1.0], [3.0, -5.0]]))
     assert agent.prepare(rb.stacked_obs())[..., :8].view(torch.float32).tolist() == [[[1.0, -1.0]] * 2]
     assert agent.prepare(torch.stack([record])).dtype == torch.uint8
+
+
+# --- Runs
+
+# Episodes of 8 steps in 2 environments end every 16 steps, where a resumed environment is as it would have been
+FLAGS = ["--env-id", "tests.image_envs:Drift-v0", "--num-envs", 2, "--total-timesteps", 96, "--learning-starts", 32]
+FLAGS += ["--batch-size", 8, "--hidden-sizes", 16, "--frame-stack", 3, "--cnn-features", 8, "--norm-obs", "--n-step", 2]
+FLAGS += ["--buffer-size", 40, "--replay-ratio", 0.5, "--num-threads", 1, "--checkpoint-every", 16]
+FLAGS += ["--keep-checkpoints", 9]
+SCRIPTS: dict[str, ModuleType] = {"sac": sac, "droq": droq}
+
+
+@pytest.mark.parametrize("algo", SCRIPTS)
+def test_a_run_is_the_same_compiled_captured_from_a_file_and_resumed(
+    algo: str, train: Callable[..., Trained], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    main = SCRIPTS[algo].main
+    straight = train(main, *FLAGS)
+    half = straight.folder / "checkpoints" / f"step_{64:012d}.ckpt"
+    resumed = train(main, "--resume", half, "--log-dir", tmp_path / "resumed")
+    assert differences(content(straight.checkpoint), content(resumed.checkpoint)) == []
+    changed = {name.split("/")[1] for name in differences(content(half), content(resumed.checkpoint))}
+    assert {"agent", "q_optimizer", "actor_optimizer", "generators", "shard"} <= changed
+    in_a_file = train(main, *FLAGS, "--buffer-memmap", "--log-dir", tmp_path / "file")
+    request.getfixturevalue("traced")
+    compiled = train(main, *FLAGS, "--compile", "--log-dir", tmp_path / "compiled")
+    assert torch.equal(in_a_file.weights, straight.weights)
+    assert torch.equal(compiled.weights, straight.weights)
+    request.getfixturevalue("captured")
+    captured = train(main, *FLAGS, "--log-dir", tmp_path / "captured")
+    if algo == "sac":  # whose updates draw as without; what dropout drops is drawn in another way
+        assert torch.equal(captured.weights, straight.weights)
+    assert captured.weights.isfinite().all()
+
+
+@pytest.mark.parametrize("algo", SCRIPTS)
+def test_one_trainer_without_lag_leaves_the_checkpoints_of_the_coupled_script(algo: str, tmp_path: Path) -> None:
+    """Also the encoder of the policy that plays, and the stacks that it sees."""
+    script = SCRIPTS[algo]
+    one = call(script.main, *FLAGS, "--log-dir", tmp_path / "coupled")
+    run_team(f"{script.__name__}_decoupled", *FLAGS, "--max-lag", 0, "--log-dir", tmp_path / "logs", folder=tmp_path)
+    for path in sorted((one.folder / "checkpoints").glob("step_*.ckpt")):
+        other = run_folder(tmp_path / "logs") / "checkpoints" / path.name
+        expected, found = content(path), content(other)
+        expected["shard"] = expected.pop("shard", None) or expected.pop(".shard0")
+        found["shard"] = found.pop("shard", None) or found.pop(".shard0")
+        assert differences(expected["agent"], found["agent"]) == [], path.name
+        assert differences(expected["shard"], found["shard"]) == [], path.name
+
+
+def test_two_ranks_learn_the_same_from_images(tmp_path: Path) -> None:
+    run_team(sac.__name__, *FLAGS, "--log-dir", tmp_path / "logs", folder=tmp_path)
+    folder = run_folder(tmp_path / "logs") / "checkpoints"
+    last = load(max(folder.glob("step_*.ckpt")))
+    assert last["world_size"] == 2
+    shards = [load(max(folder.glob(f"step_*.shard{rank}"))) for rank in (0, 1)]
+    assert not torch.equal(shards[0]["records"], shards[1]["records"])
+    first = load(min(folder.glob("step_*.ckpt")))["agent"]
+    still = [name for name, value in last["agent"].items() if torch.equal(value, first[name])]
+    assert still == []
+
+
+def test_a_buffer_on_a_gpu_is_refused_and_auto_keeps_images_in_memory() -> None:
+    fabric = SimpleNamespace(device=torch.device("cuda:0"))
+    for place in ("auto", "cuda"):
+        run: Any = SimpleNamespace(args=SACArgs(buffer_device=place), fabric=fabric, obs_space=SPACE)
+        if place == "auto":
+            assert buffer_device(run) == (None, "")
+            continue
+        with pytest.raises(ConfigError, match="--buffer-device is cuda: it must be cpu or auto with images"):
+            buffer_device(run)
+
+
+def test_a_buffer_of_images_that_memory_does_not_hold_is_refused_with_the_figures(
+    train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * GIB)
+    with pytest.raises(ConfigError, match=r"--buffer-size: the memory that is free, 2\.00 GiB.* 4\.06 GiB"):
+        train(sac.main, *FLAGS, "--buffer-size", 10**6)  # 8 + 4320 bytes each, and 20 of what is beside
+
+
+def test_frames_of_vectors_are_not_stacked(train: Callable[..., Trained]) -> None:
+    with pytest.raises(ConfigError, match="--frame-stack is set: Pendulum-v1 has no images"):
+        train(sac.main, "--frame-stack", 2)

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
 
-from fabricrl.algos.args import StandardArgs, identity
-from fabricrl.utils.checkpoint import load_checkpoint
+from fabricrl.algos.args import DecoupledArgs, StandardArgs, identity, is_given
+from fabricrl.utils.checkpoint import load_checkpoint, reading
 from fabricrl.utils.ending import failing_together
 from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.run import began, runs_folder
@@ -60,6 +62,42 @@ def agreed(fabric: Fabric, state: dict[str, Any], path: Path | None, algo: str) 
                     f"rank {fabric.global_rank} does not see what rank 0 goes on from: {error}"
                 ) from error
     return state, path
+
+
+def go_on(
+    fabric: Fabric, args: Any, state: dict[str, Any], path: Path | None, algo: str, auto: bool
+) -> tuple[Any, dict[str, Any], dict[str, Any], Path | None]:
+    """Has all ranks go on from the same checkpoint, if there is one, each with its share of the run.
+
+    Args:
+        state, path: the checkpoint that this rank has found; {} and None: it has found none.
+        auto: with `--resume auto`, the arguments are those of the command line.
+
+    Returns:
+        the arguments of this rank; those among them that were asked for but are others now; the checkpoint.
+
+    Raises:
+        CheckpointError: on all ranks, if one cannot read it, or these ranks cannot share the run equally.
+    """
+    state, path = agreed(fabric, state, path, algo)
+    if not state:  # a rank other than 0 may have found one
+        return replace(args, resume=None) if args.resume else args, {}, {}, None
+    if not args.resume:  # rank 0 has found one
+        args = replace(args, resume=str(path))
+    ranks = 1 if isinstance(args, DecoupledArgs) else fabric.world_size
+    with reading(path):
+        state |= state.pop("learner", {})  # where SAC and DroQ had their optimizers before
+        kept = [] if auto else list(filter(is_given, PER_RANK))
+        fitted = for_ranks(args, state, ranks, kept)
+        asked = {} if auto else state.get("asked", {})
+    asked = {name: asked.get(name, getattr(args, name)) for name in fitted}
+    asked = {name: value for name, value in asked.items() if value != fitted[name]}
+    changed = {name: value for name, value in fitted.items() if value != getattr(args, name)}
+    if changed and fabric.global_rank == 0:
+        text = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+        before = state["world_size"]
+        print(f"ranks: {ranks}, in the checkpoint {before}: each has {text}", file=sys.stderr, flush=True)
+    return replace(args, **changed), asked, state, path
 
 
 def for_ranks(args: Any, state: Mapping[str, Any], ranks: int, kept: Collection[str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,9 +31,11 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.args import AUTO, DecoupledArgs, check_sizes, command, is_given, parse, run_name
+from fabricrl.algos.acting import example_inputs, faster_device
+from fabricrl.algos.args import AUTO, check_sizes, command, parse, run_name
 from fabricrl.algos.evaluation import Evaluation
-from fabricrl.algos.resume import PER_RANK, agreed, for_ranks, newest_run
+from fabricrl.algos.resume import go_on, newest_run
+from fabricrl.algos.underway import Underway
 from fabricrl.data import DeviceRolloutBuffer, Replay, RolloutBuffer
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.backends import info_keys
@@ -46,7 +48,7 @@ from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
 from fabricrl.utils.launch import check_ranks, launch
-from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics, MeanMetrics, Stopwatch
+from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
@@ -125,7 +127,12 @@ class Run:
         self.fabric: Any = launch(args)
         self.team = self.fabric
         self._signals.can_save = True
-        self._resume(auto)
+        self.asked: dict[str, Any]
+        given = self.args
+        self.args, self.asked, self.state, self.path = go_on(self.fabric, given, self.state, self.path, algo, auto)
+        if self.args != given:
+            check_sizes(self.args, algo, self.obs_space, self.action_space)
+        self.global_step = self.first_step = self.state.get("global_step", 0)
         self.given, self.losses = self.args, MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._noted: dict[tuple[str, ...], list[Tensor]] = {}
@@ -135,7 +142,7 @@ class Run:
         self._contexts = ExitStack()
         self._envs: Any = None  # a VectorEnv
         self._rollout: Any = None  # of environments of tensors, as are these:
-        self._running: DeviceEpisodes | None = None
+        self._underway: Underway | None = None
         self._hinted = self._missed = False
         self.masks: np.ndarray | None = None
         self._folder: RunFolder | None = None
@@ -146,35 +153,6 @@ class Run:
         self._score = math.nan  # mean return that decides if a checkpoint is the best; NaN: this iteration has none
         self._agreed = 0.0  # when ranks did last in an evaluation
         self.while_evaluating: Callable[[], None] = lambda: None
-
-    def _resume(self, auto: bool) -> None:
-        """Has all ranks go on from the same checkpoint, if there is one, each with its share of the run."""
-        self.state, self.path = agreed(self.fabric, self.state, self.path, self.algo)
-        self.asked: dict[str, Any] = {}
-        with reading(self.path):
-            self.state |= self.state.pop("learner", {})  # where SAC and DroQ had their optimizers before
-        self.global_step = self.first_step = self.state.get("global_step", 0)
-        if not self.state:
-            if self.args.resume:  # rank 0 has not found what this rank has
-                self.args = replace(self.args, resume=None)
-            return
-        if not self.args.resume:  # this rank has not found what rank 0 has
-            self.args = replace(self.args, resume=str(self.path))
-        ranks = 1 if isinstance(self.args, DecoupledArgs) else self.fabric.world_size
-        with reading(self.path):
-            kept = [] if auto else list(filter(is_given, PER_RANK))
-            fitted = for_ranks(self.args, self.state, ranks, kept)
-            asked = {} if auto else self.state.get("asked", {})
-        asked = {name: asked.get(name, getattr(self.args, name)) for name in fitted}
-        self.asked = {name: value for name, value in asked.items() if value != fitted[name]}
-        changed = {name: value for name, value in fitted.items() if value != getattr(self.args, name)}
-        if changed:
-            self.args = replace(self.args, **changed)
-            check_sizes(self.args, self.algo, self.obs_space, self.action_space)
-            if self.fabric.global_rank == 0:
-                text = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
-                before = self.state["world_size"]
-                print(f"ranks: {ranks}, in the checkpoint {before}: each has {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Run":
         """Checks the arguments against the number of ranks, and seeds this rank's generators."""
@@ -244,8 +222,8 @@ class Run:
             place = self.team.global_rank, videos, masked, self._first_env, self.fabric.device
             envs = self._envs = make_envs(own, *place)
             if self.tensors:
-                self._running = DeviceEpisodes(self.args.num_envs, self.fabric.device)
-                self.updates.tensors += envs.env.tensors()  # type: ignore[attr-defined]
+                self._underway = Underway(self.fabric, envs.env, self.args.num_envs)  # type: ignore[attr-defined]
+                self.updates.tensors += self._underway.envs.tensors()
             if self.team.world_size > self.fabric.world_size:
                 resumed, keys = self.args.resume is not None, info_keys(self.args)
                 self._envs = SharedEnvs(envs, self.team, resumed, self.mask_size, keys)
@@ -309,7 +287,8 @@ class Run:
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
         acts_in_rollouts = self._envs is not None and hasattr(self.args, "num_steps") and not self.tensors
         if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and acts_in_rollouts:
-            self.player_device = self._faster_device(parts["agent"])  # weights move once a rollout
+            self.player_device = faster_device(self, parts["agent"])  # weights move once a rollout
+            self._acts.clear()
         if not self.state:
             return
         with self.together(), reading(self.path):
@@ -345,55 +324,19 @@ class Run:
             obs, infos = self._envs.reset(seed=seeds)
             if not _are_finite(obs):
                 raise NonFiniteError("first observation is not finite")
-            if self.tensors:
-                obs = self._go_on(obs)
+            if self._underway is not None and "envs" in self.state:
+                with reading(self.path):
+                    obs = self._underway.load_state_dict(self.state["envs"], obs, *self._along())
         check_ranks(self.fabric, self._parts["agent"], torch.as_tensor(obs))
         self.masks = infos.get("action_mask")
         self.state = {}  # a replay buffer in it may be large
         self.clock.restart()
         return obs
 
-    def _go_on(self, obs: Tensor) -> Tensor:
-        """Goes on where the run that is resumed has saved its environments; returns their observations [N, D].
-
-        New episodes begin, with `obs`, where it has not: they do not tell their state, or were others.
-        """
-        stored = self.state.get("envs")
-        rank = self.fabric.global_rank
-        fits = stored is not None and stored["device"] == obs.device.type and rank < len(stored["obs"])
-        if stored is None or not fits or stored["obs"][rank].shape != obs.shape:
-            return obs
-        with reading(self.path):
-            # Clones, since a generator reads its state from the beginning of the storage
-            own = {name: value[rank].clone() for name, value in stored.items() if name != "device"}
-            self._envs.env.load_state_dict(own)
-            assert self._running is not None
-            self._running.returns.copy_(own["returns"])
-            self._running.lengths.copy_(own["lengths"])
-            normalizer = self._parts["agent"].reward_normalizer
-            if normalizer is not None:
-                normalizer.discounted = own["discounted"].to(obs.device)
-            if self.device_rng is not self.train_rng:
-                self.device_rng.set_state(own["device_rng"])
-            return own["obs"].to(obs.device)
-
-    def _envs_state(self) -> dict[str, Any]:
-        """The state of environments of tensors on all ranks, and of what counts along with them; {} if they tell none.
-
-        Each tensor [W, ...], and the kind of their device.
-        """
-        state = self._envs.env.state_dict() if self.tensors else None
-        if state is None:
-            return {}
-        assert self._running is not None
-        state |= {"obs": self._rollout.obs[-1], "returns": self._running.returns, "lengths": self._running.lengths}
-        normalizer = self._parts["agent"].reward_normalizer
-        if normalizer is not None:
-            state["discounted"] = normalizer.discounted
-        if self.device_rng is not self.train_rng:
-            state["device_rng"] = self.device_rng.get_state()
-        gathered = {name: all_gather(self.fabric, values.cpu()) for name, values in state.items()}
-        return {"envs": gathered | {"device": self.fabric.device.type}}
+    def _along(self) -> tuple[Any, torch.Generator | None]:
+        """The reward normaliser and the generator on a GPU, if any: what goes along with environments of tensors."""
+        rng = None if self.device_rng is self.train_rng else self.device_rng
+        return self._parts["agent"].reward_normalizer, rng
 
     # --- running updates
 
@@ -427,7 +370,7 @@ class Run:
             elif self.captures and self._envs is not None:
                 agent = self._parts["agent"]
                 with torch.inference_mode():
-                    self.act(self.player(agent), *self._acting_inputs(agent))
+                    self.act(self.player(agent), *example_inputs(self, agent))
             yield
         if (agent := self._parts.get("agent")) is not None and getattr(agent, "reward_normalizer", None) is not None:
             agent.reward_normalizer.discounted = None
@@ -460,7 +403,7 @@ class Run:
 
     # --- acting
 
-    def own(self, noise: Tensor, dim: int = 0) -> Tensor:
+    def own_noise(self, noise: Tensor, dim: int = 0) -> Tensor:
         """Of noise for all environments along `dim`, that of those which this rank acts in."""
         return noise if self.args.num_envs == self.all_envs else noise.narrow(dim, self._first_env, self._envs_here)
 
@@ -484,7 +427,7 @@ class Run:
     def noise(self, head: Any, steps: int) -> Tensor:
         """Noise of a rollout of T steps for `head.sample`, [T, N, ...], where the policy acts."""
         rng = self.device_rng if self.tensors and self.fabric.device.type != "cpu" else self.act_rng
-        return self.to_device(self.own(head.noise((steps, self.all_envs), rng), 1), self.player_device)
+        return self.to_device(self.own_noise(head.noise((steps, self.all_envs), rng), 1), self.player_device)
 
     def take_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
         """Calls `take_step(run, player, envs, rb, t, noise[t])` for each step t of a rollout.
@@ -498,28 +441,9 @@ class Run:
         envs.env.draw(len(noise))
         if player not in self._steps:
             step = partial(take_step, self, player, envs, rb)
-            self._steps[player] = self._recorded(step, rb.steps) if envs.env.is_code else self._each(step, rb.steps)
+            self._steps[player] = self.updates.each(step, rb.steps, recorded=envs.env.is_code)
         self._steps[player](noise)
         self.clock.lap("env")
-
-    def _recorded(self, step: Callable[..., None], numbers: Sequence[Tensor]) -> Callable[[Tensor], tuple]:
-        """All steps of a rollout as a function of its noise: each compiled, and all captured, if that was asked for."""
-
-        def take_step(t: Tensor, noise: Tensor) -> tuple:
-            step(t, noise)
-            return ()
-
-        return self.captured(self._each(self.compiled(take_step), numbers))
-
-    def _each(self, step: Callable[..., Any], numbers: Sequence[Tensor]) -> Callable[[Tensor], tuple]:
-        """All steps of a rollout as a function of its noise."""
-
-        def take_steps(noise: Tensor) -> tuple:
-            for t, row in zip(numbers, noise.unbind(), strict=True):
-                step(t, row)
-            return ()
-
-        return take_steps
 
     def act(self, player: Any, *inputs: Tensor | None) -> Any:
         """Calls `player.act` on inputs from anywhere, as one CUDA graph if it acts on a GPU, where the result stays."""
@@ -552,38 +476,6 @@ class Run:
     def is_healthy(self) -> bool:
         """Tells if all that was watched was finite; this waits for a GPU."""
         return self._health is None or not to_host(self._health)[0].item()
-
-    def _acting_inputs(self, agent: Any) -> list[Tensor | None]:
-        """Something to act on: observations, the memory if it has one, noise, and on-policy the mask of actions."""
-        assert self._envs is not None
-        num_envs, space = self.args.num_envs, self.obs_space
-        kind = torch.uint8 if space.dtype == np.uint8 else torch.float32
-        shape = num_envs, *getattr(agent, "obs_shape", space.shape)
-        inputs: list[Tensor | None] = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", kind))]
-        inputs += [torch.zeros(num_envs, agent.memory_size)] if hasattr(agent, "memory_size") else []
-        inputs.append(agent.head.noise((num_envs,), torch.Generator().manual_seed(0)))
-        if not hasattr(self.args, "num_steps"):
-            return inputs
-        return [*inputs, torch.ones(num_envs, self.mask_size, dtype=torch.bool) if self.mask_size else None]
-
-    def _faster_device(self, agent: Any) -> torch.device:
-        """The device on which the agent acts faster, the CPU or the one that trains; says so."""
-        inputs, seconds = self._acting_inputs(agent), {}
-        with torch.inference_mode():
-            for device in (torch.device("cpu"), self.fabric.device):
-                self.player_device, player = device, copy.deepcopy(agent).to(device)
-                for acts in (20, 100):  # the first ones choose kernels, or capture them
-                    started = time.perf_counter()
-                    for _ in range(acts):
-                        result = self.act(player, *inputs)
-                        to_host(result[0] if isinstance(result, tuple) else result)
-                    seconds[device] = (time.perf_counter() - started) / acts
-        self._acts.clear()
-        best = min(seconds, key=seconds.__getitem__)
-        if self.team.global_rank == 0:
-            times = ", ".join(f"{device} {1e6 * taken:.0f} µs" for device, taken in seconds.items())
-            print(f"player device: {best} ({times} an action)", file=sys.stderr, flush=True)
-        return best
 
     # --- in the loop
 
@@ -647,8 +539,8 @@ class Run:
         """
         summary = None
         with self.together():
-            if isinstance(rb, DeviceRolloutBuffer):
-                summary = self._summary(rb)
+            if self._underway is not None:
+                summary = self._underway.summary(self._rollout)
             self.losses.update(self.look())
         if summary is None:
             self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
@@ -656,19 +548,6 @@ class Run:
             self.episodes.add_summary(self.fabric, summary)
         self.clock.lap("comm")
         self._advance()
-
-    def _summary(self, rb: DeviceRolloutBuffer) -> Tensor:
-        """The episodes that have ended in a rollout, as `DeviceEpisodes.summary` tells of them, on the CPU.
-
-        Raises:
-            NonFiniteError: an environment has brought NaN or infinity.
-        """
-        assert self._running is not None
-        summary = self._running.summary(rb.rewards, rb.ends, rb.skipped, rb.episode_infos)
-        summary, finite = to_host(summary, rb.is_finite())
-        if not finite:
-            raise NonFiniteError(str(rb.find_nonfinite()))
-        return summary
 
     def record_step(self) -> None:
         """Ends an iteration of one step: looks and counts only now and then, since that costs as much as an update.
@@ -842,7 +721,9 @@ class Run:
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
             if self._scaler is not None:
                 state["scaler"] = self._scaler.state_dict()
-            state |= self._envs_state()
+            if self._underway is not None:
+                envs = self._underway.state_dict(self._rollout.obs[-1], *self._along())
+                state |= {"envs": envs} if envs else {}
             state["generators"] = self.generators
             if self.generators is None:
                 state["generators"] = rank_generators(self.fabric, self.act_rng, self.train_rng)

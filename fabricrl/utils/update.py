@@ -63,6 +63,28 @@ class Runner:
         """The function as one CUDA graph, if that was asked for."""
         return _Recorded(self, function, self._capture_variant) if self.captures else function
 
+    def each(
+        self, step: Callable[[Tensor, Tensor], None], numbers: Sequence[Tensor], recorded: bool
+    ) -> Callable[[Tensor], tuple]:
+        """`step(t, row)` for each number t and row of a tensor, as a function of that tensor.
+
+        Args:
+            recorded: each step is compiled, and all are captured as one, if that was asked for.
+        """
+
+        def take_step(t: Tensor, row: Tensor) -> tuple:
+            step(t, row)
+            return ()
+
+        take = self.compiled(take_step) if recorded else take_step
+
+        def take_steps(rows: Tensor) -> tuple:
+            for t, row in zip(numbers, rows.unbind(), strict=True):
+                take(t, row)
+            return ()
+
+        return self.captured(take_steps) if recorded else take_steps
+
     @property
     def records(self) -> bool:
         """True if anything is compiled or captured."""

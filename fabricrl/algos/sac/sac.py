@@ -34,9 +34,9 @@ def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, explores: b
     with run.together():
         if explores:
             uniform = torch.rand(run.all_envs, player.head.num_actions, generator=run.act_rng)
-            actions = run.own(2 * uniform - 1)  # [N, A]
+            actions = run.own_noise(2 * uniform - 1)  # [N, A]
         else:
-            noise = run.own(player.head.noise((run.all_envs,), run.act_rng))
+            noise = run.own_noise(player.head.noise((run.all_envs,), run.act_rng))
             actions = run.on_host(run.act(player, rb.stacked_obs(), noise))  # [N, A]
             run.check_finite("the policy's actions", actions)
         run.clock.lap("act")
