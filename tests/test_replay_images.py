@@ -24,6 +24,7 @@ from fabricrl.data.buffers import NewestSteps, ReplayBuffer, record_type
 from fabricrl.data.memory import GIB
 from fabricrl.models.augmentation import moved, shift_images
 from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.recording import recording
 from fabricrl.utils.records import Records
 from tests.conftest import BareRun, Trained
 from tests.process import call, differences, load, run_folder, run_team
@@ -279,13 +280,13 @@ def test_numbers_beside_images_are_normalised() -> None:
 # Episodes of 8 steps in 2 environments end every 16 steps, where a resumed environment is as it would have been
 FLAGS = ["--env-id", "tests.image_envs:Drift-v0", "--num-envs", 2, "--total-timesteps", 96, "--learning-starts", 32]
 FLAGS += ["--batch-size", 8, "--hidden-sizes", 16, "--frame-stack", 3, "--cnn-features", 8, "--norm-obs", "--n-step", 2]
-FLAGS += ["--buffer-size", 40, "--replay-ratio", 0.5, "--num-threads", 1, "--checkpoint-every", 16]
+FLAGS += ["--buffer-size", 40, "--replay-ratio", 0.5, "--num-threads", 1, "--checkpoint-every", 32]
 FLAGS += ["--keep-checkpoints", 9]
 SCRIPTS: dict[str, ModuleType] = {"sac": sac, "droq": droq}
 
 
 @pytest.mark.parametrize("algo", SCRIPTS)
-def test_a_run_is_the_same_compiled_captured_from_a_file_and_resumed(
+def test_a_run_is_the_same_compiled_captured_and_resumed(
     algo: str, train: Callable[..., Trained], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     main = SCRIPTS[algo].main
@@ -295,11 +296,11 @@ def test_a_run_is_the_same_compiled_captured_from_a_file_and_resumed(
     assert differences(content(straight.checkpoint), content(resumed.checkpoint)) == []
     changed = {name.split("/")[1] for name in differences(content(half), content(resumed.checkpoint))}
     assert {"agent", "q_optimizer", "actor_optimizer", "generators", "shard"} <= changed
-    in_a_file = train(main, *FLAGS, "--buffer-memmap", "--log-dir", tmp_path / "file")
     request.getfixturevalue("traced")
     compiled = train(main, *FLAGS, "--compile", "--log-dir", tmp_path / "compiled")
-    assert torch.equal(in_a_file.weights, straight.weights)
-    assert torch.equal(compiled.weights, straight.weights)
+    with recording():  # Adam in elementary operations, as a compiler sees it
+        spelled = train(main, *FLAGS, "--log-dir", tmp_path / "spelled")
+    assert torch.equal(compiled.weights, spelled.weights)
     request.getfixturevalue("captured")
     captured = train(main, *FLAGS, "--log-dir", tmp_path / "captured")
     if algo == "sac":  # whose updates draw as without; what dropout drops is drawn in another way
@@ -316,22 +317,19 @@ def test_one_trainer_without_lag_leaves_the_checkpoints_of_the_coupled_script(al
     for path in sorted((one.folder / "checkpoints").glob("step_*.ckpt")):
         other = run_folder(tmp_path / "logs") / "checkpoints" / path.name
         expected, found = content(path), content(other)
-        expected["shard"] = expected.pop("shard", None) or expected.pop(".shard0")
-        found["shard"] = found.pop("shard", None) or found.pop(".shard0")
+        shard, (found_shard,) = expected["shard"], [value["shard"] for name, value in found.items() if name[0] == "."]
         assert differences(expected["agent"], found["agent"]) == [], path.name
-        assert differences(expected["shard"], found["shard"]) == [], path.name
+        assert differences(shard, found_shard) == [], path.name
 
 
-def test_two_ranks_learn_the_same_from_images(tmp_path: Path) -> None:
+def test_two_ranks_learn_from_images_each_with_its_own_buffer(tmp_path: Path) -> None:
     run_team(sac.__name__, *FLAGS, "--log-dir", tmp_path / "logs", folder=tmp_path)
-    folder = run_folder(tmp_path / "logs") / "checkpoints"
-    last = load(max(folder.glob("step_*.ckpt")))
-    assert last["world_size"] == 2
-    shards = [load(max(folder.glob(f"step_*.shard{rank}"))) for rank in (0, 1)]
-    assert not torch.equal(shards[0]["records"], shards[1]["records"])
-    first = load(min(folder.glob("step_*.ckpt")))["agent"]
-    still = [name for name, value in last["agent"].items() if torch.equal(value, first[name])]
-    assert still == []
+    first, *_, last = sorted((run_folder(tmp_path / "logs") / "checkpoints").glob("step_*.ckpt"))
+    state = load(last)
+    assert (state["world_size"], state["global_step"]) == (2, 96)
+    assert differences(state["shard"], load(last.with_suffix(".shard1"))["shard"])
+    before = load(first)["agent"]
+    assert [name for name, value in state["agent"].items() if torch.equal(value, before[name])] == []
 
 
 def test_a_buffer_on_a_gpu_is_refused_and_auto_keeps_images_in_memory() -> None:

@@ -544,7 +544,8 @@ class ReplayBuffer:
             self._columns["final"][:] = -1
 
     def _layout(self, num_envs: int | None = None) -> str:
-        return layout(self.capacity, self.num_envs if num_envs is None else num_envs, self._records.dtype)
+        width = self.num_envs if num_envs is None else num_envs
+        return layout(self.capacity, width, self._records.dtype, self.frame_stack)
 
     def _differs(self, stored: str, num_envs: int) -> str:
         return why_it_differs(stored, self._layout(num_envs), self.num_envs)
@@ -676,9 +677,10 @@ def look_back(index: Tensor, ended: Tensor, num_envs: int, depth: int) -> Tensor
     return torch.stack(stack[::-1], 1)
 
 
-def layout(capacity: int, num_envs: int, record: np.dtype) -> str:
+def layout(capacity: int, num_envs: int, record: np.dtype, frame_stack: int = 1) -> str:
     """Names what has to be equal where a stored replay buffer is loaded."""
-    return f"{capacity} × {num_envs} of {record.descr}"
+    stacks = f" in stacks of {frame_stack}" if frame_stack > 1 else ""
+    return f"{capacity} × {num_envs} of {record.descr}{stacks}"
 
 
 def why_it_differs(stored: str, own: str, num_envs: int) -> str:
