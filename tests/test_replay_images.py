@@ -347,8 +347,8 @@ def test_a_buffer_of_images_that_memory_does_not_hold_is_refused_with_the_figure
     train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 2 * GIB)
-    with pytest.raises(ConfigError, match=r"--buffer-size: the memory that is free, 2\.00 GiB.* 4\.06 GiB"):
-        train(sac.main, *FLAGS, "--buffer-size", 10**6)  # 8 + 4320 bytes each, and 20 of what is beside
+    with pytest.raises(ConfigError, match=r"--buffer-size: the memory that is free, 2\.00 GiB.* 4\.05 GiB"):
+        train(sac.main, *FLAGS, "--buffer-size", 10**6)  # 4328 bytes each, and 16 of what is beside
 
 
 def test_frames_of_vectors_are_not_stacked(train: Callable[..., Trained]) -> None:

@@ -36,7 +36,9 @@ class OffPolicyArgs(StandardArgs):
     )
     frame_stack: int = arg(1, "number of stacked frames, for observations with images")
     random_shift: int = arg(
-        4, "pixels by which updates shift images at random, at most, so that critics generalise; 0: not at all"
+        4,
+        "pixels by which updates shift images at random, at most, so that critics generalise; 0: not at all",
+        advanced=True,
     )
     num_threads: int | None = arg(
         None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Use 1 beside other work"
