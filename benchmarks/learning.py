@@ -211,6 +211,27 @@ TASKS = {
         rival="sac-pendulum",
         times=0,
     ),
+    "ppo-recurrent-decoupled-cartpole": Task(
+        f"{RECURRENT.replace('.py', '_decoupled.py')} {MASKED} --total-timesteps 50176 --devices 2 --max-lag 1",
+        seeds=3,
+        measure="greedy_return",
+        bar=450,
+        reference=(450, 0),
+        source="what sb3-contrib's test demands after 50k steps",
+        rival="ppo-recurrent-cartpole",
+        times=0,
+    ),
+    "ppo-recurrent-decoupled-cartpole-bf16": Task(
+        f"{RECURRENT.replace('.py', '_decoupled.py')} {MASKED} --total-timesteps 50176 --devices 2 --max-lag 1 "
+        "--weights-precision bf16",
+        seeds=3,
+        measure="greedy_return",
+        bar=450,
+        reference=(450, 0),
+        source="what sb3-contrib's test demands after 50k steps",
+        rival="ppo-recurrent-cartpole",
+        times=0,
+    ),
     "ppo-catch": Task(
         f"{PPO} --env-id tests.pixel_envs:Catch-v0 {CATCH} --learning-rate 1.5e-3 --cnn-features 64 "
         f"--total-timesteps 40960 {ONE}",
@@ -271,6 +292,17 @@ TASKS = {
         source="DroQ in SimbaV2's results, v4, 16.7k steps, 10 seeds",
         rival="sac-halfcheetah-16700",
         times=5,
+    ),
+    "droq-decoupled-halfcheetah": Task(
+        f"{DROQ.replace('.py', '_decoupled.py')} --env-id HalfCheetah-v4 --total-timesteps 16700 --log-every 1000 "
+        f"--devices 2 --max-lag 1 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=3700,
+        reference=(4271, 571),
+        source="DroQ in SimbaV2's results, v4, 16.7k steps, 10 seeds",
+        rival="droq-halfcheetah",
+        times=0,
     ),
     # Settings of --preset tuned against what their source reports; bars are its ± over episodes below its mean
     "tuned-cartpole": tuned(PPO, "CartPole-v1", 490, (500.0, 0.0), "CartPole-v1, 100k steps"),

@@ -6,14 +6,20 @@
 Ranks may be more than cores: then processor time, bytes and messages count, not wall time. With the right to make
 network namespaces, two of them stand for two nodes, with the bandwidth and delay that `tc` gives the link between them;
 they are gone afterwards. What this machine does not allow is left out, with a message.
+
+What has been measured is kept in scale.json beside the report and not run again, so that an interrupted benchmark goes
+on where it was; `--fresh` starts over.
 """
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import json
 import math
+import multiprocessing
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -34,19 +40,30 @@ TASKS: dict[str, list[str]] = {"ppo": PPO, "sac": SAC}
 ENVS, BATCH = 8, 256  # of all ranks
 WARM_UP = {"ppo": 3, "sac": 64}  # iterations that are not counted: of SAC those without updates, and some more
 COUNTED = {"ppo": 12, "sac": 150}
+CLONE_NEWNET = 0x40000000
 LINKS = [("10gbit", 0.0), ("1gbit", 0.0), ("20mbit", 0.0), ("10gbit", 0.1), ("10gbit", 1.0), ("10gbit", 10.0)]
 PEERS = [8, 64, 512]  # trainers of the table on paper
-FIELDS = ("wall", "cpu", "compute", "wait", "calls", "messages", "bytes")
+FIELDS = ("wall", "cpu", "compute", "wait", "calls", "messages", "bytes", "records", "record_bytes", "weights")
+# Bytes of a row that a trainer cannot do without. PPO: 4 numbers seen, an action, its log-probability, value, advantage
+# and return. SAC: 3 numbers seen, an action, a reward, and if the episode has ended, and how
+ROW = {"ppo": 4 * 4 + 8 + 4 * 4, "sac": 3 * 4 + 4 + 4 + 2}
+ROWS = {"ppo": 128 * ENVS, "sac": ENVS}  # of an iteration, all environments
+FORKSERVER = multiprocessing.get_context("forkserver")  # ranks import nothing: that takes longer than they run
+FORKSERVER.set_forkserver_preload([f"fabricrl.algos.{task}.{task}_decoupled" for task in TASKS])
 
 
 # --- In a rank: counts what it sends, and how long it waits
 
 
 class Meter:
-    """Counts of a rank: seconds by the clock and of the processor, in messages and outside; messages and bytes sent."""
+    """Counts of a rank: seconds by the clock and of the processor, in messages and outside; messages and bytes sent.
+
+    Of these, what players and trainers send to each other is counted again, as `records`, and of the bytes the weights.
+    """
 
     def __init__(self) -> None:
-        self.totals = dict.fromkeys(("wait", "inside", "calls", "messages", "bytes"), 0.0)
+        names = ("wait", "inside", "calls", "messages", "bytes", "records", "record_bytes", "weights")
+        self.totals = dict.fromkeys(names, 0.0)
         self.marks: list[dict[str, float]] = []
         self._within = False  # what one message calls is part of it
 
@@ -70,6 +87,13 @@ class Meter:
 
         return call
 
+    def record(self, packet: Any) -> tuple[int, float]:
+        """Counts a record that is sent from one end to the other."""
+        self.totals["records"] += 1
+        self.totals["record_bytes"] += packet.buffer.nbytes
+        self.totals["weights"] += packet.tensors[-1].nbytes if packet.name == "Answer" else 0
+        return 1, packet.buffer.nbytes
+
     def mark(self) -> None:
         """Notes where the counts stand, once an iteration."""
         compute = time.thread_time() - self.totals["inside"]
@@ -92,6 +116,23 @@ class Meter:
         return {name: (last[name] - first[name]) / count for name in FIELDS}
 
 
+def fork_rank(variables: dict[str, str], output: Path, place: str | None, *rank: Any) -> None:
+    """Becomes a rank, in a process that has been forked, with these variables, its output in this file.
+
+    `place`: the network namespace in which it is; None: the machine's own.
+    """
+    os.chdir(ROOT)
+    if place is not None:
+        descriptor = os.open(f"/run/netns/{place}", os.O_RDONLY)
+        if ctypes.CDLL(None).setns(descriptor, CLONE_NEWNET):
+            sys.exit(f"error: cannot enter {place}")
+    os.environ |= variables
+    with output.open("w") as out:
+        for stream in (1, 2):
+            os.dup2(out.fileno(), stream)
+    run_rank(*rank)
+
+
 def run_rank(path: str, warm_up: int, module: str, flags: list[str]) -> None:
     """Runs a script as one of its ranks, and writes what an iteration has cost it."""
     from fabricrl.algos.decoupled import Player
@@ -108,7 +149,7 @@ def run_rank(path: str, warm_up: int, module: str, flags: list[str]) -> None:
         return 2 * (world_size - 1), 2 * (world_size - 1) / world_size * first.nbytes  # around a ring, part by part
 
     ranks.finish = meter.counted(ranks.finish, sent)
-    Channel.send = meter.counted(Channel.send, lambda channel, packet, *_: (1, packet.buffer.nbytes))  # type: ignore[method-assign]
+    Channel.send = meter.counted(Channel.send, lambda channel, packet, *_: meter.record(packet))  # type: ignore[method-assign]
     Channel.receive = meter.counted(Channel.receive, lambda *_: (0, 0))  # type: ignore[method-assign]
     Run.iterations = meter.each(Run.iterations)  # type: ignore[method-assign]
     Player.orders = meter.each(Player.orders)  # type: ignore[method-assign]
@@ -148,22 +189,24 @@ def measure(task: str, ranks: int, players: int = 0, places: list[str] | None = 
         variables = {"MASTER_ADDR": "127.0.0.1" if places is None else ADDRESSES[0], "MASTER_PORT": str(free_port())}
         variables |= {"TORCHELASTIC_RUN_ID": "scale", "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
         variables |= {"LOCAL_WORLD_SIZE": str(ranks // nodes), "PYTHONPATH": str(ROOT)}
-        started: list[subprocess.Popen] = []
+        started = []
         texts = [Path(folder, f"{rank}.txt") for rank in range(ranks)]
         try:
             for rank in range(ranks):
                 own = {"RANK": rank, "LOCAL_RANK": rank % (ranks // nodes), "GROUP_RANK": rank * nodes // ranks}
-                command = [sys.executable, __file__, "--rank", f"{folder}/{rank}.json", str(warm_up), module, *flags]
-                if places is not None:
-                    command = ["ip", "netns", "exec", places[rank], *command]
-                environment = os.environ | variables | {name: str(number) for name, number in own.items()}
-                with texts[rank].open("w") as out:
-                    started.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-            codes = [process.wait(timeout=900) for process in started]
+                environment = variables | {name: str(number) for name, number in own.items()}
+                place = None if places is None else places[rank]
+                given = (environment, texts[rank], place, f"{folder}/{rank}.json", warm_up, module, flags)
+                started.append(FORKSERVER.Process(target=fork_rank, args=given))
+                started[-1].start()
+            for process in started:
+                process.join(900)
         finally:
             for process in started:
                 process.kill()
-        if any(codes):
+                process.join()
+        codes = [process.exitcode for process in started]
+        if any(code != 0 for code in codes):
             told = "\n".join(text.read_text() for text in texts)
             raise SystemExit(f"ranks of {module} ended with {codes}:\n{told}")
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
@@ -173,6 +216,22 @@ def free_port() -> int:
     """A port that nobody listens at."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+class Cells:
+    """What has been measured, kept in a file: the cost of each rank, for each run of each cell."""
+
+    def __init__(self, path: Path, fresh: bool) -> None:
+        self.path = path
+        self.kept: dict[str, Any] = {} if fresh or not path.exists() else json.loads(path.read_text())
+
+    def measured(self, repeats: int, task: str, ranks: int, players: int = 0, link: str = "", **place: Any) -> Any:
+        """The median of each figure of each rank over so many runs, of which those that are missing are made."""
+        runs = self.kept.setdefault(f"{task}, {ranks} ranks, {players} players{link}", [])
+        while len(runs) < repeats:
+            runs.append(measure(task, ranks, players, **place))
+            self.path.write_text(json.dumps(self.kept, indent=1) + "\n")
+        return median_of(runs[:repeats])
 
 
 def median_of(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -273,8 +332,22 @@ def row(task: str, kind: str, who: str, cost: dict[str, float]) -> str:
     return f"| {task} | {kind} | {who} | {numbers} | {sent} |"
 
 
-def on_this_machine(tasks: list[str], ranks: list[int], repeats: int) -> tuple[list[str], dict[str, Any]]:
-    """Tables of what an iteration costs, and the costs of the coupled scripts by number of ranks."""
+def travels(task: str, players: int, trainers: int, who: str, cost: dict[str, float]) -> str:
+    """A row of what one end sends to each of the other, beside the bytes that it cannot do without."""
+    plays = who == "player"
+    peers = trainers if plays else players
+    needed = ROWS[task] * ROW[task] / (players * trainers) if plays else cost["weights"] / peers
+    sent, count = cost["record_bytes"] / peers, cost["records"] / peers
+    cells = f"{count:.2f} | {sent:.0f} | {needed:.0f} | {sent / needed:.2f} | {sent - needed:.0f}"
+    return f"| {task} | {players} + {trainers} | {who} | {cells} |"
+
+
+def on_this_machine(
+    cells: Cells, tasks: list[str], ranks: list[int], repeats: int
+) -> tuple[list[str], list[str], dict[str, Any]]:
+    """Tables of what an iteration costs and of what travels, and the coupled scripts' costs by number of ranks."""
+    between = ["| task | players + trainers | from a | messages to each | bytes | needed | ratio | more |"]
+    between += ["|-|-|-|-|-|-|-|-|"]
     lines = [
         "| task | script | rank | processor ms | computing ms | in messages ms | wall ms | calls | messages | kB |"
     ]
@@ -282,17 +355,18 @@ def on_this_machine(tasks: list[str], ranks: list[int], repeats: int) -> tuple[l
     coupled: dict[str, dict[int, dict[str, float]]] = {task: {} for task in tasks}
     for task in tasks:
         for count in ranks:
-            found = median_of([measure(task, count) for _ in range(repeats)])
+            found = cells.measured(repeats, task, count)
             coupled[task][count] = {name: statistics.mean(rank[name] for rank in found) for name in FIELDS}
             lines.append(row(task, f"coupled, {count}", "each", coupled[task][count]))
             print(lines[-1], flush=True)
         for count in (count for count in ranks if count > 1):
             players = count // 2
-            found = median_of([measure(task, count, players) for _ in range(repeats)])
+            found = cells.measured(repeats, task, count, players)
             for who, rank in (("player", 0), ("first trainer", players)):
                 lines.append(row(task, f"decoupled, {players} + {players}", who, found[rank]))
-                print(lines[-1], flush=True)
-    return lines, coupled
+                between.append(travels(task, players, players, who, found[rank]))
+                print(lines[-1], between[-1], sep="\n", flush=True)
+    return lines, between, coupled
 
 
 def check_model(coupled: dict[str, dict[int, dict[str, float]]]) -> list[str]:
@@ -309,7 +383,7 @@ def check_model(coupled: dict[str, dict[int, dict[str, float]]]) -> list[str]:
     return lines
 
 
-def between_nodes(tasks: list[str], repeats: int) -> list[str]:
+def between_nodes(cells: Cells, tasks: list[str], repeats: int) -> list[str]:
     """Two coupled ranks on two nodes: measured, and as the bytes and the delay of their messages predict it."""
     lines = ["| task | link | delay ms | iteration ms | predicted ms | ratio |", "|-|-|-|-|-|-|"]
     base: dict[str, float] = {}
@@ -317,7 +391,7 @@ def between_nodes(tasks: list[str], repeats: int) -> list[str]:
         try:
             with two_nodes(rate, delay) as nodes:
                 for task in tasks:
-                    found = median_of([measure(task, 2, places=nodes) for _ in range(repeats)])[0]
+                    found = cells.measured(repeats, task, 2, link=f", {rate}, {delay:g} ms", places=nodes)[0]
                     base.setdefault(task, found["wall"])
                     guess = base[task] + found["bytes"] * 8 / bits(rate) + found["messages"] * delay / 1e3
                     cells = f"{1e3 * found['wall']:.1f} | {1e3 * guess:.1f} | {guess / found['wall']:.2f}"
@@ -333,12 +407,16 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    costs, coupled = on_this_machine(args.tasks, args.ranks, args.repeats)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no network namespace behind
+    cells = Cells(args.out.with_suffix(".json"), args.fresh)
+    costs, between, coupled = on_this_machine(cells, args.tasks, args.ranks, args.repeats)
     parts = ["# An iteration on W ranks", f"`python benchmarks/scale.py --repeats {args.repeats}`", *["\n".join(costs)]]
+    parts += ["## Between players and trainers, an iteration", "\n".join(between)]
     parts += ["## The model against what was measured", "\n".join(check_model(coupled))]
-    parts += ["## Two nodes", "\n".join(between_nodes(args.tasks, args.repeats))]
+    parts += ["## Two nodes", "\n".join(between_nodes(cells, args.tasks, args.repeats))]
     head = ["| task | trainers | computing ms | messages ms | computing, of all |", "|-|-|-|-|-|"]
     tables = [
         line
@@ -351,7 +429,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--rank"]:
-        run_rank(sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5:])
-    else:
-        main()
+    main()

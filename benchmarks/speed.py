@@ -218,16 +218,31 @@ HUMANOID = (
     f"--env-id Humanoid-v5 --num-envs 56 --replay-ratio {1 / 56} --policy-frequency 1 --learning-starts 2000 "
     "--total-timesteps 44800 --log-every 2240"
 )
+SLEEPING = """--env-id sleeping:Sleeping-v0 --vectorization sync --env-kwargs '{"milliseconds":"""
 OVERLAP = {  # tasks on which playing and learning take about as long; threads of the coupled script; what is asked for
     "ppo-halfcheetah": (
         PPO,
         "--env-id HalfCheetah-v5 --num-envs 4 --num-steps 512 --num-minibatches 16 --update-epochs 7 "
         "--total-timesteps 102400 --log-every 8192",
         (1,),
-        ">= 1.4",
+        ">= 1.7",
     ),
     "sac-humanoid": (SAC, HUMANOID, (1, 2), ">= 1.3"),
+    "ppo-recurrent-sleeping": (
+        RECURRENT,
+        f"{SLEEPING} 0.2}}' --num-envs 8 --update-epochs 16 --total-timesteps 40960 --log-every 4096",
+        (1,),
+        ">= 1.5",
+    ),
+    "droq-halfcheetah": (
+        DROQ,
+        "--env-id HalfCheetah-v5 --learning-starts 500 --total-timesteps 2500 --log-every 125",
+        (1, 2),
+        ">= 1.2",
+    ),
 }
+# Two players share what one does alone: an iteration of 64 steps is 0.51 s of sleep for one
+PLAYERS = f"{PPO} {SLEEPING} 2}}' --num-envs 4 --num-steps 64 --update-epochs 2 --total-timesteps 4096 --log-every 512"
 MESSAGES = {  # tasks of which communication may take little
     "ppo-cartpole": (PPO, "--env-id CartPole-v1 --num-envs 8 --num-steps 128 --total-timesteps 102400"),
     "sac-pendulum": (
@@ -248,7 +263,8 @@ class Outcome(NamedTuple):
 
 def run(command: list[str], **environment: str) -> tuple[str, float]:
     """Standard output of a command that runs in the project's folder on one thread, and its wall-clock seconds."""
-    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    paths = os.pathsep.join(filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
     seconds = time.perf_counter() - started
@@ -367,7 +383,7 @@ def bench_startup(options: argparse.Namespace) -> bool:
 
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
         command = ours(f"{PPO} --env-id first_step:FirstStep-v0", log_dir, options)
-        _, a = run(command, PYTHONPATH=str(ROOT / "benchmarks"))
+        _, a = run(command)
         _, b = run([sys.executable, "-c", IMPORTS])
         return [(a, b)]
 
@@ -441,6 +457,19 @@ def bench_overlap(name: str, options: argparse.Namespace) -> bool:
         return [(a, max(b))]
 
     return bench(f"overlap-{name}", comparisons, measure, options)
+
+
+def bench_players(options: argparse.Namespace) -> bool:
+    """Two players and a trainer beside one player and a trainer, on environments of 2 ms a step."""
+    twin = PLAYERS.replace(".py", "_decoupled.py", 1) + " --max-lag 1 --num-threads 1"
+    comparisons = [Comparison("steps/s", "two players, one trainer", "one player, one trainer", "a / b", ">= 1.7")]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        cases = ("--devices 3 --players 2", "--devices 2")
+        a, b = (late_sps(f"{twin} {case}", seed, log_dir, options) for case in cases)
+        return [(a, b)]
+
+    return bench("players-sleeping", comparisons, measure, options)
 
 
 def bench_gpu(name: str, options: argparse.Namespace) -> bool:
@@ -584,6 +613,13 @@ def main() -> int:
     )
     parser.add_argument("--no-sketches", action="store_true", help="of --gpu our runs alone, which also run on a CPU")
     parser.add_argument("--decoupled", action="store_true", help="instead of tasks: a player and a trainer")
+    parser.add_argument(
+        "--decoupled-task",
+        choices=[*OVERLAP, *(f"messages-{name}" for name in MESSAGES), "players"],
+        action="append",
+        default=[],
+        help="one part of --decoupled; can be repeated",
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="pairs (default: 5)")
     parser.add_argument("--ours-args", default="", help="more flags for our script, such as --ours-args=--compile")
     parser.add_argument("--total-timesteps", type=int, help="instead of the benchmark's, for a quick look")
@@ -599,8 +635,10 @@ def main() -> int:
     jobs += [("--ranks", partial(bench_ranks, name)) for name in RANKS] * options.ranks
     parts = [*GPU] if options.gpu else options.gpu_task
     jobs += [(f"--gpu-task {shlex.quote(name)}", partial(bench_gpu, name)) for name in parts]
-    jobs += [("--decoupled", partial(bench_overlap, name)) for name in OVERLAP] * options.decoupled
-    jobs += [("--decoupled", partial(bench_messages, name)) for name in MESSAGES] * options.decoupled
+    twins: dict[str, Callable[[argparse.Namespace], bool]] = {n: partial(bench_overlap, n) for n in OVERLAP}
+    twins |= {f"messages-{name}": partial(bench_messages, name) for name in MESSAGES} | {"players": bench_players}
+    chosen = [*twins] if options.decoupled else options.decoupled_task
+    jobs += [(f"--decoupled-task {name}", twins[name]) for name in chosen]
     tasks = options.task or ([*TASKS, *UPDATE_TASKS] if not jobs else [])
     jobs += [(f"--task {name}", partial(bench_task if name in TASKS else bench_updates, name)) for name in tasks]
     options.machine = machine(bool(parts) and not options.no_sketches)

@@ -26,6 +26,7 @@ from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.logger import read_entries
+from fabricrl.utils.run import began
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
 from fabricrl.utils.utils import require
 
@@ -80,14 +81,15 @@ class Group:
 
 
 def find_logs(where: str) -> list[Path]:
-    """Folders of runs that a path or a pattern names, or that lie below it, in order.
+    """Folders of runs that a path or a pattern names, or that lie below it; those of one folder as they began.
 
     Raises:
         ConfigError: there is none, or no such path can be.
     """
     places = sorted(map(Path, glob.glob(str(path_of("a run", where)))))
     kinds = "metrics.csv", "events.out.tfevents.*"
-    folders = sorted({file.parent for place in places for kind in kinds for file in place.rglob(kind)})
+    found = {file.parent for place in places for kind in kinds for file in place.rglob(kind)}
+    folders = sorted(found, key=lambda folder: (folder.parent, began(folder), folder))
     if not folders:
         fault = "no run there" if places else "there is no such file or folder"
         raise ConfigError(f"{where}: {fault}; a run is a folder with TensorBoard events or metrics.csv")

@@ -8,6 +8,7 @@ python fabricrl/evaluate.py <checkpoint or run folder> --json
 
 import argparse
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from fabricrl.policy import Policy, algorithm, run_args
 from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading
 from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.hub import is_on_hub
 from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import HALF, require
@@ -62,6 +63,13 @@ def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[
         envs.close()
 
 
+def check_screen() -> None:
+    """Raises EnvError where no window can be opened: MuJoCo aborts there, and pygame draws for nobody."""
+    screens = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+    if sys.platform == "linux" and not any(map(os.environ.get, screens)):
+        raise EnvError("--render needs a screen, and there is none (DISPLAY is not set): record with --capture-video")
+
+
 def video_folder(policy: Policy, source: str) -> Path:
     """The folder for videos of a checkpoint, in that of its run; here, for one on the Hub."""
     run = Path() if is_on_hub(source) else policy.path.parent.parent
@@ -85,6 +93,8 @@ def main() -> int:
     require(0 <= options.seed < seeds, "seed", options.seed, f"between 0 and {seeds - 1}")
     if options.render and options.capture_video:
         raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
+    if options.render:
+        check_screen()
     StopSignal(raises=True)
     torch.set_num_threads(1)
     options.told = set()  # warnings, so that both modes tell each once

@@ -66,19 +66,23 @@ class Pool:
         self._running: set[subprocess.Popen] = set()
         self._stopping = False
 
-    def run(self, commands: Sequence[Sequence[str]]) -> list[Outcome]:
-        """Runs all commands. One that ends in code 2 has arguments that do not fit, and ends the rest.
+    def run(self, base: Sequence[str], ends: Sequence[Sequence[str]]) -> list[Outcome]:
+        """Runs a command with each of these ends. One that exits with code 2 has arguments that do not fit, and ends
+        the rest.
 
         Interrupted, it asks those that run to stop, and waits until they have saved.
 
         Raises:
             ConfigError: a command has ended in code 2.
         """
-        jobs = [self._threads.submit(self._run, command) for command in commands]
+        jobs = [self._threads.submit(self._run, [*base, *end]) for end in ends]
         bar = tqdm(total=len(jobs), desc="runs", disable=None)  # none without a terminal
         try:
-            for job in as_completed(jobs):
+            for count, job in enumerate(as_completed(jobs), 1):
                 bar.update()
+                if bar.disable:
+                    end = shlex.join(job.result().command[len(base) :])
+                    print(f"{count} of {len(jobs)} runs have ended: {end}", file=sys.stderr, flush=True)
                 if job.result().code == ConfigError.exit_code:
                     raise ConfigError(job.result().error)
         except BaseException:
@@ -138,8 +142,7 @@ def _flags(flag: str, value: str) -> list[str]:
 def train(base: Sequence[str], combinations: Sequence[Sequence[str]], seeds: Sequence[int], jobs: int) -> list[Outcome]:
     """Runs a command once for each combination of flags and each seed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # after the runs have been stopped
-    commands = [[*base, *flags, "--seed", str(seed)] for flags in combinations for seed in seeds]
-    return Pool(jobs).run(commands)
+    return Pool(jobs).run(base, [[*flags, "--seed", str(seed)] for flags in combinations for seed in seeds])
 
 
 def run_seeds(seed: int, seeds: int, jobs: int, log_dir: str) -> int:
@@ -181,7 +184,7 @@ def report(outcomes: Sequence[Outcome], out: Path | None, in_json: bool) -> int:
     for outcome in outcomes:
         if outcome.code:
             print(f"failed: {shlex.join(outcome.command[1:])}: {outcome.error}", file=sys.stderr)
-    folders = sorted(outcome.folder for outcome in outcomes if outcome.folder is not None and not outcome.code)
+    folders = [outcome.folder for outcome in outcomes if outcome.folder is not None and not outcome.code]
     code = next((outcome.code for outcome in outcomes if outcome.code), 0)
     if not folders:
         return code or RunError.exit_code

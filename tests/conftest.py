@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import gymnasium as gym
 import pytest
 import torch
 import torch._inductor
@@ -22,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fabricrl.algos.droq import agent as droq_agent
 from fabricrl.algos.run import Run
+from fabricrl.models.models import DropoutMasks
 from fabricrl.utils import hint
 from fabricrl.utils.metric import MeanMetrics, Stopwatch
 from fabricrl.utils.optimizer import Adam
@@ -214,7 +215,7 @@ def captured(graphs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fabricrl.algos.run.Runner", lambda compile, capture, *rest: Runner(compile, True, *rest))
     # On the CPU it asks how many have been drawn
     monkeypatch.setattr(
-        droq_agent, "draw_dropped", lambda rate, shape, rng: (torch.rand(shape, generator=rng) < rate).float()
+        DropoutMasks, "draw", lambda masks, count, rng: (torch.rand(count, generator=rng) >= masks.rate).float()
     )
 
 
@@ -267,3 +268,20 @@ def ppo(train: Callable[..., Trained]) -> Callable[..., Trained]:
     from fabricrl.algos.ppo.ppo import main
 
     return partial(train, main)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts small packages with the interfaces of simulators in the place of those, and everything back."""
+    known, loaded = dict(gym.registry), dict(sys.modules)
+    folder, adapters = Path(__file__).parent / "stand_ins", ("maniskill", "isaaclab", "playground")
+    packages = tuple(path.name for path in folder.iterdir())
+    for name in loaded:
+        if name.split(".")[0] in packages or name.removeprefix("fabricrl.envs.simulators.") in adapters:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(folder)
+    yield
+    for name in sys.modules.keys() - loaded.keys():
+        del sys.modules[name]
+    gym.registry.clear()
+    gym.registry.update(known)

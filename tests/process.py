@@ -38,7 +38,7 @@ DROQ = str(ROOT / "fabricrl/algos/droq/droq.py")
 EVALUATE = str(ROOT / "fabricrl/evaluate.py")
 PYTHON = [sys.executable]
 FORKED = ["forked"]  # a script after it starts in milliseconds, see `Forked`
-LIMIT = 120  # seconds; only a process that hangs ever needs them
+LIMIT = 300  # seconds, after which something hangs, however busy the machine
 # What a launcher around the tests would have set, and what would make our launchers believe that they run inside it
 LAUNCHERS = re.compile(
     r"(LT|TORCHELASTIC|TORCH_NCCL|SLURM)_.*|(LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE|NAME)|MASTER_.*"
@@ -298,6 +298,23 @@ def wait_for(condition: Callable[[], Any], running: Running) -> Any:
             raise AssertionError(f"ended too early, or waited in vain\n{running.report()}")
         time.sleep(0.02)
     return value
+
+
+def catches(pid: int, number: int) -> bool:
+    """Tells if a process has a handler for a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def signal_again(process: Any, number: int) -> None:
+    """Signals a process that has been signalled before until it ends.
+
+    One that comes sooner than a second after the first was heard counts as the same, and a busy machine hears late.
+    """
+    deadline = time.monotonic() + LIMIT
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(1.2)
+        process.send_signal(number)  # nothing, if it has ended
 
 
 @dataclass

@@ -88,6 +88,7 @@ class Simulated(gym.Env):
             time.sleep(1000)
         while self.hangs("stubborn"):  # as in a library that never comes back
             with contextlib.suppress(BaseException):
+                self.note("hanging")
                 time.sleep(1000)
         if self.fails and self.steps == 2:
             raise RuntimeError("out of order")

@@ -38,6 +38,20 @@ class Numbered(TorchEnv):
         return {"is_success": state[:, 0]}
 
 
+class Steered(Numbered):
+    """Numbered episodes with real actions, of which an observation shows the last."""
+
+    single_observation_space = Box(-np.inf, np.inf, (5,), np.float32)
+    single_action_space = Box(np.array([-1.0, 2.0], np.float32), np.array([3.0, 10.0], np.float32))
+
+    def first_state(self, random: Tensor) -> Tensor:
+        return torch.cat((super().first_state(random), torch.zeros_like(random)), -1)
+
+    def next_state(self, state: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        numbered, rewards, terminated = super().next_state(state[:, :3], actions[:, 0])
+        return torch.cat((numbered, actions), -1), rewards, terminated
+
+
 class Simulator(VectorEnv):
     """Not made of tensor code alone, and without a state that it tells: asks for a value in every step.
 
@@ -45,6 +59,7 @@ class Simulator(VectorEnv):
         fault: how it misbehaves with step 5.
     """
 
+    looks = True
     single_observation_space = Box(-1.0, 1.0, (2, 2), np.float32)
     single_action_space = Box(-1.0, 1.0, (2,), np.float32)
 
@@ -65,7 +80,7 @@ class Simulator(VectorEnv):
     def step(self, actions: Tensor) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         self.count += 1
         obs, rewards = self._obs(), -actions.square().sum(-1)
-        if rewards.max().item() > 0:
+        if self.looks and rewards.max().item() > 0:
             raise RuntimeError("nothing is earned here")
         ended = torch.full((self.num_envs,), self.count % 4 == 0)
         obs, rewards = self._with_fault(obs, rewards) if self.count == 5 else (obs, rewards)
@@ -95,7 +110,13 @@ class Pictures(Simulator):
     single_observation_space = Box(0, 255, (8, 8), np.uint8)
 
 
-_IDS = {"Numbered": Numbered, "Simulator": Simulator, "Ignorant": Ignorant, "TensorPictures": Pictures}
+_IDS = {
+    "Numbered": Numbered,
+    "Steered": Steered,
+    "Simulator": Simulator,
+    "Ignorant": Ignorant,
+    "TensorPictures": Pictures,
+}
 for _name, _class in _IDS.items():
-    limit = 5 if _class is Numbered else None
+    limit = 5 if issubclass(_class, Numbered) else None
     gym.register(f"{_name}-v0", vector_entry_point=_class, max_episode_steps=limit)  # type: ignore[arg-type]

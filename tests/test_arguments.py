@@ -16,13 +16,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from gymnasium.vector import SyncVectorEnv
 from lightning.fabric.strategies import DDPStrategy
 
 from fabricrl import algos
 from fabricrl.algos import evaluation
 from fabricrl.algos import run as run_module
-from fabricrl.algos.args import StandardArgs, parse
+from fabricrl.algos.args import StandardArgs
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.ppo import ppo as ppo_script
 from fabricrl.algos.ppo.agent import ACTION_SPACES
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
@@ -30,6 +30,7 @@ from fabricrl.algos.ppo_recurrent import ppo_recurrent as recurrent_script
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.run import Run
 from fabricrl.envs import make_envs
+from fabricrl.envs.turns import TurnsVectorEnv
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching
 from fabricrl.utils.errors import ConfigError, EnvError
@@ -354,7 +355,7 @@ def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train)
 def test_vectorization_chooses_processes_and_changes_nothing_else(
     algo: str, run: Train, base: Callable, tmp_path: Path
 ) -> None:
-    for kind, expected in (("sync", SyncVectorEnv), ("async", WorkerVectorEnv)):
+    for kind, expected in (("sync", TurnsVectorEnv), ("async", WorkerVectorEnv)):
         envs = make_envs(ARGS[algo](**(TINIES[algo] | {"vectorization": kind})), 0, tmp_path)
         assert type(envs.unwrapped) is expected
         envs.close()

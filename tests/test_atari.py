@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from gymnasium.vector import VectorEnv
 
 from fabricrl import evaluate
@@ -23,6 +24,7 @@ from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
 from fabricrl.data import RolloutBuffer
 from fabricrl.envs import make_envs
+from fabricrl.envs.atari import AtariVectorEnv
 from fabricrl.envs.backends import choose, cores_of_rank
 from fabricrl.envs.vector import check_env
 from fabricrl.utils.errors import ConfigError, EnvError
@@ -216,6 +218,14 @@ def test_the_time_limit_of_a_game_is_carried_over(monkeypatch: pytest.MonkeyPatc
         assert 98 <= end <= 101
 
 
+def test_a_game_without_a_time_limit_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("ale_py.vector_env.AtariVectorEnv", lambda game, num_envs, **given: told.update(given))
+    monkeypatch.setitem(gym.registry["ALE/Pong-v5"].kwargs, "max_num_frames_per_episode", None)
+    environments("native").close()
+    assert told["max_num_frames_per_episode"] > 2e9  # ale-py's own, if it is told none, is 30 minutes
+
+
 def test_policies_that_draw_their_actions_earn_alike(games: Callable) -> None:
     """Points lost at Pong come one by one, so that their number has an error of about its root."""
     lost = []
@@ -280,6 +290,19 @@ def test_rows_are_views_of_what_the_threads_have_written(
             assert np.shares_memory(infos["final_obs"], written[-1][-1]["final_obs"])
     assert any("final_obs" in row[-1] for row in written)
     assert written[0][0].shape == (3, 1, 84, 84), "one frame, no stack"
+
+
+def test_a_life_is_lost_against_the_step_before_or_the_reset() -> None:
+    """One that is won is none, and a game that has begun again has all."""
+    told = iter([3, 2, 2, 5, 4])
+    envs: Any = AtariVectorEnv.__new__(AtariVectorEnv)
+    envs.num_envs, envs.single_observation_space = 1, Box(0, 255, (4,), np.uint8)
+    envs._life_loss, envs._lives, obs = True, np.zeros(1, np.int32), np.zeros((1, 1, 2, 2), np.uint8)
+    info = lambda: {"lives": np.array([next(told)], np.int32)}  # noqa: E731
+    step = lambda actions: (obs, np.zeros(1), np.zeros(1, bool), np.zeros(1, bool), info())  # noqa: E731
+    envs._games = SimpleNamespace(reset=lambda seed: (obs, info()), step=step)
+    envs.reset()
+    assert [envs.step([0])[-1]["life_lost"].item() for _ in range(4)] == [True, False, False, True]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

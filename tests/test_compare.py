@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fabricrl import compare
-from fabricrl.algos.args import UNNAMED
+from fabricrl.algos.names import UNNAMED
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
@@ -93,6 +93,15 @@ def test_runs_that_differ_in_their_seed_are_a_group(tmp_path: Path, kind: str) -
     assert high["better"] is None
     if kind == "csv":
         assert high["seconds"] == 1
+
+
+def test_groups_come_in_the_order_in_which_their_runs_began(tmp_path: Path) -> None:
+    """As a grid was given; the first is what the others are held against."""
+    for time, rate in ((9, 1e-2), (10, 1e-4), (11, 1e-3)):
+        folder = tmp_path / f"ppo_learning-rate={rate}_1_20261126-1800{time:02}"
+        ours(folder, LINE, learning_rate=rate)
+    rates = [row["group"].partition("=")[2] for row in compared(tmp_path)]
+    assert rates == ["0.01", "0.0001", "0.001"]
 
 
 def test_runs_of_a_decoupled_twin_are_a_group_of_their_own(tmp_path: Path) -> None:

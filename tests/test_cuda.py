@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fabricrl import evaluate
-from fabricrl.algos import decoupled
 from fabricrl.algos.droq import droq
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
@@ -16,7 +15,6 @@ from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
 from fabricrl.models.distributions import TanhNormalHead
 from fabricrl.utils import device as device_module
-from fabricrl.utils.decoupled import Group
 from fabricrl.utils.errors import ConfigError
 from tests.process import differences, load, run_team
 
@@ -213,15 +211,9 @@ def test_more_gpus_than_there_are(run: Callable[..., Any]) -> None:
         run(*CUDA, "--devices", torch.cuda.device_count() + 1)
 
 
-def trainers_on_gpu(rank: int) -> None:
-    """In a rank: what `--player-device cpu` beside `--accelerator cuda` does, with one GPU less."""
+def trainers_draw_on_the_cpu(rank: int) -> None:
     if rank > 0:
         draw_on_the_cpu()
-
-    def group(fabric: Any, collective: Any = None, device: Any = None) -> Group:
-        return Group(fabric, collective, torch.device("cuda") if collective is not None else device)
-
-    decoupled.Group = group  # type: ignore[attr-defined,assignment]
 
 
 @pytest.mark.parametrize("algo", ["ppo", "ppo_recurrent", "sac", "droq"])
@@ -229,8 +221,9 @@ def test_player_on_the_cpu_and_trainer_on_the_gpu(algo: str, train: Callable[...
     main, flags = RUNS[algo]
     here = train(main, *COMMON, *flags, "--checkpoint-every", 32)
     twin, line = f"fabricrl.algos.{algo}.{algo}_decoupled", [*COMMON, *flags, "--checkpoint-every", 32, "--max-lag", 0]
-    line += [*EAGER, *HOST_RING] if algo == "sac" else []
-    there = run_team(twin, *line, "--log-dir", tmp_path / "there", folder=tmp_path / "team", prepare=trainers_on_gpu)
+    line += [*CUDA, "--player-device", "cpu", *([*EAGER, *HOST_RING] if algo in ("sac", "droq") else [])]
+    folders = ["--log-dir", tmp_path / "there"]
+    there = run_team(twin, *line, *folders, folder=tmp_path / "team", prepare=trainers_draw_on_the_cpu)
     state = load(there.result["checkpoint"])
     weights = torch.cat([v.reshape(-1) for name, v in state["agent"].items() if "normalizer" not in name])
     torch.testing.assert_close(weights, here.weights, rtol=0, atol=2e-4)

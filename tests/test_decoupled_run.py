@@ -24,11 +24,11 @@ from lightning.fabric import Fabric
 from torch.nn.utils import parameters_to_vector
 
 from fabricrl.algos.droq import droq
+from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.sac.utils import make_agent
 from fabricrl.data import Batch, ReplayBuffer
 from fabricrl.data.buffers import record_type
 from fabricrl.utils.checkpoint import load_checkpoint
@@ -331,44 +331,69 @@ def test_each_trainer_of_sac_keeps_the_transitions_of_its_own_environment(
         assert (records(parts[f".shard{env}"], 1)[:, 0] == whole[:, env]).all()
 
 
-def test_two_trainers_of_sac_make_the_update_of_one_learner_with_both_their_batches(tmp_path: Path) -> None:
-    """Each draws half a batch from its own buffer, with its own generator; their gradients are averaged."""
-    flags = [*SHARED, *FLAGS["sac"], "--env-kwargs", '{"continuous": true, "length": 11}', "--replay-ratio", 0.5]
-    flags += ["--learning-starts", 62, "--policy-frequency", 1, "--target-network-frequency", 1]
+def draw_update(algo: str, agent: Any, rb: ReplayBuffer, rng: torch.Generator) -> tuple[dict, torch.Tensor, list]:
+    """Batches [K, B, ...], noise [K, B, A], and what critics drop, as a trainer with half a batch of 4 draws them.
+
+    SAC's critics and actor share one batch, each with noise of its own; of DroQ's two batches the last is the actor's.
+    """
+    batches = rb.sample(1 if algo == "sac" else 2, 4, rng).columns
+    noise = agent.head.noise((2, 4), rng)
+    return batches, noise, [] if algo == "sac" else [agent.drop(passes, 4, rng) for passes in (2, 1)]
+
+
+def side_by_side(*parts: Any) -> Any:
+    """Tensors of several trainers with the rows of all, [K, B, ...], in lists as deep as theirs."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts, 1)
+    return [side_by_side(*those) for those in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize(("algo", "count"), [("sac", 1), ("droq", 2)])
+def test_two_trainers_make_the_updates_of_one_learner_with_both_their_batches(
+    algo: str, count: int, tmp_path: Path
+) -> None:
+    """Each draws half a batch from its own buffer, with its own generator; their gradients are averaged.
+
+    SAC makes one update; DroQ two of the critics, each with one of the actor.
+    """
+    module, more = COUPLED[algo], ["--policy-frequency", 1, "--target-network-frequency", 1]
+    flags = [*SHARED, *FLAGS[algo], "--env-kwargs", '{"continuous": true, "length": 11}', "--replay-ratio", count / 2]
+    flags += ["--learning-starts", 62, *(more if algo == "sac" else [])]
     flags += ["--total-timesteps", 64, "--checkpoint-every", 2, "--log-dir", tmp_path / "logs"]
-    run_team(MODULE["sac"], *flags, folder=tmp_path, world_size=3)
+    run_team(MODULE[algo], *flags, folder=tmp_path, world_size=3)
     folder = run_folder(tmp_path / "logs")
     before, after = load(checkpoint(folder, 62)), load(checkpoint(folder, 64))
-    assert (before["schedule"]["done"], after["schedule"]["done"]) == (0, 1)
+    assert (before["schedule"]["done"], after["schedule"]["done"]) == (0, count)
 
-    names = {"num_envs", "buffer_size", "batch_size", "n_step", "tau", "num_critics", "norm_obs"}
-    stored = {name: value for name, value in after["args"].items() if name in names | {"policy_lr", "q_lr"}}
-    args = SACArgs(**stored, hidden_sizes=(16,), policy_frequency=1, target_network_frequency=1)
+    names = {"num_envs", "buffer_size", "batch_size", "n_step", "tau", "num_critics", "norm_obs", "policy_lr", "q_lr"}
+    stored = {name: value for name, value in after["args"].items() if name in names | {"dropout"}}
+    kinds = {"sac": partial(SACArgs, policy_frequency=1, target_network_frequency=1), "droq": DroQArgs}
+    args = kinds[algo](**stored, hidden_sizes=(16,))  # type: ignore[operator]
     env = Deterministic(continuous=True)
-    envs = type("Envs", (), {"single_observation_space": env.observation_space})()
-    envs.single_action_space = env.action_space
-    agent = make_agent(args, envs)
+    spaces = SimpleNamespace(single_observation_space=env.observation_space, single_action_space=env.action_space)
+    agent: Any = module.make_agent(args, spaces)
     agent.load_state_dict(before["agent"])
     normalizer = {name: value for name, value in after["agent"].items() if name.startswith("obs_normalizer")}
     agent.load_state_dict(normalizer, strict=False)  # that of the step which was learned from at once
-    batches, noise = [], []
+    drawn = []
     for rank in (0, 1):
         rb = ReplayBuffer(args.buffer_size // 2, 1, env.observation_space, 1, args.gamma, args.n_step)
-        shard = load(checkpoint(folder, 64).with_suffix(f".shard{rank}"))["shard"]
-        rb.load_state_dict(shard)
+        rb.load_state_dict(load(checkpoint(folder, 64).with_suffix(f".shard{rank}"))["shard"])
         rng = torch.Generator()
         rng.set_state(before["generators"][rank, 1].clone())
-        batches.append(rb.sample(1, 4, rng))
-        noise.append(agent.head.noise((2, 4), rng))
-    columns = [batch.columns for batch in batches]
-    assert differences(*columns), "both trainers have drawn the same"
-    both = Batch(**{name: torch.cat([part[name] for part in columns], 1) for name in columns[0]})
-    agent.head.noise = lambda *_: torch.cat(noise, 1)  # type: ignore[method-assign,union-attr]
+        drawn.append([draw_update(algo, agent, rb, rng) for _ in range(count)])
+        assert torch.equal(rng.get_state(), after["generators"][rank, 1]), "the trainer has drawn something else"
+
     fabric = Fabric(accelerator="cpu", devices=1)
     alone: Any = SimpleNamespace(args=args, fabric=fabric, setup=fabric.setup, device_rng=None)
-    learner = sac.setup(alone, agent)
-    steps = partial(sac.update_critics, alone, learner), partial(sac.update_actor, alone, learner)
-    sac.train(alone, learner, *steps, both, sac.planned(args, 1, 1))
+    learner = module.setup(alone, agent)
+    steps = partial(module.update_critics, alone, learner), partial(module.update_actor, alone, learner)
+    for (first, *halves), (second, *others) in zip(*drawn, strict=True):
+        assert differences(first, second), "both trainers have drawn the same"
+        both = Batch(**{name: torch.cat((first[name], second[name]), 1) for name in first})
+        noise, dropped = side_by_side(halves, others)
+        agent.head.noise, agent.drop = lambda *_, noise=noise: noise, lambda *_, dropped=dropped: dropped.pop(0)
+        module.train(alone, learner, *steps, both, *([sac.planned(args, 1, 1)] if algo == "sac" else []))
     for name, value in after["agent"].items():
         torch.testing.assert_close(agent.state_dict()[name], value, rtol=0, atol=1e-5)
     for name in ("critics.layers", "actor"):
@@ -409,7 +434,7 @@ def spy(rank: int) -> None:
             print(json.dumps(entry), file=file)
 
     def wait(rollouts: int) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + LIMIT
         while len(path.with_suffix(".0").read_text().splitlines()) < rollouts:
             assert time.monotonic() < deadline, "the player does not play while the trainers learn"
             time.sleep(0.01)
@@ -669,7 +694,7 @@ def test_a_killed_rank_ends_the_others_with_code_7_and_a_line(
     with team(MODULE[algo], *flags, folder=tmp_path, world_size=world_size) as running:
         wait_for_checkpoint(running, tmp_path)
         os.kill(running.ranks[victim].pid or 0, signal.SIGKILL)
-        assert_ended(running, [-9 if rank == victim else 7 for rank in range(world_size)], within=30)
+        assert_ended(running, [-9 if rank == victim else 7 for rank in range(world_size)], within=LIMIT)
     assert re.fullmatch(rf"rank {victim}, process {running.ranks[victim].pid} of \S+, has ended", loss_told(running))
     assert_newest_loads(algo, tmp_path)
 
@@ -680,7 +705,7 @@ def test_a_stopped_trainer_ends_the_others_with_code_7_once_the_time_is_out(tmp_
     with team(MODULE["sac"], *flags, folder=tmp_path, world_size=3) as running:
         wait_for_checkpoint(running, tmp_path)
         os.kill(running.ranks[2].pid or 0, signal.SIGSTOP)
-        assert_ended(running, [7, 7, 7], within=6 + 30)  # the others wake it, and what it finds ends it, too
+        assert_ended(running, [7, 7, 7], within=LIMIT)  # the others wake it, and what it finds ends it, too
     assert re.fullmatch(rf"rank 2, process {running.ranks[2].pid} of \S+, has been stopped", loss_told(running))
     assert_newest_loads("sac", tmp_path)
 
@@ -810,7 +835,7 @@ def test_a_signal_to_any_rank_ends_all_with_a_checkpoint_that_resumes(
         wait_for_checkpoint(running, tmp_path)
         for rank in ranks:
             os.kill(running.ranks[rank].pid or 0, number)
-        assert_ended(running, [code] * 3, within=30)
+        assert_ended(running, [code] * 3, within=LIMIT)
     assert running.errors == []
     path = assert_newest_loads(algo, tmp_path)
     step = load(path)["global_step"]

@@ -16,7 +16,8 @@ from unittest import mock
 import pytest
 
 from fabricrl.__main__ import scripts
-from fabricrl.algos.args import StandardArgs, parse
+from fabricrl.algos.args import StandardArgs
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.args import DroQArgs, DroQDecoupledArgs
 from fabricrl.algos.ppo import ppo

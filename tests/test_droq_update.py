@@ -86,14 +86,14 @@ def make_agent(args: DroQArgs) -> DroQAgent:
 
 
 class Masked(nn.Module):
-    """Dropout with a mask that is set from outside, [B, H]: True is dropped."""
+    """Dropout with a mask that is set from outside, [B, H]: 0 is dropped."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate, self.mask = rate, torch.tensor(False)
+        self.rate, self.mask = rate, torch.tensor(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.where(self.mask == 1, 0.0, x / (1 - self.rate))
+        return torch.where(self.mask == 0, 0.0, x / (1 - self.rate))
 
 
 def plain_critics(ensemble: EnsembleMLP, args: DroQArgs) -> nn.ModuleList:
@@ -127,9 +127,9 @@ class PlainDroQ(PlainSAC):
     def reduced(self, q: Tensor) -> Tensor:
         return sum(q) / len(q)
 
-    def set_masks(self, critics: nn.ModuleList, dropped: list[Tensor]) -> None:
-        """`dropped`: [C, B, H] for each hidden layer."""
-        for i, masks in enumerate(dropped):
+    def set_masks(self, critics: nn.ModuleList, kept: list[Tensor]) -> None:
+        """`kept`: [C, B, H] for each hidden layer."""
+        for i, masks in enumerate(kept):
             for critic, mask in zip(critics, masks, strict=True):
                 [layer for layer in critic if isinstance(layer, Masked)][i].mask = mask
 
@@ -197,8 +197,8 @@ def test_the_update_of_the_actor_leaves_the_critics_alone() -> None:
     args = make_args()
     agent = make_agent(args)
     training, before = Training(agent, args), snapshot(agent)
-    (dropped,) = agent.drop(1, BATCH, rng())
-    training.step_actor(torch.randn(BATCH, OBS), torch.randn(BATCH, ACTIONS), dropped)
+    (kept,) = agent.drop(1, BATCH, rng())
+    training.step_actor(torch.randn(BATCH, OBS), torch.randn(BATCH, ACTIONS), kept)
     assert [moved(agent, before, part) for part in PARTS] == [True, True, False, False]
     assert all(parameter.grad is None for parameter in agent.critics.parameters())
 
@@ -208,11 +208,11 @@ def test_every_forward_of_the_critics_drops_something_else() -> None:
     passes = make_agent(args).drop(5, BATCH, rng())
     assert len(passes) == 5
     seen = set()
-    for dropped in passes:
-        assert len(dropped) == len(args.hidden_sizes)
-        for mask, width in zip(dropped, args.hidden_sizes, strict=True):
+    for kept in passes:
+        assert len(kept) == len(args.hidden_sizes)
+        for mask, width in zip(kept, args.hidden_sizes, strict=True):
             assert mask.shape == (args.num_critics, BATCH, width)
-            assert 0.15 < mask.float().mean() < 0.45
+            assert 0.55 < mask.mean() < 0.85
             seen.add(tuple(mask.flatten().tolist()))
     assert len(seen) == 10
     again = make_agent(args).drop(5, BATCH, rng())

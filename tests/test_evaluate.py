@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fabricrl import evaluate
 from fabricrl.algos.ppo.ppo import main
-from fabricrl.utils.errors import CheckpointError
+from fabricrl.utils.errors import CheckpointError, EnvError
 from tests.envs import Counting
 from tests.process import Finished, call, load
 
@@ -76,6 +76,16 @@ def test_json_has_both_modes_with_all_keys_and_is_the_same_when_repeated(trained
     assert played(trained.folder, "--episodes", 12) == result  # of a run folder the newest checkpoint is played
     assert played(trained.checkpoint, "--episodes", 12, "--seed", 5) != result
     assert trained.checkpoint.read_bytes() == before
+
+
+def test_without_a_screen_no_window_is_tried(trained: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(EnvError, match="--render needs a screen, and there is none"):
+        call(evaluate.main, trained.checkpoint, "--episodes", 1, "--render")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    evaluate.check_screen()
 
 
 def test_one_mode_can_be_chosen(trained: Finished) -> None:

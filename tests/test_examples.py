@@ -20,7 +20,8 @@ from gymnasium.wrappers import TimeLimit
 from examples.warehouse import LIMIT, ShapeReward, Slip, Warehouse
 from examples.warehouse.env import CELLS, GATE, MOVES
 from fabricrl import evaluate
-from fabricrl.algos.args import StandardArgs, parse
+from fabricrl.algos.args import StandardArgs
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.envs import make_env

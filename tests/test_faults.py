@@ -4,14 +4,17 @@ import contextlib
 import io
 import math
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
+from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
 from fabricrl.utils.utils import env_seeds
+from tests.conftest import BareRun, on_ranks
 from tests.process import FORKED, PPO, Running, Team, call, load, run, run_folder, run_team, saved_steps
 
 # An iteration is 2 environments × 16 steps; a checkpoint after each. The fault comes in the third
@@ -148,6 +151,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
         error = fault(tmp_path, "none", "--max-grad-norm", max_grad_norm)
     assert error.exit_code == 5
     assert_last_checkpoint_is_good(tmp_path, [32, 64])
+
+
+def test_of_two_faults_at_once_the_first_rank_tells_its_own_and_all_end_with_its_code() -> None:
+    def work(fabric: Any) -> tuple[int, int]:
+        run = BareRun(PPOArgs(), fabric)
+
+        def step() -> None:
+            with run.together():
+                if fabric.global_rank in (1, 2):
+                    raise (EnvError, NonFiniteError)[fabric.global_rank - 1]("of this rank")
+
+        with pytest.raises(RunError) as caught:
+            step()
+        return caught.value.told_by, caught.value.exit_code
+
+    assert on_ranks(4, work) == [(1, EnvError.exit_code)] * 4
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fabricrl.algos.args import StandardArgs, parse
+from fabricrl.algos.args import StandardArgs
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs

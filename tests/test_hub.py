@@ -25,7 +25,7 @@ import torch
 
 import fabricrl
 from fabricrl import evaluate, export
-from fabricrl.algos.args import command
+from fabricrl.algos.names import command
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.run import parse
 from fabricrl.algos.sac.sac import main as sac

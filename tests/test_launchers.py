@@ -320,6 +320,8 @@ def test_ranks_that_start_from_different_parameters_are_refused_and_from_equal_o
     assert capsys.readouterr().err == ""
     check_ranks(Ranks(same, obs), module, obs)  # type: ignore[arg-type]
     assert "equal observations" in capsys.readouterr().err
+    check_ranks(Ranks(same, obs.byte()), module, obs.byte())  # type: ignore[arg-type]  # frames of a game
+    assert capsys.readouterr().err == ""
     with pytest.raises(RunError, match="different parameters"):
         check_ranks(Ranks(same + 1, 2 * obs), module, obs)  # type: ignore[arg-type]
 

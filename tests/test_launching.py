@@ -19,14 +19,18 @@ from unittest import mock
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fabricrl import cli
 from fabricrl.algos.ppo import ppo
+from fabricrl.utils import launch as launch_module
 from fabricrl.utils import process
 from fabricrl.utils.ending import failing_together, report, run_script
 from fabricrl.utils.errors import ConfigError, EnvError, LostPeerError, NonFiniteError, RunError
 from fabricrl.utils.launch import launch
 from fabricrl.utils.network import interfaces, open_store, prepare_network
+from fabricrl.utils.precision import HalfPrecision
 from fabricrl.utils.process import PLACE, PR_SET_PDEATHSIG, die_with_parent, own_rank
 from tests.conftest import on_ranks
 from tests.process import (
@@ -523,3 +527,98 @@ def test_before_srun_s_ranks_have_met_one_of_those_that_fail_says_so(failing: li
 def test_a_mistake_in_arguments_under_srun_is_reported_once(tmp_path: Path) -> None:
     ended = run_team(SAC, "--gamma", 7, folder=tmp_path, code=2, prepare=as_srun)
     assert len(ended.errors) == 1, ended.report()
+
+
+# --- Players on the CPU beside trainers that own GPUs
+
+
+@pytest.fixture
+def two_gpus(environ: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fabric finds two GPUs, of which nothing is used."""
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda._get_all_visible_cuda_devices", lambda: [0, 1])
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
+
+
+def placed(**args: Any) -> tuple[int | None, str, str | None]:
+    """GPU of this rank, processes of this node, and the kind of device that it computes on."""
+    beside = {"accelerator": "cuda", "player_device": "cpu", "players": 1}
+    given = SimpleNamespace(**ARGS | beside | args)
+    with mock.patch.object(PLACE, "gpu", None):
+        options, kind = launch_module._placed(given, launch_module._options(given))
+        return PLACE.gpu, options["devices"], kind
+
+
+@pytest.mark.parametrize("devices", ["2", "auto", "-1", "0,1"])
+def test_every_gpu_gets_a_trainer_and_players_come_on_top(two_gpus: None, devices: str) -> None:
+    assert placed(devices=devices, players=2) == (None, "4", "cpu")
+    expected = [(None, "4", "cpu"), (None, "4", "cpu"), (0, "4", "cuda"), (1, "4", "cuda")]
+    os.environ["MASTER_PORT"] = "29400"
+    for rank, place in enumerate(expected):
+        os.environ["LOCAL_RANK"] = str(rank)
+        assert placed(devices=devices, players=2) == place
+
+
+def test_one_gpu_is_enough_and_may_be_any(two_gpus: None) -> None:
+    os.environ |= {"LOCAL_RANK": "1", "MASTER_PORT": "29400"}
+    assert placed(devices=None) == (0, "2", "cuda")
+    assert placed(devices="1,") == (1, "2", "cuda")
+
+
+def test_under_torchrun_processes_are_counted_and_players_are_on_the_first_node(two_gpus: None) -> None:
+    """Three processes on each of two nodes, of which the second would need three GPUs."""
+    os.environ |= TORCHRUN | {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "GROUP_RANK": "0"}
+    for local_rank, gpu in enumerate((None, 0, 1)):
+        os.environ |= {"RANK": str(local_rank), "LOCAL_RANK": str(local_rank)}
+        assert placed(devices=None) == (gpu, "3", "cpu" if gpu is None else "cuda")
+    assert placed(devices=None, players=3) == (None, "3", "cpu")
+    os.environ |= {"RANK": "3", "LOCAL_RANK": "0", "GROUP_RANK": "1"}
+    with pytest.raises(MisconfigurationException, match="requested gpu"):
+        placed(devices=None)
+    assert placed(devices=None, players=4) == (None, "3", "cpu")
+
+
+def test_with_several_nodes_processes_are_counted_too(two_gpus: None) -> None:
+    assert placed(num_nodes=2) == (None, "2", "cpu")
+    assert placed(num_nodes=2, node_rank=1) == (0, "2", "cuda")
+    os.environ |= {"LOCAL_RANK": "1", "MASTER_PORT": "29400"}
+    assert placed(num_nodes=2) == (0, "2", "cuda")
+    assert placed(num_nodes=2, node_rank=1) == (1, "2", "cuda")
+
+
+def test_all_others_are_left_where_fabric_puts_them(two_gpus: None) -> None:
+    assert placed(player_device="auto") == (None, "2", None)
+    assert placed(accelerator="cpu") == (None, "2", None)
+    given = SimpleNamespace(**ARGS | {"accelerator": "cuda", "player_device": "cpu"})  # a coupled script
+    assert launch_module._placed(given, launch_module._options(given))[1] is None
+
+
+def test_gpus_that_are_not_there_are_refused_in_one_line_before_anything_starts(two_gpus: None) -> None:
+    told = refused(accelerator="cuda", player_device="cpu", players=2, devices="3")
+    assert told.startswith("--accelerator cuda, --devices 3 is not available here: You requested gpu: [0, 1, 2]")
+
+
+@pytest.mark.parametrize(("precision", "plugin"), [("bf16-mixed", MixedPrecision), ("16-mixed", HalfPrecision)])
+def test_each_side_rounds_on_its_own_kind_of_device(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch, precision: str, plugin: type
+) -> None:
+    class BuiltError(Exception):
+        """Fabric would be, with these options."""
+
+    def build(**options: Any) -> Any:
+        raise BuiltError(options)
+
+    monkeypatch.setattr(launch_module, "Fabric", build)
+    monkeypatch.setattr("fabricrl.utils.precision.LossScale", mock.Mock)
+    beside = {"accelerator": "cuda", "player_device": "cpu", "players": 1, "devices": "1", "precision": precision}
+    kinds = []
+    for local_rank in ("0", "1"):
+        os.environ |= {"LOCAL_RANK": local_rank, "MASTER_PORT": "29400"}
+        with mock.patch.object(PLACE, "gpu", None), pytest.raises(BuiltError) as caught:
+            launch(SimpleNamespace(**ARGS | beside))
+        (options,) = caught.value.args
+        (given,) = options["plugins"]
+        assert type(given) is plugin
+        assert "precision" not in options
+        kinds.append(given.device)
+    assert kinds == ["cpu", "cuda"]

@@ -193,6 +193,18 @@ def test_a_constructor_that_fails_with_a_type_error_of_its_own_is_not_blamed_on_
     assert "--env-kwargs {} does not fit" in complaint("tests.test_misled:Plain-v0")
 
 
+def test_an_error_of_ones_own_code_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of one's own that has called what failed."""
+
+    def broken(self: Plain, fault: str = "") -> None:
+        np.zeros(3).reshape(2)
+
+    monkeypatch.setattr(Plain, "__init__", broken)
+    line = broken.__code__.co_firstlineno + 1
+    text = f"cannot be built: ValueError: cannot reshape array of size 3 into shape (2,) in broken, line {line} of "
+    assert text in complaint("tests.test_misled:Plain-v0", EnvError)
+
+
 def test_an_error_without_a_text_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Plain, fault: str = "") -> None:
         raise AssertionError

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
-from gymnasium.vector import SyncVectorEnv
 
 from fabricrl.algos import run as run_module
-from fabricrl.algos.args import StandardArgs, parse
+from fabricrl.algos.args import StandardArgs
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.off_policy import utils as off_policy
@@ -23,6 +23,7 @@ from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.envs.turns import TurnsVectorEnv
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching
 from fabricrl.utils import process
@@ -275,7 +276,7 @@ def test_vectorization_chooses_processes_and_changes_nothing_else(
     )
     for kind in ("sync", "async"):
         assert torch.equal(run(vectorization=kind).weights, base(algo))
-    assert kinds == [SyncVectorEnv, WorkerVectorEnv]
+    assert kinds == [TurnsVectorEnv, WorkerVectorEnv]
 
 
 def test_videos_are_recorded_only_if_asked_and_as_often_as_asked(run: Train) -> None:

@@ -16,6 +16,7 @@ from gymnasium.spaces import Box
 
 from fabricrl.algos.sac import sac
 from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.utils import checkpoint as checkpoint_module
 from fabricrl.utils.checkpoint import load_checkpoint, load_shard, save_checkpoint, save_shard
 from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.metric import EpisodeStatistics
@@ -73,6 +74,35 @@ def test_shards_are_kept_with_their_checkpoints_and_the_best_has_its_own(tmp_pat
         SAC, "--resume", best, "--log-dir", tmp_path / "again", folder=tmp_path / "second", prepare=falling
     )
     assert differences(content(checkpoint(folder.parent, 240)), content(again.result["checkpoint"])) == []
+
+
+def test_the_best_never_lacks_its_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whenever a run is killed: theirs have their names before it has its own, and the old ones leave after it."""
+    link, seen = checkpoint_module._link, []
+
+    def noted(path: Path, name: Path) -> None:
+        link(path, name)
+        seen.append((name.name, sorted(shard.name for shard in tmp_path.glob("best_*"))))
+
+    monkeypatch.setattr(checkpoint_module, "_link", noted)
+    for step in (1, 2):
+        save_shard(tmp_path, step, 1, {})
+        save_checkpoint(tmp_path, step, {"algo": "sac", "global_step": step, "shard": None}, keep=9, best=True)
+    first, second = "best_000000000001.shard1", "best_000000000002.shard1"
+    both = [first, second]
+    assert seen == [(first, [first]), ("best.ckpt", [first]), (second, both), ("best.ckpt", both)]
+    assert [shard.name for shard in tmp_path.glob("best_*")] == [second]
+
+
+def test_a_run_folder_gives_the_newest_that_is_whole_else_the_newest(tmp_path: Path) -> None:
+    """Those who play a policy need no buffer."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save_checkpoint(folder, step, {"algo": "sac", "global_step": step, "shards": 1}, keep=9)
+    assert load_checkpoint(tmp_path)[0]["global_step"] == 3
+    for step in (1, 2):
+        save_shard(folder, step, 0, {})
+    assert load_checkpoint(tmp_path)[0]["global_step"] == 2
 
 
 def test_a_shard_of_another_step_or_damaged_is_refused(tmp_path: Path) -> None:

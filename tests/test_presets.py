@@ -9,7 +9,7 @@ from unittest import mock
 import gymnasium as gym
 import pytest
 
-from fabricrl.algos.args import parse
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs

@@ -335,7 +335,7 @@ def test_two_ranks_learn_from_images_each_with_its_own_buffer(tmp_path: Path) ->
 def test_a_buffer_on_a_gpu_is_refused_and_auto_keeps_images_in_memory() -> None:
     fabric = SimpleNamespace(device=torch.device("cuda:0"))
     for place in ("auto", "cuda"):
-        run: Any = SimpleNamespace(args=SACArgs(buffer_device=place), fabric=fabric, obs_space=SPACE)
+        run: Any = SimpleNamespace(args=SACArgs(buffer_device=place), fabric=fabric, obs_space=SPACE, tensors=False)
         if place == "auto":
             assert buffer_device(run) == (None, "")
             continue

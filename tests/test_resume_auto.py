@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from fabricrl.algos import resume, run
-from fabricrl.algos.args import identity, run_name
+from fabricrl.algos.names import identity, run_name
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from tests.conftest import on_ranks
 from tests.process import Finished, call, differences, load, run_team, saved_steps, stopped_in
 
 # As in test_resume.py: a resumed environment is where it would have been; 16 iterations of 64 steps
@@ -228,6 +229,31 @@ def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_has_found(
     assert ("each has --num-envs 1" in ended.printed("err")) == (start > 0)
 
 
+@pytest.mark.parametrize(
+    ("own", "loads"),
+    [
+        ("/scratch/node1/ppo_1/checkpoints/step_2.ckpt", False),  # the folders above have other names on this node
+        ("/shared/ppo_1/checkpoints/step_1.ckpt", True),
+        ("/shared/ppo_2/checkpoints/step_2.ckpt", True),
+        (None, True),
+    ],
+)
+def test_a_rank_takes_the_checkpoint_of_rank_0_unless_it_has_found_the_same(
+    own: str | None, loads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = "/shared/ppo_1/checkpoints/step_2.ckpt"
+    monkeypatch.setattr(resume, "load_checkpoint", lambda path, algo: ({"read": path}, Path(path)))
+
+    def work(fabric: Any) -> Any:
+        fabric.broadcast = lambda value: first
+        path = Path(first) if fabric.global_rank == 0 else own and Path(own)
+        return resume.agreed(fabric, {"found": path}, path, "ppo")
+
+    (_, kept), (state, path) = on_ranks(2, work)
+    assert kept == Path(first)
+    assert (state, str(path)) == (({"read": first}, first) if loads else ({"found": Path(str(own))}, own))
+
+
 def lost_file(rank: int) -> None:
     if rank == 1:
         blind(rank)
@@ -260,6 +286,8 @@ def test_a_runs_totals_stay_whatever_the_number_of_ranks() -> None:
     assert shares(PPOArgs(), 8, 2, num_envs=4) == {"num_envs": 1}
     kept = resume.for_ranks(sac_args, {"args": stored, "world_size": 2}, 1, ["num_envs"])
     assert kept == {"batch_size": 512, "buffer_size": 1002}  # of as many environments as each rank had
+    more = SACArgs(num_envs=8, batch_size=256, buffer_size=1002)
+    assert resume.for_ranks(more, {"args": stored, "world_size": 2}, 2, ["num_envs"]) == {"batch_size": 256}
 
 
 @pytest.mark.parametrize(

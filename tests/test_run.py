@@ -16,7 +16,8 @@ from urllib.parse import parse_qs, urlsplit
 import gymnasium as gym
 import pytest
 
-from fabricrl.algos.args import _preset, run_name
+from fabricrl.algos.command_line import preset_values
+from fabricrl.algos.names import run_name
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.envs import make_envs
@@ -173,7 +174,7 @@ def test_a_run_is_named_after_what_was_changed() -> None:
     preset = {"preset": "mujoco", **PRESETS["mujoco"]}
     assert name(**preset) == "ppo_preset=mujoco"
     assert name(**preset | {"num_envs": 4}) == "ppo_num-envs=4_preset=mujoco"  # though it is the default without preset
-    tuned = {**_preset(PPOArgs, "tuned", PRESETS, "CartPole-v1"), "preset": "tuned"}
+    tuned = {**preset_values(PPOArgs, "tuned", PRESETS, "CartPole-v1"), "preset": "tuned"}
     assert name(**tuned) == "ppo_preset=tuned"
     assert name(PPODecoupledArgs, max_lag=0) == "ppo_decoupled_max-lag=0"
     many = {
@@ -254,6 +255,18 @@ def test_csv_logger_writes_a_row_for_each_entry_and_two_runs_of_a_second_have_tw
             rows = list(csv.DictReader(file))
         assert [int(row["step"]) for row in rows] == [512, 1024]
         assert rows[0].keys() >= TAGS - {"charts/episodic_return", "charts/episodic_length"}
+
+
+def test_a_budget_of_no_whole_iterations_is_rounded_down_and_said_to_be(tmp_path: Path) -> None:
+    flags = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--log-dir", tmp_path]
+    rounded = call(main, *flags, "--total-timesteps", 100)
+    assert rounded.result["steps"] == "96"
+    text = "--total-timesteps 100 is rounded down to 96, whole iterations of 32 steps"
+    assert rounded.err.splitlines().count(text) == 1
+    assert "is rounded down" not in call(main, *flags, "--total-timesteps", 64).err
+    more = call(main, "--resume", rounded.folder, "--total-timesteps", 200, "--num-envs", 4)
+    assert more.result["steps"] == "160"
+    assert "--total-timesteps 200 is rounded down to 160, whole iterations of 64 steps" in more.err
 
 
 def test_without_save_model_no_checkpoint_is_written(tmp_path: Path) -> None:

@@ -18,7 +18,20 @@ from fabricrl.data.buffers import RolloutBuffer
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.ending import requeue
 from fabricrl.utils.signals import StopSignal
-from tests.process import FORKED, PPO, PYTHON, Running, call, load, run_folder, run_team, saved_steps, started, wait_for
+from tests.process import (
+    FORKED,
+    PPO,
+    PYTHON,
+    Running,
+    call,
+    load,
+    run_folder,
+    run_team,
+    saved_steps,
+    signal_again,
+    started,
+    wait_for,
+)
 from tests.test_launching import as_srun
 
 # A run that nobody would wait for, in iterations of milliseconds
@@ -262,10 +275,10 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     with started(*FORKED, PPO, *flags, *log_under(tmp_path), cwd=tmp_path) as running:
         wait_for((tmp_path / "stepping").exists, running)
         os.kill(running.process.pid, signal.SIGINT)
-        time.sleep(1.2)  # sooner it would count as the same
+        time.sleep(0.5)
         (tmp_path / "stepping").unlink()
         wait_for((tmp_path / "stepping").exists, running)  # the first one alone does not end it
-        os.kill(running.process.pid, signal.SIGINT)
+        signal_again(running.process, signal.SIGINT)
         running.finish()
     assert running.code == 130, running.report()
     assert not checkpoints(tmp_path)

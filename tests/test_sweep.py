@@ -81,6 +81,9 @@ def test_every_combination_is_run_with_every_seed(script: Path, tmp_path: Path) 
     (sweep_folder,) = (tmp_path / "logs").iterdir()
     assert f"runs in {sweep_folder}" in done.err
     assert "fewer than five seeds" in done.err
+    told = [line for line in done.err.splitlines() if "runs have ended" in line]
+    assert [line.split()[0] for line in told] == [str(count) for count in range(1, 13)]
+    assert sum("of 12 runs have ended: --learning-rate=2 --no-compile --seed 7" in line for line in told) == 1
 
 
 def test_environments_are_a_table_with_a_first_group_each(script: Path, tmp_path: Path) -> None:
@@ -93,6 +96,13 @@ def test_environments_are_a_table_with_a_first_group_each(script: Path, tmp_path
         for env in ("One-v0", "Two-v0")
         for rate in ("1.0", "2.0")
     }
+
+
+def test_the_first_group_is_the_first_of_the_grid(script: Path, tmp_path: Path) -> None:
+    flags = ["--grid", "learning-rate=10,2,1", "--log-dir", tmp_path / "logs"]
+    done = call(sweep.main, "stub", *flags, "--json")
+    found = {row["group"]: row["better"] for row in json.loads(done.out)}
+    assert found == {"algo learning-rate=10.0": None, "algo learning-rate=2.0": 0, "algo learning-rate=1.0": 0}
 
 
 def test_mistakes_are_told_before_the_first_run(script: Path, tmp_path: Path) -> None:

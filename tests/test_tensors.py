@@ -1,11 +1,11 @@
 """`--vectorization torch`: rollouts that stay on the device of environments that take and return tensors."""
 
-import importlib
 import math
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,21 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from fabricrl import evaluate
-from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.agent import make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.run import Run
-from fabricrl.algos.sac import sac
+from fabricrl.algos.underway import Underway
 from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
-from fabricrl.envs.tensors import TensorEnvs
+from fabricrl.envs.tensors import TensorEnvs, trial_device
 from fabricrl.utils import utils
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
 from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics
 from fabricrl.utils.update import Runner
 from tests.conftest import BareRun, NoValues, Trained, on_ranks
 from tests.process import differences, load, run_folder, run_team
+from tests.tensor_envs import Simulator
 
 CPU = torch.device("cpu")
 NUMBERED, SIMULATOR = "tests.tensor_envs:Numbered-v0", "tests.tensor_envs:Simulator-v0"
@@ -247,6 +248,51 @@ def test_a_resumed_run_of_two_ranks_is_the_straight_run_to_the_bit(tmp_path: Pat
         assert differences(load(end)[name], load(more)[name]) == [], name
 
 
+def test_episodes_of_other_environments_are_not_gone_on_with() -> None:
+    """Of another kind of device, of ranks that had none, of another number."""
+    loaded: list[dict[str, Tensor]] = []
+    envs: Any = SimpleNamespace(load_state_dict=loaded.append)
+    underway = Underway(SimpleNamespace(global_rank=1, device=CPU), envs, 2)  # type: ignore[arg-type]
+    obs, state = torch.zeros(2, 3), {"device": "cpu", "obs": torch.ones(2, 2, 3)}
+    state |= dict.fromkeys(("returns", "lengths"), torch.ones(2, 2))
+    for other in ({"device": "cuda"}, {"obs": torch.ones(1, 2, 3)}, {"obs": torch.ones(2, 4, 3)}):
+        assert underway.load_state_dict(state | other, obs, None, None) is obs
+    assert not loaded
+    assert (underway.load_state_dict(state, obs, None, None) == 1).all()
+    assert len(loaded) == 1
+
+
+def test_a_reset_begins_with_all_environments_anew() -> None:
+    """Also where one had ended, and would have reset in the next step."""
+    envs = make_envs(PPOArgs(env_id=NUMBERED, env_kwargs=LATER, num_envs=4, vectorization="torch"), 0, Path())
+    envs.reset(seed=[1])
+    ended, steps = torch.zeros(4, dtype=torch.bool), 0
+    while not ended.any():
+        *_, terminated, truncated, _ = envs.step(torch.zeros(4, 1))
+        ended, steps = terminated | truncated, steps + 1
+        assert steps < 100
+    envs.reset(seed=[1])
+    assert not envs.step(torch.zeros(4, 1))[-1]["skipped"].any()
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "there", "kind"),
+    [
+        ({}, None, True, "cpu"), ({"cuda": True}, None, True, "cuda"), ({"accelerator": "cuda"}, None, True, "cuda"),
+        ({}, "cuda", True, "cuda"), ({"accelerator": "cpu"}, "cuda", True, "cpu"), ({}, "cuda", False, "cpu"),
+    ],
+)  # fmt: skip
+def test_environments_are_tried_where_the_run_will_train(
+    given: dict[str, Any], variable: str | None, there: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fabric run --accelerator=cuda` says so in a variable."""
+    monkeypatch.delenv("LT_ACCELERATOR", raising=False)
+    if variable:
+        monkeypatch.setenv("LT_ACCELERATOR", variable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert trial_device(PPOArgs(**given)).type == kind
+
+
 def test_a_simulator_that_tells_no_state_begins_new_episodes_when_resumed(
     train: Callable[..., Trained], tmp_path: Path
 ) -> None:
@@ -311,6 +357,23 @@ def test_actions_are_clipped_and_counted_from_the_start_of_their_space() -> None
     numbered: Any = make_envs(PPOArgs(env_id=NUMBERED, num_envs=4), 0, Path())
     assert numbered.env._taken(torch.tensor([[0], [1]])).tolist() == [1, 2]
     assert numbered.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    wide = Simulator(2)
+    wide.single_action_space = Box(np.array([-1.0, -2.0], np.float32), np.array([1.0, 2.0], np.float32))
+    taken = TensorEnvs(wide, PPOArgs(env_id=SIMULATOR, num_envs=2))._taken(torch.tensor([[5.0, 5.0], [-5.0, -5.0]]))
+    assert taken.tolist() == [[1, 2], [-1, -2]]
+
+
+def test_a_step_that_only_resets_counts_for_nothing() -> None:
+    """Whatever environments return with it; and of one whose episode goes on no number is told."""
+    envs: Any = make_envs(PPOArgs(env_id=NUMBERED, env_kwargs=LATER, num_envs=2), 0, Path()).env
+    envs.reset(seed=1)
+    obs, ones, first, both = torch.zeros(2, 3), torch.ones(2), torch.tensor([True, False]), torch.tensor([True, True])
+    *_, infos = envs.answer(obs, ones, first, ~both, {"is_success": ones})
+    assert infos["episode_info"][:, 0].isnan().tolist() == [False, True]
+    _, rewards, terminated, truncated, infos = envs.answer(obs, ones, both, both, {"is_success": ones})
+    assert (rewards.tolist(), infos["skipped"].tolist()) == ([0, 1], [True, False])
+    assert terminated.tolist() == truncated.tolist() == [False, True]
+    assert infos["episode_info"][:, 0].isnan().tolist() == [True, False]
 
 
 def test_the_numbers_of_an_episode_that_ended_are_told_not_those_of_the_next() -> None:
@@ -335,6 +398,12 @@ def test_what_does_not_count_in_a_rollout_of_tensors_may_be_anything() -> None:
     assert (rb.bootstraps * rb.truncated_episodes()[2][:, 0]).tolist() == [0.0, 0.5, 0.0, 0.5]
     assert rb.is_finite()
     assert rb.episode_infos[:, 0, 0].isnan().tolist() == [False, True]
+    with pytest.raises(EnvError), rb.checked():
+        raise EnvError("it has failed")
+    rb.final_obs[1, 1] = math.inf  # that of an episode that was truncated
+    assert not rb.is_finite()
+    with pytest.raises(NonFiniteError, match="a final observation is not finite"), rb.checked():
+        raise EnvError("it has failed for that")
 
 
 # --- Faults
@@ -387,35 +456,10 @@ def test_native_is_another_thing(train: Callable[..., Trained]) -> None:
         train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1", "--vectorization", "native")
 
 
-@pytest.mark.parametrize("name", ["ppo_recurrent", "ppo_decoupled"])
-def test_scripts_that_play_on_the_cpu_take_the_single_form(
-    name: str, train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refused in a line where they are told to do otherwise, before any rank is started."""
-    folder = name.removesuffix("_decoupled")
-    main = importlib.import_module(f"fabricrl.algos.{folder}.{name}").main
+def test_a_script_that_plays_on_the_cpu_takes_the_single_form(train: Callable[..., Trained]) -> None:
+    """Refused in a line where it is told to do otherwise, before any rank is started."""
     flags = ["--env-id", "torch/CartPole-v1", *TINY[:6]]
     with pytest.raises(ConfigError, match="--vectorization is torch: it must be another with this script"):
-        train(main, *flags, "--vectorization", "torch")
-    if name == "ppo_recurrent":
-        output = train(main, *flags, "--hidden-sizes", 8).output
-        assert "vectorization: sync" in output
-
-
-def test_one_without_a_single_form_is_for_ppo(train: Callable[..., Trained]) -> None:
-    with pytest.raises(ConfigError, match="torch/Reach-v0 is registered as a vector environment alone: only ppo takes"):
-        train(sac.main, "--env-id", "torch/Reach-v0")
-    assert (
-        train(
-            sac.main,
-            "--env-id",
-            "torch/Pendulum-v1",
-            "--total-timesteps",
-            20,
-            "--learning-starts",
-            10,
-            "--batch-size",
-            4,
-        ).code
-        == 0
-    )
+        train(ppo_decoupled.main, *flags, "--vectorization", "torch")
+    with pytest.raises(ConfigError, match="torch/Reach-v0 is registered as a vector environment alone"):
+        train(ppo_decoupled.main, *TINY[:6], "--env-id", "torch/Reach-v0")

@@ -146,9 +146,9 @@ class DroQUpdates(SACUpdates):
     def make_agent(self) -> DroQAgent:
         return DroQAgent(Box(-1, 1, (OBS,)), ACTIONS, (8, 6), dropout=0.2, layer_norm=True)
 
-    def function(self, batch: Batch, noise: Tensor, dropped: list[list[Tensor]]) -> Tensor:  # type: ignore[override]
-        critics = droq.update_critics(self.run, self.learner, batch, noise[0], dropped[0], dropped[1])
-        return torch.cat((critics, droq.update_actor(self.run, self.learner, batch.obs, noise[1], dropped[2])))
+    def function(self, batch: Batch, noise: Tensor, kept: list[list[Tensor]]) -> Tensor:  # type: ignore[override]
+        critics = droq.update_critics(self.run, self.learner, batch, noise[0], kept[0], kept[1])
+        return torch.cat((critics, droq.update_actor(self.run, self.learner, batch.obs, noise[1], kept[2])))
 
     def update(self, number: int) -> Tensor:
         return self.step(*self.batch(number), self.learner.agent.drop(3, BATCH, rng(number)))

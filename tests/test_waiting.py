@@ -25,7 +25,7 @@ from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import LostPeerError
 from fabricrl.utils.network import open_store
 from fabricrl.utils.peers import Peers, patience, process_state
-from tests.process import FORKSERVER, LAUNCHERS, Team, call, free_port, team
+from tests.process import FORKSERVER, LAUNCHERS, LIMIT, Team, call, catches, free_port, team
 
 ENDLESS = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 1, "--update-epochs", 1, "--vectorization", "sync"]
 ENDLESS += ["--total-timesteps", 1_000_000_000, "--checkpoint-every", 3200, "--keep-checkpoints", 2]
@@ -33,7 +33,7 @@ PPO = "fabricrl.algos.ppo.ppo"
 
 
 def await_checkpoint(ranks: Team, tmp_path: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     while not list(tmp_path.rglob("step_*.ckpt")):
         assert time.monotonic() < deadline, ranks.report()
         time.sleep(0.02)
@@ -78,10 +78,13 @@ def test_two_signals_end_a_rank_that_waits_for_one_that_was_stopped(tmp_path: Pa
         os.kill(ranks.ranks[1].pid, signal.SIGSTOP)
         time.sleep(0.5)
         os.kill(ranks.ranks[0].pid, signal.SIGTERM)
-        time.sleep(1.2)
-        assert ranks.printed("err").count("\nstopping after this iteration; again to stop now\n") == 1
+        text, deadline = "\nstopping after this iteration; again to stop now\n", time.monotonic() + LIMIT
+        while ranks.printed("err").count(text) != 1:
+            assert time.monotonic() < deadline, ranks.report()
+            time.sleep(0.02)
+        time.sleep(1.2)  # sooner another would count as the same
         os.kill(ranks.ranks[0].pid, signal.SIGTERM)
-        ranks.ranks[0].join(30)
+        ranks.ranks[0].join(LIMIT)
         assert ranks.ranks[0].exitcode == 143, ranks.report()
 
 
@@ -107,15 +110,16 @@ def test_evaluation_ends_by_a_signal_whose_environment_hangs(
     process = FORKSERVER.Process(target=play, args=(bad, printed))
     process.start()
     try:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("*.started"))) < 2 and time.monotonic() < deadline:  # one only to look at
+        deadline = time.monotonic() + LIMIT
+        while not list(tmp_path.glob("*.hanging")) and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(1)
         for number in numbers:
             assert process.is_alive(), printed.read_text()
             os.kill(process.pid, number)
-            time.sleep(1.2)
-        process.join(20)
+            while "again to stop now" not in printed.read_text() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(1.2)  # sooner another would count as the same
+        process.join(LIMIT)
         assert process.exitcode == code, printed.read_text()
     finally:
         process.kill()
@@ -160,7 +164,7 @@ def node(tmp_path: Path) -> Iterator[Callable]:
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_node_that_never_comes_is_named(number: int, node: Callable) -> None:
     process, errors = node(number, 0.05)
-    process.join(60)
+    process.join(LIMIT)
     assert process.exitcode == 7, errors.read_text()
     (line,) = [line for line in errors.read_text().splitlines() if line.startswith("error:")]
     if number == 0:
@@ -173,13 +177,13 @@ def test_a_node_that_never_comes_is_named(number: int, node: Callable) -> None:
 @pytest.mark.parametrize("number", [0, 1])
 def test_one_signal_ends_a_node_that_waits_for_another(number: int, node: Callable) -> None:
     process, errors = node(number, 10)
-    deadline = time.monotonic() + 60
-    while not (errors.exists() and Path(f"/proc/{process.pid}/task").exists()) and time.monotonic() < deadline:
+    deadline = time.monotonic() + LIMIT
+    while not catches(process.pid, signal.SIGTERM) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(1.5)
     assert process.is_alive(), errors.read_text()
     os.kill(process.pid, signal.SIGTERM)
-    process.join(20)
+    process.join(LIMIT)
     assert process.exitcode == 143, errors.read_text()
 
 
@@ -202,12 +206,12 @@ def test_the_lightning_command_waits_no_longer_and_hears_signals(
     process.start()
     try:
         if code == 130:
-            deadline = time.monotonic() + 30
-            while not errors.exists() and time.monotonic() < deadline:
+            deadline = time.monotonic() + LIMIT
+            while not catches(process.pid, signal.SIGTERM) and time.monotonic() < deadline:  # as SIGINT by now
                 time.sleep(0.01)
             time.sleep(4)
             os.kill(process.pid, signal.SIGINT)
-        process.join(30)
+        process.join(LIMIT)
         assert process.exitcode == code, errors.read_text()
     finally:
         process.kill()
@@ -266,6 +270,46 @@ def test_of_a_rank_elsewhere_it_is_known_that_it_does_not_answer(join: Callable,
     assert join(0, world_size=2).roll_call()[0] == "rank 1, process 12 of elsewhere, does not answer"
 
 
+def test_of_those_that_are_missing_the_ones_that_have_ended_or_gone_quiet_are_named(
+    join: Callable, store: TCPStore
+) -> None:
+    """The others may be on their way to ask."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as other:
+        pass
+    own = join(0)
+    store.set("fabricrl/0/lives/1", "0 12 elsewhere 34")
+    store.set("fabricrl/0/lives/2", f"0 {other.pid} {peers_module._machine()}")
+    assert own.roll_call()[0].endswith(f"process {other.pid} of {peers_module._machine().split()[0]}, has ended")
+    store.set("fabricrl/0/lives/2", "0 13 elsewhere 34")
+    own.look()
+    own._changed[1] -= 1000.0  # seconds
+    assert own.roll_call()[0] == "rank 1, process 12 of elsewhere, does not answer"
+
+
+def test_a_job_that_was_suspended_as_a_whole_has_not_waited(
+    join: Callable, store: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = join(0, world_size=2)
+    own.close()
+    store.set("fabricrl/0/lives/1", "0 12 elsewhere 34")
+    own.look()
+    pauses = iter([False, True])
+    own._over = SimpleNamespace(wait=lambda seconds: next(pauses), set=lambda: None)
+    own._clock, own._looked = 0.0, time.monotonic() - 1000.0
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("it has ended the process"))
+    own._watch()
+    assert own._clock == 2 * own._often
+
+
+def test_a_launcher_that_starts_ranks_again_counts_none_of_those_before(
+    join: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join(1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    own = join(0, world_size=2)
+    assert own.roll_call() == ("rank 1 has not come", True)
+
+
 def test_signs_of_life_are_heard_and_missed(join: Callable[..., Peers], store: TCPStore) -> None:
     minutes = 0.8 / 60  # a sign of life every 0.1 s
     first, second = join(0, minutes, 2), join(1, minutes, 2)
@@ -289,6 +333,8 @@ def test_a_store_that_is_gone_is_that_of_rank_0_or_of_the_launcher() -> None:
     ):
         assert own.roll_call() == ("rank 0 has not come", True)
         assert by_agent.roll_call()[0] == "the launcher does not answer"
+        own._looked -= 1000.0  # it has been stopped for so long that the others have left, and told
+        assert own.roll_call() == ("rank 0 has not come", False)
     own.close()
     by_agent.close()
     del kept

@@ -51,6 +51,7 @@ from fabricrl.utils.decoupled import (
     State,
     make_groups,
     player_device,
+    trainer_device,
     with_player,
 )
 from fabricrl.utils.ending import is_communication_error, reason, report
@@ -244,7 +245,7 @@ class Trainers:
     def keep_waiting(self) -> None:
         """→ Order, to wait for the next: in an evaluation that takes long, since trainers give up a silent player."""
         quarter = 15 * self.run.args.timeout  # of what they wait, in seconds
-        if self.leads and 0 < quarter < time.monotonic() - self._spoke:
+        if 0 < quarter < time.monotonic() - self._spoke:
             self._spoke = time.monotonic()
             self._command(WAIT)
 
@@ -547,7 +548,7 @@ def run_ranks(
             else:  # each sees all, as if it were alone
                 run.join(Group(fabric, device=device), Group(fabric, team, device))
             return player(run.args, run, trainers)
-    run.join(Group(fabric, learners))
+    run.join(Group(fabric, learners, trainer_device(fabric)))
     end = Player(run, Channel(world, players * (args.max_lag + 1)))
     with telling(end, players), before_hello(end):
         trainer(args, run, end)

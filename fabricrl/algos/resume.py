@@ -10,7 +10,9 @@ from typing import Any
 
 from lightning.fabric import Fabric
 
-from fabricrl.algos.args import DecoupledArgs, StandardArgs, identity, is_given
+from fabricrl.algos.args import DecoupledArgs, StandardArgs
+from fabricrl.algos.command_line import is_given
+from fabricrl.algos.names import identity
 from fabricrl.utils.checkpoint import load_checkpoint, reading
 from fabricrl.utils.ending import failing_together
 from fabricrl.utils.errors import CheckpointError

@@ -32,11 +32,19 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
 from fabricrl.algos.acting import example_inputs, faster_device
-from fabricrl.algos.args import AUTO, check_sizes, command, parse, run_name
+from fabricrl.algos.args import AUTO, check_sizes
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.evaluation import Evaluation
+from fabricrl.algos.names import command, run_name
 from fabricrl.algos.resume import go_on, newest_run
 from fabricrl.algos.underway import Underway
-from fabricrl.data import DeviceRolloutBuffer, Replay, RolloutBuffer
+from fabricrl.data import (
+    DeviceRecurrentRolloutBuffer,
+    DeviceRolloutBuffer,
+    RecurrentRolloutBuffer,
+    Replay,
+    RolloutBuffer,
+)
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.backends import info_keys
 from fabricrl.envs.shared import SharedEnvs
@@ -59,6 +67,7 @@ from fabricrl.utils.utils import env_seeds, generators, require
 LOOK_EVERY = 1000  # updates
 AGREE_EVERY = 1.0  # seconds of an evaluation, so that no rank waits long for a word of the others
 WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
+WORTH_A_WORD = 0.01  # of `total_timesteps`: fewer are not missed
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
 
@@ -84,6 +93,7 @@ class Run:
             masks, 0 if there are none.
         masks: actions that are allowed after a reset, [N, mask_size], or None.
         tensors: environments take and return tensors where the run trains, which leave it for logs alone.
+        storage: of what such environments return: the buffer of a rollout, or a replay buffer.
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: generators of action noise and of training, different on every rank.
@@ -101,6 +111,7 @@ class Run:
 
     trainers: Any = None
     tensors = False
+    storage: Any = None
 
     def __init__(
         self, args: Any, algo: str, action_spaces: tuple[type[Space], ...], bounded: bool = False, images: bool = False
@@ -141,7 +152,6 @@ class Run:
         self._optimizers: list[Adam] = []
         self._contexts = ExitStack()
         self._envs: Any = None  # a VectorEnv
-        self._rollout: Any = None  # of environments of tensors, as are these:
         self._underway: Underway | None = None
         self._hinted = self._missed = False
         self.masks: np.ndarray | None = None
@@ -159,6 +169,10 @@ class Run:
         args, fabric = self.args, self.fabric
         steps = args.num_envs * getattr(args, "num_steps", 1) * fabric.world_size
         require(steps <= args.total_timesteps, "total_timesteps", args.total_timesteps, f"at least {steps}")
+        left = (args.total_timesteps - self.first_step) % steps
+        if left > WORTH_A_WORD * args.total_timesteps and self.team.global_rank == 0:
+            text = f"is rounded down to {args.total_timesteps - left}, whole iterations of {steps} steps"
+            print(f"--total-timesteps {args.total_timesteps} {text}", file=sys.stderr, flush=True)
         acts = args.player_device != "cuda" or fabric.device.type == "cuda"
         require(acts, "player_device", args.player_device, "cpu or auto where the run trains on the CPU")
         acts = not self.tensors or args.player_device != "cpu" or fabric.device.type == "cpu"
@@ -190,7 +204,7 @@ class Run:
             self.draw_on(fabric.device)
             self.updates.generators.append(self.act_rng)
         self.player_device = torch.device("cpu") if args.player_device == "cpu" else fabric.device
-        self._steps: dict[nn.Module, Callable[..., Any]] = {}  # of rollouts, compiled and captured
+        self._steps: dict[Any, Callable[..., Any]] = {}  # of rollouts, compiled and captured
         self._player: nn.Module | None = None
         self._acts: dict[nn.Module, Callable[..., Any]] = {}  # captured
         self._health: Tensor | None = None
@@ -222,13 +236,19 @@ class Run:
             place = self.team.global_rank, videos, masked, self._first_env, self.fabric.device
             envs = self._envs = make_envs(own, *place)
             if self.tensors:
-                self._underway = Underway(self.fabric, envs.env, self.args.num_envs)  # type: ignore[attr-defined]
-                self.updates.tensors += self._underway.envs.tensors()
+                keys = info_keys(self.args)
+                self._underway = Underway(self.fabric, envs.env, self.args.num_envs, len(keys))  # type: ignore[attr-defined]
+                self.updates.tensors += self._underway.tensors()
             if self.team.world_size > self.fabric.world_size:
                 resumed, keys = self.args.resume is not None, info_keys(self.args)
                 self._envs = SharedEnvs(envs, self.team, resumed, self.mask_size, keys)
             if self.args.eval_every > 0:
                 self._evaluation = Evaluation(self.given, self.algo, self.team, envs, masked)
+        return self._envs
+
+    @property
+    def envs(self) -> Any:
+        """This rank's environments, once they are made; None on a rank that has none."""
         return self._envs
 
     @property
@@ -242,14 +262,19 @@ class Run:
         assert self._envs is not None
         return self._envs.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP
 
-    def rollout_buffer(self, agent: Any) -> RolloutBuffer:
-        """Storage for this rank's rollouts: in memory, or where environments take and return tensors."""
-        args, device = self.args, self.fabric.device
+    def rollout_buffer(self, agent: Any) -> Any:
+        """Storage for this rank's rollouts, of a policy that may remember: in memory, or where environments are."""
+        args, device, memory = self.args, self.fabric.device, getattr(agent, "memory_size", None)
         shape = args.num_steps, args.num_envs, self.obs_space, agent.head.num_actions, agent.head.dtype
-        if not self.tensors:
-            return RolloutBuffer(*shape, args.frame_stack, self.skips, self.mask_size, device)
-        self._rollout = DeviceRolloutBuffer(*shape, self.skips, len(info_keys(args)), device)
-        return self._rollout
+        if self.tensors:
+            told = {"skips": self.skips, "num_keys": len(info_keys(args)), "device": device}
+            kind = DeviceRolloutBuffer if memory is None else partial(DeviceRecurrentRolloutBuffer, memory_size=memory)
+            self.storage = kind(*shape, **told)
+            return self.storage
+        settings = {"frame_stack": args.frame_stack, "skips": self.skips, "mask_size": self.mask_size, "device": device}
+        if memory is None:
+            return RolloutBuffer(*shape, **settings)
+        return RecurrentRolloutBuffer(*shape, memory, player_device=self.player_device, **settings)
 
     @property
     def folder(self) -> Path:
@@ -308,7 +333,10 @@ class Run:
                 restore_generators(self.state["generators"], rank, self.act_rng, self.train_rng)
 
     def reset(self) -> Any:
-        """Starts logs and clocks, and the environments: their first observations [N, ...], an array or a tensor."""
+        """Starts logs and clocks, and the environments: their first observations [N, ...], an array or a tensor.
+
+        None where environments of tensors go on in their episodes, from where `storage` has been left.
+        """
         assert self._folder is not None
         args, rank = self.args, self.fabric.global_rank
         if self.state:
@@ -324,19 +352,21 @@ class Run:
             obs, infos = self._envs.reset(seed=seeds)
             if not _are_finite(obs):
                 raise NonFiniteError("first observation is not finite")
+            goes_on = False
             if self._underway is not None and "envs" in self.state:
                 with reading(self.path):
-                    obs = self._underway.load_state_dict(self.state["envs"], obs, *self._along())
-        check_ranks(self.fabric, self._parts["agent"], torch.as_tensor(obs))
+                    goes_on = self._underway.load_state_dict(self.state["envs"], self.storage, *self._along())
+        first = self.storage.running()["obs"] if goes_on else torch.as_tensor(obs)
+        check_ranks(self.fabric, self._parts["agent"], first)
         self.masks = infos.get("action_mask")
         self.state = {}  # a replay buffer in it may be large
         self.clock.restart()
-        return obs
+        return None if goes_on else obs
 
     def _along(self) -> tuple[Any, torch.Generator | None]:
         """The reward normaliser and the generator on a GPU, if any: what goes along with environments of tensors."""
         rng = None if self.device_rng is self.train_rng else self.device_rng
-        return self._parts["agent"].reward_normalizer, rng
+        return getattr(self._parts["agent"], "reward_normalizer", None), rng
 
     # --- running updates
 
@@ -359,14 +389,16 @@ class Run:
         return self.updates.captured(function)
 
     @contextmanager
-    def rehearsal(self, rollout: Callable[[], None] | None = None) -> Iterator[None]:
+    def rehearsal(self, *rollouts: Callable[[], None]) -> Iterator[None]:
         """Undoes what an update inside changes and notes: it is there to be compiled and captured, as is acting.
 
-        `rollout`: one, which is rehearsed as a whole where environments are tensor code.
+        `rollouts`: of all kinds, which are rehearsed as a whole where environments are tensor code.
         """
         with self.updates.rehearsal():
-            if rollout is not None and self.tensors and self._envs.env.is_code:
-                rollout()
+            if self.tensors and self._envs.env.is_code:
+                for rollout in rollouts:
+                    with self.updates.rehearsal():
+                        rollout()
             elif self.captures and self._envs is not None:
                 agent = self._parts["agent"]
                 with torch.inference_mode():
@@ -424,10 +456,18 @@ class Run:
         self._player.load_state_dict(state)
         return self._player
 
-    def noise(self, head: Any, steps: int) -> Tensor:
-        """Noise of a rollout of T steps for `head.sample`, [T, N, ...], where the policy acts."""
+    def noise(self, head: Any, steps: int, uniform: bool = False) -> Tensor:
+        """Noise of a rollout of T steps for `head.sample`, [T, N, ...], where the policy acts.
+
+        `uniform`: numbers in [−1, 1), [T, N, A], that are actions as they are.
+        """
         rng = self.device_rng if self.tensors and self.fabric.device.type != "cpu" else self.act_rng
-        return self.to_device(self.own_noise(head.noise((steps, self.all_envs), rng), 1), self.player_device)
+        shape = steps, self.all_envs
+        if uniform:
+            noise = 2 * torch.rand(*shape, head.num_actions, generator=rng, device=rng.device) - 1
+        else:
+            noise = head.noise(shape, rng)
+        return self.to_device(self.own_noise(noise, 1), self.player_device)
 
     def take_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
         """Calls `take_step(run, player, envs, rb, t, noise[t])` for each step t of a rollout.
@@ -444,6 +484,34 @@ class Run:
             self._steps[player] = self.updates.each(step, rb.steps, recorded=envs.env.is_code)
         self._steps[player](noise)
         self.clock.lap("env")
+
+    def take_step(
+        self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor, *settings: Any
+    ) -> None:
+        """Calls `take_step(run, player, envs, rb, noise, *settings)`, where a rollout is a single step.
+
+        Where environments are tensor code, it is compiled like an update, and captured, once for all settings.
+        """
+        if not self.tensors:
+            take_step(self, player, envs, rb, noise, *settings)
+            return
+
+        def step(noise: Tensor) -> tuple:
+            take_step(self, player, envs, rb, noise, *settings)
+            return ()
+
+        envs.env.draw(1)
+        if (player, *settings) not in self._steps:
+            self._steps[player, *settings] = self.captured(self.compiled(step)) if envs.env.is_code else step
+        self._steps[player, *settings](noise)
+        self.clock.lap("env")
+
+    def count(self, rewards: Any, ends: Any, infos: dict[str, Any]) -> None:
+        """Notes one step for the statistics of episodes: its rewards, and which episodes end with it, [N]."""
+        if self._underway is None:
+            self.episodes.add(rewards, ends)
+        else:
+            self._underway.episodes.add(rewards, ends, infos)
 
     def act(self, player: Any, *inputs: Tensor | None) -> Any:
         """Calls `player.act` on inputs from anywhere, as one CUDA graph if it acts on a GPU, where the result stays."""
@@ -504,17 +572,11 @@ class Run:
         own = fault.exit_code if fault is not None and str(fault) else 0  # one without text is another rank's
         codes, signals = all_gather(self.team, torch.tensor([own, self._signals.code])).T.tolist()  # [W] each
         self.exit_code = max(self.exit_code, *signals)
-        if any(codes) and fault is None:
-            fault = RunError()  # the rank that failed says why
-            fault.exit_code = max(codes)
+        if any(codes):
+            fault = fault or RunError()  # the first rank that failed says why
+            fault.told_by, fault.exit_code = next((rank, code) for rank, code in enumerate(codes) if code)
         if fault is not None:
-            fault.told_by = next((rank for rank, code in enumerate(codes) if code), fault.told_by)
             raise fault
-
-    def check_finite(self, what: str, values: Tensor) -> None:
-        """Raises NonFiniteError if one of the values is not finite; for what an environment might choke on."""
-        if not values.isfinite().all():
-            raise NonFiniteError(f"{what} are not finite")
 
     def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
         """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
@@ -540,7 +602,7 @@ class Run:
         summary = None
         with self.together():
             if self._underway is not None:
-                summary = self._underway.summary(self._rollout)
+                summary = self._underway.summary(self.storage)
             self.losses.update(self.look())
         if summary is None:
             self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
@@ -559,12 +621,26 @@ class Run:
         """
         if self.team.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
-        if self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
-            self.episodes.flush(self.fabric, self._take_infos())
+        looks = self._underway is not None and self._underway.note_step()
+        if looks or self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
+            self._count_steps()
             with self.together():
                 self.losses.update(self.look())
         self.clock.lap("comm")
         self._advance()
+
+    def _count_steps(self) -> None:
+        """Counts the episodes that have ended with the steps noted.
+
+        Raises:
+            NonFiniteError: environments of tensors have brought NaN or infinity with one.
+        """
+        if self._underway is None:
+            self.episodes.flush(self.fabric, self._take_infos())
+            return
+        with self.together():
+            summary = self._underway.noted(self.storage)
+        self.episodes.add_summary(self.fabric, summary)
 
     def _take_infos(self) -> np.ndarray | None:
         """Numbers that environments have reported at the ends of episodes since the last call, [E, K]."""
@@ -722,7 +798,7 @@ class Run:
             if self._scaler is not None:
                 state["scaler"] = self._scaler.state_dict()
             if self._underway is not None:
-                envs = self._underway.state_dict(self._rollout.obs[-1], *self._along())
+                envs = self._underway.state_dict(self.storage, *self._along())
                 state |= {"envs": envs} if envs else {}
             state["generators"] = self.generators
             if self.generators is None:

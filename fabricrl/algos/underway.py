@@ -6,12 +6,15 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from fabricrl.data import DeviceRolloutBuffer
+from fabricrl.data import DeviceRolloutBuffer, TensorReplayBuffer
 from fabricrl.envs.tensors import TensorEnvs
 from fabricrl.utils.device import to_host
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.metric import DeviceEpisodes
 from fabricrl.utils.ranks import all_gather
+
+MOST_NOTED = 128  # steps whose episodes are counted in one go, at most
+Storage = DeviceRolloutBuffer | TensorReplayBuffer
 
 
 class Underway:
@@ -19,14 +22,35 @@ class Underway:
 
     Args:
         envs: environments, of which some tell their state.
+        num_keys: numbers that they tell at the ends of episodes.
 
     Attributes:
         envs: the same.
+        episodes: where a rollout is a single step, notes each.
     """
 
-    def __init__(self, fabric: Fabric, envs: TensorEnvs, num_envs: int) -> None:
+    def __init__(self, fabric: Fabric, envs: TensorEnvs, num_envs: int, num_keys: int) -> None:
         self._fabric, self.envs = fabric, envs
-        self._episodes = DeviceEpisodes(num_envs, fabric.device)
+        self.episodes = DeviceEpisodes(num_envs, fabric.device, num_keys, MOST_NOTED)
+        self._noted = 0  # steps
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step changes, besides what it stores."""
+        return [*self.envs.tensors(), *self.episodes.tensors()]
+
+    def note_step(self) -> bool:
+        """Counts a step that `episodes` has noted; True if no other can be noted before `noted` is called."""
+        self._noted += 1
+        return self._noted == MOST_NOTED
+
+    def noted(self, rb: TensorReplayBuffer) -> Tensor:
+        """The episodes that have ended since the last call, as `DeviceEpisodes.summary` tells of them, on the CPU.
+
+        Raises:
+            NonFiniteError: an environment has brought NaN or infinity.
+        """
+        steps, self._noted = self._noted, 0
+        return self._finite(self.episodes.noted(steps), rb)
 
     def summary(self, rb: DeviceRolloutBuffer) -> Tensor:
         """The episodes that have ended in a rollout, as `DeviceEpisodes.summary` tells of them, on the CPU.
@@ -34,17 +58,19 @@ class Underway:
         Raises:
             NonFiniteError: an environment has brought NaN or infinity.
         """
-        summary = self._episodes.summary(rb.rewards, rb.ends, rb.skipped, rb.episode_infos)
+        return self._finite(self.episodes.summary(rb.rewards, rb.ends, rb.skipped, rb.episode_infos), rb)
+
+    def _finite(self, summary: Tensor, rb: Storage) -> Tensor:
         summary, finite = to_host(summary, rb.is_finite())
         if not finite:
             raise NonFiniteError(str(rb.find_nonfinite()))
         return summary
 
-    def state_dict(self, obs: Tensor, normalizer: Any, rng: torch.Generator | None) -> dict[str, Any]:
+    def state_dict(self, rb: Storage, normalizer: Any, rng: torch.Generator | None) -> dict[str, Any]:
         """The state of environments on all ranks, and of what counts along with them; {} if they tell none.
 
         Args:
-            obs: their last observations, [N, D].
+            rb: where they store what they return, and end with their last observations.
             normalizer: of rewards, if the agent has one; rng: the generator on their device, if there is one.
 
         Returns:
@@ -53,7 +79,7 @@ class Underway:
         state = self.envs.state_dict()
         if state is None:
             return {}
-        state |= {"obs": obs, "returns": self._episodes.returns, "lengths": self._episodes.lengths}
+        state |= rb.running() | {"returns": self.episodes.returns, "lengths": self.episodes.lengths}
         if normalizer is not None:
             state["discounted"] = normalizer.discounted
         if rng is not None:
@@ -61,24 +87,23 @@ class Underway:
         gathered = {name: all_gather(self._fabric, values.cpu()) for name, values in state.items()}
         return gathered | {"device": self._fabric.device.type}
 
-    def load_state_dict(
-        self, state: dict[str, Any], obs: Tensor, normalizer: Any, rng: torch.Generator | None
-    ) -> Tensor:
-        """Goes on where another run has saved its environments; returns their observations [N, D].
+    def load_state_dict(self, state: dict[str, Any], rb: Storage, normalizer: Any, rng: torch.Generator | None) -> bool:
+        """Goes on where another run has saved its environments, and ended `rb`; whether it does.
 
-        New episodes begin, with `obs`, where those were others, or on another kind of device.
+        New episodes begin where those were others, or on another kind of device.
         """
-        rank = self._fabric.global_rank
+        rank, obs = self._fabric.global_rank, rb.running()["obs"]
         fits = state["device"] == obs.device.type and rank < len(state["obs"]) and state["obs"][rank].shape == obs.shape
         if not fits:
-            return obs
+            return False
         # Clones, since a generator reads its state from the beginning of the storage
         own = {name: value[rank].clone() for name, value in state.items() if name != "device"}
         self.envs.load_state_dict(own)
-        self._episodes.returns.copy_(own["returns"])
-        self._episodes.lengths.copy_(own["lengths"])
+        rb.go_on(own)
+        self.episodes.returns.copy_(own["returns"])
+        self.episodes.lengths.copy_(own["lengths"])
         if normalizer is not None:
             normalizer.discounted = own["discounted"].to(obs.device)
         if rng is not None:
             rng.set_state(own["device_rng"])
-        return own["obs"].to(obs.device)
+        return True

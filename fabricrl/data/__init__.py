@@ -3,13 +3,15 @@
 from fabricrl.data.batches import minibatches, shuffled, with_moments
 from fabricrl.data.buffers import NewestSteps, RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, StackedFrames
 from fabricrl.data.device_buffer import DeviceReplayBuffer
-from fabricrl.data.device_rollout import DeviceRolloutBuffer
+from fabricrl.data.device_rollout import DeviceRecurrentRolloutBuffer, DeviceRolloutBuffer
+from fabricrl.data.tensor_buffer import TensorReplayBuffer
 from fabricrl.utils.batch import Batch
 
 Replay = ReplayBuffer | DeviceReplayBuffer
 
 __all__ = [
     "Batch",
+    "DeviceRecurrentRolloutBuffer",
     "DeviceReplayBuffer",
     "DeviceRolloutBuffer",
     "NewestSteps",
@@ -18,6 +20,7 @@ __all__ = [
     "ReplayBuffer",
     "RolloutBuffer",
     "StackedFrames",
+    "TensorReplayBuffer",
     "minibatches",
     "shuffled",
     "with_moments",

@@ -301,7 +301,7 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         super().__init__(num_steps, num_envs, obs_space, num_actions, action_dtype, *rest)
         pin = pinned(device) and not pinned(player_device)
         self.memory = torch.zeros(num_steps + 1, num_envs, memory_size, device=player_device, pin_memory=pin)
-        self.memory_rows = self.memory.unbind()
+        self._memory_rows = self.memory.unbind()
         self._final_memory: list[Tensor] = []
 
     def start(self, obs: np.ndarray | None = None, masks: np.ndarray | None = None) -> None:
@@ -310,9 +310,17 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         self._final_memory.clear()
         self.memory[0] = self.memory[-1] if obs is None else 0.0
 
+    def memory_at(self, t: int) -> Tensor:
+        """The memory before step t, [N, M], where the policy acts."""
+        return self._memory_rows[t]
+
+    def rewards_at(self, t: int) -> Tensor:
+        """The rewards of step t, [N], where the policy acts."""
+        return to_device(self.rewards[t], self.memory.device)
+
     def remember(self, t: int, memory: Tensor) -> None:
         """Stores the memory [N, M] after step t, cleared where an episode ended; call `add` before."""
-        row = self.memory_rows[t + 1].copy_(memory)
+        row = self._memory_rows[t + 1].copy_(memory)
         ended = self._ends[t] | self._skipped[t]  # not where a life was lost: the game goes on
         if ended.any():
             self._final_memory += [memory[env] for step, env, _ in self._final if step == t]
@@ -485,6 +493,12 @@ class ReplayBuffer:
     def records(self, row: int) -> Tensor:
         """The records of a row, as 4-byte words [N, L]; a view."""
         return self._words[row * self.num_envs : (row + 1) * self.num_envs]
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Raises NonFiniteError if the step inside has brought NaN or infinity."""
+        yield
+        self.check_finite()
 
     def check_finite(self) -> None:
         """Raises NonFiniteError if the newest step has brought NaN or infinity."""
@@ -705,6 +719,8 @@ def merge_shards(shards: Sequence[Mapping[str, Any]], record: np.dtype, envs: sl
         parts.append(part)
     records = np.ascontiguousarray(np.concatenate(parts, 1)[:, envs])
     state = dict(shards[0]) | {"records": torch.from_numpy(records.reshape(-1).view(np.uint8))}
+    if "steps" in state:
+        state["steps"] = torch.cat([shard["steps"] for shard in shards])[envs]
     if implicit:
         state["finals"] = torch.cat([shard["finals"] for shard in shards])
         state["free"] = sorted(set(range(offset)) - set(records["final"].ravel().tolist()), reverse=True)

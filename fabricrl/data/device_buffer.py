@@ -1,6 +1,7 @@
 """A replay buffer on the device that learns from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -90,14 +91,11 @@ class DeviceReplayBuffer:
 
         Nothing in it depends on the buffer but through tensors, so that it can be captured.
         """
-        steps, envs = self._steps, self.num_envs
-        index = torch.randint(MANY, (num_batches * batch_size,), generator=rng, device=self.device)
-        index %= steps.clamp(1, self.capacity) * envs
-        index += envs * (index >= steps % self._rows * envs)  # all rows but the one that is yet to be
+        index = self._draw(num_batches * batch_size, rng)
         first = last = columns_of(self._words.index_select(0, index), self._places)
         rewards, discounts = first["rewards"], torch.full_like(first["rewards"], self.gamma)
         if self.n_step > 1:
-            newest = (self._steps - 1) % self._rows
+            newest = self._newest_row(index)
             index, rewards, discounts = look_ahead(index, self._columns, newest, self.num_envs, self.gamma, self.n_step)
             last = columns_of(self._words.index_select(0, index), self._places)
         batch = {"obs": first["obs"], "actions": first["actions"], "rewards": rewards, "next_obs": last["next_obs"]}
@@ -105,6 +103,17 @@ class DeviceReplayBuffer:
         return Batch(
             **{name: column.view(num_batches, batch_size, *column.shape[1:]) for name, column in batch.items()}
         )
+
+    def _draw(self, count: int, rng: torch.Generator) -> Tensor:
+        """Places of transitions that are drawn, [count]."""
+        steps, envs = self._steps, self.num_envs
+        index = torch.randint(MANY, (count,), generator=rng, device=self.device)
+        index %= steps.clamp(1, self.capacity) * envs
+        return index + envs * (index >= steps % self._rows * envs)  # all rows but the one that is yet to be
+
+    def _newest_row(self, index: Tensor) -> Tensor:
+        """The newest row of the environments of these transitions."""
+        return (self._steps - 1) % self._rows
 
     def newest_obs(self) -> Tensor:
         """Observations that the next step starts from, [N, *obs_shape], on the CPU; a view."""
@@ -118,8 +127,10 @@ class DeviceReplayBuffer:
         """The same, as the policy sees them."""
         return self.newest_obs()
 
-    def check_finite(self) -> None:
-        """Raises NonFiniteError if the newest step has brought NaN or infinity."""
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Raises NonFiniteError if the step inside has brought NaN or infinity."""
+        yield
         self._newest.check_finite()
 
     def state_dict(self) -> dict[str, Any]:

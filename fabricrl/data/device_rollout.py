@@ -1,6 +1,6 @@
 """Rollouts that stay on the device where environments are stepped."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,15 @@ class DeviceRolloutBuffer(RolloutBuffer):
     def start(self, obs: Tensor | None = None, masks: None = None) -> None:  # type: ignore[override]
         """Starts a rollout at `obs` [N, D], or where the last one ended."""
         self.obs[0] = self.obs[-1] if obs is None else obs
+
+    def running(self) -> dict[str, Tensor]:
+        """Where the rollout has ended, for a run that goes on from there: observations [N, D]."""
+        return {"obs": self.obs[-1]}
+
+    def go_on(self, state: Mapping[str, Tensor]) -> None:
+        """Ends where another rollout did, which the next begins with: `running` has told."""
+        for name, row in self.running().items():
+            row.copy_(state[name])
 
     def stacked_obs(self, t: Tensor, device: torch.device | None = None) -> Tensor:  # type: ignore[override]
         """The observations of step t, [N, D], where they are."""
@@ -123,3 +132,46 @@ class DeviceRolloutBuffer(RolloutBuffer):
             return "a final observation is not finite"
         (step, env), name = first[0]
         return f"{name} of environment {env} is not finite after step {step} of the rollout"
+
+
+class DeviceRecurrentRolloutBuffer(DeviceRolloutBuffer):
+    """A `DeviceRolloutBuffer` of a recurrent policy: with each observation it stores the memory *before* it.
+
+    Args:
+        memory_size: M; everything else is as in a `DeviceRolloutBuffer`.
+
+    Attributes:
+        memory: [T + 1, N, M], zero at the first observation of an episode.
+    """
+
+    def __init__(self, *shape: Any, memory_size: int, **settings: Any) -> None:
+        super().__init__(*shape, **settings)
+        self.memory = self.obs.new_zeros(*self.obs.shape[:2], memory_size)
+        self._after = torch.zeros_like(self.memory[1:])  # each step, whether an episode has ended or not
+
+    def start(self, obs: Tensor | None = None, masks: None = None) -> None:  # type: ignore[override]
+        """Starts a rollout; clears memory if `obs` are first observations, keeps it where the last rollout ended."""
+        super().start(obs, masks)
+        self.memory[0] = self.memory[-1] if obs is None else 0.0
+
+    def running(self) -> dict[str, Tensor]:
+        """Where the rollout has ended: observations [N, D] and memory [N, M]."""
+        return super().running() | {"memory": self.memory[-1]}
+
+    def memory_at(self, t: Tensor) -> Tensor:
+        """The memory before step t, [N, M]."""
+        return self.memory.index_select(0, t)[0]
+
+    def rewards_at(self, t: Tensor) -> Tensor:
+        """The rewards of step t, [N]."""
+        return self.rewards.index_select(0, t)[0]
+
+    def remember(self, t: Tensor, memory: Tensor) -> None:
+        """Stores the memory [N, M] after step t, cleared where an episode ended; call `add` before."""
+        ended = self.ends.index_select(0, t) | self.skipped.index_select(0, t)  # [1, N]
+        self._after.index_copy_(0, t, memory[None])
+        self.memory.index_copy_(0, t + 1, memory[None].masked_fill(ended[..., None], 0.0))
+
+    def final_memory(self) -> Tensor:
+        """Memory at the final observations of `truncated_episodes`, [T N, M]."""
+        return self._after.flatten(0, 1)

@@ -187,7 +187,12 @@ def _check_finite(actions: np.ndarray) -> None:
 
 
 def rescale_actions(space: Box, actions: np.ndarray) -> np.ndarray:
-    """Rescales actions [N, A] from [−1, 1] to the bounds of the space, as `envs.step` takes them."""
+    """Rescales actions [N, A] from [−1, 1] to the bounds of the space, as `envs.step` takes them.
+
+    Environments of tensors do that for themselves, as with `env_actions`.
+    """
+    if not isinstance(actions, np.ndarray):
+        return actions
     _check_finite(actions)
     share = (actions.astype(np.float64).reshape(-1, *space.shape) + 1) / 2
     return np.clip((1 - share) * space.low + share * space.high, space.low, space.high).astype(space.dtype)

@@ -1,8 +1,10 @@
 """Environments that take and return tensors, as a script sees them: `--vectorization torch`."""
 
 import importlib
+import json
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fabricrl.envs.backends import DEFAULTS, info_keys, option
 from fabricrl.envs.packing import velocities
+from fabricrl.envs.simulators import register, simulator_of
 from fabricrl.envs.spaces import text_of
 from fabricrl.utils.errors import ConfigError, EnvError
 
@@ -32,23 +35,40 @@ def takes_tensors(args: Any) -> bool:
 
 
 def _is_able(args: dict[str, Any]) -> bool:
-    """Tells if the script with these arguments keeps rollouts on a device: PPO does. The recurrent one cuts them into
-    sequences on the CPU, those with a replay buffer store arrays, and decoupled ones play on the CPU."""
-    return "num_steps" in args and not {"sequence_length", "max_lag"} & args.keys()
+    """Tells if the script with these arguments keeps what it plays on a device: those that are decoupled do not."""
+    return "max_lag" not in args
 
 
 def are_tensors(env_id: str) -> bool:
-    """Tells if an id is registered with a vector environment that says it takes and returns tensors, or with nothing
-    else."""
+    """Tells if an id is registered with a vector environment that says it takes and returns tensors, or JAX's arrays,
+    or with nothing else."""
+    spec = _spec(env_id)
+    if spec is not None and spec.vector_entry_point is not None and spec.entry_point is None:
+        return True
+    metadata = _metadata(env_id)
+    return bool(metadata.get("tensors", False) or metadata.get("jax", False))
+
+
+def _metadata(env_id: str) -> dict[str, Any]:
+    """What the vector environment that an id is registered with says of itself; {} if it cannot be imported."""
     spec = _spec(env_id)
     entry = None if spec is None else spec.vector_entry_point
-    if entry is not None and spec.entry_point is None:
-        return True
     try:
         creator = load_env_creator(entry) if isinstance(entry, str) else entry
     except (ImportError, AttributeError):  # for those to tell who build it
-        return False
-    return bool((getattr(creator, "metadata", None) or {}).get("tensors", False))
+        return {}
+    return getattr(creator, "metadata", None) or {}
+
+
+def make(args: Any, device: torch.device | str) -> VectorEnv:
+    """Builds the vector environment of a run, on a device; one in JAX by its functions."""
+    kwargs = json.loads(args.env_kwargs)
+    build = partial(gym.make_vec, args.env_id, args.num_envs, vectorization_mode="vector_entry_point")
+    if not _metadata(args.env_id).get("jax", False):
+        return build(**kwargs, device=str(device))
+    from fabricrl.envs.simulators.functional import as_tensors  # here, as it brings JAX
+
+    return as_tensors(build(**kwargs), str(device))
 
 
 def were_tensors(args: dict[str, Any]) -> bool:
@@ -73,13 +93,14 @@ def _spec(env_id: str) -> Any:
             importlib.import_module(module)
         except Exception:  # which building it will tell
             return None
+    register(env_id)
     return gym.registry.get(name)
 
 
 def check_arguments(args: Any) -> None:
     """Raises ConfigError if an argument is set that environments of tensors cannot follow, or this script cannot."""
     if not _is_able(vars(args)):
-        raise ConfigError("--vectorization is torch: it must be another with this script; only ppo takes torch")
+        raise ConfigError("--vectorization is torch: it must be another with this script, which plays on the CPU")
     spec = _spec(args.env_id)
     if spec is not None and spec.vector_entry_point is None:
         ours = ", ".join(sorted(known.id for known in gym.registry.values() if known.namespace == "torch"))
@@ -90,8 +111,13 @@ def check_arguments(args: Any) -> None:
             if name == "capture_video":
                 why = "environments of tensors are not drawn while they train; evaluate.py --capture-video draws one"
             raise ConfigError(f"{flag} is set: {why}")
-    if getattr(args, "check_spaces", False):
-        raise ConfigError("--check-spaces is set: it needs another --vectorization than torch")
+    for name in ("check_spaces", "buffer_memmap", "implicit_next_obs"):
+        if getattr(args, name, False):
+            raise ConfigError(f"--{name.replace('_', '-')} is set: it needs another --vectorization than torch")
+    if simulator_of(args.env_id) == "isaaclab" and args.eval_every > 0:
+        raise ConfigError(
+            "--eval-every is set: Isaac Lab has one simulation a process, which trains; evaluate.py plays checkpoints"
+        )
 
 
 def trial_device(args: Any) -> torch.device:
@@ -140,6 +166,7 @@ class TensorEnvs(VectorWrapper):
         if hidden:
             self._shown = torch.ones(len(low), device=self.device)
             self._shown[hidden] = 0.0
+        self._rescales = not hasattr(args, "num_steps")  # with a replay buffer, policies act in [−1, 1]
         self._bounds: list[Tensor] = []
         if isinstance(self._actions, Box):
             self._bounds = [torch.as_tensor(b, device=self.device) for b in (self._actions.low, self._actions.high)]
@@ -201,7 +228,11 @@ class TensorEnvs(VectorWrapper):
         space, shape = self._actions, (len(actions), *(self._actions.shape or ()))
         if isinstance(space, Box):
             low, high = self._bounds
-            return actions.reshape(shape).clamp(low, high)
+            actions = actions.reshape(shape)
+            if self._rescales:
+                share = (actions + 1) / 2
+                actions = (1 - share) * low + share * high
+            return actions.clamp(low, high)
         if isinstance(space, Discrete | MultiDiscrete | MultiBinary):
             actions = actions.reshape(shape)
             return actions if self._start is None else actions + self._start

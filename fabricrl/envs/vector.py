@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import sysconfig
 import threading
 import traceback
 import warnings
@@ -20,7 +21,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Space
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 
 from fabricrl.envs.backends import (
     DEFAULTS,
@@ -50,6 +51,7 @@ from fabricrl.envs.guard import (
     warn,
     watched,
 )
+from fabricrl.envs.simulators import SIMULATORS, register, simulator_of
 from fabricrl.envs.spaces import (
     Spaces,
     check_action_space,
@@ -61,6 +63,7 @@ from fabricrl.envs.spaces import (
     mask_choices,
     odd_images,
 )
+from fabricrl.envs.turns import TurnsVectorEnv
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.envs.wrappers import (
     ActionRepeat,
@@ -80,7 +83,7 @@ from fabricrl.utils.records import Records
 BUILD_STREAM = 3  # of the generators that environments draw from while they are built
 
 # Module that is missing -> extra that brings it
-EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d", "ale_py": "atari"}
+EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d", "ale_py": "atari", "jax": "jax", "flax": "jax"}
 
 
 def make_env(
@@ -280,9 +283,8 @@ def step_in_turn(
 
     try:
         with generators_kept():
-            # Without copies: the buffer copies each observation before the next step overwrites it.
             thunks = [partial(build, index) for index in range(len(makers))]
-            envs = SyncVectorEnv(thunks, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+            envs = TurnsVectorEnv(thunks)
     except BaseException as error:
         for env in built:
             close_problem(env.close)
@@ -401,7 +403,10 @@ class ReportFailures(gym.vector.VectorWrapper):
     def _compare(self, obs: Any) -> None:
         """Warns if environments start from equal observations: they may stay equal, and count as one."""
         first: dict[bytes, int] = {}
-        for index, row in enumerate(obs.cpu().numpy() if hasattr(obs, "cpu") else obs):
+        rows = obs.cpu().numpy() if hasattr(obs, "cpu") else obs
+        if rows.dtype == np.uint8:  # frames: games start alike
+            return
+        for index, row in enumerate(rows):
             other = first.setdefault(row.tobytes(), index)
             if other != index:
                 text = f"environments {other} and {index} start from equal observations; do they draw from their seeds?"
@@ -531,15 +536,16 @@ def _check_tensors(args: Any, action_spaces: tuple[type[Space], ...], bounded: b
 
 def _construct_tensors(args: Any, device: Any) -> Any:
     """Builds environments of tensors: `TensorEnvs`."""
-    from fabricrl.envs.tensors import TensorEnvs
+    from fabricrl.envs.tensors import TensorEnvs, make
 
-    kwargs = json.loads(args.env_kwargs) | {"device": str(device)}
     if ":" in args.env_id and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode="vector_entry_point", **kwargs)
+            envs = make(args, device)
+    except RunError:
+        raise
     except (Exception, SystemExit) as error:
         if isinstance(error, TypeError) and "'device'" in str(error):
             raise ConfigError(
@@ -570,6 +576,7 @@ def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
         sys.path.insert(0, os.getcwd())  # modules of one's own are looked up where the command was given
     if render_mode == "rgb_array" and _draws_nowhere(env_id):
         raise ConfigError("MuJoCo has no screen to draw on here: set MUJOCO_GL=egl (or osmesa) before the command")
+    register(env_id)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old versions; unknown ids raise an error that says more
@@ -610,6 +617,8 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
     absent = error if isinstance(error, ImportError) else error.__cause__
     if isinstance(absent, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
         name = (getattr(absent, "name", None) or "").split(".")[0]
+        if simulator := simulator_of(env_id):
+            return ConfigError(f"--env-id {env_id} needs a package that is not installed: {SIMULATORS[simulator]}")
         hinted = [extra for extra in EXTRAS.values() if f"gymnasium[{extra}]" in text]  # by Gymnasium itself
         if extra := EXTRAS.get(name) or next(iter(hinted), None):
             return missing(f"--env-id {env_id}", extra)
@@ -619,20 +628,24 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
         return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")
     if "entry_point is not specified" in text:
         return ConfigError(
-            f"--env-id {env_id} is registered as a vector environment alone: only ppo takes those, as tensors"
+            f"--env-id {env_id} is registered as a vector environment alone: that takes --vectorization torch, which "
+            "decoupled scripts do not have"
         )
     malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
     if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {_nearest(env_id)}")
     if isinstance(error, TypeError) and "argument" in text and _is_of_the_call(error):
         return ConfigError(f"--env-kwargs {env_kwargs} does not fit {env_id}: {text}")
-    return EnvError(f"{env_id} cannot be built: {type(error).__name__}{f': {text}' if text else _where(error)}")
+    return EnvError(f"{env_id} cannot be built: {type(error).__name__}{f': {text}' if text else ''}{_where(error)}")
 
 
 def _where(error: BaseException) -> str:
-    """The place where an error without a text was raised, as of an assertion."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" in {frames[-1].name}, line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
+    """The place in the user's own code where an error was raised; else where it was, if it has no text."""
+    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    others = "site-packages", sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]), "<frozen"
+    own = [frame for frame in frames if not any(part in frame.filename for part in others)]
+    shown = [] if isinstance(error, SyntaxError) else own[-1:] or ([] if str(error) else frames[-1:])
+    return "".join(f" in {frame.name}, line {frame.lineno} of {frame.filename}" for frame in shown)
 
 
 def _is_of_the_call(error: BaseException) -> bool:

@@ -53,7 +53,8 @@ class CategoricalHead(nn.Module):
 
     def encode(self, actions: Tensor) -> Tensor:
         """Actions [*, A] as a network takes them: one-hot, [*, encoded_size]."""
-        return F.one_hot(actions, self.most).flatten(-2).float()
+        zeros = torch.zeros(*actions.shape, self.most, device=actions.device)
+        return zeros.scatter(-1, actions[..., None], 1.0).flatten(-2)  # F.one_hot looks at values
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Standard Gumbel noise: −log(E) with E exponential; [*, A, most]."""

@@ -31,14 +31,16 @@ class Layout(NamedTuple):
         place: [B] where each row stands among L × S.
         size: L, of the longest sequence, and S, [2] on the CPU; or two numbers, not below these, that a CUDA graph is
             made for.
+        resets: [B] rows before which memory is zeroed, as of `FixedSequences`; None: a sequence has none.
     """
 
     first: Tensor
     place: Tensor
     size: Tensor | tuple[int, int]
+    resets: Tensor | None = None
 
     def to(self, device: torch.device) -> "Layout":
-        return Layout(to_device(self.first, device), to_device(self.place, device), self.size)
+        return self._replace(first=to_device(self.first, device), place=to_device(self.place, device))
 
 
 class RecurrentCore(nn.Module):
@@ -80,30 +82,23 @@ class RecurrentCore(nn.Module):
     def forward(self, x: Tensor, states: Tensor, layout: Layout) -> Tensor:
         """A minibatch [B, I] whose sequences begin in `states` [B, state_size], of which the first S count → [B, H].
 
-        One call of the kernel takes all sequences through time. Padding follows the last step of a sequence, so that
-        nothing real ever sees it, and nothing of it is returned.
+        One call of the kernel takes all sequences through time, unless there are resets within them. Padding follows
+        the last step of a sequence, so that nothing real ever sees it, and nothing of it is returned.
         """
         x = self._encode(x)
-        weights: list[Tensor] = [*itertools.chain(*self.rnn.all_weights)]
+        core = self._weights, self.parts, self.num_layers
         if not is_recording():
-            return _through_time(x, states, *layout[1:], weights, self.parts, self.num_layers)
-        return _opaque_forward(
-            x, states, layout.place, torch.as_tensor(layout.size), weights, self.parts, self.num_layers
-        )[0]
+            return _through_time(x, states, layout.place, layout.size, *core, layout.resets)
+        return _opaque_forward(x, states, layout.place, torch.as_tensor(layout.size), *core, layout.resets)[0]
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: inputs [N, I] and states [N, state_size] → outputs [N, H] and the states after it."""
-        x = self._encode(x)
-        before = state.split(self.hidden_size, -1)  # outputs of all layers, then their cells
-        after = list(before)
-        for layer, weights in enumerate(self.rnn.all_weights):
-            cell = self.num_layers + layer
-            if self.parts == 2:
-                x, after[cell] = torch.lstm_cell(x, (before[layer], before[cell]), *weights)
-            else:
-                x = torch.gru_cell(x, before[layer], *weights)
-            after[layer] = x
-        return x, torch.cat(after, -1)
+        return _step(self._encode(x), state, self._weights, self.parts, self.num_layers)
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        """Weights and biases, four of each layer."""
+        return [*itertools.chain(*self.rnn.all_weights)]
 
     def _encode(self, x: Tensor) -> Tensor:
         return x if self.encoder is None else self.activation(self.encoder(x))
@@ -117,10 +112,18 @@ def _through_time(
     weights: list[Tensor],
     parts: int,
     layers: int,
+    resets: Tensor | None = None,
 ) -> Tensor:
     """The core's outputs [B, H]; two parts make an LSTM, one a GRU."""
     length, count = size.tolist() if isinstance(size, Tensor) else size
     padded = x.new_zeros(length * count, x.shape[-1]).index_copy(0, place, x).view(length, count, -1)
+    if resets is not None:
+        kept = states.new_ones(length * count).index_copy(0, place, 1.0 - resets.to(states.dtype))
+        steps, state = [], states[:count]
+        for row, keep in zip(padded, kept.view(length, count, 1), strict=True):
+            output, state = _step(row, keep * state, weights, parts, layers)
+            steps.append(output)
+        return torch.cat(steps).index_select(0, place)
     h, *c = states[:count].view(count, parts, layers, -1).permute(1, 2, 0, 3).contiguous()  # [layers, S, H] each
     settings = True, layers, 0.0, torch.is_grad_enabled(), False, False  # biases; neither dropout nor two directions
     if c:
@@ -128,6 +131,20 @@ def _through_time(
     else:
         outputs, _ = torch.gru(padded, h, weights, *settings)
     return outputs.flatten(0, 1).index_select(0, place)
+
+
+def _step(x: Tensor, state: Tensor, weights: list[Tensor], parts: int, layers: int) -> tuple[Tensor, Tensor]:
+    """One step of the core: inputs [N, ...] and states [N, state_size] → outputs [N, H] and the states after it."""
+    before = state.chunk(parts * layers, -1)  # outputs of all layers, then their cells
+    after = list(before)
+    for layer in range(layers):
+        cell, own = layers + layer, weights[4 * layer : 4 * layer + 4]
+        if parts == 2:
+            x, after[cell] = torch.lstm_cell(x, (before[layer], before[cell]), *own)
+        else:
+            x = torch.gru_cell(x, before[layer], *own)
+        after[layer] = x
+    return x, torch.cat(after, -1)
 
 
 # A compiler sees two operations of fixed shapes, and not the time steps inside, of which there are as many as there are
@@ -147,12 +164,19 @@ def _autograd_again() -> AbstractContextManager[Any]:
 
 @torch.library.custom_op("fabricrl::through_time", mutates_args=())
 def _opaque_forward(
-    x: Tensor, states: Tensor, place: Tensor, size: Tensor, weights: list[Tensor], parts: int, layers: int
+    x: Tensor,
+    states: Tensor,
+    place: Tensor,
+    size: Tensor,
+    weights: list[Tensor],
+    parts: int,
+    layers: int,
+    resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`_through_time`, and the number of its tape."""
     with _autograd_again(), torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights)]
-        outputs = _through_time(leaves[0], states.detach(), place, size, leaves[1:], parts, layers)
+        outputs = _through_time(leaves[0], states.detach(), place, size, leaves[1:], parts, layers, resets)
     number = next(_numbers)
     _tapes[number] = outputs, leaves
     while len(_tapes) > _MOST_TAPES:
@@ -170,7 +194,7 @@ def _opaque_backward(grad: Tensor, number: Tensor, x: Tensor, weights: list[Tens
 
 
 @_opaque_forward.register_fake
-def _(x, states, place, size, weights, parts, layers):  # type: ignore[no-untyped-def]
+def _(x, states, place, size, weights, parts, layers, resets):  # type: ignore[no-untyped-def]
     return x.new_empty(len(x), weights[1].shape[-1]), torch.empty(1, dtype=torch.int64)
 
 
@@ -187,7 +211,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
     number, x, *weights = ctx.saved_tensors
     grad_x, *grads = _opaque_backward(grad, number, x, weights)
-    return grad_x, None, None, None, grads, None, None
+    return grad_x, None, None, None, grads, None, None, None
 
 
 _opaque_forward.register_autograd(_backward, setup_context=_keep)
@@ -213,19 +237,23 @@ class Sequences:
         rows = np.arange(begins.size)
         since = rows - np.maximum.accumulate(np.where(begins.reshape(-1), rows, 0))
         self._begins = since % length == 0
-        self._longest = min(length, len(dones))
+        self._shape, self._length, self._longest = dones.shape, length, min(length, len(dones))
         self.first = np.flatnonzero(self._begins)
         self.lengths = np.diff(self.first, append=begins.size)
 
-    @classmethod
-    def of_all_sizes(cls, dones: Tensor, length: int, few_sizes: bool) -> Iterator["Sequences"]:
-        """Sequences of one step, two, four and so on, as `minibatches` has few sizes; if not, those of `dones`."""
-        steps = torch.arange(1, len(dones) + 1)[:, None]
+    @staticmethod
+    def cut(dones: Tensor, length: int, count: int, stays: bool) -> "Sequences":
+        """Sequences for `count` minibatches; of one length if nothing of the rollout may leave its device (`stays`)."""
+        return FixedSequences(dones, length, count) if stays else Sequences(dones, length)
+
+    def of_all_sizes(self, few_sizes: bool) -> Iterator["Sequences"]:
+        """Sequences of one step, two, four and so on, as `minibatches` has few sizes; if not, these."""
+        steps = torch.arange(1, self._shape[0] + 1)[:, None]
         if not few_sizes:
-            yield cls(dones, length)
+            yield self
             return
-        for doubled in range(min(length, len(dones)).bit_length() + 1):
-            yield cls((steps % 2**doubled == 0).expand(dones.shape), length)
+        for doubled in range(self._longest.bit_length() + 1):
+            yield Sequences((steps % 2**doubled == 0).expand(self._shape), self._length)
 
     def in_order(self) -> Layout:
         """All rows as one minibatch."""
@@ -267,3 +295,50 @@ def _lay_out(begins: np.ndarray, longest: int | None = None) -> Layout:
     place, length = torch.from_numpy(step * count + sequence), int(step.max()) + 1
     size = torch.tensor([length, count]) if longest is None else (min(longest, len(begins)), count)
     return Layout(torch.from_numpy(first), place, size)
+
+
+class FixedSequences(Sequences):
+    """A rollout cut into sequences of one length, on its own device: nothing asks where episodes end.
+
+    Sequences go on over the ends of episodes, and memory is zeroed there, through which no gradient flows either. Rows
+    are counted as in `Sequences`.
+
+    Args:
+        dones: [T, N], whether an episode ended with that step.
+        length: the most steps of a sequence; they have as many as divide both T and the rows of a minibatch.
+        count: M, minibatches.
+    """
+
+    def __init__(self, dones: Tensor, length: int, count: int) -> None:
+        (steps, envs), self._device = dones.shape, dones.device
+        common = math.gcd(steps, steps * envs // count)
+        self.length = max(n for n in range(1, min(length, common) + 1) if common % n == 0)
+        ends, resets = torch.ones_like(dones), torch.zeros_like(dones)
+        ends[:-1] = resets[1:] = dones[:-1]
+        self.ends, self._resets = ends.T.flatten(), resets.T.flatten()  # [N T]
+
+    def of_all_sizes(self, few_sizes: bool) -> Iterator[Sequences]:
+        """These: there are no others."""
+        yield self
+
+    def in_order(self) -> Layout:
+        """All rows as one minibatch."""
+        return self._lay_out(torch.arange(len(self._resets), device=self._device))
+
+    def minibatches(self, count: int, rng: torch.Generator, few_sizes: bool = False) -> tuple[Tensor, list[Layout]]:
+        """The sequences in random order, drawn on the device, divided into minibatches of equal size.
+
+        Returns:
+            the rows of each minibatch [M, B], and how each is laid out.
+        """
+        order = torch.randperm(len(self._resets) // self.length, generator=rng, device=self._device)
+        rows = self.length * order[:, None] + torch.arange(self.length, device=self._device)
+        rows = rows.view(count, -1)  # [M, B]
+        return rows, [self._lay_out(minibatch) for minibatch in rows]
+
+    def _lay_out(self, rows: Tensor) -> Layout:
+        """Sequences that lie one after another, side by side."""
+        numbers, count = torch.arange(len(rows), device=self._device), len(rows) // self.length
+        first = torch.where(numbers < count, self.length * numbers, 0)
+        place = numbers % self.length * count + numbers // self.length
+        return Layout(first, place, (self.length, count), self._resets[rows])

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from fabricrl.utils.ending import reason
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
 from fabricrl.utils.peers import patience
+from fabricrl.utils.process import PLACE
 from fabricrl.utils.utils import generators, require
 
 PLAYER = 0  # the rank of the only player, or of the first of several, who leads
@@ -274,6 +275,8 @@ def make_groups(
 ) -> tuple[TorchCollective, TorchCollective | None, TorchCollective]:
     """All ranks, and the players, if there are several, on the CPU; the trainers on their devices. Every rank calls it.
 
+    Messages travel over Gloo; gradients, where trainers have GPUs, over NCCL.
+
     Args:
         players: how many; the others train.
         timeout: minutes to wait for a message before giving up; 0: for ever.
@@ -290,12 +293,17 @@ def make_groups(
     require(players < fabric.world_size, "players", players, allowed)
     world, team, trainers = TorchCollective(), TorchCollective() if players > 1 else None, TorchCollective()
     limit = patience(timeout)
-    backend = "gloo" if fabric.device.type == "cpu" else None  # None: that of the devices
+    backend = "gloo" if fabric.device.type == "cpu" and PLACE.gpu is None else "nccl"
     world.create_group(backend="gloo", timeout=limit)
     if team is not None:
         team.create_group(ranks=list(range(players)), backend="gloo", timeout=limit)
     trainers.create_group(ranks=list(range(players, fabric.world_size)), backend=backend, timeout=limit)
     return world, team, trainers
+
+
+def trainer_device(fabric: Fabric) -> torch.device:
+    """Device on which a trainer learns: its GPU, beside players on the CPU; else where Fabric has put it."""
+    return fabric.device if PLACE.gpu is None else torch.device("cuda", PLACE.gpu)
 
 
 def player_device(args: Any, fabric: Fabric) -> torch.device:

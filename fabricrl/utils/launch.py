@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.accelerators import CUDAAccelerator
+from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -60,11 +62,16 @@ def launch(args: Any) -> Fabric:
     check_launcher()
     follow_launcher()
     keep_memory()
-    options = _options(args)
-    if (device := _half_precision_device(options)) is not None:
-        options.pop("precision", os.environ.pop("LT_PRECISION", None))  # it is given once
-        options["plugins"] = [HalfPrecision(device)]
-    with _explaining(options):
+    asked = _options(args)
+    half = _half_precision_device(asked)
+    with _explaining(asked):
+        options, device = _placed(args, asked)
+        if half is not None:
+            options["plugins"] = [HalfPrecision(device or half)]
+        elif device is not None and _choice("precision", asked) in ("bf16-mixed", "bf16"):
+            options["plugins"] = [MixedPrecision("bf16-mixed", device)]
+        if "plugins" in options:
+            options.pop("precision", os.environ.pop("LT_PRECISION", None))  # it is given once
         strategy = DDPStrategy(timeout=patience(args.timeout))
         if "LT_CLI_USED" in os.environ:  # its constructor has the ranks meet, and it forbids `launch`
             if several := _prepare_meeting(args.timeout):
@@ -133,6 +140,40 @@ def _half_precision_device(options: dict[str, Any]) -> str | None:
     allowed = "bf16-mixed or 32-true without --accelerator cuda: 16-bit floats are for GPUs"
     require(there, "precision", "16-mixed", allowed)
     return "cuda"
+
+
+def _placed(args: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Literal["cpu", "cuda"] | None]:
+    """Options with which ranks meet on the CPU, and the kind of this one's device, if players act beside GPUs.
+
+    So they do in a decoupled script with `--player-device cpu`, whose trainers own the GPUs; each notes its own in
+    PLACE. `--devices` are the GPUs: each gets a trainer, and players come on top. With torchrun, or several nodes, it
+    is the processes of a node. In all other cases the options are as they were, and the kind is None.
+
+    Raises:
+        ValueError, MisconfigurationException: GPUs that are not there.
+    """
+    on_gpus = _choice("accelerator", options) in ("cuda", "gpu", "auto") and CUDAAccelerator.is_available()
+    if not on_gpus or not hasattr(args, "players") or args.player_device != "cpu":
+        return dict(options), None
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    alone = not elastic and args.num_nodes in (None, 1)
+    gpus: list[int] = []
+    if elastic:
+        node, processes = environ_number("GROUP_RANK") or 0, int(os.environ["LOCAL_WORLD_SIZE"])
+    else:
+        node = (environ_number("SLURM_NODEID") or 0) if under_srun() else args.node_rank
+        gpus = CUDAAccelerator.parse_devices("-1" if options["devices"] == "auto" else options["devices"]) or []
+        processes = len(gpus) + (args.players if alone else 0)
+    players = min(max(args.players - node * processes, 0), processes)  # of this node
+    if elastic and players < processes:
+        gpus = CUDAAccelerator.parse_devices(list(range(processes - players))) or []
+    local_rank = environ_number("SLURM_LOCALID" if under_srun() else "LOCAL_RANK") or 0
+    if local_rank >= players:
+        PLACE.gpu = gpus[local_rank - players]
+        torch.cuda.set_device(PLACE.gpu)
+    for name in ("accelerator", "devices"):
+        os.environ.pop(f"LT_{name.upper()}", None)
+    return options | {"accelerator": "cpu", "devices": str(processes)}, "cpu" if PLACE.gpu is None else "cuda"
 
 
 def _refuse(options: dict[str, Any], names: list[str]) -> None:
@@ -258,7 +299,17 @@ def _explaining(options: dict[str, Any]) -> Iterator[None]:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise LostPeerError(f"rank {own_rank()} has not met the others at {place}: {reason(error)}") from error
         given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-        raise ConfigError(f"{given} is not available here: {one_line(error)}") from error
+        wants_gpu = options.get("accelerator") in ("cuda", "gpu") and not torch.cuda.is_available()
+        cause = _no_gpu() if wants_gpu else one_line(error)
+        raise ConfigError(f"{given} is not available here: {cause}") from error
+
+
+def _no_gpu() -> str:
+    """Why there is no GPU, and what to do about it."""
+    instead = "or train with --accelerator cpu"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"PyTorch {torch.__version__} is without CUDA: install one with it (https://pytorch.org), {instead}"
+    return f"PyTorch finds no GPU: nvidia-smi must list one, and CUDA_VISIBLE_DEVICES not hide it, {instead}"
 
 
 def _threads(args: Any, fabric: Fabric) -> int:
@@ -293,6 +344,8 @@ def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:
     if fabric.world_size == 1:
         return
     check_parameters(fabric, module)
+    if obs.dtype == torch.uint8:  # frames: games start alike
+        return
     firsts = all_gather(fabric, obs.flatten())  # [W, ...]
     if fabric.global_rank == 0 and len(firsts.unique(dim=0)) < len(firsts):
         print("warning: some ranks start from equal observations; is the environment seeded?", file=sys.stderr)

@@ -129,12 +129,41 @@ class EpisodeStatistics:
 class DeviceEpisodes:
     """Returns and lengths of the episodes of environments that are on a device, found there: no value is asked for.
 
+    Where a rollout is a single step, `add` notes it, for `noted` to sum up many in one go.
+
+    Args:
+        num_keys: K, numbers that environments tell at the ends of episodes.
+        most: steps that can be noted, S.
+
     Attributes:
         returns, lengths: of the episodes that are still running, [N].
     """
 
-    def __init__(self, num_envs: int, device: torch.device) -> None:
+    def __init__(self, num_envs: int, device: torch.device, num_keys: int = 0, most: int = 0) -> None:
         self.returns, self.lengths = torch.zeros(2, num_envs, dtype=torch.float64, device=device)
+        self._rewards = torch.zeros(most, num_envs, device=device)
+        self._ends, self._skipped = torch.zeros(2, most, num_envs, dtype=torch.bool, device=device)
+        self._infos = torch.full((most, num_envs, num_keys), torch.nan, device=device)
+        self._untold, self._played = self._infos.new_full((num_envs, num_keys), torch.nan), self.returns > 0
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)  # of steps noted
+
+    def add(self, rewards: Tensor, ends: Tensor, infos: dict[str, Tensor]) -> None:
+        """Notes one step, [N] each, with the infos of `TensorEnvs`. May be captured."""
+        columns = [(self._rewards, rewards), (self._ends, ends)]
+        columns += [(self._skipped, infos.get("skipped", self._played))]
+        columns += [(self._infos, infos.get("episode_info", self._untold))]
+        for column, values in columns:
+            column.index_copy_(0, self._count, values[None])
+        self._count += 1
+
+    def noted(self, steps: int) -> Tensor:
+        """`summary` of the steps noted since the last call, which the caller has counted."""
+        self._count.zero_()
+        return self.summary(self._rewards[:steps], self._ends[:steps], self._skipped[:steps], self._infos[:steps])
+
+    def tensors(self) -> list[Tensor]:
+        """All that `add` changes, but for what has not been counted yet."""
+        return [self._count]
 
     def summary(self, rewards: Tensor, ends: Tensor, skipped: Tensor, infos: Tensor) -> Tensor:
         """Sums over the episodes that end in a rollout, and the newest of them, as one vector for the CPU.

@@ -30,6 +30,7 @@ class _Place:
         rank: among all, once they have met.
         store: where they meet, if this process keeps it.
         peers: the other ranks, if there are.
+        gpu: the number of the one that this rank trains on, beside players on the CPU; None: it is where Fabric says.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,7 @@ class _Place:
         self.rank: int | None = None
         self.store: TCPStore | None = None
         self.peers: Peers | None = None
+        self.gpu: int | None = None
 
     def forked(self) -> None:
         self.pid, self.parent = os.getpid(), self.pid

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent
 from fabricrl.algos.sac.agent import make_agent as make_sac_agent
-from fabricrl.models.models import draw_dropped
+from fabricrl.models.models import DropoutMasks
 
 __all__ = ["ACTION_SPACES", "DroQAgent", "make_agent"]
 
@@ -19,19 +19,23 @@ class DroQAgent(SACAgent):
     comes from outside, as noise does: see `drop`.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.masks = DropoutMasks(self.ensemble.dropout)
+
     def drop(self, passes: int, rows: int, generator: torch.Generator) -> list[list[Tensor]]:
         """Draws the dropout masks of several forward passes of the critics over batches of `rows`.
 
         Returns:
-            for each pass, a mask [C, B, H] for each hidden layer.
+            for each pass, a mask [C, B, H] for each hidden layer: what is kept. On the CPU they hold until the next
+            draw.
         """
         critics, device = self.ensemble, self.log_alpha.device
         if critics.dropout == 0 or not critics.hidden_sizes:
             return [[] for _ in range(passes)]
         shapes = [(critics.count, rows, width) for width in critics.hidden_sizes]
         sizes = [count * rows * width for count, rows, width in shapes] * passes
-        masks = draw_dropped(critics.dropout, (sum(sizes),), generator).to(device).split(sizes)
-        drawn = iter(masks)
+        drawn = iter(self.masks.draw(sum(sizes), generator).to(device).split(sizes))
         return [[next(drawn).view(shape) for shape in shapes] for _ in range(passes)]
 
 

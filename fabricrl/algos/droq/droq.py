@@ -26,13 +26,13 @@ from fabricrl.utils import average_gradients, frozen, polyak_update
 
 
 def update_critics(
-    run: Run, learner: Learner, batch: Any, noise: Tensor, dropped: list[Tensor], target_dropped: list[Tensor]
+    run: Run, learner: Learner, batch: Any, noise: Tensor, kept: list[Tensor], target_kept: list[Tensor]
 ) -> Tensor:
     """One optimizer step of the critics, and one of their targets (Algorithm 2, lines 5–9), on a batch [B, ...].
 
     Args:
         noise: [B, A].
-        dropped, target_dropped: what dropout sets to zero, as `DroQAgent.drop` draws it.
+        kept, target_kept: masks of dropout, as `DroQAgent.drop` draws them.
 
     Returns CRITIC_METRICS, [2].
     """
@@ -41,10 +41,10 @@ def update_critics(
         next_actions, next_logprobs = agent.head.sample_with_logprob(
             actor(agent.features(batch.next_obs)), noise
         )  # a' ~ π(·|s')
-        next_q = agent.target_critics(batch.next_obs, next_actions, dropped=target_dropped)  # [C, B]
+        next_q = agent.target_critics(batch.next_obs, next_actions, kept=target_kept)  # [C, B]
         rewards = run.args.reward_scale * batch.rewards  # [B]
         targets = td_target(rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
-    q = critics(batch.obs, batch.actions, dropped=dropped)  # [C, B]
+    q = critics(batch.obs, batch.actions, kept=kept)  # [C, B]
     loss = critic_loss(q, targets)
 
     optimizer.zero_grad()
@@ -55,14 +55,14 @@ def update_critics(
     return metrics
 
 
-def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor, dropped: list[Tensor]) -> Tensor:
+def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor, kept: list[Tensor]) -> Tensor:
     """One optimizer step of actor and temperature (line 10), up the mean of the critics: ACTOR_METRICS, [4]."""
     agent, actor, critics, optimizer, _ = learner
     with run.fabric.autocast():
         features = agent.features(obs)  # [B, F]: of images, as the critics have learned to see them
     actions, logprobs = agent.head.sample_with_logprob(actor(features), noise)  # [B, A], [B]
     with frozen(agent.critics):
-        q = critics(features, actions, dropped=dropped).mean(0)  # [B]
+        q = critics(features, actions, kept=kept).mean(0)  # [B]
     alpha, entropy = agent.alpha, -logprobs.mean()
     pi_loss = actor_loss(q, logprobs, alpha)
     temperature_loss = alpha_loss(agent.log_alpha, entropy, agent.target_entropy)
@@ -95,10 +95,10 @@ def train(
     *noises, last_noise = agent.head.noise((len(batches) + 1, size), rng)  # [K + 1, B, A]
     critic_metrics = []
     for batch, noise in zip(batches, noises, strict=True):
-        dropped, target_dropped = agent.drop(2, size, rng)
-        critic_metrics.append(step_critics(batch, noise, dropped, target_dropped))
-    (dropped,) = agent.drop(1, size, rng)
-    metrics = {ACTOR_METRICS: step_actor(last.obs, last_noise, dropped)}
+        kept, target_kept = agent.drop(2, size, rng)
+        critic_metrics.append(step_critics(batch, noise, kept, target_kept))
+    (kept,) = agent.drop(1, size, rng)
+    metrics = {ACTOR_METRICS: step_actor(last.obs, last_noise, kept)}
     return metrics | ({CRITIC_METRICS: torch.stack(critic_metrics)} if critic_metrics else {})
 
 
@@ -113,7 +113,8 @@ def make_updates(run: Run, learner: Learner, rb: Any) -> Updates:
     step_actor = run.compiled(partial(update_actor, run, learner))
     update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor))
     if run.records:
-        with run.rehearsal():
+        play = partial(rollout, run, learner.agent, run.envs, rb)
+        with run.rehearsal(partial(play, explores=True), partial(play, explores=False)):
             for count in {math.floor(run.args.replay_ratio), math.ceil(run.args.replay_ratio)}:  # updates a step
                 update(count + 1)
     return update

@@ -24,10 +24,11 @@ class OffPolicyArgs(StandardArgs):
     """Replay, networks and update of an off-policy actor-critic algorithm; CleanRL's names and defaults."""
 
     env_id: str = arg("Pendulum-v1", "Gymnasium id, or module:Id-v0 for an environment of your own", "environment")
-    vectorization: Literal["auto", "sync", "async", "envpool"] = arg(
+    vectorization: Literal["auto", "sync", "async", "envpool", "torch"] = arg(
         "auto",
         "sync: one process steps all; async: a process each; envpool: C++ threads, needs the extra of that name; "
-        "auto: the faster of sync and async",
+        "torch: tensors on the device that trains; auto: torch for environments that are tensors, else the faster of "
+        "sync and async",
     )
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
     grayscale: bool = arg(False, "turn images grey", "images", advanced=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fabricrl.algos.off_policy.args import EntropyArgs, OffPolicyArgs
 from fabricrl.algos.run import Run
-from fabricrl.data import Batch, DeviceReplayBuffer, NewestSteps, Replay, ReplayBuffer
+from fabricrl.data import Batch, DeviceReplayBuffer, NewestSteps, Replay, ReplayBuffer, TensorReplayBuffer
 from fabricrl.data.buffers import record_type
 from fabricrl.data.memory import GIB, check_memory
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
@@ -71,14 +71,19 @@ def buffer_device(run: Run) -> tuple[torch.device | None, str]:
     require(not asked or device.type == "cuda", "buffer_device", "cuda", "cpu or auto where the run trains on the CPU")
     images = isinstance(run.obs_space, Records)
     require(not (asked and images), "buffer_device", "cuda", "cpu or auto with images, each of which memory holds once")
-    if args.buffer_device == "cpu" or device.type != "cuda" or args.buffer_memmap or has_implicit_next(run):
+    in_memory = args.buffer_device == "cpu" or device.type != "cuda"
+    clash = run.tensors and in_memory and device.type == "cuda"
+    require(not clash, "buffer_device", "cpu", "cuda or auto where environments are tensors on a GPU")
+    if in_memory or args.buffer_memmap or has_implicit_next(run):
         return None, ""
     need = (args.buffer_size + args.num_envs) * record_type(run.obs_space, _num_actions(run), False).itemsize
     free = torch.cuda.mem_get_info(device)[0]
     figures = f"{need / GIB:.2f} GiB of the {free / GIB:.2f} GiB that are free on {device}"
+    if need > free and run.tensors:
+        raise ConfigError(f"--buffer-size is {args.buffer_size}: the buffer would take {figures}")
     if need > free and asked:
         raise ConfigError(f"--buffer-device is cuda: the buffer would take {figures}; cpu keeps it in memory")
-    if need > SHARE * free and not asked:
+    if need > SHARE * free and not asked and not run.tensors:
         return None, f", as it would take {figures}; --buffer-device cuda puts it there all the same"
     return device, ""
 
@@ -99,7 +104,10 @@ def make_buffer(run: Run, folder: Path | None = None) -> Replay:
     with run.together():
         device, why_not = buffer_device(run)
         settings = args.buffer_size, *shape, args.gamma, args.n_step
-        if device is not None:
+        if run.tensors:
+            rb = run.storage = TensorReplayBuffer(*settings, run.fabric.device)
+            run.updates.tensors += rb.tensors()
+        elif device is not None:
             rb = DeviceReplayBuffer(*settings, device)
         else:
             rb = ReplayBuffer(*settings, has_implicit_next(run), folder, args.frame_stack)

@@ -24,8 +24,9 @@ def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: Any, weights: T
         clip_coef: ε, a number or a scalar tensor.
     """
     ratio = logratio.exp()
-    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return -mean(torch.min(ratio * advantages, clipped * advantages), weights)
+    clipped = ratio.detach().clamp(1 - clip_coef, 1 + clip_coef)  # where it is the least, nothing is learned
+    surrogate, clipped_surrogate = ratio * advantages, clipped * advantages
+    return -mean(torch.where(surrogate <= clipped_surrogate, surrogate, clipped_surrogate), weights)
 
 
 def value_loss(
@@ -45,7 +46,8 @@ def value_loss(
     errors = (new_values - returns).square()
     if clip_vloss:
         clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
-        errors = torch.max(errors, (clipped - returns).square())
+        clipped_errors = (clipped - returns).square()
+        errors = torch.where(clipped_errors > errors, clipped_errors, errors)
     return 0.5 * mean(errors, weights)
 
 

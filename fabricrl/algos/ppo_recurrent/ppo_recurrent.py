@@ -14,6 +14,7 @@ The update is PPO's.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -32,23 +33,31 @@ from fabricrl.utils import Adam, anneal, explained_variance, gae
 @torch.inference_mode()
 def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentRolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
-    noise, device = run.noise(player.head, len(rb.actions)), run.player_device  # [T, N, ...]
+    noise = run.noise(player.head, len(rb.actions))  # [T, N, ...]
     with run.together(), rb.checked():
-        for t in range(len(noise)):
-            drawn, states = run.act(player, rb.stacked_obs(t, device), rb.memory_rows[t], noise[t], rb.mask(t, device))
-            actions = run.on_host(drawn).numpy()  # [N, A]
-            run.clock.lap("act")
-            next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
-            run.clock.lap("env")
-            rb.add(t, actions, next_obs, rewards, terminated, truncated, infos)
-            rb.remember(t, player.remember(drawn, run.to_device(rb.rewards[t], run.player_device), states))
+        run.take_steps(take_step, player, envs, rb, noise)
     run.clock.lap("comm")
+
+
+def take_step(
+    run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentRolloutBuffer, t: Any, noise: Tensor
+) -> None:
+    """Takes step t in every environment, by actions drawn with noise [N, ...], and remembers it."""
+    device = run.player_device
+    drawn, states = run.act(player, rb.stacked_obs(t, device), rb.memory_at(t), noise, rb.mask(t, device))
+    actions = run.for_envs(drawn)  # [N, A]
+    run.clock.lap("act")
+    next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
+    run.clock.lap("env")
+    rb.add(t, actions, next_obs, rewards, terminated, truncated, infos)
+    rb.remember(t, player.remember(drawn, rb.rewards_at(t), states))
 
 
 @torch.no_grad()
 def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRolloutBuffer) -> tuple[Batch, Sequences]:
     """The rollout as training data on the device, environment by environment, [N T, ...] each; and its sequences."""
-    args, device, sequences = run.args, run.fabric.device, Sequences(rb.dones, run.args.sequence_length)
+    args, device = run.args, run.fabric.device
+    sequences = Sequences.cut(rb.dones, args.sequence_length, args.num_minibatches, run.tensors)
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
     memory, actions = run.to_device(rb.memory), run.to_device(rb.actions)
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
@@ -63,7 +72,8 @@ def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRoll
     rewards = run.to_device(shaped_rewards(run, agent, rb))  # [T, N]
     if args.bootstrap_truncated and rb.has_truncated:
         t, env, final_obs = (run.to_device(part) for part in rb.truncated_episodes())
-        rewards[t, env] += args.gamma * agent.value(final_obs, run.to_device(rb.final_memory()))  # and not terminated
+        final_values = agent.value(final_obs, run.to_device(rb.final_memory()))
+        rewards[t, env] += args.gamma * rb.bootstraps * final_values  # truncated, not terminated
     old_values, dones = values.view(rb.num_envs, -1).T, run.to_device(rb.dones)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
     estimates = {"advantages": advantages.T.flatten(), "returns": returns.T.flatten()}
@@ -87,7 +97,7 @@ def train(
     """
     args, device = run.args, run.fabric.device
     drawn = [
-        sequences.minibatches(args.num_minibatches, run.train_rng, run.captures) for _ in range(args.update_epochs)
+        sequences.minibatches(args.num_minibatches, run.device_rng, run.captures) for _ in range(args.update_epochs)
     ]
     epochs = with_moments(run.fabric, data, torch.stack([rows for rows, _ in drawn]))
     history: list[Tensor] = []
@@ -115,15 +125,13 @@ def main() -> int:
         run.restore(agent=agent, optimizer=optimizer)
 
         # --- Buffer
-        shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rest = agent.memory_size, args.frame_stack, run.skips, run.player_device, run.mask_size
-        rb = RecurrentRolloutBuffer(*shape, *rest, device=run.fabric.device)
+        rb = run.rollout_buffer(agent)
 
         # --- Start
         if run.records:
-            with run.rehearsal():
-                for sequences in Sequences.of_all_sizes(rb.dones, args.sequence_length, run.captures):
-                    data, _ = returns_and_advantages(run, agent, rb)
+            with run.rehearsal(partial(rollout, run, agent, envs, rb)):
+                data, rehearsed = returns_and_advantages(run, agent, rb)
+                for sequences in rehearsed.of_all_sizes(run.captures):
                     train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
         rb.start(run.reset(), run.masks)
 

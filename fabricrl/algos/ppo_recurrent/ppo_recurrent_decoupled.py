@@ -28,7 +28,7 @@ from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent,
 from fabricrl.algos.ppo_recurrent.args import PRESETS, RecurrentPPODecoupledArgs
 from fabricrl.algos.ppo_recurrent.ppo_recurrent import returns_and_advantages, rollout, train
 from fabricrl.algos.run import Run, parse, run_script
-from fabricrl.data import Batch, RecurrentRolloutBuffer
+from fabricrl.data import Batch
 from fabricrl.models.recurrent import Sequences
 from fabricrl.utils import Adam, anneal, explained_variance
 
@@ -87,9 +87,7 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
         trainers.begin(Messages(share, METRICS, agent, optimizer))  # → Hello, ← Ready
 
         # --- Buffer
-        shape = args.num_steps, args.num_envs, run.obs_space, agent.head.num_actions, agent.head.dtype
-        rest = agent.memory_size, args.frame_stack, run.skips, run.player_device, run.mask_size
-        rb = RecurrentRolloutBuffer(*shape, *rest, device=run.fabric.device)
+        rb = run.rollout_buffer(agent)
 
         # --- Start
         rb.start(run.reset(), run.masks)
@@ -148,7 +146,7 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
         with run.rehearsal():
             counts = share.data.counts if player.skips else None
             data = as_trained(share.data.with_columns(counts=counts), run.fabric.device)
-            for sequences in Sequences.of_all_sizes(share.ends[:, None], args.sequence_length, run.captures):
+            for sequences in Sequences(share.ends[:, None], args.sequence_length).of_all_sizes(run.captures):
                 train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order

@@ -29,9 +29,9 @@ class EncodedCritics(nn.Module):
         super().__init__()
         self.encoder, self.ensemble = encoder, ensemble
 
-    def forward(self, obs: Tensor, actions: Tensor, dropped: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, obs: Tensor, actions: Tensor, kept: Sequence[Tensor] = ()) -> Tensor:
         features = self.encoder(obs) if obs.dtype == torch.uint8 else obs
-        return self.ensemble(features, actions, dropped=dropped)
+        return self.ensemble(features, actions, kept=kept)
 
 
 class SACAgent(nn.Module):

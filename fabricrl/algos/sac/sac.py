@@ -31,22 +31,20 @@ ACTOR_METRICS = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "lo
 @torch.inference_mode()
 def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, explores: bool) -> None:
     """Takes one step in every environment, by uniform actions if `explores`, into the replay buffer."""
-    with run.together():
-        if explores:
-            uniform = torch.rand(run.all_envs, player.head.num_actions, generator=run.act_rng)
-            actions = run.own_noise(2 * uniform - 1)  # [N, A]
-        else:
-            noise = run.own_noise(player.head.noise((run.all_envs,), run.act_rng))
-            actions = run.on_host(run.act(player, rb.stacked_obs(), noise))  # [N, A]
-            run.check_finite("the policy's actions", actions)
-        run.clock.lap("act")
-        env_actions = rescale_actions(run.action_space, actions.numpy())
-        next_obs, rewards, terminated, truncated, infos = envs.step(env_actions)
-        run.clock.lap("env")
-        rb.add(actions.numpy(), next_obs, rewards, terminated, truncated, infos)
-        rb.check_finite()
-        run.episodes.add(rewards, terminated | truncated)
+    noise = run.noise(player.head, 1, uniform=explores)[0]  # [N, A]
+    with run.together(), rb.checked():
+        run.take_step(take_step, player, envs, rb, noise, explores)
     run.clock.lap("comm")
+
+
+def take_step(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, noise: Tensor, explores: bool) -> None:
+    """Takes a step in every environment, by actions drawn with noise [N, A], or by these numbers if it `explores`."""
+    actions = run.for_envs(noise if explores else run.act(player, rb.stacked_obs(), noise))  # [N, A]
+    run.clock.lap("act")
+    next_obs, rewards, terminated, truncated, infos = envs.step(rescale_actions(run.action_space, actions))
+    run.clock.lap("env")
+    rb.add(actions, next_obs, rewards, terminated, truncated, infos)
+    run.count(rewards, terminated | truncated, infos)
 
 
 class Learner(NamedTuple):
@@ -150,7 +148,8 @@ def make_updates(run: Run, learner: Learner, rb: Replay) -> Updates:
     period = run.args.policy_frequency * run.args.target_network_frequency
     update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor), period)
     if run.records:
-        with run.rehearsal():
+        play = partial(rollout, run, learner.agent, run.envs, rb)
+        with run.rehearsal(partial(play, explores=True), partial(play, explores=False)):
             for plan in {planned(run.args, *kind) for kind in update.kinds()}:
                 update(len(plan), plan)
     return update

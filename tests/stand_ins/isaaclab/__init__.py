@@ -1,0 +1,1 @@
+"""Stands for Isaac Lab 3.0."""
