@@ -58,7 +58,7 @@ class Learner""",
     loss = ((taus - (errors.detach() < 0).float()).abs() * errors.abs()).mean((1, 2, 3)).sum()  # [C, B, Q, Q]
 """,
     ),
-    ("q = critics(obs, actions).amin(0)", "q = critics(obs, actions).mean(-1).amin(0)"),
+    ("q = critics(features, actions).amin(0)", "q = critics(features, actions).mean(-1).amin(0)"),
     (
         AGENT,
         AGENT
