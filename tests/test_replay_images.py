@@ -35,7 +35,7 @@ SPACE = Records({"speed": 2}, {"camera": (36, 40, 3), "depth": (3, 37, 38)})
 
 
 class Stacks:
-    """What each stack has to be, from the lists of all that happened in a `World`."""
+    """Reference for stacks: each as the lists of all that happened in a `World` have it."""
 
     def __init__(self, world: World, depth: int) -> None:
         self.world, self.depth = world, depth
