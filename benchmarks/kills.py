@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fabricrl.utils.checkpoint import load_checkpoint  # noqa: E402
+from tests import process  # noqa: E402
 from tests.process import PYTHON, Running, call, command, started, wait_for  # noqa: E402
 
 ON_POLICY = "--num-steps 8 --num-minibatches 1 --update-epochs 1 --checkpoint-every 640"
@@ -47,6 +48,7 @@ TWINS = {  # and their flags, with which a checkpoint is written every 40 iterat
 SHARED = "--num-envs 2 --hidden-sizes 16 --num-threads 1 --keep-checkpoints 3 --total-timesteps 1000000000"
 LAUNCHERS = ("python", "torchrun", "lightning")
 LIMIT = 30.0  # seconds until everything has to be gone
+process.LIMIT = 600  # and until there is a checkpoint, beside other work
 COLUMNS = ("twin", "launcher", "rank", "moment", "gone", "code", "lines", "told", "step", "resumed", "fault")
 
 
@@ -167,6 +169,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="begin a new table")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the tables")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no run behind
     if options.quick:
         options.devices, options.kills = 2, 1
     draw, rows = random.Random(options.seed), []

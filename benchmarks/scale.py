@@ -35,19 +35,20 @@ RESULTS = ROOT / "benchmarks/results/scale.md"
 COMMON = ["--num-threads", "1", "--no-save-model", "--logger", "csv", "--vectorization", "sync", "--timeout", "2"]
 # Steps of an iteration of all ranks stay as they are: W ranks have a W-th of the environments or of the batch each
 PPO = ["--env-id", "CartPole-v1", "--num-steps", "128", "--num-minibatches", "4", "--update-epochs", "4"]
-SAC = ["--env-id", "Pendulum-v1", "--learning-starts", "256", "--buffer-size", "10000", "--replay-ratio", "1"]
+SAC = ["--env-id", "Pendulum-v1", "--learning-starts", "256", "--buffer-size", "10000", "--replay-ratio", "0.125"]
 TASKS: dict[str, list[str]] = {"ppo": PPO, "sac": SAC}
-ENVS, BATCH = 8, 256  # of all ranks
-WARM_UP = {"ppo": 3, "sac": 64}  # iterations that are not counted: of SAC those without updates, and some more
-COUNTED = {"ppo": 12, "sac": 150}
+ENVS = {"ppo": 8, "sac": 16}  # of all ranks, as their batch
+BATCH = 256
+WARM_UP = {"ppo": 3, "sac": 16}  # iterations that are not counted: of SAC those without updates, and some more
+COUNTED = {"ppo": 12, "sac": 60}
 CLONE_NEWNET = 0x40000000
-LINKS = [("10gbit", 0.0), ("1gbit", 0.0), ("20mbit", 0.0), ("10gbit", 0.1), ("10gbit", 1.0), ("10gbit", 10.0)]
+LINKS = [("10gbit", 0.0), ("1gbit", 0.0), ("100mbit", 0.0), ("10gbit", 0.1), ("10gbit", 1.0), ("10gbit", 10.0)]
 PEERS = [8, 64, 512]  # trainers of the table on paper
 FIELDS = ("wall", "cpu", "compute", "wait", "calls", "messages", "bytes", "records", "record_bytes", "weights")
 # Bytes of a row that a trainer cannot do without. PPO: 4 numbers seen, an action, its log-probability, value, advantage
 # and return. SAC: 3 numbers seen, an action, a reward, and if the episode has ended, and how
 ROW = {"ppo": 4 * 4 + 8 + 4 * 4, "sac": 3 * 4 + 4 + 4 + 2}
-ROWS = {"ppo": 128 * ENVS, "sac": ENVS}  # of an iteration, all environments
+ROWS = {"ppo": 128 * ENVS["ppo"], "sac": ENVS["sac"]}  # of an iteration, all environments
 FORKSERVER = multiprocessing.get_context("forkserver")  # ranks import nothing: that takes longer than they run
 FORKSERVER.set_forkserver_preload([f"fabricrl.algos.{task}.{task}_decoupled" for task in TASKS])
 
@@ -167,8 +168,8 @@ def run_rank(path: str, warm_up: int, module: str, flags: list[str]) -> None:
 
 def flags_of(task: str, ranks: int, players: int) -> list[str]:
     """The command line of a run on so many ranks, of which some play; 0 players: the coupled script."""
-    per_rank = ENVS if players else ENVS // ranks
-    steps = (WARM_UP[task] + COUNTED[task] + 1) * ENVS * (128 if task == "ppo" else 1) + 256 * (task == "sac")
+    per_rank = ENVS[task] if players else ENVS[task] // ranks
+    steps = (WARM_UP[task] + COUNTED[task] + 1) * ENVS[task] * (128 if task == "ppo" else 1) + 256 * (task == "sac")
     flags = [*TASKS[task], *COMMON, "--num-envs", str(per_rank), "--total-timesteps", str(steps)]
     if task == "sac":
         flags += ["--batch-size", str(BATCH if players else BATCH // ranks)]
@@ -184,7 +185,7 @@ def measure(task: str, ranks: int, players: int = 0, places: list[str] | None = 
     module = f"fabricrl.algos.{task}.{task}" + "_decoupled" * (players > 0)
     with tempfile.TemporaryDirectory() as folder:
         flags = [*flags_of(task, ranks, players), "--log-dir", folder]
-        warm_up = WARM_UP[task] + (256 // ENVS if task == "sac" else 0)
+        warm_up = WARM_UP[task] + (256 // ENVS[task] if task == "sac" else 0)
         nodes = 1 if places is None else len(set(places))
         variables = {"MASTER_ADDR": "127.0.0.1" if places is None else ADDRESSES[0], "MASTER_PORT": str(free_port())}
         variables |= {"TORCHELASTIC_RUN_ID": "scale", "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
@@ -219,7 +220,7 @@ def free_port() -> int:
 
 
 class Cells:
-    """What has been measured, kept in a file: the cost of each rank, for each run of each cell."""
+    """Costs that have been measured, kept in a file: those of each rank, for each run of each cell."""
 
     def __init__(self, path: Path, fresh: bool) -> None:
         self.path = path
@@ -394,8 +395,8 @@ def between_nodes(cells: Cells, tasks: list[str], repeats: int) -> list[str]:
                     found = cells.measured(repeats, task, 2, link=f", {rate}, {delay:g} ms", places=nodes)[0]
                     base.setdefault(task, found["wall"])
                     guess = base[task] + found["bytes"] * 8 / bits(rate) + found["messages"] * delay / 1e3
-                    cells = f"{1e3 * found['wall']:.1f} | {1e3 * guess:.1f} | {guess / found['wall']:.2f}"
-                    lines.append(f"| {task} | {rate} | {delay:g} | {cells} |")
+                    figures = f"{1e3 * found['wall']:.1f} | {1e3 * guess:.1f} | {guess / found['wall']:.2f}"
+                    lines.append(f"| {task} | {rate} | {delay:g} | {figures} |")
                     print(lines[-1], flush=True)
         except OSError as error:
             print(f"left out: two nodes at {rate} with {delay:g} ms: {error}", flush=True)

@@ -672,6 +672,7 @@ def work(task: Callable, rank: int, world_size: int, port: int, path: Path, time
     fabric = Fabric(accelerator="cpu", devices=world_size, strategy="ddp")
     fabric.launch()
     torch.set_num_threads(1)
+    fabric.barrier()  # ranks may start far apart, for which the groups' time-out is no measure
     result = task(fabric, *make_groups(fabric, 1, timeout)[::2], path)
     torch.save(result, path / f"{rank}.pt")
 
@@ -839,9 +840,9 @@ def late(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
 
 
 def test_a_peer_that_is_silent_for_longer_than_the_time_out_is_lost(tmp_path: Path) -> None:
-    player, trainer = ranks(late, 2, tmp_path, timeout=1.2 / 60)
+    player, trainer = ranks(late, 2, tmp_path, timeout=4 / 60)
     assert player["text"].startswith("rank 0 lost rank 1: message Ready from it in iteration 8: ")
-    assert player["after"] >= 1.2
+    assert player["after"] >= 4
     assert trainer["text"].startswith("rank 1 lost rank 0: message Hello from it in iteration 9: ")
 
 

@@ -330,6 +330,14 @@ def test_ranks_play_different_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({seed for own in seeds.values() for seed in own}) == 6
 
 
+def test_numbers_that_its_episodes_tell_do_not_pile_up() -> None:
+    args = PPOArgs(env_id="tests.envs:Dicey-v0", info_keys=("bias",), num_envs=2, eval_every=64, eval_episodes=4)
+    envs = make_envs(args, 0, Path())
+    beside: Any = Evaluation(args, "ppo", SimpleNamespace(global_rank=0, world_size=1), envs)
+    assert not beside.play(make_agent(args, envs), 64, lambda ended: None)[:, -1].isnan().any()
+    assert len(beside._envs.take_episode_infos()) == 0
+
+
 def test_a_resumed_run_resets_its_environments_to_other_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Else it would relive its first episodes."""
     seeds: list[list[int]] = []

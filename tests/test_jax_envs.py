@@ -57,7 +57,7 @@ def test_nothing_is_copied() -> None:
 
 
 def test_rows_are_what_happened() -> None:
-    """Who goes on moves by its action, whoever else is reset; noise is the same in both observations of a step."""
+    """An environment that goes on moves by its action, whichever else is reset; both observations have one noise."""
     envs, ends = made(DRIFT, 8), 0
     obs, _ = envs.reset(seed=1)
     steps = torch.zeros(8)

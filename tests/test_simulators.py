@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fabricrl import evaluate
-from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.sac import sac
 from fabricrl.envs import make_envs
@@ -97,6 +97,16 @@ def test_ppo_trains_saves_resumes_and_is_evaluated(
     assert "return" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("stand_ins")
+def test_sac_trains(train: Callable[..., Trained]) -> None:
+    """Its buffer stores the last observations of episodes, not the first of the next."""
+    flags = ["--total-timesteps", 120, "--learning-starts", 40, "--batch-size", 8, "--hidden-sizes", 8]
+    trained = train(sac.main, "--env-id", "maniskill/Count-v1", *flags)
+    assert (trained.code, trained.result["steps"]) == (0, "120")
+    assert int(trained.result["episodes"]) > 120 / 5 - 1
+    assert all(weight.isfinite().all() for weight in trained.weights)
+
+
 # --- Mistakes
 
 
@@ -148,6 +158,6 @@ def test_mistakes_are_told_in_a_line(flags: list[Any], words: str, train: Callab
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_simulators_are_for_ppo(train: Callable[..., Trained]) -> None:
-    with pytest.raises(ConfigError, match="isaaclab/Isaac-Count is registered as a vector environment alone: only ppo"):
-        train(sac.main, "--env-id", "isaaclab/Isaac-Count")
+def test_scripts_that_play_on_the_cpu_take_no_simulator(train: Callable[..., Trained]) -> None:
+    with pytest.raises(ConfigError, match="isaaclab/Isaac-Count is registered as a vector environment alone"):
+        train(ppo_decoupled.main, "--env-id", "isaaclab/Isaac-Count", *TINY[:2])

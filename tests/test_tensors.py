@@ -364,7 +364,7 @@ def test_actions_are_clipped_and_counted_from_the_start_of_their_space() -> None
 
 
 def test_a_step_that_only_resets_counts_for_nothing() -> None:
-    """Whatever environments return with it; and of one whose episode goes on no number is told."""
+    """No matter what environments return with it; and of an episode that goes on no number is told."""
     envs: Any = make_envs(PPOArgs(env_id=NUMBERED, env_kwargs=LATER, num_envs=2), 0, Path()).env
     envs.reset(seed=1)
     obs, ones, first, both = torch.zeros(2, 3), torch.ones(2), torch.tensor([True, False]), torch.tensor([True, True])

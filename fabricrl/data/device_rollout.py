@@ -53,7 +53,7 @@ class DeviceRolloutBuffer(RolloutBuffer):
         self.obs[0] = self.obs[-1] if obs is None else obs
 
     def running(self) -> dict[str, Tensor]:
-        """Where the rollout has ended, for a run that goes on from there: observations [N, D]."""
+        """Returns what a run goes on from: the last observations [N, D]."""
         return {"obs": self.obs[-1]}
 
     def go_on(self, state: Mapping[str, Tensor]) -> None:
@@ -155,7 +155,7 @@ class DeviceRecurrentRolloutBuffer(DeviceRolloutBuffer):
         self.memory[0] = self.memory[-1] if obs is None else 0.0
 
     def running(self) -> dict[str, Tensor]:
-        """Where the rollout has ended: observations [N, D] and memory [N, M]."""
+        """Returns what a run goes on from: the last observations [N, D] and the memory there [N, M]."""
         return super().running() | {"memory": self.memory[-1]}
 
     def memory_at(self, t: Tensor) -> Tensor:

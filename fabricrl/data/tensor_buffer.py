@@ -49,7 +49,7 @@ class TensorReplayBuffer(DeviceReplayBuffer):
             self._obs.copy_(obs)
 
     def running(self) -> dict[str, Tensor]:
-        """Where the newest step has led to, for a run that goes on from there: observations [N, D]."""
+        """Returns what a run goes on from: observations [N, D], to which the newest step has led."""
         return {"obs": self._obs}
 
     def go_on(self, state: Mapping[str, Tensor]) -> None:

@@ -50,7 +50,7 @@ def are_tensors(env_id: str) -> bool:
 
 
 def _metadata(env_id: str) -> dict[str, Any]:
-    """What the vector environment that an id is registered with says of itself; {} if it cannot be imported."""
+    """Metadata of the vector environment that an id is registered with; {} if it cannot be imported."""
     spec = _spec(env_id)
     entry = None if spec is None else spec.vector_entry_point
     try:
