@@ -142,8 +142,8 @@ class ExportedPolicy(nn.Module):
         others = [spaces[key] for name, key in self.parts.items() if name not in self.images]
         self.numbers = Numbers(others, policy.rows.masked)
         if packer is not None:
-            self.agent.encoder = PartsEncoder(self.agent.encoder, self.agent.obs_normalizer)
-            self.agent.obs_normalizer = None
+            self.encoder = PartsEncoder(self.agent.encoder, self.agent.obs_normalizer)
+            self.agent.features, self.agent.obs_normalizer = self._features, None
         self.env_actions = EnvActions(policy.action_space, env_actions is rescale_actions)
         self.is_recurrent = hasattr(self.agent, "memory_size")
         self.prev_reward = getattr(self.agent, "prev_reward", False)
@@ -153,6 +153,9 @@ class ExportedPolicy(nn.Module):
         self.input_names = [*self.parts, *["memory"] * self.is_recurrent, *["reward"] * self.prev_reward]
         self.input_names += ["mask"] * (self.mask_size > 0)
         self.output_names = ["action", *["next_memory"] * self.is_recurrent]
+
+    def _features(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return self.encoder(parts)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         values = dict(zip(self.input_names, inputs, strict=True))

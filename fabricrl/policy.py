@@ -26,7 +26,7 @@ from fabricrl.utils.errors import CheckpointError, ConfigError, EnvError
 from fabricrl.utils.utils import stream_seed
 
 # Arguments that older checkpoints do not have, as they were meant
-OLDER = {"mask_velocities": False, "frame_stack": 1, "cnn_features": 512}
+OLDER = {"mask_velocities": False, "frame_stack": 1, "cnn_features": 512, "random_shift": 4}
 
 
 class Policy:

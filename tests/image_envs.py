@@ -140,6 +140,34 @@ class Lives(Pictures):
         return obs, reward, terminated, self._steps == self.truncate_after, info | {"lives": 3 - self._steps // 3}
 
 
+class Drift(gym.Env):
+    """A bright block, which actions in [−1, 1] push to the left or to the right, and a vector with its speed.
+
+    Nothing is random: an episode begins as all others do, and ends by a time limit after `length` steps.
+    """
+
+    def __init__(self, length: int = 8) -> None:
+        self.observation_space = Dict({"camera": image(36, 40, 3), "speed": Box(-2.0, 2.0, (2,), np.float32)})
+        self.action_space = Box(-1.0, 1.0, (1,), np.float32)
+        self.length = length
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self._steps, self._place, self._speed = 0, 16.0, 0.0
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self._steps, self._speed = self._steps + 1, 0.5 * self._speed + float(action[0])
+        self._place = min(max(self._place + 3 * self._speed, 0.0), 32.0)
+        return self._obs(), -abs(self._place - 24) / 8, False, self._steps >= self.length, {}
+
+    def _obs(self) -> dict[str, np.ndarray]:
+        camera = np.full((36, 40, 3), (10, 20, 30), np.uint8)
+        camera[12:20, round(self._place) : round(self._place) + 8] = (250, 120, 60)
+        return {"camera": camera, "speed": np.array([self._speed, -self._speed], np.float32)}
+
+
+gym.register("Drift-v0", entry_point=Drift)
 gym.register("Pictures-v0", entry_point=Pictures)
 gym.register("CountingImages-v0", entry_point=CountingImages)
 gym.register("Lives-v0", entry_point=Lives)

@@ -58,7 +58,7 @@ class Learner""",
     loss = ((taus - (errors.detach() < 0).float()).abs() * errors.abs()).mean((1, 2, 3)).sum()  # [C, B, Q, Q]
 """,
     ),
-    ("q = critics(obs, actions).amin(0)", "q = critics(obs, actions).mean(-1).amin(0)"),
+    ("q = critics(features, actions).amin(0)", "q = critics(features, actions).mean(-1).amin(0)"),
     (
         AGENT,
         AGENT
@@ -69,28 +69,26 @@ class Learner""",
 ]
 ENCODER = [
     (IMPORTS, f"import copy\n{IMPORTS}"),
-    (ENVS, f"{ENVS}from fabricrl.models.models import MLP, EnsembleMLP, make_encoder\n"),
     (
         "class Learner",
         """\
-class Encoded(nn.Module):
-    def __init__(self, space, network):
+class Encoder(nn.Module):
+    def __init__(self, space):
         super().__init__()
-        self.encoder, self.network = make_encoder(space, 1, 32), network
+        (self.image,) = space.images.values()
+        layers = nn.Conv2d(1, 8, 3, 2), nn.SiLU(), nn.Conv2d(8, 8, 3, 2), nn.SiLU(), nn.Flatten()
+        self.layers = nn.Sequential(*layers, nn.Linear(512, 50))
 
-    def forward(self, obs, *actions):
-        return self.network(self.encoder(obs), *actions)
+    def forward(self, obs):
+        return self.layers(self.image.of(obs) / 255)
 
 
 class Learner""",
     ),
-    ("bounded=True)", "bounded=True, images=True)"),
     (
         AGENT,
-        AGENT
-        + "        agent.actor = Encoded(run.obs_space, MLP(32, agent.head.size, args.hidden_sizes))\n"
-        + "        ensemble = EnsembleMLP(args.num_critics, 32 + agent.head.num_actions, args.hidden_sizes)\n"
-        + CRITICS.format("Encoded(run.obs_space, ensemble)"),
+        f"{AGENT}        agent.critics.encoder = Encoder(run.obs_space)\n"
+        "        agent.target_critics = copy.deepcopy(agent.critics)\n",
     ),
 ]
 AUXILIARY = [

@@ -22,6 +22,7 @@ from tests.test_sac_update import (
     ACTIONS,
     BATCH,
     OBS,
+    OBS_SPACE,
     PARTS,
     PlainSAC,
     assert_half_precision_follows,
@@ -67,7 +68,7 @@ def make_args(**changes: Any) -> DroQArgs:
 
 def make_agent(args: DroQArgs) -> DroQAgent:
     agent = DroQAgent(
-        OBS,
+        OBS_SPACE,
         ACTIONS,
         args.hidden_sizes,
         args.activation,

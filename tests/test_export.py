@@ -52,7 +52,7 @@ def stepper(policy: Policy, path: Path) -> export.Stepper:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(
-    "name", ["text", "tuple", "discrete", "keys", "images", "frames", "memory", "pixels", "allowed", "sac"]
+    "name", ["text", "tuple", "discrete", "keys", "images", "frames", "memory", "pixels", "allowed", "sac", "critics"]
 )
 def test_actions_are_those_of_the_policy(
     name: str,

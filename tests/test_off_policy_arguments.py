@@ -54,6 +54,8 @@ TINY: dict[str, Any] = {
     "logger": "csv",
 }
 
+DRIFT = {"env_id": "tests.image_envs:Drift-v0", "env_kwargs": "{}"}  # images
+
 # Field -> another value than TINY's, and what else has to be set for it to matter. The parameters after the training
 # must be others.
 CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -70,6 +72,11 @@ CHANGES_PARAMETERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "action_repeat": (2, {}),
     "batch_size": (4, {}),
     "replay_ratio": (1.0, {}),
+    "grayscale": (True, DRIFT),
+    "resize": (60, DRIFT),
+    "frame_stack": (3, DRIFT),
+    "random_shift": (0, DRIFT),
+    "cnn_features": (24, DRIFT),
     "n_step": (3, {}),
     "gamma": (0.9, {}),
     "reward_scale": (3.0, {}),
@@ -514,6 +521,11 @@ def test_cleanrls_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch) 
         ("buffer_size", 0),
         ("batch_size", 0),
         ("n_step", 0),
+        ("frame_stack", 0),
+        ("random_shift", -1),
+        ("random_shift", 36),
+        ("cnn_features", 0),
+        ("resize", 35),
         ("num_critics", 0),
         ("learning_starts", -1),
         ("gamma", 2.0),

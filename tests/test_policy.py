@@ -35,6 +35,7 @@ from tests.test_old_checkpoints import DATA, SCRIPTS, checkpoint
 ROLLOUTS = ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2, "--total-timesteps", 64]
 REPLAY = ["--total-timesteps", 80, "--learning-starts", 20, "--batch-size", 4, "--hidden-sizes", 8]
 ODD, PICTURES = ["--env-id", "tests.envs:Odd-v0"], ["--env-id", "tests.image_envs:Pictures-v0"]
+DRIFT = ["--env-id", "tests.image_envs:Drift-v0"]
 
 
 def odd(obs: str, action: str) -> list[Any]:
@@ -56,6 +57,8 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
     "pixels": (ppo_recurrent, ["--env-id", "tests.envs:Picture-v0", *ROLLOUTS, "--frame-stack", 2]),
     "allowed": (ppo, ["--env-id", "tests.envs:Masked-v0", *ROLLOUTS]),
     "sac": (sac, [*odd("dict", "box_uneven"), *REPLAY, "--norm-obs"]),
+    "critics": (sac, [*DRIFT, *REPLAY, "--norm-obs", "--frame-stack", 3, "--cnn-features", 8]),
+    "grey": (droq, [*DRIFT, *REPLAY, "--replay-ratio", 1, "--obs-keys", "camera", "--grayscale", "--resize", 40]),
     "droq": (droq, [*odd("multi_discrete", "box_uneven"), *REPLAY, "--replay-ratio", 1]),
 }
 # What the fresh process does; PLAYED is the file of recordings

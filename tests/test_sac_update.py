@@ -1,6 +1,7 @@
 """SAC's whole update against a plain one, written here from the paper with separate networks, torch.distributions and
 an Adam for each; and when updates are due."""
 
+import contextlib
 import copy
 import io
 import math
@@ -30,6 +31,7 @@ from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError
 from tests.conftest import BareRun
 
 OBS, ACTIONS, BATCH = 3, 2, 16
+OBS_SPACE = Box(-np.inf, np.inf, (OBS,))
 
 
 def rng(seed: int = 3) -> torch.Generator:
@@ -50,7 +52,7 @@ def make_args(**changes: Any) -> SACArgs:
 
 
 def make_agent(args: SACArgs) -> SACAgent:
-    sizes = OBS, ACTIONS, args.hidden_sizes, args.activation, args.num_critics
+    sizes = OBS_SPACE, ACTIONS, args.hidden_sizes, args.activation, args.num_critics
     agent = SACAgent(*sizes, args.alpha, args.autotune, args.target_entropy, args.norm_obs)
     with torch.no_grad():
         for parameter in [*agent.critics.parameters(), *agent.target_critics.parameters()]:
@@ -333,7 +335,9 @@ def test_the_actor_averages_its_gradient_and_that_of_the_temperature(
         return 0.5 * vector
 
     monkeypatch.setattr(optimizer_module, "mean_over_ranks", averaged)
-    training.run.fabric = SimpleNamespace(world_size=2, backward=lambda loss: loss.backward())
+    training.run.fabric = SimpleNamespace(
+        world_size=2, backward=lambda loss: loss.backward(), autocast=contextlib.nullcontext
+    )
     alpha = agent.alpha.item()
     metrics = training.step_actor(torch.randn(4, OBS), torch.randn(4, ACTIONS))
     (vector,) = sent
@@ -401,7 +405,7 @@ def test_terminal_states_are_not_bootstrapped_and_time_limits_are_from_the_last_
     rewards, terminated = np.array([1.0, 2.0]), np.array([True, False])  # environment 1 runs into a time limit
     rb.add(np.zeros((2, ACTIONS)), reset, rewards, terminated, ~terminated, infos)
     plain = PlainSAC(agent, args, -2.0)
-    (batch,) = agent.prepared(rb.sample(1, 64, rng()))
+    (batch,) = agent.prepared(rb.sample(1, 64, rng()), rng())
     noise = torch.randn(64, ACTIONS, generator=rng(5))
     targets = targets_of(Training(agent, args), batch, noise, monkeypatch)
     obs = torch.tensor(final[:1]).expand(64, -1)

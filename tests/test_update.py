@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Box, Discrete
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
@@ -115,7 +115,7 @@ class SACUpdates(Updates):
         self.step = self.run.compiled(self.function)
 
     def make_agent(self) -> SACAgent:
-        return SACAgent(OBS, ACTIONS, (8,))
+        return SACAgent(Box(-1, 1, (OBS,)), ACTIONS, (8,))
 
     def function(self, batch: Batch, noise: Tensor, moves_targets: bool) -> Tensor:
         critics = sac.update_critics(self.run, self.learner, batch, noise[0], moves_targets)
@@ -144,7 +144,7 @@ class DroQUpdates(SACUpdates):
         self.step = self.run.compiled(self.function)
 
     def make_agent(self) -> DroQAgent:
-        return DroQAgent(OBS, ACTIONS, (8, 6), dropout=0.2, layer_norm=True)
+        return DroQAgent(Box(-1, 1, (OBS,)), ACTIONS, (8, 6), dropout=0.2, layer_norm=True)
 
     def function(self, batch: Batch, noise: Tensor, kept: list[list[Tensor]]) -> Tensor:  # type: ignore[override]
         critics = droq.update_critics(self.run, self.learner, batch, noise[0], kept[0], kept[1])

@@ -77,6 +77,7 @@ class Messages:
         others: the other optimizers.
         bulk: the record in which data of several iterations travel together, if there are such.
         most: how many iterations these may be.
+        beside: parameters that other optimizers train and the policy acts with as well, such as an encoder's.
 
     Attributes:
         exact: weights travel to players as they are; else rounded, and a checkpoint brings those that are not.
@@ -93,7 +94,9 @@ class Messages:
         *others: Adam,
         bulk: Any = None,
         most: int = 1,
+        beside: Iterable[nn.Parameter] = (),
     ) -> None:
+        self._beside = list(beside)
         self.metrics, self.agent, self.acting, self.most = metrics, agent, acting, most
         self._data = {False: data} if bulk is None else {False: data, True: bulk}
         self.optimizers = (acting, *others)
@@ -104,8 +107,10 @@ class Messages:
 
     @property
     def weights(self) -> Tensor:
-        """The parameters that the policy acts with, [P]."""
-        return self.acting.flat.vector
+        """The parameters that the policy acts with, [P]; a view if they are those of a single optimizer."""
+        vector = self.acting.flat.vector
+        beside = [parameter.detach().flatten() for parameter in self._beside]
+        return torch.cat((vector, *beside)) if beside else vector
 
     @property
     def learned(self) -> list[Tensor]:
@@ -113,6 +118,13 @@ class Messages:
         vector, *moments = self.acting.tensors()
         others = [tensor for other in self.optimizers[1:] for tensor in other.tensors()]
         return moments + others + self._targets + ([] if self.exact else [vector])
+
+    @torch.no_grad()
+    def load_weights(self, weights: Tensor) -> None:
+        """Takes the parameters [P] that the policy is to act with."""
+        owns = [self.acting.flat.vector, *self._beside]
+        for own, part in zip(owns, weights.split([own.numel() for own in owns]), strict=True):
+            own.copy_(part.view_as(own))
 
     @torch.no_grad()
     def load(self, learned: list[Tensor]) -> None:
@@ -126,7 +138,7 @@ class Messages:
     def round_weights(self) -> None:
         """Rounds the parameters of a player to those that it would have been sent."""
         if not self.exact:
-            self.weights.copy_(self.weights.bfloat16())
+            self.load_weights(self.weights.bfloat16())
 
     def orders(self) -> dict[bool, Order]:
         """By whether they are of many iterations."""
@@ -254,7 +266,7 @@ class Trainers:
                 for tag, total, count in zip(self._messages.metrics, *answer.losses.clone(), strict=True):
                     if count:
                         self.run.losses.add(tag, total, int(count))
-            self._messages.weights.copy_(answer.weights)
+            self._messages.load_weights(answer.weights)
 
     def save(self) -> None:
         """→ Order, ← Answer, ← State: takes what a checkpoint holds besides; trainers save their replay buffers.

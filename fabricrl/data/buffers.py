@@ -346,6 +346,10 @@ class ReplayBuffer:
     Records lie in a ring of rows × N, in which one row more than the capacity holds the observation that the next
     step starts from. Sampling is uniform, with replacement.
 
+    With a frame stack of S, observations are sampled as the last S of them, and yet stored once each: the ring has
+    S − 1 further rows, of which the oldest transitions take their older frames. A stack never reaches back beyond its
+    episode: the first observation is repeated instead.
+
     Args:
         capacity: transitions; rounded down to whole rows.
         obs_space: a single environment's Box; uint8 stays uint8, everything else becomes float32.
@@ -353,6 +357,7 @@ class ReplayBuffer:
         gamma: discount γ per step of n-step returns.
         n_step: rewards summed into a transition; fewer where an episode or the ring ends before.
         folder: keep the records in a temporary file there, which vanishes with the process; None: in memory.
+        frame_stack: S.
 
     Attributes:
         size: transitions of each environment that can be sampled.
@@ -371,12 +376,14 @@ class ReplayBuffer:
         n_step: int = 1,
         implicit_next: bool = False,
         folder: Path | None = None,
+        frame_stack: int = 1,
     ) -> None:
-        self.capacity, self.num_envs = capacity // num_envs, num_envs
+        self.capacity, self.num_envs, self.frame_stack = capacity // num_envs, num_envs, frame_stack
         self.gamma, self.n_step, self.implicit_next = gamma, n_step, implicit_next
+        self._num_floats = obs_space.num_floats if isinstance(obs_space, Records) else None
         require(self.capacity > 0, "buffer_size", capacity, f"at least num-envs = {num_envs}")
         dtype = record_type(obs_space, num_actions, implicit_next)
-        self._rows = self.capacity + 1
+        self._rows = self.capacity + frame_stack
         self.num_bytes = self._rows * num_envs * dtype.itemsize
         shape = (self._rows, num_envs)
         self._records = np.zeros(shape, dtype) if folder is None else map_file(shape, dtype, folder)
@@ -388,9 +395,8 @@ class ReplayBuffer:
         self._finals = np.zeros((0, *obs_space.shape), dtype["obs"].base)  # next observations kept apart, [F, ...]
         self._free: list[int] = []  # rows of `_finals` that are not in use
         self._ended: list[tuple[int, np.ndarray]] = []  # environments whose episode the newest step ended
-        if implicit_next:
-            self._columns["final"][:] = -1
         self.position = self.size = 0
+        self.clear()
 
     def start(self, obs: np.ndarray) -> None:
         """Goes on from `obs` [N, *obs_shape], which a reset returned: at the start, and after a resume."""
@@ -439,18 +445,19 @@ class ReplayBuffer:
         """Draws K batches [K, B, ...] in one call; zeros if the buffer is empty.
 
         Returns:
-            obs, actions; rewards Σ_k γ^k r_k over the m ≤ n steps that follow; next_obs after those; terminated, as
-            0 or 1, whether they ended there; discounts γ^m.
+            obs [K, B, ...], or [K, B, S, ...] if frames are stacked; actions; rewards Σ_k γ^k r_k over the m ≤ n steps
+            that follow; next_obs after those, as obs; terminated, as 0 or 1, whether they ended there; discounts γ^m.
         """
         index = torch.randint(max(self.size, 1) * self.num_envs, (num_batches * batch_size,), generator=rng)
-        if self.size == self.capacity:  # all rows but the one that is yet to be
-            index += self.num_envs * (index >= self.position * self.num_envs)
-        fields = last_fields = self._gather(index)
+        if self.size == self.capacity:  # all rows but the one that is yet to be, and S - 1 after it
+            index += self.num_envs * max(self.position + self.frame_stack - self._rows, 0)
+            index += self.num_envs * self.frame_stack * (index >= self.position * self.num_envs)
+        fields = last_fields = self._stacked(index)
         rewards, discounts = fields["rewards"], torch.full((len(index),), self.gamma)
         if self.n_step > 1:
             newest = (self.position - 1) % self._rows
             index, rewards, discounts = look_ahead(index, self._flat, newest, self.num_envs, self.gamma, self.n_step)
-            last_fields = self._gather(index)
+            last_fields = self._stacked(index)
         terminated = last_fields["terminated"]
         if self.implicit_next:
             next_obs = self._gather((index + self.num_envs) % len(self._words))["obs"]
@@ -459,6 +466,8 @@ class ReplayBuffer:
             next_obs[apart] = torch.from_numpy(self._finals)[final[apart].long()]
         else:
             next_obs = last_fields["next_obs"]
+        if self.frame_stack > 1:
+            next_obs = torch.cat((last_fields["obs"][:, 1:], next_obs[:, None]), 1)
         batch = {"obs": fields["obs"], "actions": fields["actions"], "rewards": rewards, "next_obs": next_obs}
         batch |= {"terminated": terminated.float(), "discounts": discounts}
         return Batch(
@@ -468,6 +477,18 @@ class ReplayBuffer:
     def newest_obs(self) -> Tensor:
         """Observations at which the next step starts, [N, *obs_shape]; a view."""
         return torch.from_numpy(self._columns["obs"][self.position])
+
+    def newest_vectors(self) -> Tensor:
+        """The numbers in them, without images: [N, D]."""
+        obs = self.newest_obs()
+        return obs if self._num_floats is None else floats_of(obs, self._num_floats)
+
+    def stacked_obs(self) -> Tensor:
+        """Observations as the policy sees them where the next step starts: [N, ...], or [N, S, ...] of frame stacks."""
+        if self.frame_stack == 1:
+            return self.newest_obs()
+        newest = torch.arange(self.position * self.num_envs, (self.position + 1) * self.num_envs)
+        return self._flat["obs"][look_back(newest, self._flat["ended"], self.num_envs, self.frame_stack)]
 
     def records(self, row: int) -> Tensor:
         """The records of a row, as 4-byte words [N, L]; a view."""
@@ -532,11 +553,13 @@ class ReplayBuffer:
         """Forgets all transitions."""
         self.position = self.size = 0
         self._finals, self._free = self._finals[:0], []
+        self._columns["ended"][-1] = True  # nothing leads to the first row
         if self.implicit_next:
             self._columns["final"][:] = -1
 
     def _layout(self, num_envs: int | None = None) -> str:
-        return layout(self.capacity, self.num_envs if num_envs is None else num_envs, self._records.dtype)
+        width = self.num_envs if num_envs is None else num_envs
+        return layout(self.capacity, width, self._records.dtype, self.frame_stack)
 
     def _differs(self, stored: str, num_envs: int) -> str:
         return why_it_differs(stored, self._layout(num_envs), self.num_envs)
@@ -544,6 +567,14 @@ class ReplayBuffer:
     def _gather(self, index: Tensor) -> dict[str, Tensor]:
         """The records [I] as one read; [I, ...] each, views of one block."""
         return columns_of(self._words.index_select(0, index), self._places)
+
+    def _stacked(self, index: Tensor) -> dict[str, Tensor]:
+        """The records [I], whose observations are stacks [I, S, ...] if S is above 1; one read."""
+        if self.frame_stack == 1:
+            return self._gather(index)
+        rows = look_back(index, self._flat["ended"], self.num_envs, self.frame_stack)
+        fields = {name: column.unflatten(0, rows.shape) for name, column in self._gather(rows.flatten()).items()}
+        return {name: column if name == "obs" else column[:, -1] for name, column in fields.items()}
 
     def _keep_apart(self, row: int, env: int, next_obs: np.ndarray) -> None:
         """Stores next observations apart, where no following record holds them; doubles the room when it is full."""
@@ -568,8 +599,8 @@ class NewestSteps(ReplayBuffer):
         waiting: how many these are; none: the environments were reset, and `next_obs` [0] are their observations.
     """
 
-    def __init__(self, most: int, num_envs: int, obs_space: Box, num_actions: int) -> None:
-        super().__init__(num_envs, num_envs, obs_space, num_actions)
+    def __init__(self, most: int, num_envs: int, obs_space: Box, num_actions: int, frame_stack: int = 1) -> None:
+        super().__init__(num_envs, num_envs, obs_space, num_actions, frame_stack=frame_stack)
         shape, obs = (most, num_envs), torch.zeros(most, *self.newest_obs().shape, dtype=self.newest_obs().dtype)
         self.steps = {"actions": torch.zeros(*shape, num_actions), "rewards": torch.zeros(shape)}
         self.steps |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("terminated", "truncated")}
@@ -646,9 +677,24 @@ def look_ahead(
     return last, rewards, discounts
 
 
-def layout(capacity: int, num_envs: int, record: np.dtype) -> str:
+def look_back(index: Tensor, ended: Tensor, num_envs: int, depth: int) -> Tensor:
+    """The records of the stack that ends with each of `index` [I], oldest first; [I, S].
+
+    Args:
+        ended: [rows N], which records are the last of their episodes.
+        depth: S.
+    """
+    stack = [index]
+    for _ in range(depth - 1):
+        before = (stack[-1] - num_envs) % len(ended)
+        stack.append(torch.where(ended[before], stack[-1], before))
+    return torch.stack(stack[::-1], 1)
+
+
+def layout(capacity: int, num_envs: int, record: np.dtype, frame_stack: int = 1) -> str:
     """Names what has to be equal where a stored replay buffer is loaded."""
-    return f"{capacity} × {num_envs} of {record.descr}"
+    stacks = f" in stacks of {frame_stack}" if frame_stack > 1 else ""
+    return f"{capacity} × {num_envs} of {record.descr}{stacks}"
 
 
 def why_it_differs(stored: str, own: str, num_envs: int) -> str:

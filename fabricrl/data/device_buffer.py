@@ -119,6 +119,14 @@ class DeviceReplayBuffer:
         """Observations that the next step starts from, [N, *obs_shape], on the CPU; a view."""
         return self._newest.newest_obs()
 
+    def newest_vectors(self) -> Tensor:
+        """The same, as such a buffer holds vectors alone."""
+        return self.newest_obs()
+
+    def stacked_obs(self) -> Tensor:
+        """The same, as the policy sees them."""
+        return self.newest_obs()
+
     @contextmanager
     def checked(self) -> Iterator[None]:
         """Raises NonFiniteError if the step inside has brought NaN or infinity."""

@@ -38,7 +38,9 @@ def check_observation_space(space: Space, images: bool = True) -> None:
     _check_origin("observation", space)
     if not images and (found := image_keys(space)):
         what = f"its part {found[0]!r} is an image" if found[0] else "it is an image"
-        raise ConfigError(f"observation space {text_of(space)} is not supported: {what}, which only PPO supports")
+        raise ConfigError(
+            f"observation space {text_of(space)} is not supported: {what}, which this algorithm does not take"
+        )
     if isinstance(space, Dict):
         good = [str(key) for key, part in space.spaces.items() if isinstance(part, VECTOR_SPACES)]
         advice = f"--obs-keys {' '.join(good)} leaves it out" if good else SUPPORTED

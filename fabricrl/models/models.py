@@ -65,9 +65,11 @@ class NatureCNN(nn.Module):
         channels: C, those of all frames together.
         sides: H and W, of 36 or more.
         features: width of the linear layer at the end.
+        layer_norm: end in Linear → LayerNorm → tanh, as encoders that critics train do (Yarats et al. 2019,
+            arXiv:1910.01741, Appendix B), in place of Linear → ReLU.
     """
 
-    def __init__(self, channels: int, sides: tuple[int, int], features: int = 512) -> None:
+    def __init__(self, channels: int, sides: tuple[int, int], features: int = 512, layer_norm: bool = False) -> None:
         super().__init__()
         gain = math.sqrt(2)
         sizes = ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))  # channels in and out, kernel, stride
@@ -76,7 +78,8 @@ class NatureCNN(nn.Module):
         height, width = sides
         for *_, kernel, stride in sizes:
             height, width = (height - kernel) // stride + 1, (width - kernel) // stride + 1
-        self.out = orthogonal_init(nn.Linear(64 * height * width, features), gain)
+        self.out = orthogonal_init(nn.Linear(64 * height * width, features), 1.0 if layer_norm else gain)
+        self.norm = nn.LayerNorm(features) if layer_norm else None
 
     def forward(self, images: Tensor) -> Tensor:
         first = self.first
@@ -85,7 +88,8 @@ class NatureCNN(nn.Module):
         x = functional.conv2d(x, first.weight / 255, first.bias, first.stride).relu_()
         for conv in self.others:
             x = conv(x).relu_()
-        return self.out(x.flatten(1)).relu_()
+        x = self.out(x.flatten(1))
+        return x.relu_() if self.norm is None else self.norm(x).tanh()
 
 
 class RecordEncoder(nn.Module):
@@ -97,17 +101,18 @@ class RecordEncoder(nn.Module):
     Args:
         space: of a single record.
         frame_stack: S; observations are [*, S, R], or [*, R] if S is 1.
+        layer_norm: of the features of images, which are in [−1, 1] then.
     """
 
     VECTOR_FEATURES = 64
 
-    def __init__(self, space: Records, frame_stack: int = 1, cnn_features: int = 512) -> None:
+    def __init__(self, space: Records, frame_stack: int = 1, cnn_features: int = 512, layer_norm: bool = False) -> None:
         super().__init__()
         self.space, self.frame_stack = space, frame_stack
         self.cnns, self.layers = nn.ModuleList(), nn.ModuleList()
         for image in space.images.values():
             channels, height, width = image.sizes
-            self.cnns.append(NatureCNN(frame_stack * channels, (height, width), cnn_features))
+            self.cnns.append(NatureCNN(frame_stack * channels, (height, width), cnn_features, layer_norm))
         for size in space.vectors.values():
             self.layers.append(orthogonal_init(nn.Linear(size, self.VECTOR_FEATURES), math.sqrt(2)))
         self.num_features = len(self.cnns) * cnn_features + len(self.layers) * self.VECTOR_FEATURES  # F
@@ -127,9 +132,9 @@ class RecordEncoder(nn.Module):
         return torch.cat(parts, -1)
 
 
-def make_encoder(space: Box, frame_stack: int, cnn_features: int) -> RecordEncoder | None:
+def make_encoder(space: Box, frame_stack: int, cnn_features: int, layer_norm: bool = False) -> RecordEncoder | None:
     """Encoder of observations with images; None for vectors, which need none."""
-    return RecordEncoder(space, frame_stack, cnn_features) if isinstance(space, Records) else None
+    return RecordEncoder(space, frame_stack, cnn_features, layer_norm) if isinstance(space, Records) else None
 
 
 class EnsembleMLP(nn.Module):

@@ -309,18 +309,20 @@ def _is_shard(value: Any) -> bool:
     """Tells if a replay buffer's state is consistent: its records, and those in use, are as many as it says."""
     if not _is_table(value, object) or "layout" not in value:
         return isinstance(value, dict)  # of another kind; whoever reads it misses what is not there
-    layout = re.fullmatch(r"(\d+) × (\d+) of (\[.*\])( by environment)?", str(value["layout"]))
+    pattern = r"(\d+) × (\d+) of (\[.*\])( by environment)?(?: in stacks of (\d+))?"
+    layout = re.fullmatch(pattern, str(value["layout"]))
     records, position, size = (value.get(name) for name in ("records", "position", "size"))
     if layout is None or not (_is_bytes(records) and _is_count(position) and _is_count(size)):
         return False
     try:
         capacity, num_envs, record = int(layout[1]), int(layout[2]), np.dtype(ast.literal_eval(layout[3]))
+        rows = capacity + int(layout[5] or 1)  # of the ring: see `ReplayBuffer`
     except (ValueError, TypeError, SyntaxError):
         return False
     if layout[4] and not _are_steps(value.get("steps"), num_envs):
         return False
-    used = size + 1  # a row more than can be sampled: what the next step starts from
-    if size > capacity or position > capacity or (size < capacity and position != size):
+    used = rows if size == capacity else size + 1
+    if size > capacity or position >= rows or (size < capacity and position != size):
         return False
     return len(records) == used * num_envs * record.itemsize and _is_kept_apart(value, records, record)
 

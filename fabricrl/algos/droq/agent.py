@@ -21,7 +21,7 @@ class DroQAgent(SACAgent):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.masks = DropoutMasks(self.critics.dropout)
+        self.masks = DropoutMasks(self.ensemble.dropout)
 
     def drop(self, passes: int, rows: int, generator: torch.Generator) -> list[list[Tensor]]:
         """Draws the dropout masks of several forward passes of the critics over batches of `rows`.
@@ -30,7 +30,7 @@ class DroQAgent(SACAgent):
             for each pass, a mask [C, B, H] for each hidden layer: what is kept. On the CPU they hold until the next
             draw.
         """
-        critics, device = self.critics, self.log_alpha.device
+        critics, device = self.ensemble, self.log_alpha.device
         if critics.dropout == 0 or not critics.hidden_sizes:
             return [[] for _ in range(passes)]
         shapes = [(critics.count, rows, width) for width in critics.hidden_sizes]

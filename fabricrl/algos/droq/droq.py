@@ -38,7 +38,9 @@ def update_critics(
     """
     agent, actor, critics, _, optimizer = learner
     with torch.no_grad(), run.fabric.autocast():
-        next_actions, next_logprobs = agent.head.sample_with_logprob(actor(batch.next_obs), noise)  # a' ~ π(·|s')
+        next_actions, next_logprobs = agent.head.sample_with_logprob(
+            actor(agent.features(batch.next_obs)), noise
+        )  # a' ~ π(·|s')
         next_q = agent.target_critics(batch.next_obs, next_actions, kept=target_kept)  # [C, B]
         rewards = run.args.reward_scale * batch.rewards  # [B]
         targets = td_target(rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
@@ -56,9 +58,11 @@ def update_critics(
 def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor, kept: list[Tensor]) -> Tensor:
     """One optimizer step of actor and temperature (line 10), up the mean of the critics: ACTOR_METRICS, [4]."""
     agent, actor, critics, optimizer, _ = learner
-    actions, logprobs = agent.head.sample_with_logprob(actor(obs), noise)  # [B, A], [B]
+    with run.fabric.autocast():
+        features = agent.features(obs)  # [B, F]: of images, as the critics have learned to see them
+    actions, logprobs = agent.head.sample_with_logprob(actor(features), noise)  # [B, A], [B]
     with frozen(agent.critics):
-        q = critics(obs, actions, kept=kept).mean(0)  # [B]
+        q = critics(features, actions, kept=kept).mean(0)  # [B]
     alpha, entropy = agent.alpha, -logprobs.mean()
     pi_loss = actor_loss(q, logprobs, alpha)
     temperature_loss = alpha_loss(agent.log_alpha, entropy, agent.target_entropy)
@@ -87,7 +91,7 @@ def train(
     """
     agent: Any = learner.agent
     size, rng = run.args.batch_size, run.device_rng
-    *batches, last = agent.prepared(batches)
+    *batches, last = agent.prepared(batches, rng)
     *noises, last_noise = agent.head.noise((len(batches) + 1, size), rng)  # [K + 1, B, A]
     critic_metrics = []
     for batch, noise in zip(batches, noises, strict=True):
@@ -117,7 +121,7 @@ def make_updates(run: Run, learner: Learner, rb: Any) -> Updates:
 
 
 def main() -> int:
-    with Run(parse(DroQArgs, "droq"), "droq", ACTION_SPACES, bounded=True) as run:
+    with Run(parse(DroQArgs, "droq"), "droq", ACTION_SPACES, bounded=True, images=True) as run:
         args = run.args
         # --- Schedule and buffer
         schedule = make_schedule(run)
@@ -141,7 +145,7 @@ def main() -> int:
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb, schedule.explores(step))
             if agent.obs_normalizer is not None:
-                agent.obs_normalizer.update(run.to_device(rb.newest_obs()), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.newest_vectors()), run.fabric)
 
             # 2. Sample
             steps = min(max(run.global_step - schedule.starts, 0), run.global_step - step)  # that updates are due for

@@ -8,7 +8,7 @@ transition travels once, however often it is learned from. An iteration's messag
 for Answer, with K it is up to K iterations ahead of it:
 
     Order     player → each trainer    Steps of its environments, the normaliser, and which updates are due
-    Answer    trainer 1 → player       parameters of the actor, and the temperature; losses, faults and signals
+    Answer    trainer 1 → player       parameters of actor, temperature and encoder; losses, faults and signals
     State     trainer 1 → player       critics, targets, optimizers and generators, at a checkpoint
 
 Everything but the update is SAC's. Shapes as in droq.py.
@@ -50,7 +50,7 @@ def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb, schedule.explores(step))
             if agent.obs_normalizer is not None:
-                agent.obs_normalizer.update(run.to_device(rb.newest_obs()), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.newest_vectors()), run.fabric)
 
             # 2. Sample
             steps = min(max(run.global_step - schedule.starts, 0), run.global_step - step)  # that updates are due for
@@ -107,7 +107,7 @@ def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
 
 def main() -> int:
     args = parse(DroQDecoupledArgs, "droq")
-    run = Run(args, "droq", ACTION_SPACES, bounded=True)
+    run = Run(args, "droq", ACTION_SPACES, bounded=True, images=True)
     check_division(run)
     return run_ranks(run, player, trainer)
 

@@ -31,6 +31,16 @@ class OffPolicyArgs(StandardArgs):
         "sync and async",
     )
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks")
+    grayscale: bool = arg(False, "turn images grey", "images", advanced=True)
+    resize: int | None = arg(
+        None, "resize images to this height and width; None: leave them as they are", advanced=True
+    )
+    frame_stack: int = arg(1, "number of stacked frames, for observations with images")
+    random_shift: int = arg(
+        4,
+        "pixels by which updates shift images at random, at most, so that critics generalise; 0: not at all",
+        advanced=True,
+    )
     num_threads: int | None = arg(
         None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Use 1 beside other work"
     )
@@ -73,6 +83,7 @@ class OffPolicyArgs(StandardArgs):
         (256, 256), "widths of the hidden layers of actor and critics, such as 256 256; none: linear", "networks"
     )
     activation: Literal["tanh", "relu", "elu", "silu"] = arg("relu", "activation of the hidden layers", advanced=True)
+    cnn_features: int = arg(50, "width of the last layer of each image encoder", advanced=True)
     num_critics: int = arg(2, "critics of the ensemble", advanced=True)
     policy_lr: float = arg(3e-4, "Adam's learning rate for actor and temperature", "update")
     q_lr: float = arg(1e-3, "Adam's learning rate for the critics")
@@ -82,6 +93,15 @@ class OffPolicyArgs(StandardArgs):
         super().__post_init__()
         require_counts(self, 2**63 - 1, "buffer_size", "batch_size")
         require_counts(self, 1000, "n_step", "num_critics")
+        require_counts(self, 64, "frame_stack")
+        require_counts(self, 65_536, "cnn_features")
+        require(
+            self.resize is None or 36 <= self.resize <= 4096,
+            "resize",
+            self.resize,
+            "at least 36, at most 4096, or None",
+        )
+        require(0 <= self.random_shift < 36, "random_shift", self.random_shift, "0 or more, below 36")
         require(self.learning_starts >= 0, "learning_starts", self.learning_starts, "0 or more")
         require_between(self, 0, 1, "gamma", "tau")
         require(self.tau > 0, "tau", self.tau, "above 0, or the targets never move")

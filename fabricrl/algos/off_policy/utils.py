@@ -20,6 +20,7 @@ from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
 from fabricrl.utils.errors import CheckpointError, ConfigError, from_here
 from fabricrl.utils.launch import ranks_here
 from fabricrl.utils.ranks import all_max
+from fabricrl.utils.records import Records
 from fabricrl.utils.utils import require
 
 SHARE = 0.5  # of a GPU's free memory that a replay buffer takes at most unless it is told to
@@ -50,8 +51,13 @@ def check_buffer(run: Run) -> None:
     args = run.args
     on_gpu = args.buffer_device == "cuda" or buffer_device(run)[0] is not None
     if not args.buffer_memmap and not on_gpu:
-        record = record_type(run.obs_space, _num_actions(run), args.implicit_next_obs)
-        check_memory(args.buffer_size * record.itemsize, ranks_here(run.fabric), args.implicit_next_obs)
+        record = record_type(run.obs_space, _num_actions(run), has_implicit_next(run))
+        check_memory(args.buffer_size * record.itemsize, ranks_here(run.fabric), has_implicit_next(run))
+
+
+def has_implicit_next(run: Run) -> bool:
+    """Tells if the buffer stores each observation once, as always with images."""
+    return run.args.implicit_next_obs or isinstance(run.obs_space, Records)
 
 
 def buffer_device(run: Run) -> tuple[torch.device | None, str]:
@@ -63,10 +69,12 @@ def buffer_device(run: Run) -> tuple[torch.device | None, str]:
     args, device = run.args, run.fabric.device
     asked = args.buffer_device == "cuda"
     require(not asked or device.type == "cuda", "buffer_device", "cuda", "cpu or auto where the run trains on the CPU")
+    images = isinstance(run.obs_space, Records)
+    require(not (asked and images), "buffer_device", "cuda", "cpu or auto with images, each of which memory holds once")
     in_memory = args.buffer_device == "cpu" or device.type != "cuda"
     clash = run.tensors and in_memory and device.type == "cuda"
     require(not clash, "buffer_device", "cpu", "cuda or auto where environments are tensors on a GPU")
-    if in_memory or args.buffer_memmap or args.implicit_next_obs:
+    if in_memory or args.buffer_memmap or has_implicit_next(run):
         return None, ""
     need = (args.buffer_size + args.num_envs) * record_type(run.obs_space, _num_actions(run), False).itemsize
     free = torch.cuda.mem_get_info(device)[0]
@@ -91,7 +99,7 @@ def make_buffer(run: Run, folder: Path | None = None) -> Replay:
     args, folder = run.args, (folder or run.folder) if run.args.buffer_memmap else None
     shape = args.num_envs, run.obs_space, _num_actions(run)
     if run.trainers is not None:
-        return NewestSteps(BLOCK, *shape)
+        return NewestSteps(BLOCK, *shape, args.frame_stack)
     rb: Replay
     with run.together():
         device, why_not = buffer_device(run)
@@ -102,7 +110,7 @@ def make_buffer(run: Run, folder: Path | None = None) -> Replay:
         elif device is not None:
             rb = DeviceReplayBuffer(*settings, device)
         else:
-            rb = ReplayBuffer(*settings, args.implicit_next_obs, folder)
+            rb = ReplayBuffer(*settings, has_implicit_next(run), folder, args.frame_stack)
     run.draw_on(run.fabric.device)
     if run.fabric.global_rank == 0:
         in_file = f"in a temporary file in {from_here(folder)}" if folder else ""

@@ -39,7 +39,7 @@ def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, explores: b
 
 def take_step(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, noise: Tensor, explores: bool) -> None:
     """Takes a step in every environment, by actions drawn with noise [N, A], or by these numbers if it `explores`."""
-    actions = run.for_envs(noise if explores else run.act(player, rb.newest_obs(), noise))  # [N, A]
+    actions = run.for_envs(noise if explores else run.act(player, rb.stacked_obs(), noise))  # [N, A]
     run.clock.lap("act")
     next_obs, rewards, terminated, truncated, infos = envs.step(rescale_actions(run.action_space, actions))
     run.clock.lap("env")
@@ -73,7 +73,9 @@ def update_critics(run: Run, learner: Learner, batch: Batch, noise: Tensor, move
     """
     agent, actor, critics, _, optimizer = learner
     with torch.no_grad(), run.fabric.autocast():
-        next_actions, next_logprobs = agent.head.sample_with_logprob(actor(batch.next_obs), noise)  # a' ~ π(·|s')
+        next_actions, next_logprobs = agent.head.sample_with_logprob(
+            actor(agent.features(batch.next_obs)), noise
+        )  # a' ~ π(·|s')
         next_q = agent.target_critics(batch.next_obs, next_actions)  # [C, B]
         rewards = run.args.reward_scale * batch.rewards  # [B]
         targets = td_target(rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)
@@ -90,11 +92,13 @@ def update_critics(run: Run, learner: Learner, batch: Batch, noise: Tensor, move
 
 
 def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor) -> Tensor:
-    """One optimizer step of actor and temperature on observations [B, D], noise [B, A]. Returns ACTOR_METRICS, [4]."""
+    """One optimizer step of actor and temperature on observations [B, ...], noise [B, A]: ACTOR_METRICS, [4]."""
     agent, actor, critics, optimizer, _ = learner
-    actions, logprobs = agent.head.sample_with_logprob(actor(obs), noise)  # [B, A], [B]
+    with run.fabric.autocast():
+        features = agent.features(obs)  # [B, F]: of images, as the critics have learned to see them
+    actions, logprobs = agent.head.sample_with_logprob(actor(features), noise)  # [B, A], [B]
     with frozen(agent.critics):
-        q = critics(obs, actions).amin(0)  # [B]
+        q = critics(features, actions).amin(0)  # [B]
     alpha, entropy = agent.alpha, -logprobs.mean()
     pi_loss = actor_loss(q, logprobs, alpha)
     temperature_loss = alpha_loss(agent.log_alpha, entropy, agent.target_entropy)
@@ -126,7 +130,7 @@ def train(
     Returns the metrics of all, [K, 2] and [L, 4], by their tags.
     """
     agent, critic_metrics, actor_metrics = learner.agent, [], []
-    batches = agent.prepared(batches)
+    batches = agent.prepared(batches, run.device_rng)
     shape = len(plan) + sum(updates for _, updates in plan), run.args.batch_size
     noise = iter(agent.head.noise(shape, run.device_rng))  # [K + L, B, A]
     for batch, (moves_targets, updates) in zip(batches, plan, strict=True):
@@ -152,7 +156,7 @@ def make_updates(run: Run, learner: Learner, rb: Replay) -> Updates:
 
 
 def main() -> int:
-    with Run(parse(SACArgs, "sac"), "sac", ACTION_SPACES, bounded=True) as run:
+    with Run(parse(SACArgs, "sac"), "sac", ACTION_SPACES, bounded=True, images=True) as run:
         args = run.args
         # --- Schedule and buffer
         schedule = make_schedule(run)
@@ -176,7 +180,7 @@ def main() -> int:
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb, schedule.explores(step))
             if agent.obs_normalizer is not None:
-                agent.obs_normalizer.update(run.to_device(rb.newest_obs()), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.newest_vectors()), run.fabric)
 
             # 2. Sample
             due = schedule.take(run.global_step)  # `update` draws a batch for each

@@ -8,7 +8,7 @@ transition travels once, however often it is learned from. An iteration's messag
 for Answer, with K it is up to K iterations ahead of it:
 
     Order     player → each trainer    Steps of its environments, the normaliser, and which updates are due
-    Answer    trainer 1 → player       parameters of the actor, and the temperature; losses, faults and signals
+    Answer    trainer 1 → player       parameters of actor, temperature and encoder; losses, faults and signals
     State     trainer 1 → player       critics, targets, optimizers and generators, at a checkpoint
 
 Shapes as in sac.py.
@@ -27,7 +27,9 @@ def make_messages(run: Run, learner: Learner) -> Messages:
     """Declares what a trainer and a player exchange."""
     agent, metrics = learner.agent, (*CRITIC_METRICS, *ACTOR_METRICS)
     one, block = (declare_steps(run, agent, count) for count in (1, BLOCK))
-    return Messages(one, metrics, agent, learner.actor_optimizer, learner.q_optimizer, bulk=block, most=BLOCK)
+    optimizers = learner.actor_optimizer, learner.q_optimizer
+    encoder = [] if agent.encoder is None else agent.encoder.parameters()
+    return Messages(one, metrics, agent, *optimizers, bulk=block, most=BLOCK, beside=encoder)
 
 
 def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
@@ -56,7 +58,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb, schedule.explores(step))
             if agent.obs_normalizer is not None:
-                agent.obs_normalizer.update(run.to_device(rb.newest_obs()), run.fabric)
+                agent.obs_normalizer.update(run.to_device(rb.newest_vectors()), run.fabric)
 
             # 2. Sample
             first, count = schedule.take(run.global_step)
@@ -112,7 +114,7 @@ def trainer(args: SACDecoupledArgs, run: Run, player: Player) -> None:
 
 def main() -> int:
     args = parse(SACDecoupledArgs, "sac")
-    run = Run(args, "sac", ACTION_SPACES, bounded=True)
+    run = Run(args, "sac", ACTION_SPACES, bounded=True, images=True)
     check_division(run)
     return run_ranks(run, player, trainer)
 
