@@ -26,7 +26,6 @@ from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo.ppo import main, returns_and_advantages, rollout
 from fabricrl.algos.ppo.utils import ACTION_SPACES, FrameStack, make_agent, make_policy
-from fabricrl.algos.sac import sac
 from fabricrl.data import Batch, RolloutBuffer, StackedFrames
 from fabricrl.envs import check_env, make_env, make_envs
 from fabricrl.envs.wrappers import ActionRepeat, PackImages
@@ -905,8 +904,6 @@ def test_an_image_in_a_nested_dict_is_seen_as_one() -> None:
 @pytest.mark.parametrize(("obs", "named"), [("last", "it is an image"), ("dict", "'camera' is an image")])
 def test_an_algorithm_without_networks_for_images_refuses_them(obs: str, named: str) -> None:
     assert named in complaint(args_for(obs), images=False)
-    with pytest.raises(ConfigError, match=named):
-        call(sac.main, "--env-id", PICTURES, "--env-kwargs", json.dumps({"obs": obs}))
 
 
 def test_sac_takes_the_vectors_beside_an_image() -> None:

@@ -567,10 +567,11 @@ def test_auto_puts_the_buffer_on_the_gpu_if_it_takes_at_most_half_of_what_is_fre
     fabric = SimpleNamespace(device=torch.device("cuda:0"))
     args = SACArgs(buffer_device=asked, buffer_size=99, batch_size=9)  # 100 records of 40 bytes
     spaces = {"obs_space": Box(-1, 1, (3,), np.float32), "action_space": SimpleNamespace(shape=(2,))}
-    device, why_not = off_policy.buffer_device(SimpleNamespace(args=args, fabric=fabric, **spaces))  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(args=args, fabric=fabric, tensors=False, **spaces)
+    device, why_not = off_policy.buffer_device(run)
     assert str(device) == str(chosen)
     assert ("--buffer-device cuda puts it there all the same" in why_not) == (asked == "auto" and chosen is None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 80_000))
     if asked == "cuda":
         with pytest.raises(ConfigError, match=r"--buffer-device is cuda: the buffer would take .* cpu keeps it"):
-            off_policy.buffer_device(SimpleNamespace(args=args, fabric=fabric, **spaces))  # type: ignore[arg-type]
+            off_policy.buffer_device(run)

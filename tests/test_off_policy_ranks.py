@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from torch.nn.utils import parameters_to_vector
 
 from fabricrl import evaluate
@@ -221,6 +223,7 @@ def test_two_ranks_learn_something_else_than_one(launched: Callable, tmp_path: P
 # --- Gradients
 
 ROWS, OBS, ACTIONS = 32, 3, 2
+SPACE = Box(-1, 1, (OBS,), np.float32)
 
 
 def batch() -> Batch:
@@ -248,7 +251,7 @@ def update(rank: int, world_size: int, port: int, kind: str, path: str) -> None:
     fabric.launch()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    agent = {"sac": SACAgent, "droq": DroQAgent}[kind](OBS, ACTIONS, (16, 16), layer_norm=kind == "droq")
+    agent = {"sac": SACAgent, "droq": DroQAgent}[kind](SPACE, ACTIONS, (16, 16), layer_norm=kind == "droq")
     run: Any = SimpleNamespace(fabric=fabric, setup=fabric.setup, args=SACArgs(tau=0.5, policy_lr=0.1, q_lr=0.1))
     with mock.patch.object(sac, "Adam", Descent):
         learner = sac.setup(run, agent)

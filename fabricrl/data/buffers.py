@@ -553,7 +553,8 @@ class ReplayBuffer:
         """Forgets all transitions."""
         self.position = self.size = 0
         self._finals, self._free = self._finals[:0], []
-        self._columns["ended"][-1] = True  # nothing leads to the first row
+        if self.frame_stack > 1:
+            self._columns["ended"][-1] = True  # nothing leads to the first row
         if self.implicit_next:
             self._columns["final"][:] = -1
 

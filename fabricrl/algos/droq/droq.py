@@ -38,9 +38,8 @@ def update_critics(
     """
     agent, actor, critics, _, optimizer = learner
     with torch.no_grad(), run.fabric.autocast():
-        next_actions, next_logprobs = agent.head.sample_with_logprob(
-            actor(agent.features(batch.next_obs)), noise
-        )  # a' ~ π(·|s')
+        params = actor(agent.features(batch.next_obs))
+        next_actions, next_logprobs = agent.head.sample_with_logprob(params, noise)  # a' ~ π(·|s')
         next_q = agent.target_critics(batch.next_obs, next_actions, kept=target_kept)  # [C, B]
         rewards = run.args.reward_scale * batch.rewards  # [B]
         targets = td_target(rewards, batch.terminated, batch.discounts, next_q, next_logprobs, agent.alpha)

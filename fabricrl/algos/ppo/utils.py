@@ -15,10 +15,13 @@ __all__ = ["ACTION_SPACES", "env_actions", "make_agent", "make_policy"]
 
 
 class FrameStack:
-    """Stacks observations that come one by one: the last S of the episode, or the newest alone if S is 1."""
+    """Stacks observations that come one by one: the last S of the episode, or the newest alone if S is 1.
+
+    Agents that name no `frame_stack` and no `obs_dtype` take vectors, without a stack.
+    """
 
     def __init__(self, agent: Any) -> None:
-        self.depth, self.dtype = agent.frame_stack, agent.obs_dtype
+        self.depth, self.dtype = getattr(agent, "frame_stack", 1), getattr(agent, "obs_dtype", torch.float32)
         self.frames = torch.empty(0)
 
     def add(self, obs: np.ndarray, dones: np.ndarray) -> Tensor:
