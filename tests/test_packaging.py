@@ -211,3 +211,16 @@ def test_the_container_has_what_it_names() -> None:
     assert copied <= {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()}
     (command,) = [" ".join(rest) for kind, *rest in lines if kind == "CMD"]
     assert (ROOT / json.loads(command)[0]).exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/running.md"])
+def test_pages_name_every_extra(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = set(re.search(r"extras: ([\w, ]+)", text)[1].split(", ")) if page == "README.md" else None  # type: ignore[index]
+    if named is None:
+        named = {
+            name
+            for row in re.findall(r"(?m)^\| (`[^|]+) \|", text.split("| extra |")[1].split("\n\n")[0])
+            for name in re.findall(r"`(\w+)`", row)
+        }
+    assert named == set(PROJECT["optional-dependencies"])

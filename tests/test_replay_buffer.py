@@ -414,14 +414,11 @@ def test_a_uint8_buffer_takes_a_quarter_of_the_memory() -> None:
 def test_buffers_that_memory_does_not_hold_are_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1.5 * GIB)
     for fits in ((GIB, 1), (3 * GIB // 2, 1), (GIB // 2, 3)):
-        check_memory(*fits, implicit_next=False)
-    with pytest.raises(
-        ConfigError, match=r"--buffer-size.* 1\.50 GiB.* 1\.60 GiB.*--buffer-memmap.*--implicit-next-obs"
-    ):
-        check_memory(int(1.6 * GIB), 1, implicit_next=False)
-    with pytest.raises(ConfigError, match=r"1\.50 GiB.* 2 × 0\.80 GiB") as caught:  # on the ranks of this machine
-        check_memory(int(0.8 * GIB), 2, implicit_next=True)
-    assert "--implicit-next-obs" not in str(caught.value)  # it is on already
+        check_memory(*fits, "buy more")
+    with pytest.raises(ConfigError, match=r"--buffer-size.* 1\.50 GiB.* 1\.60 GiB; buy more"):
+        check_memory(int(1.6 * GIB), 1, "buy more")
+    with pytest.raises(ConfigError, match=r"1\.50 GiB.* 2 × 0\.80 GiB"):  # on the ranks of this machine
+        check_memory(int(0.8 * GIB), 2, "buy more")
 
 
 def test_what_a_transition_takes_is_known_before_there_is_a_buffer() -> None:

@@ -23,7 +23,7 @@ from fabricrl.data import Batch, memory
 from fabricrl.data.buffers import NewestSteps, ReplayBuffer, record_type
 from fabricrl.data.memory import GIB
 from fabricrl.models.augmentation import moved, shift_images
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, NonFiniteError
 from fabricrl.utils.recording import recording
 from fabricrl.utils.records import Records
 from tests.conftest import BareRun, Trained
@@ -354,3 +354,29 @@ def test_a_buffer_of_images_that_memory_does_not_hold_is_refused_with_the_figure
 def test_frames_of_vectors_are_not_stacked(train: Callable[..., Trained]) -> None:
     with pytest.raises(ConfigError, match="--frame-stack is set: Pendulum-v1 has no images"):
         train(sac.main, "--frame-stack", 2)
+
+
+@pytest.mark.parametrize("where", ["obs", "final_obs", "image"])
+def test_nan_in_vectors_beside_images_is_found_before_it_is_learned_from(where: str) -> None:
+    """A byte of an image may be any; 255 255 255 255 as a number is NaN."""
+    size, bad = SPACE.shape[0], np.full((2, SPACE.shape[0]), 255, np.uint8)
+    good, infos, ended = np.zeros((2, size), np.uint8), {"final_obs": np.zeros((2, size), np.uint8)}, np.zeros(2, bool)
+    if where == "image":
+        good[:, 4 * SPACE.num_floats :] = 255
+    elif where == "final_obs":
+        ended, infos = ~ended, {"final_obs": bad}
+    rb = ReplayBuffer(8, 2, SPACE, 1)
+    rb.start(good)
+    step = np.zeros((2, 1), np.float32), bad if where == "obs" else good, np.zeros(2), ended, ~ended & False, infos
+    if where == "image":
+        with rb.checked():
+            rb.add(*step)
+        return
+    with pytest.raises(NonFiniteError, match="observation of environment 0 is not finite"), rb.checked():
+        rb.add(*step)
+
+
+@pytest.mark.parametrize("flag", ["--random-shift 7", "--cnn-features 9"])
+def test_what_concerns_images_is_refused_where_there_are_none(flag: str, train: Callable[..., Trained]) -> None:
+    with pytest.raises(ConfigError, match=rf"{flag.split()[0]} is set: Pendulum-v1 has no images"):
+        train(sac.main, "--env-id", "Pendulum-v1", *flag.split())

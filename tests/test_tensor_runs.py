@@ -24,6 +24,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import DeviceRecurrentRolloutBuffer, RecurrentRolloutBuffer, ReplayBuffer, TensorReplayBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.spaces import rescale_actions
+from fabricrl.envs.tensors import takes_tensors
 from fabricrl.models.models import DropoutMasks
 from fabricrl.models.recurrent import FixedSequences, RecurrentCore, Sequences
 from fabricrl.utils import utils
@@ -524,13 +525,13 @@ def test_faults_of_environments_are_told_in_a_line(
 def test_what_keeps_steps_elsewhere_is_refused(algo: str, flag: str, train: Callable[..., Trained]) -> None:
     script, flags = SCRIPTS[algo]
     with pytest.raises(ConfigError, match=f"{flag} is set: it needs another --vectorization than torch"):
-        train(script.main, *flags, flag)
+        train(script.main, *flags, "--vectorization", "torch", flag)
 
 
 @pytest.mark.parametrize("twin", [ppo_recurrent_decoupled, sac_decoupled, droq_decoupled])
 def test_decoupled_scripts_take_no_tensors(twin: Any, train: Callable[..., Trained]) -> None:
     env_id = "torch/CartPole-v1" if twin is ppo_recurrent_decoupled else "torch/Pendulum-v1"
-    with pytest.raises(ConfigError, match="--vectorization is torch: it must be another with this script, which plays"):
+    with pytest.raises(ConfigError, match="--vectorization torch: decoupled scripts play on the CPU"):
         train(twin.main, "--env-id", env_id, "--vectorization", "torch")
 
 
@@ -550,3 +551,34 @@ def test_a_gpu_with_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch
     run.args = SACArgs(env_id=STEERED, buffer_device="cpu")
     with pytest.raises(ConfigError, match="--buffer-device is cpu: it must be cuda or auto where environments are"):
         off_policy.buffer_device(run)
+
+
+@pytest.mark.parametrize("flag", ["--implicit-next-obs", "--capture-video", "--check-spaces"])
+def test_auto_plays_the_single_form_where_an_argument_needs_it(flag: str) -> None:
+    name = flag[2:].replace("-", "_")
+    assert takes_tensors(SACArgs(env_id="torch/Pendulum-v1"))
+    assert not takes_tensors(SACArgs(env_id="torch/Pendulum-v1", **{name: True}))
+    assert takes_tensors(SACArgs(env_id="torch/Reach-v0", **{name: True}))  # which has no other; that is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        (["--env-id", "torch/Pendulum-v1"], "a smaller one may fit"),
+        (["--env-id", "Pendulum-v1"], "--buffer-memmap keeps the buffer on disk, --implicit-next-obs takes less"),
+        (["--env-id", "Pendulum-v1", "--implicit-next-obs"], "--buffer-memmap keeps the buffer on disk"),
+    ],
+)
+def test_advice_for_a_buffer_that_is_too_large_is_one_that_helps(
+    flags: list[str], advice: str, train: Callable[..., Trained]
+) -> None:
+    with pytest.raises(ConfigError, match=rf"GiB; {advice}$"):
+        train(sac.main, *flags, "--buffer-size", 10**12)
+
+
+def test_shorter_sequences_than_asked_for_are_told(train: Callable[..., Trained]) -> None:
+    flags = ["--env-id", "torch/CartPole-v1", "--num-envs", 2, "--num-steps", 17, "--total-timesteps", 34]
+    shorter = train(ppo_recurrent.main, *flags, "--sequence-length", 16, "--num-minibatches", 1)
+    assert "sequences have 1 step, not --sequence-length 16" in shorter.output
+    as_asked = train(ppo_recurrent.main, *flags, "--sequence-length", 17, "--num-minibatches", 2)
+    assert "sequences have" not in as_asked.output

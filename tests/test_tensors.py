@@ -462,7 +462,7 @@ def test_native_is_another_thing(train: Callable[..., Trained]) -> None:
 def test_a_script_that_plays_on_the_cpu_takes_the_single_form(train: Callable[..., Trained]) -> None:
     """Refused in a line where it is told to do otherwise, before any rank is started."""
     flags = ["--env-id", "torch/CartPole-v1", *TINY[:6]]
-    with pytest.raises(ConfigError, match="--vectorization is torch: it must be another with this script"):
+    with pytest.raises(ConfigError, match="--vectorization torch: decoupled scripts play on the CPU"):
         train(ppo_decoupled.main, *flags, "--vectorization", "torch")
-    with pytest.raises(ConfigError, match="torch/Reach-v0 is registered as a vector environment alone"):
+    with pytest.raises(ConfigError, match="torch/Reach-v0 is registered only as a vector environment"):
         train(ppo_decoupled.main, *TINY[:6], "--env-id", "torch/Reach-v0")

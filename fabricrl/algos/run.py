@@ -47,9 +47,11 @@ from fabricrl.data import (
 )
 from fabricrl.envs import check_env, make_envs
 from fabricrl.envs.backends import info_keys
+from fabricrl.envs.rows import floats_in
 from fabricrl.envs.shared import SharedEnvs
 from fabricrl.envs.structure import check_spaces, structure_of
 from fabricrl.envs.tensors import takes_tensors
+from fabricrl.models.recurrent import common_length
 from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
 from fabricrl.utils.device import to_device, to_host
 from fabricrl.utils.ending import run_script
@@ -268,13 +270,25 @@ class Run:
         shape = args.num_steps, args.num_envs, self.obs_space, agent.head.num_actions, agent.head.dtype
         if self.tensors:
             told = {"skips": self.skips, "num_keys": len(info_keys(args)), "device": device}
-            kind = DeviceRolloutBuffer if memory is None else partial(DeviceRecurrentRolloutBuffer, memory_size=memory)
+            kind: Any = DeviceRolloutBuffer
+            if memory is not None:
+                kind = partial(DeviceRecurrentRolloutBuffer, memory_size=memory)
+                self._tell_sequence_length()
             self.storage = kind(*shape, **told)
             return self.storage
         settings = {"frame_stack": args.frame_stack, "skips": self.skips, "mask_size": self.mask_size, "device": device}
         if memory is None:
             return RolloutBuffer(*shape, **settings)
         return RecurrentRolloutBuffer(*shape, memory, player_device=self.player_device, **settings)
+
+    def _tell_sequence_length(self) -> None:
+        """Says so if sequences on a device are shorter than asked for: gradients flow through time less far, then."""
+        args = self.args
+        length = common_length(args.num_steps, args.num_envs, args.num_minibatches, args.sequence_length)
+        if length < min(args.sequence_length, args.num_steps) and self.team.global_rank == 0:
+            text = f"sequences have {length} step{'s' * (length > 1)}, not --sequence-length {args.sequence_length}"
+            why = "of the lengths up to that, it is the longest that divides --num-steps and the rows of a minibatch"
+            print(f"warning: {text}: {why}", file=sys.stderr, flush=True)
 
     @property
     def folder(self) -> Path:
@@ -356,7 +370,7 @@ class Run:
             if self._underway is not None and "envs" in self.state:
                 with reading(self.path):
                     goes_on = self._underway.load_state_dict(self.state["envs"], self.storage, *self._along())
-        first = self.storage.running()["obs"] if goes_on else torch.as_tensor(obs)
+        first = self.storage.running()["obs"] if goes_on else torch.as_tensor(floats_in(obs, self.obs_space))
         check_ranks(self.fabric, self._parts["agent"], first)
         self.masks = infos.get("action_mask")
         self.state = {}  # a replay buffer in it may be large
@@ -422,7 +436,7 @@ class Run:
 
     def draw_on(self, device: torch.device) -> None:
         """Makes `device_rng` a generator of this device, with a seed of its own on every rank; before any recording."""
-        if device.type != "cpu":
+        if device.type != "cpu" and self.device_rng is self.train_rng:
             self.device_rng = torch.Generator(device).manual_seed(self.train_rng.initial_seed())
             self.updates.generators.append(self.device_rng)
 

@@ -508,13 +508,18 @@ class ReplayBuffer:
     def find_nonfinite(self) -> str | None:
         """Finds NaN or infinity in the newest step, in words; None if all is finite."""
         row = self.position - 1
-        seen = (("reward", self._columns["rewards"][row]), ("observation", self._columns["obs"][self.position]))
+        obs = self._numbers(self._columns["obs"][self.position])
+        seen = (("reward", self._columns["rewards"][row]), ("observation", obs))
         for name, values in seen:
             if not np.isfinite(values).all():
                 bad = ~np.isfinite(values.reshape(self.num_envs, -1)).all(1)
                 return f"{name} of environment {np.flatnonzero(bad)[0]} is not finite"
-        bad = [env for env, final_obs in self._ended if not np.isfinite(final_obs).all()]
+        bad = [env for env, final_obs in self._ended if not np.isfinite(self._numbers(final_obs)).all()]
         return f"final observation of environment {bad[0]} is not finite" if bad else None
+
+    def _numbers(self, obs: np.ndarray) -> np.ndarray:
+        """Observations [..., D]; of records, the numbers beside their images."""
+        return obs if self._num_floats is None else obs[..., : 4 * self._num_floats].view(np.float32)
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: records without a copy, so save it before the next `add`."""

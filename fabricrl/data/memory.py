@@ -13,15 +13,13 @@ from fabricrl.utils.errors import ConfigError
 GIB = 2**30
 
 
-def check_memory(num_bytes: int, count: int, implicit_next: bool) -> None:
+def check_memory(num_bytes: int, count: int, advice: str) -> None:
     """Raises ConfigError, with the figures, unless `count` replay buffers of this size fit into memory."""
     free = available_memory()
     if num_bytes * count > free:
         need = f"{count} × {num_bytes / GIB:.2f} GiB" if count > 1 else f"{num_bytes / GIB:.2f} GiB"
-        advice = "" if implicit_next else ", --implicit-next-obs takes less"
         raise ConfigError(
-            f"--buffer-size: the memory that is free, {free / GIB:.2f} GiB, is too little for {need}; "
-            f"--buffer-memmap keeps the buffer on disk{advice}"
+            f"--buffer-size: the memory that is free, {free / GIB:.2f} GiB, is too little for {need}; {advice}"
         )
 
 

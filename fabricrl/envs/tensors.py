@@ -28,10 +28,19 @@ CPU = torch.device("cpu")
 
 def takes_tensors(args: Any) -> bool:
     """Tells if the environments of a run take and return tensors: where that is asked for, and with `auto` where they
-    say so, by `metadata["tensors"]` of what is registered as `vector_entry_point`, and where that is all there is."""
+    say so, by `metadata["tensors"]` of what is registered as `vector_entry_point`, and where that is all there is.
+
+    If an argument needs the single form, and there is one, `auto` does not choose tensors.
+    """
     if args.vectorization != "auto" or not _is_able(vars(args)):
         return args.vectorization == "torch"
-    return are_tensors(args.env_id)
+    if not are_tensors(args.env_id):
+        return False
+    try:
+        check_arguments(args)
+    except ConfigError:
+        return not has_single(args.env_id)
+    return True
 
 
 def _is_able(args: dict[str, Any]) -> bool:
@@ -100,7 +109,7 @@ def _spec(env_id: str) -> Any:
 def check_arguments(args: Any) -> None:
     """Raises ConfigError if an argument is set that environments of tensors cannot follow, or this script cannot."""
     if not _is_able(vars(args)):
-        raise ConfigError("--vectorization is torch: it must be another with this script, which plays on the CPU")
+        raise ConfigError("--vectorization torch: decoupled scripts play on the CPU, and take another one")
     spec = _spec(args.env_id)
     if spec is not None and spec.vector_entry_point is None:
         ours = ", ".join(sorted(known.id for known in gym.registry.values() if known.namespace == "torch"))

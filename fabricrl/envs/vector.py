@@ -51,6 +51,7 @@ from fabricrl.envs.guard import (
     warn,
     watched,
 )
+from fabricrl.envs.rows import floats_in
 from fabricrl.envs.simulators import SIMULATORS, register, simulator_of
 from fabricrl.envs.spaces import (
     Spaces,
@@ -403,8 +404,8 @@ class ReportFailures(gym.vector.VectorWrapper):
     def _compare(self, obs: Any) -> None:
         """Warns if environments start from equal observations: they may stay equal, and count as one."""
         first: dict[bytes, int] = {}
-        rows = obs.cpu().numpy() if hasattr(obs, "cpu") else obs
-        if rows.dtype == np.uint8:  # frames: games start alike
+        rows = floats_in(obs.cpu().numpy() if hasattr(obs, "cpu") else obs, self.single_observation_space)
+        if rows.dtype == np.uint8 or not rows.size:  # frames: games start alike
             return
         for index, row in enumerate(rows):
             other = first.setdefault(row.tobytes(), index)
@@ -503,6 +504,10 @@ def check_env(
         assert isinstance(space, Box)
         if getattr(args, "norm_obs", False) and isinstance(space, Records) and not space.num_floats:
             raise ConfigError("--norm-obs is set: it normalises numbers, but all observations are images")
+        for name in () if isinstance(space, Records) else ("random_shift", "cnn_features"):
+            if getattr(args, name, None) != getattr(type(args), name, None):
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} is set: {args.env_id} has no images among its observations")
         check_backend(args, env)
         masked = has_masks(env)
         if masked and args.vectorization == "envpool":
@@ -628,8 +633,8 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
         return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")
     if "entry_point is not specified" in text:
         return ConfigError(
-            f"--env-id {env_id} is registered as a vector environment alone: that takes --vectorization torch, which "
-            "decoupled scripts do not have"
+            f"--env-id {env_id} is registered only as a vector environment, which needs --vectorization torch "
+            "(decoupled scripts have no such)"
         )
     malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
     if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):

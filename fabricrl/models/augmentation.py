@@ -7,11 +7,10 @@ from fabricrl.utils.records import Records
 
 
 def shift_images(records: Tensor, space: Records, pixels: int, generator: torch.Generator) -> Tensor:
-    """Records [..., R] or [..., S, R] whose images are moved by up to so many pixels, at random (Kostrikov et al. 2020,
+    """Records [B, R] or [B, S, R] whose images are moved by up to so many pixels, at random (Kostrikov et al. 2020,
     arXiv:2004.13649, Section 4.1): padded by their edges on all sides, and cropped to their size again.
 
     Each observation has a shift of its own, which all frames of a stack and all its images share; vectors stay.
-    `records` are [B, R] or [B, S, R].
     """
     offsets = torch.randint(2 * pixels + 1, (len(records), 2), generator=generator, device=records.device) - pixels
     return moved(records, space, offsets)

@@ -217,7 +217,7 @@ class DropoutMasks:
         """A mask [count] on the generator's device; on the CPU it holds until the next one is drawn."""
         if generator.device.type != "cpu":
             return (torch.rand(count, generator=generator, device=generator.device) >= self.rate).float()
-        if len(self._masks) != count + 1:  # the last takes all zeros that lie behind the end
+        if len(self._masks) <= count:  # one more, which takes all zeros that lie behind the end
             self._masks = torch.ones(count + 1)
         else:
             self._masks.index_fill_(0, self._zeros, 1.0)

@@ -297,6 +297,12 @@ def _lay_out(begins: np.ndarray, longest: int | None = None) -> Layout:
     return Layout(torch.from_numpy(first), place, size)
 
 
+def common_length(steps: int, envs: int, count: int, most: int) -> int:
+    """The largest length up to `most` that divides both T = `steps` and the rows of each of `count` minibatches."""
+    common = math.gcd(steps, steps * envs // count)
+    return max(length for length in range(1, min(most, common) + 1) if common % length == 0)
+
+
 class FixedSequences(Sequences):
     """A rollout cut into sequences of one length, on its own device: nothing asks where episodes end.
 
@@ -311,8 +317,7 @@ class FixedSequences(Sequences):
 
     def __init__(self, dones: Tensor, length: int, count: int) -> None:
         (steps, envs), self._device = dones.shape, dones.device
-        common = math.gcd(steps, steps * envs // count)
-        self.length = max(n for n in range(1, min(length, common) + 1) if common % n == 0)
+        self.length = common_length(steps, envs, count, length)
         ends, resets = torch.ones_like(dones), torch.zeros_like(dones)
         ends[:-1] = resets[1:] = dones[:-1]
         self.ends, self._resets = ends.T.flatten(), resets.T.flatten()  # [N T]

@@ -344,7 +344,7 @@ def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:
     if fabric.world_size == 1:
         return
     check_parameters(fabric, module)
-    if obs.dtype == torch.uint8:  # frames: games start alike
+    if obs.dtype == torch.uint8 or not obs.numel():  # frames: games start alike
         return
     firsts = all_gather(fabric, obs.flatten())  # [W, ...]
     if fabric.global_rank == 0 and len(firsts.unique(dim=0)) < len(firsts):

@@ -55,9 +55,10 @@ def _sums_by_steps(deltas: Tensor, decay: Tensor) -> Tensor:
     """In NumPy, where a step costs a third of what it costs in torch at this size."""
     steps, factors = deltas.numpy(), decay.numpy()
     sums, running = np.empty_like(steps), np.zeros_like(steps[0])
-    for t in range(len(steps) - 1, -1, -1):
-        running = steps[t] + factors[t] * running
-        sums[t] = running
+    with np.errstate(all="ignore"):  # of what is not finite, the loss or its metrics will tell
+        for t in range(len(steps) - 1, -1, -1):
+            running = steps[t] + factors[t] * running
+            sums[t] = running
     return torch.from_numpy(sums)
 
 

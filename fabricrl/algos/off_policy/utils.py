@@ -52,7 +52,12 @@ def check_buffer(run: Run) -> None:
     on_gpu = args.buffer_device == "cuda" or buffer_device(run)[0] is not None
     if not args.buffer_memmap and not on_gpu:
         record = record_type(run.obs_space, _num_actions(run), has_implicit_next(run))
-        check_memory(args.buffer_size * record.itemsize, ranks_here(run.fabric), has_implicit_next(run))
+        advice = "--buffer-memmap keeps the buffer on disk"
+        if run.tensors:
+            advice = "a smaller one may fit"
+        elif not has_implicit_next(run):
+            advice += ", --implicit-next-obs takes less"
+        check_memory(args.buffer_size * record.itemsize, ranks_here(run.fabric), advice)
 
 
 def has_implicit_next(run: Run) -> bool:

@@ -26,7 +26,7 @@ class Functional:
 
     def next(self, state: Any, actions: Any, keys: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
         new = self.env.transition(state, actions, keys)
-        told = self.env.transition_info(state, actions, new)
+        told = self.env.step_info(state, actions, new)
         return new, self.env.reward(state, actions, new, keys), self.env.terminal(new, keys), told
 
     def observe(self, state: Any, keys: Any) -> Any:
@@ -36,7 +36,5 @@ class Functional:
 def as_tensors(envs: Any, device: str) -> JaxEnvs:
     """Environments that were made as a `FunctionalJaxVectorEnv`, as tensors on `device`."""
     if not isinstance(envs, FunctionalJaxVectorEnv):
-        raise TypeError(
-            f"of JAX's environments those of Gymnasium's FunctionalJaxVectorEnv are taken, not {type(envs)}"
-        )
+        raise TypeError(f"environments in JAX must be a FunctionalJaxVectorEnv of Gymnasium, not {type(envs)}")
     return JaxEnvs(Functional(envs.func_env), envs.num_envs, envs.time_limit, device)

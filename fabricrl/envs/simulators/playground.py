@@ -6,6 +6,7 @@ its own, not in the one that its environment began with, unless `full_reset` is 
 dictionary are the actor's part, "state".
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ class Playground:
     Args:
         full_reset: whether each episode begins in a state of its own, as `reset` draws it; else in the first of its
             environment.
-        action_repeat: physics steps of a control step, whose rewards are added up.
+        action_repeat: how often the task takes each action; the rewards are added up.
     """
 
     def __init__(self, env: Any, full_reset: bool = True, action_repeat: int = 1) -> None:
@@ -85,4 +86,5 @@ def make(task: str, num_envs: int, device: str = "cpu", full_reset: bool = True,
     except (KeyError, TypeError) as error:
         raise ConfigError(f"--env-kwargs do not fit playground/{task}: {' '.join(str(error).split())}") from error
     env = registry.load(task, given)
-    return JaxEnvs(Playground(env, full_reset, given.action_repeat), num_envs, given.episode_length, device)
+    steps = math.ceil(given.episode_length / given.action_repeat)  # the configuration counts repetitions
+    return JaxEnvs(Playground(env, full_reset, given.action_repeat), num_envs, steps, device)
