@@ -224,13 +224,16 @@ def test_mistakes_are_told_in_a_line(flags: list[Any], words: str, train: Callab
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full_reset", [True, False])
-def test_numbers_are_those_of_playgrounds_own_wrapper(full_reset: bool) -> None:
+@pytest.mark.parametrize(("full_reset", "repeat"), [(True, 1), (False, 1), (False, 2)])
+def test_numbers_are_those_of_playgrounds_own_wrapper(full_reset: bool, repeat: int) -> None:
     """The real one, by its own compiled step from the same states, over episodes of 5 steps."""
+    length = 5 * repeat - repeat // 2  # counts repetitions; the last step's go beyond it
     playground = pytest.importorskip("mujoco_playground", reason="needs Playground: pip install -e '.[playground]'")
     env = playground.registry.load("CartpoleBalance", config_overrides={"impl": "jax"})
-    theirs = playground.wrapper.wrap_for_brax_training(env, episode_length=5, full_reset=full_reset)
-    flags = f'{{"episode_length": 5, "full_reset": {str(full_reset).lower()}}}'
+    theirs = playground.wrapper.wrap_for_brax_training(
+        env, episode_length=length, action_repeat=repeat, full_reset=full_reset
+    )
+    flags = f'{{"episode_length": {length}, "action_repeat": {repeat}, "full_reset": {str(full_reset).lower()}}}'
     envs = made("playground/CartpoleBalance", 3, env_kwargs=flags)
     obs, _ = envs.reset(seed=4)
     state = jax.jit(theirs.reset)(jax.random.split(jax.random.PRNGKey(0), 3))
