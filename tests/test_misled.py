@@ -152,7 +152,7 @@ def test_a_module_with_the_name_of_a_package_in_its_own_is_not_taken_for_it(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    assert f"No module named '{module}'" in complaint(f"{module}:Thing-v0")
+    assert f"there is no module {module};" in complaint(f"{module}:Thing-v0")
     (tmp_path / f"{module}.py").write_text("import something_else\n")
     message = complaint(f"{module}:Thing-v0")
     assert "No module named 'something_else'" in message

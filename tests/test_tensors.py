@@ -442,7 +442,10 @@ def test_faults_of_environments_are_told_in_a_line(
         (["--env-id", "tests.tensor_envs:Ignorant-v0"], "has no argument `device`"),
         (["--env-id", "tests.tensor_envs:TensorPictures-v0"], "observations must be a Box of real numbers"),
         (["--env-id", "tests.tensor_envs:None-v0"], "is not a known environment"),
-        (["--env-id", "no_such_module:None-v0"], "needs a package that is not installed"),
+        (
+            ["--env-id", "no_such_module:None-v0"],
+            "there is no module no_such_module; modules of your own are",
+        ),
         (["--env-kwargs", '{"wind": 1}'], "does not fit torch/CartPole-v1"),
         (["--capture-video"], "--capture-video is set: .* evaluate.py --capture-video"),
         (["--action-repeat", 2], "--action-repeat is set: it needs --vectorization sync or async"),

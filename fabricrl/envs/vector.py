@@ -505,7 +505,8 @@ def check_env(
         if getattr(args, "norm_obs", False) and isinstance(space, Records) and not space.num_floats:
             raise ConfigError("--norm-obs is set: it normalises numbers, but all observations are images")
         for name in () if isinstance(space, Records) else ("random_shift", "cnn_features"):
-            if getattr(args, name, None) != getattr(type(args), name, None):
+            default = getattr(type(args), name, None)  # of those from a command line; others have been checked
+            if default is not None and getattr(args, name) != default:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} is set: {args.env_id} has no images among its observations")
         check_backend(args, env)
@@ -629,12 +630,15 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
             return missing(f"--env-id {env_id}", extra)
         if type(absent) is ImportError and type(error) is ImportError:
             return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
-        looked = f"; modules of your own are looked up in {os.getcwd()}" if ":" in env_id else ""
+        module = env_id.rpartition(":")[0]
+        looked = f"; modules of your own are looked up in {os.getcwd()}" if module else ""
+        if f"{module}.".startswith(f"{getattr(error.__cause__, 'name', None)}."):  # Gymnasium raises it anew
+            return ConfigError(f"--env-id {env_id}: there is no module {module}{looked}")
         return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")
     if "entry_point is not specified" in text:
         return ConfigError(
-            f"--env-id {env_id} is registered only as a vector environment, which needs --vectorization torch "
-            "(decoupled scripts have no such)"
+            f"--env-id {env_id} is registered only as a vector environment: it needs --vectorization torch, in a "
+            "script that is not decoupled"
         )
     malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
     if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):
