@@ -3,6 +3,7 @@
 Ranks are forked as torchrun would start them; what launchers do is tested at the end, with launchers.
 """
 
+import copy
 import csv
 import errno
 import hashlib
@@ -338,7 +339,8 @@ def draw_update(algo: str, agent: Any, rb: ReplayBuffer, rng: torch.Generator) -
     """
     batches = rb.sample(1 if algo == "sac" else 2, 4, rng).columns
     noise = agent.head.noise((2, 4), rng)
-    return batches, noise, [] if algo == "sac" else [agent.drop(passes, 4, rng) for passes in (2, 1)]
+    kept = [] if algo == "sac" else [copy.deepcopy(agent.drop(passes, 4, rng)) for passes in (2, 1)]
+    return batches, noise, kept  # a copy, since masks hold until the next draw
 
 
 def side_by_side(*parts: Any) -> Any:
