@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from torch import Tensor
 
 from fabricrl import evaluate
@@ -582,3 +583,13 @@ def test_shorter_sequences_than_asked_for_are_told(train: Callable[..., Trained]
     assert "sequences have 1 step, not --sequence-length 16" in shorter.output
     as_asked = train(ppo_recurrent.main, *flags, "--sequence-length", 17, "--num-minibatches", 2)
     assert "sequences have" not in as_asked.output
+
+
+@pytest.mark.parametrize(("value", "kind"), [(0.0, EnvError), (float("nan"), NonFiniteError)])
+def test_an_environment_that_fails_after_nan_fails_for_that(value: float, kind: type[Exception]) -> None:
+    rb, no = TensorReplayBuffer(8, 2, Box(-1, 1, (3,), np.float32), 1, 0.9, 1, torch.device("cpu")), torch.zeros(2)
+    rb.start(torch.zeros(2, 3))
+    obs, ends = torch.full((2, 3), value), no.bool()
+    rb.add(torch.zeros(2, 1), obs, no, ends, ends, {"final_obs": obs})
+    with pytest.raises(kind), rb.checked():
+        raise EnvError("the motor is broken")

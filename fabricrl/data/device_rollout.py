@@ -12,6 +12,21 @@ from fabricrl.data.buffers import RolloutBuffer
 from fabricrl.utils.errors import EnvError, NonFiniteError
 
 
+@contextmanager
+def nan_before_failure(rb: Any) -> Iterator[None]:
+    """Raises NonFiniteError if an environment fails inside, and NaN or infinity has come from one before: that is why.
+
+    Args:
+        rb: what environments return, with `is_finite` and `find_nonfinite`.
+    """
+    try:
+        yield
+    except EnvError:
+        if not rb.is_finite():
+            raise NonFiniteError(rb.find_nonfinite()) from None
+        raise
+
+
 class DeviceRolloutBuffer(RolloutBuffer):
     """T steps of N environments that take and return tensors, on their device.
 
@@ -106,17 +121,9 @@ class DeviceRolloutBuffer(RolloutBuffer):
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Looks at nothing, which `Run.record_rollout` does with all that is logged, unless an environment has failed.
-
-        Raises:
-            NonFiniteError: it has, and NaN or infinity came from one before.
-        """
-        try:
+        """Looks at nothing, since `Run.record_rollout` looks, unless an environment fails inside."""
+        with nan_before_failure(self):
             yield
-        except EnvError:
-            if not self.is_finite():
-                raise NonFiniteError(self.find_nonfinite()) from None
-            raise
 
     def is_finite(self) -> Tensor:
         """True if environments have brought no NaN and no infinity in this rollout, as a tensor."""

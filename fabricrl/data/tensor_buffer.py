@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fabricrl.data.buffers import columns_of
 from fabricrl.data.device_buffer import MANY, DeviceReplayBuffer
-from fabricrl.utils.errors import EnvError, NonFiniteError
+from fabricrl.data.device_rollout import nan_before_failure
 
 ENDED = 256  # of the word that holds two flags: `terminated` is its first byte, `ended` its second
 
@@ -104,17 +104,9 @@ class TensorReplayBuffer(DeviceReplayBuffer):
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Looks at nothing, which `Run.record_step` does with all that is logged, unless an environment has failed.
-
-        Raises:
-            NonFiniteError: it has, and NaN or infinity came from one before.
-        """
-        try:
+        """Looks at nothing, since `Run.record_step` looks, unless an environment fails inside."""
+        with nan_before_failure(self):
             yield
-        except EnvError:
-            if not self.is_finite():
-                raise NonFiniteError(self.find_nonfinite()) from None
-            raise
 
     def is_finite(self) -> Tensor:
         """True if environments have brought no NaN and no infinity, as a tensor."""
