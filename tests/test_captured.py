@@ -179,6 +179,29 @@ def test_a_captured_run_is_the_run_that_is_not_and_records_nothing_after_its_sta
     assert eager.updates.recordings == 0
 
 
+@EVERY
+@pytest.mark.usefixtures("captured")
+def test_a_captured_run_acts_elsewhere_as_it_does_here(
+    name: str, train: Callable[..., Trained], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, flags = RUNS[name]
+    if name == "ppo_recurrent":  # the stand-in for graphs expects the same results of each operation
+        request.getfixturevalue("elementary")
+    here = train(main, *flags, *ENDING)
+    players: set[int] = set()
+    make_envs, player = Run.make_envs, Run.player
+
+    def make_envs_elsewhere(run: Run) -> Any:
+        run.player_device = torch.device("cpu", 0)  # to torch another one than "cpu"
+        return make_envs(run)
+
+    monkeypatch.setattr(Run, "make_envs", make_envs_elsewhere)
+    monkeypatch.setattr(Run, "player", lambda run, agent: players.add(id(player(run, agent))) or player(run, agent))
+    there = train(main, *flags, *ENDING)
+    assert torch.equal(there.weights, here.weights)
+    assert len(players) == 1
+
+
 @REPLAY
 @pytest.mark.usefixtures("captured", "on_device")
 def test_a_run_with_its_ring_on_the_device_is_the_same_resumed_and_goes_on_with_one_in_memory(

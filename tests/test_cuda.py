@@ -1,9 +1,12 @@
 """On a GPU every script does what it does on a CPU; where there is none, these tests are skipped."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,9 +16,12 @@ from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
+from fabricrl.data import DeviceReplayBuffer
 from fabricrl.models.distributions import TanhNormalHead
+from fabricrl.utils import Adam, average_gradients
 from fabricrl.utils import device as device_module
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, NonFiniteError
+from fabricrl.utils.update import Runner
 from tests.process import differences, load, run_team
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -206,8 +212,73 @@ def test_replay_changes_devices(algo: str, there: str, train: Callable[..., Any]
     assert torch.equal(*kept)
 
 
+@pytest.fixture
+def spoiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Some iterations after the graphs were captured, what a script learns from is NaN; the calls so far."""
+    calls: list[int] = []
+
+    def spoil(function: Callable[..., Any], part: int) -> Callable[..., Any]:
+        def spoils(*given: Any) -> Any:
+            calls.append(1)
+            if len(calls) >= (3 if part == 0 else 60):
+                given[part].fill(math.nan) if isinstance(given[part], np.ndarray) else given[part].fill_(math.nan)
+            return function(*given)
+
+        return spoils
+
+    for module in (ppo, ppo_recurrent):
+        monkeypatch.setattr(module, "gae", spoil(module.gae, 0))  # values
+    monkeypatch.setattr(DeviceReplayBuffer, "add", spoil(DeviceReplayBuffer.add, 3))  # rewards
+    return calls
+
+
+def test_nan_in_a_graph_ends_the_run_at_once(
+    run: Callable[..., Any], spoiled: list[int], request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(NonFiniteError):
+        run(*CUDA, "--log-every", 10**6, "--checkpoint-every", 10**6, "--total-timesteps", 10_000)
+    assert len(spoiled) <= (4 if "ppo" in request.node.name else 100)  # as soon as such a row has been drawn
+
+
+def test_a_run_captures_nothing_after_its_start(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs: list[tuple[Run, int]] = []
+    reset = Run.reset
+    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.updates.recordings)) or reset(run))
+    first = run(*CUDA, "--checkpoint-every", 32)
+    run("--resume", first.checkpoint.with_name(f"step_{64:012d}.ckpt"), "--log-dir", tmp_path / "resumed")
+    for made, at_start in runs:
+        assert made.updates.recordings == at_start > 0
+
+
+def test_ranks_are_averaged_inside_a_graph(tmp_path: Path) -> None:
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
+    try:
+        layer = torch.nn.Linear(3, 1, bias=False, device="cuda")
+        optimizer = Adam(layer.parameters(), 0.1)
+        pair: Any = SimpleNamespace(world_size=2)  # of which this one is there: the mean is half its own
+        runner = Runner(False, True, [layer], [optimizer])
+
+        def update(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            optimizer.zero_grad()
+            loss = layer(x).sum()
+            loss.backward()
+            return average_gradients(pair, optimizer, loss[None]), optimizer.gradient
+
+        captured = runner.captured(update)
+        for x in torch.randn(3, 5, 3, device="cuda"):
+            loss, gradient = captured(x)
+            torch.testing.assert_close(gradient, x.sum(0) / 2)
+            torch.testing.assert_close(loss, layer(x).sum()[None].detach() / 2)
+        assert runner.recordings == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_more_gpus_than_there_are(run: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="cannot be had"):
+    with pytest.raises(ConfigError, match="is not available here"):
         run(*CUDA, "--devices", torch.cuda.device_count() + 1)
 
 

@@ -415,8 +415,9 @@ class Run:
                         rollout()
             elif self.captures and self._envs is not None:
                 agent = self._parts["agent"]
+                player = self.player(agent)
                 with torch.inference_mode():
-                    self.act(self.player(agent), *example_inputs(self, agent))
+                    self.act(player, *example_inputs(self, agent))
             yield
         if (agent := self._parts.get("agent")) is not None and getattr(agent, "reward_normalizer", None) is not None:
             agent.reward_normalizer.discounted = None

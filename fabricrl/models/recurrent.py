@@ -190,7 +190,7 @@ def _opaque_backward(grad: Tensor, number: Tensor, x: Tensor, weights: list[Tens
     outputs, leaves = _tapes.pop(int(number))
     with _autograd_again():
         grads = torch.autograd.grad(outputs, leaves, grad)
-    return [part.contiguous() for part in grads]
+    return [part.clone(memory_format=torch.contiguous_format) for part in grads]  # cuDNN's are views of one vector
 
 
 @_opaque_forward.register_fake
