@@ -15,16 +15,21 @@ WARM_UP, ACTS = 20, 100  # the first ones choose kernels, or capture them
 
 
 def example_inputs(run: Any, agent: Any) -> list[Tensor | None]:
-    """Something to act on: observations, the memory if it has one, noise, and on-policy the mask of actions."""
-    num_envs, space = run.args.num_envs, run.obs_space
+    """Something to act on: observations, the memory if it has one, noise, and on-policy the mask of actions.
+
+    Each lies where it does in a run: noise on the CPU; the rest on-policy where the policy acts, as rollouts do.
+    """
+    num_envs, space, on_policy = run.args.num_envs, run.obs_space, hasattr(run.args, "num_steps")
+    where = run.player_device if on_policy else torch.device("cpu")
     kind = torch.uint8 if space.dtype == np.uint8 else torch.float32
     shape = num_envs, *getattr(agent, "obs_shape", space.shape)
-    inputs: list[Tensor | None] = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", kind))]
-    inputs += [torch.zeros(num_envs, agent.memory_size)] if hasattr(agent, "memory_size") else []
+    inputs: list[Tensor | None] = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", kind), device=where)]
+    inputs += [torch.zeros(num_envs, agent.memory_size, device=where)] if hasattr(agent, "memory_size") else []
     inputs.append(agent.head.noise((num_envs,), torch.Generator().manual_seed(0)))
-    if not hasattr(run.args, "num_steps"):
+    if not on_policy:
         return inputs
-    return [*inputs, torch.ones(num_envs, run.mask_size, dtype=torch.bool) if run.mask_size else None]
+    masked = torch.ones(num_envs, run.mask_size, dtype=torch.bool, device=where) if run.mask_size else None
+    return [*inputs, masked]
 
 
 def faster_device(run: Any, agent: Any) -> torch.device:
@@ -32,10 +37,11 @@ def faster_device(run: Any, agent: Any) -> torch.device:
 
     Leaves `run.player_device` as it was.
     """
-    inputs, before, seconds = example_inputs(run, agent), run.player_device, {}
+    before, seconds = run.player_device, {}
     with torch.inference_mode():
         for device in (torch.device("cpu"), run.fabric.device):
             run.player_device, player = device, copy.deepcopy(agent).to(device)
+            inputs = example_inputs(run, agent)
             for acts in (WARM_UP, ACTS):
                 started = time.perf_counter()
                 for _ in range(acts):

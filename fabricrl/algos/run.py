@@ -53,7 +53,7 @@ from fabricrl.envs.structure import check_spaces, structure_of
 from fabricrl.envs.tensors import takes_tensors
 from fabricrl.models.recurrent import common_length
 from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
-from fabricrl.utils.device import to_device, to_host
+from fabricrl.utils.device import Places, to_device, to_host
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
@@ -210,6 +210,7 @@ class Run:
         self._player: nn.Module | None = None
         self._acts: dict[nn.Module, Callable[..., Any]] = {}  # captured
         self._health: Tensor | None = None
+        self._places: Places = {}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Closes the environments and prints the result, unless something has gone wrong."""
@@ -445,8 +446,8 @@ class Run:
         """Notes, where they are, if these and all parameters are finite: `on_host` finds out. May be captured."""
         if self._health is None:
             self._health = torch.zeros((), device=self.fabric.device)
-        for values in (*metrics, *(optimizer.flat.vector for optimizer in self._optimizers)):
-            self._health += 0.0 * values.sum()  # 0, or NaN for good
+        watched = (*metrics, *(optimizer.flat.vector for optimizer in self._optimizers))
+        self._health += 0.0 * torch.cat([values.reshape(-1) for values in watched]).sum()  # 0, or NaN for good
 
     # --- acting
 
@@ -482,7 +483,8 @@ class Run:
             noise = 2 * torch.rand(*shape, head.num_actions, generator=rng, device=rng.device) - 1
         else:
             noise = head.noise(shape, rng)
-        return self.to_device(self.own_noise(noise, 1), self.player_device)
+        noise = self.own_noise(noise, 1)
+        return noise if self.captures and not self.tensors else self.to_device(noise, self.player_device)
 
     def take_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
         """Calls `take_step(run, player, envs, rb, t, noise[t])` for each step t of a rollout.
@@ -533,21 +535,25 @@ class Run:
         act = player.act
         if (self.player_device.type == "cpu" and not self.captures) or (self.tensors and self._envs.env.is_code):
             return act(*inputs)
-        if self.captures and self.player_device == self.fabric.device:
-            if player not in self._acts:
-                self._acts[player] = self.captured(act)
-            act = self._acts[player]
-        return act(*(t if t is None else to_device(t, self.player_device) for t in inputs))
+        if not (self.captures and self.player_device == self.fabric.device):
+            return act(*(t if t is None else to_device(t, self.player_device) for t in inputs))
+        if player not in self._acts:
+
+            def act_there(*inputs: Tensor | None) -> Any:  # what is on the CPU travels inside the graph
+                return act(*(t if t is None else t.to(self.player_device, non_blocking=True) for t in inputs))
+
+            self._acts[player] = self.captured(act_there)
+        return self._acts[player](*inputs)
 
     def on_host(self, values: Tensor) -> Tensor:
-        """Brings values to the CPU: the one wait for a GPU in a step.
+        """Brings values to the CPU: the one wait for a GPU in a step. They are there until the next come.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite since an update that was watched.
         """
         if self._health is None:
-            return values if values.device.type == "cpu" else to_host(values)[0]
-        values, health = to_host(values, self._health)
+            return values if values.device.type == "cpu" else to_host(values, places=self._places)[0]
+        values, health = to_host(values, self._health, places=self._places)
         if health != 0:
             self.losses.update(self.look())
         return values

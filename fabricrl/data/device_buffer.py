@@ -66,6 +66,10 @@ class DeviceReplayBuffer:
         self._newest = ReplayBuffer(
             num_envs, num_envs, obs_space, num_actions
         )  # one row, and what the next begins with
+        self._leaving = None  # a step on its way to the device
+        if pinned(device):
+            self._leaving = torch.empty(num_envs, self._words.shape[1], dtype=self._words.dtype, pin_memory=True)
+            self._has_left = torch.cuda.Event()
         self._steps = torch.zeros((), dtype=torch.int64, device=device)  # stored so far; says what is filled
         self.position = self.size = 0
 
@@ -80,9 +84,12 @@ class DeviceReplayBuffer:
         row = self._newest.position
         self._newest.add(*step, **infos)
         records = self._newest.records(row)
-        if pinned(self.device):
-            records = records.pin_memory()
+        if self._leaving is not None:
+            self._has_left.synchronize()  # what left with the step before
+            records = self._leaving.copy_(records)
         self._words[self._row(self.position)].copy_(records, non_blocking=True)
+        if self._leaving is not None:
+            self._has_left.record()
         self.position, self.size = (self.position + 1) % self._rows, min(self.size + 1, self.capacity)
         self._count_steps()
 

@@ -1,5 +1,6 @@
 """Adam over one vector: at the widths of control policies an optimizer step costs calls, not arithmetic."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ class FlatState:
         self.steps = torch.zeros(len(parameters))  # that each parameter has taken
         self.equal_steps = True
         self.grad: Tensor | None = None
+        self.part_size = sum(self.sizes)  # of what a step moves at once
         self.join()
 
     @torch.no_grad()
@@ -32,6 +34,8 @@ class FlatState:
         for parameter, part in zip(self.parameters, self.vector.split(self.sizes), strict=True):
             parameter.data = part.view_as(parameter)
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        if self.vector.device.type == "cuda":  # whose kernel gives a part to each multiprocessor, of 32 at a time
+            self.part_size = max(1024, math.ceil(len(self.vector) / 32 / 1024) * 1024)
         self.exp_avg, self.exp_avg_sq = (
             moment.to(self.vector, copy=True) for moment in (self.exp_avg, self.exp_avg_sq)
         )
@@ -127,7 +131,9 @@ class Adam(torch.optim.Optimizer):
         taken = 1.0 if overflow is None else 1.0 - overflow
         if flat.equal_steps:
             flat.steps += taken
-            self._move([[column] for column in columns], [flat.steps[0]], overflow)
+            size = len(flat.vector) if is_recording() else flat.part_size
+            parts = [list(column.split(size)) for column in columns]
+            self._move(parts, [flat.steps[0]] * len(parts[0]), overflow)
         else:
             split = [column.split(flat.sizes) for column in columns] + [flat.steps.unbind()]
             *parts, steps = ([part for part, u in zip(column, used, strict=True) if u] for column in split)

@@ -143,8 +143,10 @@ class Runner:
         return run
 
     def _capture_variant(self, function: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
-        held = [tensor.clone() for tensor in inputs]
+        held = [own_copy(tensor) for tensor in inputs]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        reads_host = torch.cuda.is_available() and any(tensor.device.type == "cpu" for tensor in inputs)
+        has_read = torch.cuda.Event() if reads_host else None
         for generator in self.generators:
             if generator.device.type == "cuda":
                 graph.register_generator_state(generator)
@@ -159,12 +161,23 @@ class Runner:
                 outputs = function(held)
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
+            if has_read is not None:  # what the last replay reads is written over now
+                has_read.synchronize()
             if held:
                 torch._foreach_copy_(held, tensors)
             graph.replay()
+            if has_read is not None:
+                has_read.record()
             return [output.clone() for output in outputs]  # the next replay writes over them
 
         return run
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy of which a graph reads; what lies on the CPU is pinned, so that the graph itself takes it to the GPU."""
+    if tensor.device.type != "cpu" or not torch.cuda.is_available():
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 class _Recorded:
@@ -175,12 +188,15 @@ class _Recorded:
         self._variants: dict[Any, _Variant] = {}
 
     def __call__(self, *args: Any) -> Any:
-        leaves, structure = pytree.tree_flatten(args)
+        leaves: Sequence[Any] = args
+        structure = None
+        if not all(isinstance(arg, Tensor) or _is_plain(arg) for arg in args):  # looking for structure takes its time
+            leaves, structure = pytree.tree_flatten(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        kinds = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        kinds = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         key = kinds, structure, self._runner.branches
         if key not in self._variants:
-            self._variants[key] = self._recorded(leaves, structure, tensors)
+            self._variants[key] = self._recorded(*pytree.tree_flatten(args), tensors)
         variant = self._variants[key]
         outputs = variant.run(tensors)
         self._runner.branches = variant.branches
@@ -209,6 +225,11 @@ class _Recorded:
             run = self._record(function, tensors)
         self._runner.recordings += 1
         return _Variant(run, *ends)
+
+
+def _is_plain(arg: Any) -> bool:
+    """Tells if an argument is a number or nothing, or a tuple of such."""
+    return arg is None or isinstance(arg, int) or (type(arg) is tuple and all(map(_is_plain, arg)))
 
 
 class _Variant(NamedTuple):
