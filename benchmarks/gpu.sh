@@ -7,7 +7,7 @@
 # It takes the PyTorch that python3 (or $PYTHON) has, and puts what is missing beside it, into .venv-gpu. Where nothing
 # can be fetched, have the wheels of these packages in .wheels (or $WHEELS):
 #
-#     pip download --dest .wheels --only-binary :all: --python-version 3.12 gymnasium mujoco tyro ...
+#     pip download --dest .wheels --only-binary :all: --python-version 3.12 gymnasium pygame-ce mujoco tyro ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results} wheels=${WHEELS:-.wheels} python=.venv-gpu/bin/python
@@ -17,13 +17,18 @@ deadline=$((SECONDS + 470))
 # What is left of the eight minutes, at most $1 seconds of it
 within() { local left=$((deadline - SECONDS)) && echo $((left < 1 ? 1 : left < $1 ? left : $1)); }
 
-[ -x $python ] || "${PYTHON:-python3}" -m venv --system-site-packages .venv-gpu
+if [ ! -x $python ]; then
+    "${PYTHON:-python3}" -m venv .venv-gpu
+    # What python3 has is there already, also where it belongs to a virtual environment itself
+    "${PYTHON:-python3}" -c 'import site, sysconfig; print(sysconfig.get_path("purelib"), *site.getsitepackages(), sep="\n")' \
+        >"$($python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+fi
 $python - <<'END' >.venv-gpu/packages.txt
 import tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 needed = project["dependencies"] + project["optional-dependencies"]["mujoco"] + ["pytest", "pytest-xdist"]
-print(*(package for package in needed if not package.startswith("torch")), sep="\n")
+print(*(package for package in needed if not package.startswith(("torch", "moviepy"))), sep="\n")
 END
 source=$([ -d "$wheels" ] && echo "--no-index --find-links $wheels" || true)
 # shellcheck disable=SC2086
