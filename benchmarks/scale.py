@@ -91,9 +91,9 @@ class Meter:
     def record(self, packet: Any) -> tuple[int, float]:
         """Counts a record that is sent from one end to the other."""
         self.totals["records"] += 1
-        self.totals["record_bytes"] += packet.buffer.nbytes
+        self.totals["record_bytes"] += packet.message.nbytes
         self.totals["weights"] += packet.tensors[-1].nbytes if packet.name == "Answer" else 0
-        return 1, packet.buffer.nbytes
+        return 1, packet.message.nbytes
 
     def mark(self) -> None:
         """Notes where the counts stand, once an iteration."""

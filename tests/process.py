@@ -287,15 +287,18 @@ def run(*arguments: object, cwd: Path = ROOT, variables: dict[str, str] | None =
         return running.finish()
 
 
-def wait_for(condition: Callable[[], Any], running: Running) -> Any:
-    """Waits until `condition` holds, and returns its value; fails if the command has ended before."""
+def wait_for(condition: Callable[[], Any], *running: Running) -> Any:
+    """Waits until `condition` holds, and returns its value; fails if one of the commands has ended before."""
     deadline = time.monotonic() + LIMIT
     while not (value := condition()):
-        if running.process.poll() is not None or time.monotonic() > deadline:
-            running.code = running.process.returncode
-            running.kill()
-            running.out, running.err = running.process.communicate()
-            raise AssertionError(f"ended too early, or waited in vain\n{running.report()}")
+        if time.monotonic() > deadline or any(one.process.poll() is not None for one in running):
+            for one in running:
+                one.code = one.process.returncode
+            for one in running:
+                one.kill()
+                one.out, one.err = one.process.communicate()
+            reports = "\n".join(one.report() for one in running)
+            raise AssertionError(f"ended too early, or waited in vain\n{reports}")
         time.sleep(0.02)
     return value
 

@@ -44,6 +44,7 @@ from fabricrl.utils.decoupled import (
     Order,
     Packet,
     Ready,
+    Rows,
     State,
     make_groups,
     player_device,
@@ -141,6 +142,30 @@ def test_fields_do_not_overlap_and_lie_where_their_type_can_be_read() -> None:
         assert end <= start < stop <= len(packet.buffer)
     needed = sum(tensor.numel() * tensor.itemsize for tensor in packet.tensors)
     assert len(packet.buffer) <= needed + 8 * (len(packet.tensors) + 2), "more travels than has to"
+
+
+class Tail(NamedTuple):
+    """A record that ends with rows."""
+
+    number: int
+    last: Rows
+
+
+def test_rows_that_are_not_there_do_not_travel() -> None:
+    declared = Tail(0, Rows(torch.zeros(4, 3)))
+    sent, received = Packet(declared), Packet(declared)
+    for count in (2, 0, 4, 1):
+        rows = torch.arange(3.0 * count).view(count, 3) + 1
+        sent.fill(Tail(count, Rows(rows)))
+        assert len(sent.message) == 8 + 8 + 12 * count  # flags and number are as long as ever
+        received.buffer.zero_()[: len(sent.message)] = sent.message
+        found = received.read()
+        assert found.number == count
+        assert torch.equal(found.last.tensor[:count], rows)
+        assert not found.last.tensor[count:].any()
+    for rows in (torch.zeros(5, 3), torch.zeros(2, 4)):
+        with pytest.raises(AssertionError, match="Tail"):
+            sent.fill(Tail(0, Rows(rows)))
 
 
 def test_filling_copies() -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import os
 import random
 import signal
 import socket
@@ -128,22 +127,17 @@ def test_torchrun_starts_a_run_again_of_which_any_rank_was_killed(straight: Call
     assert differences(learned(whole.result["checkpoint"]), learned(ended.result["checkpoint"])) == []
 
 
-@pytest.mark.parametrize(
-    "returns",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.skipif("ELASTIC" not in os.environ, reason="ELASTIC=1; it has hung once")),
-    ],
-)
-def test_a_node_may_leave_and_return(returns: bool, tmp_path: Path) -> None:
+def test_a_node_may_leave_and_return(tmp_path: Path) -> None:
     """Each of 1 to 2 nodes has a rank, to which 2 environments were given: 4 in all, of which one may play all.
 
-    PyTorch 2.13 tells a node that joins a running job of no store, unless that is opened anew (pytorch#135712).
+    PyTorch 2.13 tells a node that joins a running job of no store, unless that is opened anew (pytorch#135712). A node
+    counts as dead after 20 seconds of silence: it shows itself every second, or two where it waits for others, so that
+    3 seconds are too few on a busy machine. What is taken for dead is not told so, and goes on beside the next round.
     """
     meeting = ["--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 3, "--local-addr", "127.0.0.1"]
     port = free_port()
     meeting += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-    meeting += ["--rdzv-conf", "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3"]
+    meeting += ["--rdzv-conf", "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=20"]
     flags = ["--num-envs", 2, "--num-steps", 32, "--total-timesteps", 1_000_000_000, "--checkpoint-every", 256]
     line = [command("torchrun"), *meeting, PPO, *flags, "--resume", "auto", "--log-dir", tmp_path]
 
@@ -168,16 +162,13 @@ def test_a_node_may_leave_and_return(returns: bool, tmp_path: Path) -> None:
     with started(*line, variables=anew) as first:
         wait_for(listens, first)  # whoever comes first keeps the place where they meet, and has to stay
         with started(*line, variables=anew) as second:
-            together = wait_for(saved_by(2, after=0), first)
+            together = wait_for(saved_by(2, after=0), first, second)
             second.kill()
         alone = wait_for(saved_by(1, after=together), first)
-        nodes = [first]
-        with contextlib.ExitStack() as stack:
-            if returns:
-                nodes.append(stack.enter_context(started(*line, variables=anew)))
-                wait_for(saved_by(2, after=alone), first)
-            for node in nodes:
+        with started(*line, variables=anew) as third:
+            wait_for(saved_by(2, after=alone), first, third)
+            for node in (first, third):
                 node.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
-            for node in nodes:
+            for node in (first, third):
                 node.finish()
     assert len(list(tmp_path.glob("*/*/*/args.json"))) == 1

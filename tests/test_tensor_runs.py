@@ -22,6 +22,7 @@ from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac, sac_decoupled
 from fabricrl.algos.sac.args import SACArgs
+from fabricrl.algos.underway import Underway
 from fabricrl.data import DeviceRecurrentRolloutBuffer, RecurrentRolloutBuffer, ReplayBuffer, TensorReplayBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.spaces import rescale_actions
@@ -456,6 +457,31 @@ def test_a_resumed_run_of_two_ranks_is_the_straight_run_to_the_bit(algo: str, tm
     assert load(end)["envs"]["obs"].shape[:2] == (2, 2)
     for name in ("agent", "envs", "generators"):
         assert differences(load(end)[name], load(more)[name]) == [], name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_envs", "going_on", "said"),
+    [
+        (2, 3, 2, ""),
+        (1, 3, 1, ""),
+        (4, 3, 2, "episodes: on 2 of 4 ranks they go on, on the others they begin anew\n"),
+        (2, 6, 0, "episodes: all begin anew\n"),
+    ],
+)
+def test_rank_0_says_on_how_many_ranks_episodes_go_on(
+    ranks: int, num_envs: int, going_on: int, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    """A checkpoint has episodes of two ranks with three environments each."""
+    state = {"obs": torch.zeros(2, 3, 4), "returns": torch.ones(2, 3), "lengths": torch.ones(2, 3), "device": "cpu"}
+    envs: Any = SimpleNamespace(load_state_dict=lambda own: None)
+    rb: Any = SimpleNamespace(running=lambda: {"obs": torch.zeros(num_envs, 4)}, go_on=lambda own: None)
+    for rank in reversed(range(ranks)):  # rank 0 is the last
+        assert capsys.readouterr().err == ""
+        fabric: Any = SimpleNamespace(global_rank=rank, world_size=ranks, device=CPU)
+        underway = Underway(fabric, envs, num_envs, 0)
+        assert underway.load_state_dict(state, rb, None, None) == (rank < going_on)
+        assert underway.episodes.lengths.sum() == num_envs * (rank < going_on)
+    assert capsys.readouterr().err == said
 
 
 @ALGOS

@@ -227,7 +227,6 @@ def test_the_lightning_command_waits_no_longer_and_hears_signals(
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     monkeypatch.setattr(peers_module, "ROLL_CALL", 0.3)
     return open_store("127.0.0.1", 0, "MASTER_PORT")
 
@@ -253,7 +252,7 @@ def test_of_ranks_that_wait_the_first_to_ask_tells_which_have_not_come(join: Cal
 
 def test_a_process_that_has_ended_is_told_from_one_that_is_late(join: Callable[..., Peers], store: TCPStore) -> None:
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as other:
-        store.set("fabricrl/0/lives/1", f"0 {other.pid} {peers_module._machine()}")
+        store.set("fabricrl/lives/1", f"0 {other.pid} {peers_module._machine()}")
         own = join(0, world_size=2)
         assert own.roll_call()[0].endswith("is running, but has not reached the point where the others wait")
         os.kill(other.pid, signal.SIGSTOP)
@@ -266,7 +265,7 @@ def test_a_process_that_has_ended_is_told_from_one_that_is_late(join: Callable[.
 
 
 def test_of_a_rank_elsewhere_it_is_known_that_it_does_not_answer(join: Callable, store: TCPStore) -> None:
-    store.set("fabricrl/0/lives/1", "0 12 elsewhere 34")
+    store.set("fabricrl/lives/1", "0 12 elsewhere 34")
     assert join(0, world_size=2).roll_call()[0] == "rank 1, process 12 of elsewhere, does not answer"
 
 
@@ -277,10 +276,10 @@ def test_of_those_that_are_missing_the_ones_that_have_ended_or_gone_quiet_are_na
     with subprocess.Popen([sys.executable, "-c", ""]) as other:
         pass
     own = join(0)
-    store.set("fabricrl/0/lives/1", "0 12 elsewhere 34")
-    store.set("fabricrl/0/lives/2", f"0 {other.pid} {peers_module._machine()}")
+    store.set("fabricrl/lives/1", "0 12 elsewhere 34")
+    store.set("fabricrl/lives/2", f"0 {other.pid} {peers_module._machine()}")
     assert own.roll_call()[0].endswith(f"process {other.pid} of {peers_module._machine().split()[0]}, has ended")
-    store.set("fabricrl/0/lives/2", "0 13 elsewhere 34")
+    store.set("fabricrl/lives/2", "0 13 elsewhere 34")
     own.look()
     own._changed[1] -= 1000.0  # seconds
     assert own.roll_call()[0] == "rank 1, process 12 of elsewhere, does not answer"
@@ -291,7 +290,7 @@ def test_a_job_that_was_suspended_as_a_whole_has_not_waited(
 ) -> None:
     own = join(0, world_size=2)
     own.close()
-    store.set("fabricrl/0/lives/1", "0 12 elsewhere 34")
+    store.set("fabricrl/lives/1", "0 12 elsewhere 34")
     own.look()
     pauses = iter([False, True])
     own._over = SimpleNamespace(wait=lambda seconds: next(pauses), set=lambda: None)
@@ -301,13 +300,16 @@ def test_a_job_that_was_suspended_as_a_whole_has_not_waited(
     assert own._clock == 2 * own._often
 
 
-def test_a_launcher_that_starts_ranks_again_counts_none_of_those_before(
-    join: Callable, monkeypatch: pytest.MonkeyPatch
+def test_nodes_of_which_one_has_been_started_again_see_each_other(
+    join: Callable[..., Peers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    join(1)
+    """torchrun counts the restarts of each node by itself: of one that has just joined there were none."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    other = join(1, world_size=2)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     own = join(0, world_size=2)
-    assert own.roll_call() == ("rank 1 has not come", True)
+    assert "has not reached the point where the others wait" in own.roll_call()[0]
+    assert other.roll_call() == ("", False)
 
 
 def test_signs_of_life_are_heard_and_missed(join: Callable[..., Peers], store: TCPStore) -> None:

@@ -1,5 +1,6 @@
 """Episodes under way in environments that are tensors."""
 
+import sys
 from typing import Any
 
 import torch
@@ -90,11 +91,16 @@ class Underway:
     def load_state_dict(self, state: dict[str, Any], rb: Storage, normalizer: Any, rng: torch.Generator | None) -> bool:
         """Goes on where another run has saved its environments, and ended `rb`; whether it does.
 
-        New episodes begin where those were others, or on another kind of device.
+        New episodes begin on ranks that were not there, and where environments of a rank were others, or on another
+        kind of device. Rank 0 says so.
         """
-        rank, obs = self._fabric.global_rank, rb.running()["obs"]
-        fits = state["device"] == obs.device.type and rank < len(state["obs"]) and state["obs"][rank].shape == obs.shape
-        if not fits:
+        rank, ranks, obs = self._fabric.global_rank, self._fabric.world_size, rb.running()["obs"]
+        fits = state["device"] == obs.device.type and state["obs"].shape[1:] == obs.shape
+        going_on = min(len(state["obs"]), ranks) if fits else 0
+        if rank == 0 and going_on < ranks:
+            who = f"on {going_on} of {ranks} ranks they go on, on the others they" if going_on else "all"
+            print(f"episodes: {who} begin anew", file=sys.stderr, flush=True)
+        if rank >= going_on:
             return False
         # Clones, since a generator reads its state from the beginning of the storage
         own = {name: value[rank].clone() for name, value in state.items() if name != "device"}

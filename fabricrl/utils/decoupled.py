@@ -83,6 +83,15 @@ class State(NamedTuple):
     learned: list[Tensor]  # optimizers' moments, and parameters that players do not have as they are
 
 
+class Rows(NamedTuple):
+    """The end of a record: as many rows of a tensor as it was declared with, or fewer.
+
+    The message is so much shorter; other fields tell how many there are.
+    """
+
+    tensor: Tensor  # [R, ...]
+
+
 class EndedByPeerError(RunError):
     """Ends a rank because of another one, which has told why and knows what to do itself; without text."""
 
@@ -153,12 +162,17 @@ class Packet:
     Args:
         record: the NamedTuple that declares the fields, with batches, lists and other records in it. Numbers travel as
             64 bits, tensors as they are in shape and type; a tensor that is None when it is sent is None at the other
-            end.
+            end. The last may be `Rows`.
+
+    Attributes:
+        message: what of the buffer travels; all, but for rows that are not there.
     """
 
     def __init__(self, record: Any) -> None:
         leaves, self._spec = pytree.tree_flatten(record)
         self.name = type(record).__name__
+        ends = pytree.tree_leaves(record, is_leaf=lambda node: isinstance(node, Rows))
+        self._has_rows = isinstance(ends[-1], Rows)
         leaves = [torch.zeros(0) if leaf is None else leaf for leaf in leaves]
         self._numbers = [not isinstance(leaf, Tensor) for leaf in leaves]
         examples = [torch.ones(len(leaves), dtype=torch.bool)]  # which are not None
@@ -172,13 +186,19 @@ class Packet:
             views.append(self.buffer[offset : offset + size].view(example.dtype).view(example.shape))
             offset += -(-size // 8) * 8
         self._present, *self.tensors = views
+        self.message, self._start_of_rows = self.buffer, offset - -(-sizes[-1] // 8) * 8
 
     def fill(self, record: Any) -> "Packet":
         """Writes a record into the buffer, with the fields and shapes, and in the types that were declared."""
         leaves, spec = pytree.tree_flatten(record)
         assert spec == self._spec, f"{self.name} has other fields than declared: {spec}"
         self._present.copy_(torch.tensor([leaf is not None for leaf in leaves]))
-        for view, leaf in zip(self.tensors, leaves, strict=True):
+        views = self.tensors
+        if self._has_rows:
+            *whole, room = views
+            rows = room[: len(leaves[-1])]
+            views, self.message = [*whole, rows], self.buffer[: self._start_of_rows + rows.nbytes]
+        for view, leaf in zip(views, leaves, strict=True):
             if isinstance(leaf, Tensor):
                 assert view.shape == leaf.shape, f"a field of {self.name} is {list(leaf.shape)}, not {list(view.shape)}"
                 view.copy_(leaf)
@@ -229,7 +249,7 @@ class Channel:
     def send(self, packet: Packet, to: int, iteration: int) -> None:
         """Sends a packet under its record's name."""
         with self._naming(packet.name, to, iteration, "to"):
-            work = torch.distributed.isend(packet.buffer, to, group=self._group, tag=tag(packet.name))
+            work = torch.distributed.isend(packet.message, to, group=self._group, tag=tag(packet.name))
         self._sent.append((work, packet.name, to, iteration))
         self._settle(self._capacity)
 
@@ -237,6 +257,7 @@ class Channel:
         """The next record of the packet's name, once it has come; the next one overwrites its tensors."""
         started = time.perf_counter()
         with self._naming(packet.name, source, iteration, "from"):
+            # Gloo takes a message that is shorter than the buffer
             torch.distributed.recv(packet.buffer, source, group=self._group, tag=tag(packet.name))
         self.waited += time.perf_counter() - started
         return packet.read()

@@ -22,6 +22,7 @@ MINUTES = 10.0  # that a rank waits for another, unless it is told otherwise
 OFTEN = 5.0  # seconds between two signs of life, at most
 ROLL_CALL = 2.0  # seconds in which a rank that waits says so when it is asked
 STUCK = 2.0  # seconds after which a thread whose question to the store stays without answer is left behind
+TOLD = "fabricrl/told"  # counts those that have asked which rank is missing
 LAST_RESORT = 30.0  # seconds after the time is up in which the main thread should have noticed
 
 
@@ -46,7 +47,7 @@ def process_state(pid: int) -> str:
 
 
 class Peers:
-    """The ranks as they show themselves in the store where they meet.
+    """The ranks as they show themselves in the store where they meet, which is of this attempt alone.
 
     A thread notes there every few seconds that this rank lives, and when the others have last done so. Gloo gives up
     by itself where a rank does not come; NCCL in a CUDA graph does not, and there the thread ends the process.
@@ -67,7 +68,6 @@ class Peers:
         self.rank, self.world_size, self.seconds = rank, world_size, patience(minutes).total_seconds()
         self._place, self._keeps_store = (address, port), keeps_store
         self._often = min(OFTEN, self.seconds / 8)
-        self._prefix = f"fabricrl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._signs: dict[int, str] = {}  # of life, by rank: a number that grows, and where the rank is
         self._clock, self._changed = 0.0, dict.fromkeys(range(world_size), 0.0)
         self._looked, self._was_away = time.monotonic(), False
@@ -108,7 +108,7 @@ class Peers:
         return waited(self.seconds)
 
     def _key(self, what: str, rank: int) -> str:
-        return f"{self._prefix}/{what}/{rank}"
+        return f"fabricrl/{what}/{rank}"
 
     # --- signs of life, in a thread of their own
 
@@ -204,7 +204,7 @@ class Peers:
             missing = gone or quiet or missing
             text = "; ".join(map(self._describe, missing))
             time.sleep(1.0 if self._is_away() else 0.0)  # those that were not know more
-            answer.append((missing, text, store.add(f"{self._prefix}/told", 1) == 1))
+            answer.append((missing, text, store.add(TOLD, 1) == 1))
         except (OSError, RuntimeError):
             return
 
@@ -213,7 +213,7 @@ class Peers:
         living = self.world_size - len(self._others(lambda rank: not self._signs.get(rank) or self._is_gone(rank)))
         deadline = time.monotonic() + ROLL_CALL
         with contextlib.suppress(RuntimeError):
-            while self._store.add(f"{self._prefix}/told", 0) < living and time.monotonic() < deadline:
+            while self._store.add(TOLD, 0) < living and time.monotonic() < deadline:
                 time.sleep(0.02)
 
     def _others(self, condition: Callable[[int], bool]) -> list[int]:

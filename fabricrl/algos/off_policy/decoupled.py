@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from fabricrl.algos.decoupled import Trainers
 from fabricrl.algos.off_policy.utils import BLOCK, check_buffer
 from fabricrl.algos.run import Run
 from fabricrl.data import NewestSteps, Replay
+from fabricrl.utils.decoupled import Rows
 from fabricrl.utils.utils import require
 
 
@@ -32,13 +34,20 @@ class Steps(NamedTuple):
     terminated: Tensor  # [S, n]
     truncated: Tensor  # [S, n]
     next_obs: Tensor  # [S, n, ...]
-    final_obs: Tensor  # [S, n, ...], where an episode has ended
+    final_obs: Rows  # [E, ...], of the episodes that have ended, environment by environment
+
+    @property
+    def ended(self) -> np.ndarray:
+        """Tells which of the steps that are there have ended an episode, [n, filled]."""
+        ended: np.ndarray = self.terminated.numpy() | self.truncated.numpy()
+        return ended[: self.filled].T
 
     def joined(self, others: "list[Steps]") -> "Steps":
         """The same steps of several players, their environments side by side."""
-        names = ("actions", "rewards", "terminated", "truncated", "next_obs", "final_obs")
-        columns: Any = {name: torch.cat([getattr(part, name) for part in (self, *others)], 1) for name in names}
-        return self._replace(**columns)
+        parts, names = (self, *others), ("actions", "rewards", "terminated", "truncated", "next_obs")
+        columns: Any = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
+        final_obs = torch.cat([part.final_obs.tensor[: part.ended.sum()] for part in parts])
+        return self._replace(**columns, final_obs=Rows(final_obs))
 
 
 def declare_steps(run: Run, agent: Any, count: int) -> Steps:
@@ -46,7 +55,8 @@ def declare_steps(run: Run, agent: Any, count: int) -> Steps:
     trainers = run.fabric.world_size if run.trainers is None else run.trainers.count
     num_envs = run.given.num_envs // (run.given.players * trainers)
     rb = NewestSteps(count, num_envs, run.obs_space, agent.head.num_actions)
-    return Steps((0, 0), 0, normalizer_state(agent), **rb.steps)
+    columns = rb.steps | {"final_obs": Rows(rb.steps["final_obs"].flatten(0, 1))}
+    return Steps((0, 0), 0, normalizer_state(agent), **columns)  # type: ignore[arg-type]
 
 
 def divide(rb: Replay, agent: Any, trainers: Trainers, due: tuple[int, int] = (0, 0)) -> Iterator[Steps]:
@@ -56,7 +66,9 @@ def divide(rb: Replay, agent: Any, trainers: Trainers, due: tuple[int, int] = (0
     envs = (own.stop - own.start) // trainers.count
     for first in range(own.start, own.stop, envs):
         columns = {name: column[:size, first : first + envs] for name, column in rb.steps.items()}
-        yield Steps(due, rb.waiting, normalizer_state(agent), **columns)
+        steps = Steps(due, rb.waiting, normalizer_state(agent), **columns)  # type: ignore[arg-type]
+        final_obs = columns["final_obs"].numpy()[: rb.waiting].swapaxes(0, 1)  # [n, filled, ...]
+        yield steps._replace(final_obs=Rows(torch.from_numpy(final_obs[steps.ended])))
     rb.sent()
 
 
@@ -67,7 +79,9 @@ def store(rb: Replay, agent: Any, steps: Steps) -> None:
     if steps.filled == 0:
         rb.start(steps.next_obs[0].numpy())
     names = ("actions", "next_obs", "rewards", "terminated", "truncated")
-    columns, final_obs = {name: getattr(steps, name).numpy() for name in names}, steps.final_obs.numpy()
+    columns = {name: getattr(steps, name).numpy() for name in names}
+    ended, final_obs = steps.ended, np.zeros_like(columns["next_obs"])
+    final_obs[: steps.filled].swapaxes(0, 1)[ended] = steps.final_obs.tensor.numpy()[: ended.sum()]
     for i in range(steps.filled):
         rb.add(**{name: column[i] for name, column in columns.items()}, infos={"final_obs": final_obs[i]})
 
