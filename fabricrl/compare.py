@@ -182,7 +182,9 @@ def group_logs(named: Sequence[tuple[str, Log]], final: float = 0.1) -> list[Gro
 
 
 def make_group(env_id: str, name: str, logs: Sequence[Log], final: float = 0.1) -> Group:
-    """Puts logs of one experiment beside each other.
+    """Puts logs of one experiment beside each other, up to where the shortest ends.
+
+    One that ended before another has its first entry shares no steps with it; it is left out, with a note.
 
     Raises:
         ConfigError: no episode has ended in one of them.
@@ -190,6 +192,12 @@ def make_group(env_id: str, name: str, logs: Sequence[Log], final: float = 0.1) 
     for log in logs:
         if not len(log.steps):
             raise ConfigError(f"{log.folder}: no episode has ended in it")
+    start = max(log.steps[0] for log in logs)
+    for log in logs:
+        if log.steps[-1] < start:
+            reason = f"it ended at step {log.steps[-1]}, and another run of its group has no entry before {start}"
+            print(f"note: {log.folder} is left out: {reason}", file=sys.stderr)
+    logs = [log for log in logs if log.steps[-1] >= start]
     end = min(log.steps[-1] for log in logs)
     edges = np.linspace(0, end, POINTS + 1)
     curves = np.stack([resample(log.steps, log.returns, edges) for log in logs])  # [S, G]

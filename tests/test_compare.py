@@ -157,6 +157,15 @@ def test_the_final_return_is_that_of_the_last_tenth_up_to_where_the_shortest_run
     assert (row["steps"], row["mean"], row["std"]) == (1000, 95, 0)  # (90 + 100) / 2
 
 
+def test_a_run_that_ended_before_another_has_an_entry_is_left_out_with_a_note(tmp_path: Path) -> None:
+    for seed, curve in ((1, [(50, 7.0)]), (2, LINE), (3, LINE)):  # the first was interrupted
+        ours(tmp_path / "ppo" / "Env-v0" / f"ppo_{seed}", curve, seed=seed)
+    done = call(compare.main, tmp_path, "--json")
+    (row,) = json.loads(done.out)
+    assert (row["seeds"], row["steps"], row["mean"]) == (2, 1000, 100)
+    assert "ppo_1 is left out: it ended at step 50, and another run of its group has no entry before 100" in done.err
+
+
 def test_steps_to_a_threshold(tmp_path: Path) -> None:
     for seed, times in ((1, 1.0), (2, 2.0), (3, 0.1)):
         curve = [(step, times * value) for step, value in LINE]
