@@ -7,6 +7,7 @@ and a `main` that `run_script` runs. Another one is a file and its name there.
 
 import ast
 import difflib
+import importlib.metadata
 import runpy
 import sys
 from pathlib import Path
@@ -51,10 +52,13 @@ def main() -> NoReturn:
     if name in ("-h", "--help"):
         print(usage())
         sys.exit(0)
+    if name == "--version":
+        print(f"fabricrl {importlib.metadata.version('fabricrl')}")
+        sys.exit(0)
     found = scripts()
     if name not in found:
         close = difflib.get_close_matches(name.replace("_", "-"), found, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there is {', '.join(found)}"
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(found)}"
         print(f"error: {name!r} is not a command of fabricrl; {hint}", file=sys.stderr)
         sys.exit(2)
     path = str(found[name])

@@ -47,7 +47,7 @@ VALUES = [
     # case 34 of the list of faults: counts
     ("--buffer-size", "0", "at least 1"),
     ("--batch-size", "0", "at least 1"),
-    ("--batch-size", "2.5", "int"),
+    ("--batch-size", "2.5", "a whole number"),
     ("--n-step", "0", "at least 1"),
     ("--num-critics", "0", "at least 1"),
     ("--learning-starts", "-1", "0 or more"),

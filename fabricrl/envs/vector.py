@@ -410,7 +410,10 @@ class ReportFailures(gym.vector.VectorWrapper):
         for index, row in enumerate(rows):
             other = first.setdefault(row.tobytes(), index)
             if other != index:
-                text = f"environments {other} and {index} start from equal observations; do they draw from their seeds?"
+                text = (
+                    f"environments {other} and {index} start from equal observations: right if every episode begins "
+                    "alike; if not, does reset use its seed?"
+                )
                 if self._rank == 0 and text not in self.told:
                     warn(text)
                 self.told.add(text)
