@@ -7,11 +7,12 @@ and a `main` that `run_script` runs. Another one is a file and its name there.
 
 import ast
 import difflib
-import importlib.metadata
 import runpy
 import sys
 from pathlib import Path
 from typing import NoReturn
+
+from fabricrl import __version__
 
 COMMANDS = ("evaluate", "export", "compare", "sweep", "tune")
 PACKAGE = Path(__file__).parent
@@ -53,7 +54,7 @@ def main() -> NoReturn:
         print(usage())
         sys.exit(0)
     if name == "--version":
-        print(f"fabricrl {importlib.metadata.version('fabricrl')}")
+        print(f"fabricrl {__version__}")
         sys.exit(0)
     found = scripts()
     if name not in found:
