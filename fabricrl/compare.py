@@ -113,11 +113,32 @@ def read_log(folder: Path, metric: str = "") -> Log:
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ConfigError(f"{folder}: its log cannot be read: {error}") from error
     for tag in tags:
-        if tag in columns:
-            steps, returns = columns[tag]
+        steps, returns = columns.get(tag, (np.array([]), np.array([])))
+        if len(steps):
             return Log(folder, _name_of(folder), arguments, steps, returns, seconds)
-    known = ", ".join(sorted(columns)) or "nothing"
+    known = ", ".join(sorted(tag for tag, (steps, _) in columns.items() if len(steps))) or "nothing"
     raise ConfigError(f"{folder} has no entries of {' or '.join(tags)}; it has {known}")
+
+
+def read_logs(named: Iterable[tuple[str, Path]], metric: str = "") -> list[tuple[str, Log]]:
+    """Reads the logs of runs, each with the name that the command line gives. One that cannot be read is left out.
+
+    A note tells which and why: among many runs some were interrupted before an episode had ended.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    logs, faults = [], []
+    for name, folder in named:
+        try:
+            logs.append((name, read_log(folder, metric)))
+        except ConfigError as error:
+            faults.append(error)
+    if not logs:
+        raise faults[0]
+    for fault in faults:
+        print(f"note: left out: {fault}", file=sys.stderr)
+    return logs
 
 
 def _read_csv(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
@@ -185,13 +206,7 @@ def make_group(env_id: str, name: str, logs: Sequence[Log], final: float = 0.1) 
     """Puts logs of one experiment beside each other, up to where the shortest ends.
 
     One that ended before another has its first entry shares no steps with it; it is left out, with a note.
-
-    Raises:
-        ConfigError: no episode has ended in one of them.
     """
-    for log in logs:
-        if not len(log.steps):
-            raise ConfigError(f"{log.folder}: no episode has ended in it")
     start = max(log.steps[0] for log in logs)
     for log in logs:
         if log.steps[-1] < start:
@@ -368,7 +383,7 @@ def main() -> int:
         name, where = (name, where) if equals and "/" not in name else ("", operand)
         named += [(name, folder) for folder in find_logs(where)]
     bar = tqdm(named, desc="logs", disable=None, leave=False)  # none without a terminal
-    groups = group_logs([(name, read_log(folder, options.metric)) for name, folder in bar], options.final)
+    groups = group_logs(read_logs(bar, options.metric), options.final)
     rows = summarise(groups, options.threshold)
     table = markdown(rows, first_groups(groups))
     if options.out is not None:

@@ -166,6 +166,20 @@ def test_a_run_that_ended_before_another_has_an_entry_is_left_out_with_a_note(tm
     assert "ppo_1 is left out: it ended at step 50, and another run of its group has no entry before 100" in done.err
 
 
+def test_a_run_whose_log_does_not_tell_is_left_out_with_a_note(tmp_path: Path) -> None:
+    ours(tmp_path / "ppo" / "Env-v0" / "ppo_1", LINE)
+    ours(tmp_path / "ppo" / "Env-v0" / "ppo_2", [(100, float("nan"))], seed=2)  # no episode has ended
+    (ours(tmp_path / "ppo" / "Env-v0" / "ppo_3", LINE, seed=3) / "args.json").write_text("{")
+    done = call(compare.main, tmp_path, "--json")
+    (row,) = json.loads(done.out)
+    assert row["seeds"] == 1
+    silent, broken, *_ = done.err.splitlines()
+    assert silent.startswith("note: left out: ")
+    assert "ppo_2 has no entries of charts/episodic_return" in silent
+    assert broken.startswith("note: left out: ")
+    assert "ppo_3: its log cannot be read" in broken
+
+
 def test_steps_to_a_threshold(tmp_path: Path) -> None:
     for seed, times in ((1, 1.0), (2, 2.0), (3, 0.1)):
         curve = [(step, times * value) for step, value in LINE]
