@@ -254,7 +254,7 @@ def _unknown(word: str, kind: type[StandardArgs], meant: list[str]) -> str:
 
 
 def _given(flag: str) -> str:
-    """What the command line gives for a flag, in words."""
+    """Says what the command line gives for a flag."""
     words = sys.argv[1:]
     (*_, at) = (i for i, word in enumerate(words) if _is_flag(word.partition("=")[0], flag))
     values = [words[at].partition("=")[2]] if "=" in words[at] else []
@@ -263,7 +263,7 @@ def _given(flag: str) -> str:
 
 
 def _allowed(kind: Any) -> str:
-    """Values that an argument of this type takes, in words."""
+    """Says which values an argument of this type takes."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
