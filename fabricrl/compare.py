@@ -137,7 +137,7 @@ def read_logs(named: Iterable[tuple[str, Path]], metric: str = "") -> list[tuple
     if not logs:
         raise faults[0]
     for fault in faults:
-        print(f"note: left out: {fault}", file=sys.stderr)
+        print(f"note: left out: {str(fault).partition('; it has ')[0]}", file=sys.stderr)
     return logs
 
 
@@ -188,18 +188,28 @@ def group_logs(named: Sequence[tuple[str, Log]], final: float = 0.1) -> list[Gro
         named: name that the command line gives, or "", and log.
         final: share of a run, its last, over which its final return is the mean.
     """
-    told = [log.arguments for _, log in named if log.arguments]
-    shared = set.intersection(*(set(arguments) for arguments in told)) if told else set()
-    telling = {name for name in shared - INCIDENTAL - {"env_id"} if len({str(a[name]) for a in told}) > 1}
+    told: dict[tuple[str, str], list[dict[str, Any]]] = {}  # (environment, script) → arguments of each run
+    for _, log in named:
+        told.setdefault((log.arguments.get("env_id", ""), _script(log)), []).append(log.arguments)
+    telling = {key: _differences(arguments) for key, arguments in told.items()}
     groups: dict[tuple[str, str], list[Log]] = {}
     for given, log in named:
-        a = log.arguments
-        names = [name for name in sorted(telling - {"exp_name"}) if a and a[name] is not None]
+        a, env_id, script = log.arguments, log.arguments.get("env_id", ""), _script(log)
+        names = [name for name in telling[env_id, script] if a[name] is not None]
         changed = [f"{name.replace('_', '-')}={a[name]}" for name in names]
-        script = log.folder.parent.parent.name + "_decoupled" * ("max_lag" in a) if a else log.name
-        algo = a.get("exp_name") or script
-        groups.setdefault((a.get("env_id", ""), given or " ".join([algo, *changed])), []).append(log)
+        groups.setdefault((env_id, given or " ".join([a.get("exp_name") or script, *changed])), []).append(log)
     return [make_group(env_id, name, logs, final) for (env_id, name), logs in groups.items()]
+
+
+def _script(log: Log) -> str:
+    """The script of a run of ours, or the name of another project's."""
+    return log.folder.parent.parent.name + "_decoupled" * ("max_lag" in log.arguments) if log.arguments else log.name
+
+
+def _differences(arguments: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of arguments of environment and algorithm that runs do not have in common."""
+    shared = set.intersection(*map(set, arguments)) - INCIDENTAL - {"env_id", "exp_name"}
+    return sorted(name for name in shared if len({str(each[name]) for each in arguments}) > 1)
 
 
 def make_group(env_id: str, name: str, logs: Sequence[Log], final: float = 0.1) -> Group:

@@ -95,6 +95,24 @@ def test_runs_that_differ_in_their_seed_are_a_group(tmp_path: Path, kind: str) -
         assert high["seconds"] == 1
 
 
+def test_a_group_is_named_after_what_differs_among_runs_of_its_script_and_environment(tmp_path: Path) -> None:
+    for number, (algo, env_id, more) in enumerate(
+        (
+            ("ppo", "Env-v0", {"gamma": 0.99, "tau": 1}),
+            ("ppo", "Env-v0", {"gamma": 0.9, "tau": 1}),
+            ("ppo", "Env-v1", {"gamma": 0.5, "tau": 1}),
+            ("sac", "Env-v0", {"gamma": 0.5, "tau": 2}),
+            ("sac", "Env-v0", {"gamma": 0.5, "tau": 2, "exp_name": "mine"}),
+        )
+    ):
+        ours(tmp_path / algo / env_id / f"run_{number}", LINE, env_id=env_id, **more)
+    found = {(row["env"], row["group"]) for row in compared(tmp_path)}
+    assert found == {
+        ("Env-v0", "ppo gamma=0.99"), ("Env-v0", "ppo gamma=0.9"), ("Env-v1", "ppo"), ("Env-v0", "sac"),
+        ("Env-v0", "mine"),
+    }  # fmt: skip
+
+
 def test_groups_come_in_the_order_in_which_their_runs_began(tmp_path: Path) -> None:
     """As a grid was given; the first is what the others are held against."""
     for time, rate in ((9, 1e-2), (10, 1e-4), (11, 1e-3)):
