@@ -37,6 +37,7 @@ OTHER_NAMES = {
     "n-epochs": ["--update-epochs"],
     "n-steps": ["--num-steps"],
     "n-timesteps": ["--total-timesteps"],
+    "render": ["--capture-video"],
     "steps": ["--total-timesteps"],
     "train-freq": ["--replay-ratio"],
     "utd": ["--replay-ratio"],
