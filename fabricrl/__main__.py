@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from fabricrl import __version__
+
 COMMANDS = ("evaluate", "export", "compare", "sweep", "tune")
 PACKAGE = Path(__file__).parent
 USAGE = """usage: fabricrl COMMAND [ARGS]     (or python -m fabricrl COMMAND [ARGS])
@@ -51,10 +53,13 @@ def main() -> NoReturn:
     if name in ("-h", "--help"):
         print(usage())
         sys.exit(0)
+    if name == "--version":
+        print(f"fabricrl {__version__}")
+        sys.exit(0)
     found = scripts()
     if name not in found:
         close = difflib.get_close_matches(name.replace("_", "-"), found, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there is {', '.join(found)}"
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(found)}"
         print(f"error: {name!r} is not a command of fabricrl; {hint}", file=sys.stderr)
         sys.exit(2)
     path = str(found[name])

@@ -113,11 +113,32 @@ def read_log(folder: Path, metric: str = "") -> Log:
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ConfigError(f"{folder}: its log cannot be read: {error}") from error
     for tag in tags:
-        if tag in columns:
-            steps, returns = columns[tag]
+        steps, returns = columns.get(tag, (np.array([]), np.array([])))
+        if len(steps):
             return Log(folder, _name_of(folder), arguments, steps, returns, seconds)
-    known = ", ".join(sorted(columns)) or "nothing"
+    known = ", ".join(sorted(tag for tag, (steps, _) in columns.items() if len(steps))) or "nothing"
     raise ConfigError(f"{folder} has no entries of {' or '.join(tags)}; it has {known}")
+
+
+def read_logs(named: Iterable[tuple[str, Path]], metric: str = "") -> list[tuple[str, Log]]:
+    """Reads the logs of runs, each with the name that the command line gives. One that cannot be read is left out.
+
+    A note tells which and why: among many runs some were interrupted before an episode had ended.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    logs, faults = [], []
+    for name, folder in named:
+        try:
+            logs.append((name, read_log(folder, metric)))
+        except ConfigError as error:
+            faults.append(error)
+    if not logs:
+        raise faults[0]
+    for fault in faults:
+        print(f"note: left out: {str(fault).partition('; it has ')[0]}", file=sys.stderr)
+    return logs
 
 
 def _read_csv(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
@@ -167,29 +188,41 @@ def group_logs(named: Sequence[tuple[str, Log]], final: float = 0.1) -> list[Gro
         named: name that the command line gives, or "", and log.
         final: share of a run, its last, over which its final return is the mean.
     """
-    told = [log.arguments for _, log in named if log.arguments]
-    shared = set.intersection(*(set(arguments) for arguments in told)) if told else set()
-    telling = {name for name in shared - INCIDENTAL - {"env_id"} if len({str(a[name]) for a in told}) > 1}
+    told: dict[tuple[str, str], list[dict[str, Any]]] = {}  # (environment, script) → arguments of each run
+    for _, log in named:
+        told.setdefault((log.arguments.get("env_id", ""), _script(log)), []).append(log.arguments)
+    telling = {key: _differences(arguments) for key, arguments in told.items()}
     groups: dict[tuple[str, str], list[Log]] = {}
     for given, log in named:
-        a = log.arguments
-        names = [name for name in sorted(telling - {"exp_name"}) if a and a[name] is not None]
+        a, env_id, script = log.arguments, log.arguments.get("env_id", ""), _script(log)
+        names = [name for name in telling[env_id, script] if a[name] is not None]
         changed = [f"{name.replace('_', '-')}={a[name]}" for name in names]
-        script = log.folder.parent.parent.name + "_decoupled" * ("max_lag" in a) if a else log.name
-        algo = a.get("exp_name") or script
-        groups.setdefault((a.get("env_id", ""), given or " ".join([algo, *changed])), []).append(log)
+        groups.setdefault((env_id, given or " ".join([a.get("exp_name") or script, *changed])), []).append(log)
     return [make_group(env_id, name, logs, final) for (env_id, name), logs in groups.items()]
 
 
-def make_group(env_id: str, name: str, logs: Sequence[Log], final: float = 0.1) -> Group:
-    """Puts logs of one experiment beside each other.
+def _script(log: Log) -> str:
+    """The script of a run of ours, or the name of another project's."""
+    return log.folder.parent.parent.name + "_decoupled" * ("max_lag" in log.arguments) if log.arguments else log.name
 
-    Raises:
-        ConfigError: no episode has ended in one of them.
+
+def _differences(arguments: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of arguments of environment and algorithm that runs do not have in common."""
+    shared = set.intersection(*map(set, arguments)) - INCIDENTAL - {"env_id", "exp_name"}
+    return sorted(name for name in shared if len({str(each[name]) for each in arguments}) > 1)
+
+
+def make_group(env_id: str, name: str, logs: Sequence[Log], final: float = 0.1) -> Group:
+    """Puts logs of one experiment beside each other, up to where the shortest ends.
+
+    One that ended before another has its first entry shares no steps with it; it is left out, with a note.
     """
+    start = max(log.steps[0] for log in logs)
     for log in logs:
-        if not len(log.steps):
-            raise ConfigError(f"{log.folder}: no episode has ended in it")
+        if log.steps[-1] < start:
+            reason = f"it ended at step {log.steps[-1]}, and another run of its group has no entry before {start}"
+            print(f"note: {log.folder} is left out: {reason}", file=sys.stderr)
+    logs = [log for log in logs if log.steps[-1] >= start]
     end = min(log.steps[-1] for log in logs)
     edges = np.linspace(0, end, POINTS + 1)
     curves = np.stack([resample(log.steps, log.returns, edges) for log in logs])  # [S, G]
@@ -360,7 +393,7 @@ def main() -> int:
         name, where = (name, where) if equals and "/" not in name else ("", operand)
         named += [(name, folder) for folder in find_logs(where)]
     bar = tqdm(named, desc="logs", disable=None, leave=False)  # none without a terminal
-    groups = group_logs([(name, read_log(folder, options.metric)) for name, folder in bar], options.final)
+    groups = group_logs(read_logs(bar, options.metric), options.final)
     rows = summarise(groups, options.threshold)
     table = markdown(rows, first_groups(groups))
     if options.out is not None:

@@ -31,7 +31,7 @@ from fabricrl.policy import Policy, algorithm, run_args
 from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading
 from fabricrl.utils.command import Parser
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, EnvError
+from fabricrl.utils.errors import ConfigError, EnvError, from_here
 from fabricrl.utils.hub import is_on_hub
 from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.utils import HALF, require
@@ -119,7 +119,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(results))
         return 0
-    name = options.path if is_on_hub(options.path) else found
+    name = options.path if is_on_hub(options.path) else from_here(found)
     lines = [f"{args.env_id}, {name}, {state['global_step']} steps, {options.episodes} episodes"]
     for mode, r in results.items():
         spread = f"± {r['return_std']:.2f}  (min {r['return_min']:.2f}, max {r['return_max']:.2f})"
@@ -127,7 +127,7 @@ def main() -> int:
         told = [f"  {key} {r[f'{key}_mean']:.2f}" for key in info_keys(args) if f"{key}_mean" in r]
         lines.append(f"  {mode:8s} return {r['return_mean']:10.2f} {spread}  length {length}{''.join(told)}")
     if options.capture_video and any((videos := video_folder(policy, options.path)).glob("*.mp4")):
-        lines.append(f"  videos in {videos}")
+        lines.append(f"  videos in {from_here(videos)}")
     print(_printable("\n".join(lines)))
     return 0
 

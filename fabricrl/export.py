@@ -26,7 +26,7 @@ from fabricrl.policy import Policy, algorithm
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, OutputError, RunError
+from fabricrl.utils.errors import ConfigError, OutputError, RunError, from_here
 from fabricrl.utils.extras import missing
 from fabricrl.utils.hub import is_on_hub
 
@@ -365,7 +365,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(result))
         return 0
-    print(result["file"])
+    print(from_here(result["file"]))
     for kind in ("inputs", "outputs"):
         for name, what in result[kind].items():
             print(f"  {kind[:-1]:6s}  {name:12s} {what['dtype']} [{', '.join(map(str, what['shape']))}]")

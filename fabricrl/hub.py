@@ -158,9 +158,9 @@ def draw(folder: Path, path: Path) -> bool:
     for tag, name in (("", "training"), ("eval/return_mean", "evaluations")):
         try:
             log = read_log(folder, tag)
-            groups.append(make_group(log.arguments["env_id"], name, [log]))
         except ConfigError:  # the log is kept elsewhere, or no episode has ended
             continue
+        groups.append(make_group(log.arguments["env_id"], name, [log]))
     if groups:
         plot(groups, path, "return")
     return bool(groups)

@@ -75,6 +75,11 @@ class Policy:
         self.act = utils.make_policy(self.agent, known, deterministic, stream_seed(seed, int(deterministic)))
         self._begins: np.ndarray | None = None  # [N], which observations are the first of an episode; None: all
 
+    def __repr__(self) -> str:
+        """Algorithm, environment, step and spaces, as a notebook shows them."""
+        spaces = f"{self.observation_space} → {self.action_space}"
+        return f"<policy of {self.algo} for {self.env_id} after {self.global_step} steps: {spaces}>"
+
     def __call__(self, obs: Any, reward: Any = None, mask: Any = None) -> Any:
         """The action for an observation, or the actions [N, ...] for a batch, as a vector environment gives it.
 

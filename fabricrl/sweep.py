@@ -30,7 +30,7 @@ from fabricrl.compare import (
     group_logs,
     markdown,
     plot,
-    read_log,
+    read_logs,
     summarise,
     warn_of_few_seeds,
 )
@@ -188,7 +188,7 @@ def report(outcomes: Sequence[Outcome], out: Path | None, in_json: bool) -> int:
     code = next((outcome.code for outcome in outcomes if outcome.code), 0)
     if not folders:
         return code or RunError.exit_code
-    groups = group_logs([("", read_log(folder)) for folder in folders])
+    groups = group_logs(read_logs([("", folder) for folder in folders]))
     rows = summarise(groups)
     rows.sort(key=lambda row: -row["iqm"])
     if out is not None:

@@ -30,6 +30,7 @@ from fabricrl.__main__ import algorithms
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
+from fabricrl.utils.extras import missing
 from fabricrl.utils.logger import read_entries
 from fabricrl.utils.utils import require
 
@@ -228,7 +229,11 @@ class Search:
 
 def count_done(study: "optuna.Study") -> int:
     """Number of trials that have ended by themselves: well, given up, or with an error."""
-    return sum(trial.state.is_finished() and _counts(trial) for trial in study.get_trials(deepcopy=False))
+    return len(_done(study))
+
+
+def _done(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished() and _counts(trial)]
 
 
 def _counts(trial: "optuna.trial.FrozenTrial") -> bool:
@@ -237,10 +242,12 @@ def _counts(trial: "optuna.trial.FrozenTrial") -> bool:
     return trial.state != TrialState.FAIL or "error" in trial.user_attrs
 
 
-def is_hopeless(study: "optuna.Study") -> bool:
-    """True if three trials have failed, all with one error, and none has done better: a flag is wrong for them all."""
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished() and _counts(trial)]
-    errors = [trial.user_attrs.get("error") for trial in trials]
+def is_hopeless(study: "optuna.Study", before: set[int]) -> bool:
+    """True if three trials have failed, all with one error, and none has done better: a flag is wrong for them all.
+
+    Trials that had ended `before` do not count: their command may not have had the flag.
+    """
+    errors = [trial.user_attrs.get("error") for trial in _done(study) if trial.number not in before]
     return len(errors) >= 3 and len(set(errors)) == 1 and errors[0] is not None
 
 
@@ -337,7 +344,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of text")
     options, words = parser.parse_known_args()
     if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("tune needs Optuna, which is not installed: pip install 'fabricrl[tune]'")
+        raise missing("fabricrl tune", "tune")
     for name in ("trials", "jobs", "seeds", "eval_episodes", "eval_every"):
         given = getattr(options, name)
         require(given is None or given >= 1, name, given, "at least 1")
@@ -376,16 +383,16 @@ def _search(study: "optuna.Study", search: Search, options: argparse.Namespace) 
             print(f"trial {trial.number}: {trial.value:.2f} (best {study.best_value:.2f})", file=sys.stderr, flush=True)
         elif "error" in trial.user_attrs:
             print(f"trial {trial.number}: {trial.user_attrs['error']}", file=sys.stderr, flush=True)
-        if reached or search.exit_code or is_hopeless(study) or count_done(study) >= options.trials:
+        if reached or search.exit_code or is_hopeless(study, before) or count_done(study) >= options.trials:
             study.stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, search.stop)
     values = [trial.values[0] for trial in study.get_trials(states=(TrialState.COMPLETE,))]
-    left = options.trials - count_done(study)
+    before, left = {trial.number for trial in _done(study)}, options.trials - count_done(study)
     if left > 0 and max(values, default=-math.inf) < options.target:
         study.optimize(search, n_trials=left, n_jobs=options.jobs, callbacks=[enough], catch=(TrialError,))
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
+    if is_hopeless(study, before) or not study.get_trials(states=(TrialState.COMPLETE,)):
         if search.exit_code:
             return search.exit_code
         raise ConfigError(f"no trial has come to its end: {search.error or 'all were given up or failed'}")

@@ -1,5 +1,6 @@
 """Mistakes on the command line end in one line that names the argument, before anything starts; exit code 2."""
 
+import dataclasses
 import socket
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from fabricrl import evaluate
 from fabricrl.algos import run as run_module
 from fabricrl.algos.args import check_sizes
-from fabricrl.algos.command_line import parse
+from fabricrl.algos.command_line import OTHER_NAMES, parse
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
+from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.envs.spaces import check_action_space, check_observation_space
 from fabricrl.utils.errors import ConfigError
@@ -51,8 +53,8 @@ VALUES = [
     # case 34 of the list of faults: counts
     ("--num-envs", "0", "at least 1"),
     ("--num-envs", "-3", "at least 1"),
-    ("--num-envs", "1.5", "int"),
-    ("--num-envs", "two", "int"),
+    ("--num-envs", "1.5", "a whole number"),
+    ("--num-envs", "two", "a whole number"),
     ("--num-steps", "0", "at least 1"),
     ("--num-minibatches", "0", "at least 1"),
     ("--update-epochs", "0", "at least 1"),
@@ -71,7 +73,7 @@ VALUES = [
     ("--learning-rate", "-0.1", "above 0"),
     ("--learning-rate", "nan", "above 0"),
     ("--learning-rate", "inf", "above 0"),
-    ("--learning-rate", "fast", "float"),
+    ("--learning-rate", "fast", "a number"),
     ("--gamma", "1.01", "between 0 and 1"),
     ("--gamma", "-0.1", "between 0 and 1"),
     ("--gamma", "nan", "between 0 and 1"),
@@ -94,9 +96,9 @@ VALUES = [
     # numbers that are too large
     ("--total-timesteps", "1000000000000", "at most 999999999999"),
     ("--total-timesteps", "1e30", "an integer below 2^63"),
-    ("--total-timesteps", "1e400", "int"),
-    ("--total-timesteps", "1e-3", "int"),
-    ("--total-timesteps", "inf", "int"),
+    ("--total-timesteps", "1e400", "a whole number"),
+    ("--total-timesteps", "1e-3", "a whole number"),
+    ("--total-timesteps", "inf", "a whole number"),
     ("--num-threads", "100000", "at most"),
     ("--num-nodes", "100000", "at most 10000"),
     ("--update-epochs", "1001", "at most 1000"),
@@ -290,6 +292,49 @@ def test_an_unknown_flag_is_refused_with_the_nearest_one(typo: str, meant: str) 
 def test_a_flag_that_resembles_none_and_a_stray_word_are_refused() -> None:
     assert "--zzz" in complaint("--zzz", 1)
     assert "CartPole-v1" in complaint("CartPole-v1")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lerning-rate 1e-3", "--lerning-rate is not an argument; did you mean --learning-rate?"),
+        ("--learning_rte=1e-3", "--learning_rte is not an argument; did you mean --learning-rate?"),
+        ("--lr 1e-3", "--lr is not an argument; did you mean --learning-rate?"),
+        ("--n_epochs 4 --zzz", "--n_epochs is not an argument; did you mean --update-epochs?"),
+        ("--zzz", "--zzz is not an argument; --help-all lists those there are"),
+        ("--env-id CartPole-v1 8,9", "8,9 is neither an argument nor the value of one; see --help"),
+        ("--anneal_lr False", "--anneal-lr takes no value, and has False: write --anneal-lr or --no-anneal-lr"),
+        ("--norm-obs=true", "--norm-obs takes no value, and has true: write --norm-obs or --no-norm-obs"),
+        ("--seed 3 --seed 1.5", "--seed is 1.5: it must be a whole number"),
+        ("--seed --cuda", "--seed has no value: it must be a whole number"),
+        ("--gamma=high", "--gamma is high: it must be a number"),
+        ("--target-kl x", "--target-kl is x: it must be a number, or None"),
+        ("--hidden-sizes 64,64", "--hidden-sizes is 64,64: it must be whole numbers with spaces between them"),
+        ("--hidden_sizes 64 x --cuda", "--hidden-sizes is 64 x: it must be whole numbers with spaces between them"),
+        ("--activation gelu", "--activation is gelu: it must be one of tanh, relu, elu, silu"),
+    ],
+)
+def test_a_mistake_names_the_argument_what_was_given_and_what_is_allowed(words: str, message: str) -> None:
+    assert complaint(*words.split()) == message
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_names_of_other_libraries_lead_to_ours(name: str) -> None:
+    ours = OTHER_NAMES[name]
+    kinds = {ppo.main: PPOArgs, sac.main: SACArgs}
+    known = {main: {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(kind)} for main, kind in kinds.items()}
+    assert set(ours) <= set().union(*known.values())
+    main = next(main for main in kinds if ours[0] in known[main] and f"--{name}" not in known[main])
+    with pytest.raises(ConfigError, match=f"^--{name} is not an argument; did you mean {ours[0]}( or .*)?\\?$"):
+        call(main, f"--{name}", 1)
+
+
+@pytest.mark.parametrize(("flags", "what"), [(["--track"], "--track"), (["--logger", "wandb"], "--logger wandb")])
+def test_a_logger_without_its_package_is_refused_with_the_command_that_installs_it(
+    flags: list[str], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert complaint(*flags) == f"{what} needs a package that is not installed: pip install -e '.[wandb]'"
 
 
 def test_mistakes_are_reported_whatever_characters_the_terminal_can_print() -> None:

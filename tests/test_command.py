@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_command_that_is_not_there_ends_with_one_line_and_code_2(
     for word, told in (
         ("pqo", "did you mean ppo?"),
         ("ppo_recurent", "ppo-recurrent?"),
-        ("xyz", "there is droq, "),
+        ("xyz", "there are droq, "),
     ):
         monkeypatch.setattr(sys, "argv", ["fabricrl", word])
         with pytest.raises(SystemExit) as ended:
@@ -54,6 +55,15 @@ def test_a_command_that_is_not_there_ends_with_one_line_and_code_2(
         (line,) = output.err.splitlines()
         assert line.startswith(f"error: {word!r} is not a command of fabricrl; ")
         assert told in line
+
+
+def test_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["fabricrl", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert not ended.value.code
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert capsys.readouterr().out == f"fabricrl {version}\n"
 
 
 def test_two_ranks_that_a_command_starts_train_and_its_run_is_played(tmp_path: Path) -> None:

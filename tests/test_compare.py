@@ -95,6 +95,24 @@ def test_runs_that_differ_in_their_seed_are_a_group(tmp_path: Path, kind: str) -
         assert high["seconds"] == 1
 
 
+def test_a_group_is_named_after_what_differs_among_runs_of_its_script_and_environment(tmp_path: Path) -> None:
+    for number, (algo, env_id, more) in enumerate(
+        (
+            ("ppo", "Env-v0", {"gamma": 0.99, "tau": 1}),
+            ("ppo", "Env-v0", {"gamma": 0.9, "tau": 1}),
+            ("ppo", "Env-v1", {"gamma": 0.5, "tau": 1}),
+            ("sac", "Env-v0", {"gamma": 0.5, "tau": 2}),
+            ("sac", "Env-v0", {"gamma": 0.5, "tau": 2, "exp_name": "mine"}),
+        )
+    ):
+        ours(tmp_path / algo / env_id / f"run_{number}", LINE, env_id=env_id, **more)
+    found = {(row["env"], row["group"]) for row in compared(tmp_path)}
+    assert found == {
+        ("Env-v0", "ppo gamma=0.99"), ("Env-v0", "ppo gamma=0.9"), ("Env-v1", "ppo"), ("Env-v0", "sac"),
+        ("Env-v0", "mine"),
+    }  # fmt: skip
+
+
 def test_groups_come_in_the_order_in_which_their_runs_began(tmp_path: Path) -> None:
     """As a grid was given; the first is what the others are held against."""
     for time, rate in ((9, 1e-2), (10, 1e-4), (11, 1e-3)):
@@ -155,6 +173,29 @@ def test_the_final_return_is_that_of_the_last_tenth_up_to_where_the_shortest_run
         ours(tmp_path / "ppo" / "Env-v0" / f"ppo_{seed}", curve, seed=seed)
     (row,) = compared(tmp_path, "--final", "0.2")
     assert (row["steps"], row["mean"], row["std"]) == (1000, 95, 0)  # (90 + 100) / 2
+
+
+def test_a_run_that_ended_before_another_has_an_entry_is_left_out_with_a_note(tmp_path: Path) -> None:
+    for seed, curve in ((1, [(50, 7.0)]), (2, LINE), (3, LINE)):  # the first was interrupted
+        ours(tmp_path / "ppo" / "Env-v0" / f"ppo_{seed}", curve, seed=seed)
+    done = call(compare.main, tmp_path, "--json")
+    (row,) = json.loads(done.out)
+    assert (row["seeds"], row["steps"], row["mean"]) == (2, 1000, 100)
+    assert "ppo_1 is left out: it ended at step 50, and another run of its group has no entry before 100" in done.err
+
+
+def test_a_run_whose_log_does_not_tell_is_left_out_with_a_note(tmp_path: Path) -> None:
+    ours(tmp_path / "ppo" / "Env-v0" / "ppo_1", LINE)
+    ours(tmp_path / "ppo" / "Env-v0" / "ppo_2", [(100, float("nan"))], seed=2)  # no episode has ended
+    (ours(tmp_path / "ppo" / "Env-v0" / "ppo_3", LINE, seed=3) / "args.json").write_text("{")
+    done = call(compare.main, tmp_path, "--json")
+    (row,) = json.loads(done.out)
+    assert row["seeds"] == 1
+    silent, broken, *_ = done.err.splitlines()
+    assert silent.startswith("note: left out: ")
+    assert "ppo_2 has no entries of charts/episodic_return" in silent
+    assert broken.startswith("note: left out: ")
+    assert "ppo_3: its log cannot be read" in broken
 
 
 def test_steps_to_a_threshold(tmp_path: Path) -> None:

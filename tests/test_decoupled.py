@@ -918,7 +918,7 @@ def no_run_in(folder: Path) -> bool:
         (["--timeout", -1], "--timeout is -1.0: it must be a number of minutes, at most 100000; or 0: for ever"),
         (["--timeout", "inf"], "--timeout is inf: it must be a number of minutes, at most 100000; or 0: for ever"),
         (["--timeout", "nan"], "--timeout is nan: it must be a number of minutes, at most 100000; or 0: for ever"),
-        (["--player-device", "tpu"], "invalid choice 'tpu' for argument '--player-device'. Expected one of ('auto', "),
+        (["--player-device", "tpu"], "--player-device is tpu: it must be one of auto, cpu, cuda"),
         ([], "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
              "add --devices 2, or take the script of the same name without _decoupled"),
         (["--devices", 1], "--devices is 1: a decoupled script needs at least 2 ranks"),

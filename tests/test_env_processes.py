@@ -411,7 +411,10 @@ def test_building_and_trying_environments_draws_nothing(tmp_path: Path, monkeypa
 def test_environments_that_start_from_equal_observations_are_reported(
     kind: str, build: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = "warning: environments 0 and 1 start from equal observations; do they draw from their seeds?\n"
+    text = (
+        "warning: environments 0 and 1 start from equal observations: right if every episode begins alike; "
+        "if not, does reset use its seed?\n"
+    )
     name, module = ("Endless", "process_envs") if kind == "native" else ("Deterministic", "envs")
     for rank in (0, 1):
         envs = build(kind, name, rank=rank, module=module)

@@ -382,6 +382,12 @@ def test_a_checkpoint_of_before_says_what_it_needs(tmp_path: Path) -> None:
         fabricrl.load(save_checkpoint(tmp_path, 1, state, keep=1))
 
 
+def test_a_policy_shows_where_it_comes_from_and_what_it_takes(runs: Callable[[str], Finished]) -> None:
+    shown = repr(fabricrl.load(runs("lstm").folder))
+    assert shown.startswith("<policy of ppo_recurrent for CartPole-v1 after 64 steps: Box(")
+    assert shown.endswith(" → Discrete(2)>")
+
+
 def test_spaces_that_make_no_sense_are_refused(runs: Callable[[str], Finished], tmp_path: Path) -> None:
     state = load(runs("masked").checkpoint)
     for number, wrong in enumerate(({"type": "Box"}, {}, {"type": "Nothing"}, {"type": "Discrete", "n": -1})):

@@ -97,6 +97,18 @@ def test_trials_that_fail_are_told_and_count(flags: list[object], tmp_path: Path
     assert len(study.trials) == 3  # one error for all of them
 
 
+def test_a_flag_that_is_wrong_for_all_trials_ends_a_study_that_goes_on(flags: list[object], tmp_path: Path) -> None:
+    assert call(tune.main, *flags, "--trials", 2).code == 0
+    with pytest.raises(ConfigError, match="unrecognized arguments: --trails"):
+        call(tune.main, *flags, "--trials", 20, "--trails")
+    states = [row["state"] for row in trials(tmp_path)]
+    assert states == ["complete", "complete"]  # as the command before has left it
+    study = optuna.load_study(
+        study_name="stub-CartPole-v1", storage=f"sqlite:///{tmp_path}/logs/tune/stub-CartPole-v1/tune.db"
+    )
+    assert len(study.trials) == 5
+
+
 def test_a_target_ends_the_search(flags: list[object], tmp_path: Path) -> None:
     for _ in range(2):  # called again, it has nothing to do
         done = call(tune.main, *flags, "--trials", 50, "--learning-rate", 0.01, "--anneal-lr", "--target", 1.9)
@@ -124,7 +136,7 @@ def test_a_study_keeps_its_space(flags: list[object], tmp_path: Path) -> None:
 
 def test_without_optuna_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"not installed: pip install 'fabricrl\[tune\]'"):
+    with pytest.raises(ConfigError, match=r"^fabricrl tune needs .* not installed: pip install .*\[tune\]'"):
         call(tune.main, "ppo")
 
 

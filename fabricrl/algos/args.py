@@ -22,7 +22,7 @@ from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.checkpoint import is_json_object, is_one_line
 from fabricrl.utils.choices import ALLOWED, check_choice
 from fabricrl.utils.errors import ConfigError
-from fabricrl.utils.extras import pip_install
+from fabricrl.utils.extras import missing
 from fabricrl.utils.hub import is_installed
 from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.utils import require
@@ -207,11 +207,11 @@ class StandardArgs:
 
     def check_machine(self) -> None:
         """Raises ConfigError if this machine cannot do it: a package, a folder, processors or memory are not there."""
-        if self.track or self.logger == "wandb":
-            there = importlib.util.find_spec("wandb") is not None
-            require(there, "logger", "wandb", f"another one, or wandb after: {pip_install('wandb')}")
+        if (self.track or self.logger == "wandb") and importlib.util.find_spec("wandb") is None:
+            raise missing("--track" if self.track else "--logger wandb", "wandb")
         if self.upload_model:
-            require(is_installed(), "upload_model", "set", f"left out, or set after: {pip_install('hub')}")
+            if not is_installed():
+                raise missing("--upload-model", "hub")
             require(self.save_model, "upload_model", "set", "left out beside --no-save-model, which leaves nothing")
         processors = os.cpu_count() or 1
         allowed = f"at most {processors}, the processors of this machine"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import itertools
 import os
@@ -11,7 +12,8 @@ import tomllib
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -23,6 +25,23 @@ from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound=StandardArgs)
 REGISTRY = ConstructorRegistry()
+# Arguments of Stable-Baselines3, its zoo and others -> ours
+OTHER_NAMES = {
+    "batch-size": ["--num-minibatches"],
+    "clip-range": ["--clip-coef"],
+    "device": ["--accelerator"],
+    "gradient-steps": ["--replay-ratio"],
+    "learning-rate": ["--policy-lr", "--q-lr"],
+    "lr": ["--learning-rate", "--policy-lr", "--q-lr"],
+    "n-envs": ["--num-envs"],
+    "n-epochs": ["--update-epochs"],
+    "n-steps": ["--num-steps"],
+    "n-timesteps": ["--total-timesteps"],
+    "render": ["--capture-video"],
+    "steps": ["--total-timesteps"],
+    "train-freq": ["--replay-ratio"],
+    "utd": ["--replay-ratio"],
+}
 
 
 def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None = None) -> Args:
@@ -71,12 +90,9 @@ def preset_values(
     path = Path(sys.modules[kind.__module__].__file__ or "").with_name("presets.toml")
     tuned = tomllib.loads(path.read_text()) if path.exists() else {}
     family = re.sub(r"-v\d+$", "", env_id)
-    require(
-        family in tuned,
-        "preset",
-        name,
-        f"another one: there are tuned settings for {', '.join(tuned) or 'nothing'}, not for {env_id}",
-    )
+    if family not in tuned:
+        others = f"there are some for {', '.join(sorted(tuned))}" if tuned else "the algorithm has none"
+        raise ConfigError(f"--preset tuned has no settings for {env_id}; {others}")
     settings = {field: tuple(value) if isinstance(value, list) else value for field, value in tuned[family].items()}
     return settings | {"env_id": env_id}
 
@@ -117,7 +133,7 @@ def _is_flag(word: str, flag: str) -> bool:
 
 def is_given(name: str) -> bool:
     """Tells if an argument stands on the command line."""
-    return _early(f"--{name.replace('_', '-')}") is not None
+    return _early(_flag(name)) is not None
 
 
 def _not_resumed() -> set[str]:
@@ -152,7 +168,7 @@ def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
-        _complain(errors.getvalue())
+        _complain(errors.getvalue(), kind)
     return {name: getattr(getattr(parsed, title), name) for title, fields in sections.items() for name, *_ in fields}
 
 
@@ -180,7 +196,7 @@ def _integer(words: Sequence[str]) -> int:
     except InvalidOperation:
         number = Decimal("nan")
     if not number.is_finite() or number.adjusted() > 30 or number != number.to_integral_value():
-        raise ValueError(f"{word} is not an int")
+        raise ValueError(f"{word} is not a whole number")
     return int(number)
 
 
@@ -205,13 +221,59 @@ def _sections(kind: type[StandardArgs], defaults: dict[str, Any], advanced: bool
     return dict(sorted(sections.items(), key=lambda item: rank.get(item[0], 0)))
 
 
-def _complain(text: str) -> NoReturn:
-    """Raises ConfigError with one line out of tyro's box: the mistake, and the flag that was probably meant."""
+def _complain(text: str, kind: type[StandardArgs]) -> NoReturn:
+    """Raises ConfigError with one line out of tyro's box: the argument, what was given, and what is allowed."""
     boxed = "╭" in text  # elsewhere, on terminals without such characters, a title and a rule come first
     lines = [line.strip("│ ") for line in text.splitlines() if line.strip() and line[0] not in "╭╰"]
     lines = lines if boxed else lines[2:]
     rules = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}]
     head = " ".join(lines[: rules[0] if rules else len(lines)])
-    meant = [lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")]
-    hint = f"; did you mean {meant[0].split(' ')[0].rstrip(',')}?" if meant else "; see --help"
-    raise ConfigError(head + hint)
+    meant = [lines[i + 1].split(" ")[0].rstrip(",") for i, line in enumerate(lines[:-1]) if "Perhaps you meant" in line]
+    if unknown := re.match(r"Unrecognized options: (\S+?),?(?:\s|$)", head):
+        raise ConfigError(_unknown(unknown[1], kind, meant))
+    if found := re.search(r"(?:Error parsing |argument ')(--[\w-]+)", head):
+        (field,) = (field for field in dataclasses.fields(kind) if _is_flag(found[1], _flag(field.name)))
+        raise ConfigError(f"{found[1]} {_given(found[1])}: it must be {_allowed(field.type)}")
+    raise ConfigError(f"{head}; see --help")
+
+
+def _unknown(word: str, kind: type[StandardArgs], meant: list[str]) -> str:
+    """Says that a word is not an argument, and which was: one that others call so, or that tyro thinks was `meant`."""
+    flags = {_flag(field.name): field.type for field in dataclasses.fields(kind)}
+    before = next((w for w, after in itertools.pairwise(sys.argv[1:]) if after == word), "").replace("_", "-")
+    switch = next((flag for flag in flags if flag == before or f"{flag}={word}" in sys.argv), "")
+    if flags.get(switch) is bool:
+        return f"{switch} takes no value, and has {word}: write {switch} or --no-{switch[2:]}"
+    if not word.startswith("-"):
+        return f"{word} is neither an argument nor the value of one; see --help"
+    word = word.partition("=")[0]
+    like = word.replace("_", "-")
+    ours = [name for name in OTHER_NAMES.get(like.strip("-"), ()) if name in flags]
+    ours = ours or meant or difflib.get_close_matches(like, flags, n=1)
+    hint = f"did you mean {' or '.join(ours)}?" if ours else "--help-all lists those there are"
+    return f"{word} is not an argument; {hint}"
+
+
+def _given(flag: str) -> str:
+    """Says what the command line gives for a flag."""
+    words = sys.argv[1:]
+    (*_, at) = (i for i, word in enumerate(words) if _is_flag(word.partition("=")[0], flag))
+    values = [words[at].partition("=")[2]] if "=" in words[at] else []
+    values += itertools.takewhile(lambda word: not word.startswith("--"), words[at + 1 :])
+    return f"is {' '.join(values)}" if values else "has no value"
+
+
+def _allowed(kind: Any) -> str:
+    """Says which values an argument of this type takes."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return f"{'whole numbers' if get_args(kind)[0] is int else 'words'} with spaces between them"
+    if others := [other for other in get_args(kind) if other is not NoneType]:
+        return f"{_allowed(others[0])}, or None"
+    return {int: "a whole number", float: "a number"}.get(kind, "a word")
+
+
+def _flag(name: str) -> str:
+    """The flag of a field."""
+    return f"--{name.replace('_', '-')}"

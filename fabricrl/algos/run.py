@@ -691,7 +691,9 @@ class Run:
         Raises:
             NonFiniteError: a metric or a parameter is not finite, as it is once a gradient was not.
         """
-        parameters = {f"parameters {i}": optimizer.flat.vector for i, optimizer in enumerate(self._optimizers)}
+        parameters = {
+            f"parameters of optimizer {i}": optimizer.flat.vector for i, optimizer in enumerate(self._optimizers)
+        }
         metrics: dict[str, Tensor] = {}
         for tags, noted in self._noted.items():
             metrics |= dict(zip(tags, torch.cat(noted).unbind(1), strict=True))  # [K] each

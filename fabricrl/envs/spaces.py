@@ -57,7 +57,8 @@ def check_action_space(space: Space, supported: tuple[type[Space], ...]) -> None
     _check_origin("action", space)
     if not isinstance(space, supported):
         names = ", ".join(kind.__name__ for kind in supported)
-        raise ConfigError(f"action space {space} is not supported; supported are {names}")
+        other = "; ppo takes it" if isinstance(space, Discrete | MultiDiscrete | MultiBinary) else ""
+        raise ConfigError(f"action space {space} is not supported: this algorithm takes {names}{other}")
     _check_size("action", space)
     if isinstance(space, Box) and not np.issubdtype(space.dtype, np.floating):
         raise ConfigError(f"action space {space} is not supported: a Box must be of real numbers, not {space.dtype}")

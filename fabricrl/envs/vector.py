@@ -410,7 +410,10 @@ class ReportFailures(gym.vector.VectorWrapper):
         for index, row in enumerate(rows):
             other = first.setdefault(row.tobytes(), index)
             if other != index:
-                text = f"environments {other} and {index} start from equal observations; do they draw from their seeds?"
+                text = (
+                    f"environments {other} and {index} start from equal observations: right if every episode begins "
+                    "alike; if not, does reset use its seed?"
+                )
                 if self._rank == 0 and text not in self.told:
                     warn(text)
                 self.told.add(text)
@@ -498,7 +501,8 @@ def check_env(
         modes = list(env.metadata.get("render_modes") or [])
         shown = render_mode == "human" and "rgb_array" in modes  # Gymnasium shows such pictures in a window
         if render_mode is not None and render_mode not in modes and not shown:
-            raise ConfigError(f"{args.env_id} cannot be rendered as {render_mode!r}, only as {modes}")
+            others = f"only as {', '.join(map(str, modes))}" if modes else "as its metadata names no render_modes"
+            raise ConfigError(f"--env-id {args.env_id} cannot be rendered as {render_mode!r}, {others}")
         env = _as_row(args, env)
         space = env.observation_space
         assert isinstance(space, Box)

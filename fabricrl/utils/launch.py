@@ -348,7 +348,8 @@ def check_ranks(fabric: Fabric, module: nn.Module, obs: Tensor) -> None:
         return
     firsts = all_gather(fabric, obs.flatten())  # [W, ...]
     if fabric.global_rank == 0 and len(firsts.unique(dim=0)) < len(firsts):
-        print("warning: some ranks start from equal observations; is the environment seeded?", file=sys.stderr)
+        text = "right if every episode begins alike; if not, does reset use its seed?"
+        print(f"warning: some ranks start from equal observations: {text}", file=sys.stderr)
 
 
 def check_parameters(fabric: Fabric, module: nn.Module) -> None:

@@ -73,7 +73,9 @@ class RunFolder:
             if fabric.global_rank == 0:
                 folder = str(self._make_folder(resumed))
         given = Path(fabric.broadcast(folder))
-        self.folder, self._is_relative = given.absolute(), not given.is_absolute()  # environments may go elsewhere
+        self.folder = given.absolute()  # environments may go elsewhere
+        goes_on = resumed is not None and given == resumed.parent.parent
+        self._is_relative = not Path(args.resume if goes_on else given).expanduser().is_absolute()
 
     def start(self) -> None:
         """Opens the logs and starts the clock of steps per second, just before the first reset. All ranks call it.
