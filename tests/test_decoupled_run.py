@@ -339,7 +339,7 @@ def draw_update(algo: str, agent: Any, rb: ReplayBuffer, rng: torch.Generator) -
     """
     batches = rb.sample(1 if algo == "sac" else 2, 4, rng).columns
     noise = agent.head.noise((2, 4), rng)
-    kept = [] if algo == "sac" else [copy.deepcopy(agent.drop(passes, 4, rng)) for passes in (2, 1)]
+    kept = [] if algo == "sac" else [copy.deepcopy(agent.dropout_masks(passes, 4, rng)) for passes in (2, 1)]
     return batches, noise, kept  # a copy, since masks hold until the next draw
 
 
