@@ -309,6 +309,18 @@ def test_lists_tensors_and_other_number_types_are_taken_as_by_training(runs: Cal
     assert policy([numbers, numbers]).tolist() == [action] * 2
 
 
+def test_a_policy_says_in_one_line_what_it_is(runs: Callable[[str], Finished]) -> None:
+    policy = fabricrl.load(runs("allowed").checkpoint)
+    spaces = f"{policy.observation_space} → {policy.action_space}"
+    assert repr(policy) == f"Policy(ppo, tests.envs:Masked-v0, 64 steps: {spaces}, deterministic)"
+    drawn = fabricrl.load(runs("lstm").checkpoint, deterministic=False)
+    drawn.observation_space = Box(np.arange(0.0, 99.0), np.arange(1.0, 100.0))
+    assert "\n" in str(drawn.observation_space), "NumPy breaks long arrays"
+    assert repr(drawn).startswith("Policy(ppo_recurrent, CartPole-v1, 64 steps: Box([ 0. 1. 2. ")
+    assert repr(drawn).endswith("→ Discrete(2), sampled)")
+    assert "\n" not in repr(drawn)
+
+
 def test_loading_leaves_the_generator_of_torch_alone(runs: Callable[[str], Finished]) -> None:
     torch.manual_seed(5)
     fabricrl.load(runs("masked").checkpoint)
