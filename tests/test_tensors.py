@@ -457,6 +457,23 @@ def test_what_cannot_be_is_refused_by_name(flags: list[Any], words: str, train: 
         train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1", "--vectorization", "torch", *flags)
 
 
+@pytest.mark.parametrize("flag", ["--render", "--capture-video"])
+def test_what_tensors_alone_take_is_not_drawn(
+    flag: str, train: Callable[..., Trained], script: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gymnasium's single CartPole, which draws, has no `dtype`."""
+    monkeypatch.setenv("DISPLAY", ":0")
+    flags = ["--env-id", "torch/CartPole-v1", "--env-kwargs", '{"dtype": "float64"}']
+    folder = train(ppo.main, *TINY, *flags).folder
+    with pytest.raises(ConfigError) as caught:
+        script(evaluate.main, folder, "--episodes", 1, flag)
+    assert str(caught.value) == (
+        f"{flag} draws a single environment, which this run's arguments do not make: --env-kwargs "
+        """{"dtype": "float64"} does not fit torch/CartPole-v1: CartPoleEnv.__init__() got an unexpected keyword """
+        "argument 'dtype'"
+    )
+
+
 def test_native_is_another_thing(train: Callable[..., Trained]) -> None:
     with pytest.raises(ConfigError, match=r"torch/CartPole-v1 has no native form, unlike .*CartPole-v0, CartPole-v1"):
         train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1", "--vectorization", "native")
