@@ -432,6 +432,27 @@ def test_faults_of_environments_are_told_in_a_line(
 
 
 @pytest.mark.parametrize(
+    ("fault", "given", "allowed"),
+    [
+        ("column", r"rewards as torch.float32 of shape \[8, 1\]", "a tensor of numbers"),
+        ("mean", r"rewards as torch.float32 of shape \[\]", "a tensor of numbers"),
+        ("number", "rewards as float", "a tensor of numbers"),
+        ("float", r"terminated as torch.float32 of shape \[8\]", "a tensor of torch.bool"),
+        ("bool column", r"terminated as torch.bool of shape \[8, 1\]", "a tensor of torch.bool"),
+        ("all", r"terminated as torch.bool of shape \[\]", "a tensor of torch.bool"),
+    ],
+)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_what_a_task_returns_by_mistake_is_told_with_what_is_allowed(
+    fault: str, given: str, allowed: str, compiles: bool, train: Callable[..., Trained], traced: None
+) -> None:
+    flags = ["--env-id", "tests.tensor_envs:Mistaken-v0", "--env-kwargs", f'{{"fault": "{fault}"}}']
+    with pytest.raises(EnvError, match=rf"next_state returned {given}: it must be {allowed} of shape \[8\]") as caught:
+        train(ppo.main, *TINY, *flags, *["--compile"] * compiles)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--env-id", "Acrobot-v1"], "Acrobot-v1 has no vector_entry_point, unlike torch/Acrobot-v1, "),
