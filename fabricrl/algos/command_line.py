@@ -38,7 +38,7 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
     preset = _early("--preset")
     if (resume := _early("--resume")) not in (None, AUTO):
         if preset is not None:
-            raise ConfigError(f"--preset {preset} beside --resume: a run that is resumed keeps the arguments it has")
+            raise ConfigError(f"--preset {preset} cannot be used with --resume: a resumed run keeps its own arguments")
         require(bool(resume), "resume", "empty", "a checkpoint or a run folder")
         defaults = _inherited(kind, *load_checkpoint(str(resume), algo))
     elif preset is not None:
@@ -75,12 +75,10 @@ def preset_values(
     path = Path(sys.modules[kind.__module__].__file__ or "").with_name("presets.toml")
     tuned = tomllib.loads(path.read_text()) if path.exists() else {}
     family = re.sub(r"-v\d+$", "", env_id)
-    require(
-        family in tuned,
-        "preset",
-        name,
-        f"another one: there are tuned settings for {', '.join(tuned) or 'nothing'}, not for {env_id}",
-    )
+    if family not in tuned:
+        raise ConfigError(
+            f"--preset tuned has no settings for {env_id}, only for {', '.join(tuned) or 'no environment'}"
+        )
     settings = {field: tuple(value) if isinstance(value, list) else value for field, value in tuned[family].items()}
     return settings | {"env_id": env_id}
 
