@@ -420,7 +420,7 @@ class Run:
                 for rollout in rollouts:
                     with self.updates.rehearsal():
                         rollout()
-            elif self.captures and self._envs is not None:
+            elif self._envs is not None:
                 agent = self._parts["agent"]
                 player = self.player(agent)
                 with torch.inference_mode():
@@ -537,19 +537,30 @@ class Run:
             self._underway.episodes.add(rewards, ends, infos)
 
     def act(self, player: Any, *inputs: Tensor | None) -> Any:
-        """Calls `player.act` on inputs from anywhere, as one CUDA graph if it acts on a GPU, where the result stays."""
-        act = player.act
-        if (self.player_device.type == "cpu" and not self.captures) or (self.tensors and self._envs.env.is_code):
-            return act(*inputs)
-        if not (self.captures and self.player_device == self.fabric.device):
-            return act(*(t if t is None else to_device(t, self.player_device) for t in inputs))
+        """Calls `player.act` on inputs from anywhere; the result stays where it acts, until the next call.
+
+        On a GPU it is one CUDA graph. A policy with memory is compiled with `--compile`; others have too few operations
+        to gain from it.
+        """
+        device = self.player_device
+        if (self.tensors and self._envs.env.is_code) or (device.type == "cpu" and not self.records):
+            return player.act(*inputs)
         if player not in self._acts:
-
-            def act_there(*inputs: Tensor | None) -> Any:  # what is on the CPU travels inside the graph
-                return act(*(t if t is None else t.to(self.player_device, non_blocking=True) for t in inputs))
-
-            self._acts[player] = self.captured(act_there)
+            self._acts[player] = self._recorded_act(player)
         return self._acts[player](*inputs)
+
+    def _recorded_act(self, player: Any) -> Callable[..., Any]:
+        """`player.act`, compiled or captured, of inputs from anywhere."""
+        device, captures = self.player_device, self.captures and self.player_device == self.fabric.device
+        is_measured = player not in (self._player, self._parts.get("agent"))  # by `faster_device`, which saves the time
+        act = self.compiled(player.act) if hasattr(player, "memory_size") and not is_measured else player.act
+
+        def act_there(*inputs: Tensor | None) -> Any:
+            if captures:  # what is on the CPU is pinned, and travels inside the graph
+                return act(*(t if t is None else t.to(device, non_blocking=True) for t in inputs))
+            return act(*(t if t is None else to_device(t, device) for t in inputs))
+
+        return self.updates.captured(act_there, reused=True) if captures else act_there
 
     def on_host(self, values: Tensor) -> Tensor:
         """Brings values to the CPU: the one wait for a GPU in a step. They are there until the next come.
@@ -597,7 +608,9 @@ class Run:
         except RunError as error:
             fault = error
         own = fault.exit_code if fault is not None and str(fault) else 0  # one without text is another rank's
-        codes, signals = all_gather(self.team, torch.tensor([own, self._signals.code])).T.tolist()  # [W] each
+        codes, signals = [own], [self._signals.code]
+        if self.team.world_size > 1:
+            codes, signals = all_gather(self.team, torch.tensor([own, self._signals.code])).T.tolist()  # [W] each
         self.exit_code = max(self.exit_code, *signals)
         if any(codes):
             fault = fault or RunError()  # the first rank that failed says why

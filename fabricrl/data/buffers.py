@@ -323,7 +323,7 @@ class RecurrentRolloutBuffer(RolloutBuffer):
         row = self._memory_rows[t + 1].copy_(memory)
         ended = self._ends[t] | self._skipped[t]  # not where a life was lost: the game goes on
         if ended.any():
-            self._final_memory += [memory[env] for step, env, _ in self._final if step == t]
+            self._final_memory += [memory[env].clone() for step, env, _ in self._final if step == t]
             row.masked_fill_(to_device(torch.from_numpy(ended), memory.device)[:, None], 0.0)
 
     def final_memory(self) -> Tensor:

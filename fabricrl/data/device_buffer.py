@@ -20,7 +20,7 @@ from fabricrl.data.buffers import (
     why_it_differs,
 )
 from fabricrl.utils.batch import Batch
-from fabricrl.utils.device import pinned
+from fabricrl.utils.device import Passed, pinned
 from fabricrl.utils.errors import CheckpointError
 from fabricrl.utils.utils import require
 
@@ -69,7 +69,7 @@ class DeviceReplayBuffer:
         self._leaving = None  # a step on its way to the device
         if pinned(device):
             self._leaving = torch.empty(num_envs, self._words.shape[1], dtype=self._words.dtype, pin_memory=True)
-            self._has_left = torch.cuda.Event()
+            self._has_left = Passed(device)
         self._steps = torch.zeros((), dtype=torch.int64, device=device)  # stored so far; says what is filled
         self.position = self.size = 0
 
@@ -85,11 +85,11 @@ class DeviceReplayBuffer:
         self._newest.add(*step, **infos)
         records = self._newest.records(row)
         if self._leaving is not None:
-            self._has_left.synchronize()  # what left with the step before
+            self._has_left.wait()  # what left with the step before
             records = self._leaving.copy_(records)
         self._words[self._row(self.position)].copy_(records, non_blocking=True)
         if self._leaving is not None:
-            self._has_left.record()
+            self._has_left.mark()
         self.position, self.size = (self.position + 1) % self._rows, min(self.size + 1, self.capacity)
         self._count_steps()
 

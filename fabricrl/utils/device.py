@@ -4,6 +4,8 @@ A GPU works through a queue while the CPU goes on; a copy from ordinary memory, 
 makes the CPU wait until the queue is empty. Copies from page-locked ("pinned") memory are queued like everything else.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,27 @@ def to_host(*tensors: Tensor, places: Places | None = None) -> list[Tensor]:
 
 def wait(device: torch.device) -> None:
     """Waits until a GPU has done everything that is queued."""
-    torch.cuda.current_stream(device).synchronize()
+    queue_of(device).synchronize()
+
+
+@functools.cache
+def queue_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU that everything is queued on; to ask PyTorch for it takes longer than to wait for it."""
+    return torch.cuda.current_stream(device)
+
+
+class Passed:
+    """A mark in a GPU's queue: what was queued before it is done once `wait` returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event, self._queue = torch.cuda.Event(), queue_of(device)
+
+    def mark(self) -> None:
+        self._event.record(self._queue)
+
+    def wait(self) -> None:
+        """Waits for the last mark, if there is one."""
+        self._event.synchronize()
 
 
 def pinned(device: torch.device) -> bool:

@@ -17,12 +17,14 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fabricrl.utils.device import Passed
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.recording import recording
@@ -59,9 +61,13 @@ class Runner:
         """The function as one program, if that was asked for."""
         return _Recorded(self, function, self._compile_variant) if self._compile else function
 
-    def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as one CUDA graph, if that was asked for."""
-        return _Recorded(self, function, self._capture_variant) if self.captures else function
+    def captured(self, function: Callable[..., Any], reused: bool = False) -> Callable[..., Any]:
+        """The function as one CUDA graph, if that was asked for.
+
+        `reused`: the next call's results may take the place of these, which saves copies.
+        """
+        record = partial(self._capture_variant, reused=reused)
+        return _Recorded(self, function, record) if self.captures else function
 
     def each(
         self, step: Callable[[Tensor, Tensor], None], numbers: Sequence[Tensor], recorded: bool
@@ -142,11 +148,13 @@ class Runner:
 
         return run
 
-    def _capture_variant(self, function: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
+    def _capture_variant(
+        self, function: Callable[..., Any], inputs: list[Tensor], reused: bool
+    ) -> Callable[..., list[Tensor]]:
         held = [own_copy(tensor) for tensor in inputs]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         reads_host = torch.cuda.is_available() and any(tensor.device.type == "cpu" for tensor in inputs)
-        has_read = torch.cuda.Event() if reads_host else None
+        has_read = Passed(torch.device("cuda", torch.cuda.current_device())) if reads_host else None
         for generator in self.generators:
             if generator.device.type == "cuda":
                 graph.register_generator_state(generator)
@@ -162,13 +170,13 @@ class Runner:
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             if has_read is not None:  # what the last replay reads is written over now
-                has_read.synchronize()
+                has_read.wait()
             if held:
                 torch._foreach_copy_(held, tensors)
             graph.replay()
             if has_read is not None:
-                has_read.record()
-            return [output.clone() for output in outputs]  # the next replay writes over them
+                has_read.mark()
+            return outputs if reused else [output.clone() for output in outputs]  # the next replay writes over them
 
         return run
 
