@@ -107,7 +107,15 @@ def main() -> int:
         args.vectorization = "sync" if drawn and has_single(args.env_id) else "torch"
         if drawn and args.vectorization == "torch":
             raise ConfigError(f"{args.env_id} cannot be drawn: it has no entry_point, which makes a single environment")
-    spaces = check_env(args, utils.ACTION_SPACES, drawn, images=True)
+    try:
+        spaces = check_env(args, utils.ACTION_SPACES, drawn, images=True)
+    except ConfigError as error:
+        if not (drawn and were_tensors(state["args"])):
+            raise
+        flag = "--render" if options.render else "--capture-video"
+        raise ConfigError(
+            f"{flag} draws a single environment, which this run's arguments do not make: {error}"
+        ) from error
     with reading(found):
         check_spaces(state, spaces)
     results = {}

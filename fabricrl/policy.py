@@ -19,7 +19,7 @@ import torch
 
 from fabricrl.envs import check_env
 from fabricrl.envs.rows import Rows, floats_in
-from fabricrl.envs.spaces import Spaces, mask_choices
+from fabricrl.envs.spaces import Spaces, mask_choices, text_of
 from fabricrl.envs.structure import check_spaces, stored_spaces
 from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading, restore
 from fabricrl.utils.errors import CheckpointError, ConfigError, EnvError
@@ -43,6 +43,7 @@ class Policy:
     Attributes:
         observation_space, action_space: of one environment; mask_size: of its action masks, 0 if there are none.
         agent: the network; args: those of the run; algo, env_id, global_step: of the run, too.
+        deterministic: as given.
 
     Raises:
         CheckpointError: it does not fit together, or was made by an algorithm that is not here.
@@ -58,7 +59,7 @@ class Policy:
         spaces: Spaces | None = None,
     ) -> None:
         check_contents(state, path)
-        utils = algorithm(state, path)
+        utils, self.deterministic = algorithm(state, path), deterministic
         self.path, self.algo, self.global_step = path, state["algo"], state["global_step"]
         self.args = run_args(state)
         self.env_id = self.args.env_id
@@ -76,9 +77,10 @@ class Policy:
         self._begins: np.ndarray | None = None  # [N], which observations are the first of an episode; None: all
 
     def __repr__(self) -> str:
-        """Algorithm, environment, step and spaces, as a notebook shows them."""
-        spaces = f"{self.observation_space} → {self.action_space}"
-        return f"<policy of {self.algo} for {self.env_id} after {self.global_step} steps: {spaces}>"
+        """One line: algorithm, environment, steps of training, spaces, and how it acts."""
+        mode = "deterministic" if self.deterministic else "sampled"
+        spaces = text_of(f"{self.observation_space} → {self.action_space}")
+        return f"Policy({self.algo}, {self.env_id}, {self.global_step} steps: {spaces}, {mode})"
 
     def __call__(self, obs: Any, reward: Any = None, mask: Any = None) -> Any:
         """The action for an observation, or the actions [N, ...] for a batch, as a vector environment gives it.

@@ -52,6 +52,30 @@ class Steered(Numbered):
         return torch.cat((numbered, actions), -1), rewards, terminated
 
 
+class Mistaken(Numbered):
+    """Numbered episodes of which a step returns something wrong.
+
+    Args:
+        fault: what it is.
+    """
+
+    def __init__(self, *args: Any, fault: str = "", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fault = fault
+
+    def next_state(self, state: Tensor, actions: Tensor) -> tuple[Tensor, Any, Any]:
+        state, rewards, terminated = super().next_state(state, actions)
+        faults = {
+            "column": (rewards[:, None], terminated),
+            "mean": (rewards.mean(), terminated),
+            "number": (1.0, terminated),
+            "float": (rewards, terminated.float()),
+            "bool column": (rewards, terminated[:, None]),
+            "all": (rewards, terminated.all()),
+        }
+        return state, *faults[self.fault]
+
+
 class Simulator(VectorEnv):
     """Not made of tensor code alone, and without a state that it tells: asks for a value in every step.
 
@@ -113,6 +137,7 @@ class Pictures(Simulator):
 _IDS = {
     "Numbered": Numbered,
     "Steered": Steered,
+    "Mistaken": Mistaken,
     "Simulator": Simulator,
     "Ignorant": Ignorant,
     "TensorPictures": Pictures,

@@ -180,7 +180,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_the_figures(
 ) -> None:
     monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 1024.0 * MIB)
     with pytest.raises(
-        ConfigError, match=r"the memory that is free, 1\.00 GiB, is too little for .* GiB or more"
+        ConfigError, match=r"only 1\.00 GiB of memory is free, too little for .*: .* GiB or more"
     ) as caught:
         kind(**given).check_machine()
     assert str(caught.value).startswith(f"{flags}: ")
@@ -197,7 +197,7 @@ def test_what_spaces_make_of_a_run_is_looked_at_as_soon_as_they_are_known(monkey
     monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 1.5 * MIB)
     flags = ["--env-id", "tests.image_envs:CountingImages-v0", "--hidden-sizes"]
     message = complaint(*flags)  # 4 × 128 images of 36 × 38 × 4 bytes; without them it would be 16 KiB
-    assert message.startswith("--num-envs × --num-steps: the memory that is free, 0.00 GiB, is too little for rollouts")
+    assert message.startswith("--num-envs × --num-steps: only 0.00 GiB of memory is free, too little for rollouts")
     assert "512 observations of 5472 bytes" in message
     message = complaint(*flags, "--num-steps", 1, "--num-minibatches", 1)
     assert message.startswith("--env-id, --hidden-sizes: ")
@@ -233,7 +233,7 @@ def test_observations_and_actions_that_make_a_run_too_large_are_refused_with_the
     args = kind(**given)
     monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 1024.0 * MIB)
     with pytest.raises(
-        ConfigError, match=r"the memory that is free, 1\.00 GiB, is too little for .* GiB or more"
+        ConfigError, match=r"only 1\.00 GiB of memory is free, too little for .*: .* GiB or more"
     ) as caught:
         check_sizes(args, algo, obs_space, action_space)
     assert str(caught.value).startswith(flags)

@@ -339,7 +339,7 @@ def draw_update(algo: str, agent: Any, rb: ReplayBuffer, rng: torch.Generator) -
     """
     batches = rb.sample(1 if algo == "sac" else 2, 4, rng).columns
     noise = agent.head.noise((2, 4), rng)
-    kept = [] if algo == "sac" else [copy.deepcopy(agent.drop(passes, 4, rng)) for passes in (2, 1)]
+    kept = [] if algo == "sac" else [copy.deepcopy(agent.dropout_masks(passes, 4, rng)) for passes in (2, 1)]
     return batches, noise, kept  # a copy, since masks hold until the next draw
 
 
@@ -847,7 +847,7 @@ def test_a_signal_to_any_rank_ends_all_with_a_checkpoint_that_resumes(
     assert finished.folder == path.parent.parent
 
 
-# --- Bad input, which only a rank knows to be bad
+# --- Bad input, found out by the ranks together where a launcher has started them
 
 
 @pytest.mark.parametrize(
@@ -855,8 +855,10 @@ def test_a_signal_to_any_rank_ends_all_with_a_checkpoint_that_resumes(
     [
         ("ppo", ["--num-envs", 1, "--num-steps", 9, "--num-minibatches", 3],
          "error: --num-envs is 1: it must be such that each of 2 trainers has an equal share of every minibatch of 3"),
-        ("sac", ["--num-envs", 3], "error: --num-envs is 3: it must be equal parts for 2 trainers"),
-        ("sac", ["--batch-size", 7], "error: --batch-size is 7: it must be equal parts for 2 trainers"),
+        ("sac", ["--num-envs", 3],
+         "error: --num-envs is 3: it must be a multiple of 2, so that each trainer has an equal part"),
+        ("sac", ["--batch-size", 7],
+         "error: --batch-size is 7: it must be a multiple of 2, so that each trainer has an equal part"),
         ("ppo", ["--player-device", "cuda"], "error: --player-device is cuda: it must be cpu: there is no GPU here"),
         ("ppo", ["--resume", "/nowhere"], "error: cannot read checkpoint /nowhere: No such file or directory"),
     ],

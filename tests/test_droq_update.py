@@ -120,7 +120,7 @@ class PlainDroQ(PlainSAC):
 
     def __init__(self, agent: DroQAgent, args: DroQArgs, target_entropy: float) -> None:
         super().__init__(agent, args, target_entropy)
-        self.drop = agent.drop
+        self.dropout_masks = agent.dropout_masks
         self.critics, self.targets = plain_critics(agent.critics, args), plain_critics(agent.target_critics, args)
         self.q_adam = torch.optim.Adam(self.critics.parameters(), lr=args.q_lr)
 
@@ -138,13 +138,13 @@ class PlainDroQ(PlainSAC):
         for step, rows in enumerate(rows_of(updates, steps)):
             noise = torch.randn(len(rows) + 1, BATCH, ACTIONS, generator=generator).double()
             for i, k in enumerate(rows):  # lines 4 to 9
-                of_critics, of_targets = self.drop(2, BATCH, generator)
+                of_critics, of_targets = self.dropout_masks(2, BATCH, generator)
                 self.set_masks(self.critics, of_critics)
                 self.set_masks(self.targets, of_targets)
                 batch = Batch(**{name: column[k].double() for name, column in batches.columns.items()})
                 self.update_critics(batch, noise[i])
                 self.update_targets()
-            self.set_masks(self.critics, self.drop(1, BATCH, generator)[0])  # line 10
+            self.set_masks(self.critics, self.dropout_masks(1, BATCH, generator)[0])  # line 10
             self.update_actor(batches.obs[updates + step].double(), noise[-1])
 
     def check(self, agent: DroQAgent) -> None:
@@ -197,7 +197,7 @@ def test_the_update_of_the_actor_leaves_the_critics_alone() -> None:
     args = make_args()
     agent = make_agent(args)
     training, before = Training(agent, args), snapshot(agent)
-    (kept,) = agent.drop(1, BATCH, rng())
+    (kept,) = agent.dropout_masks(1, BATCH, rng())
     training.step_actor(torch.randn(BATCH, OBS), torch.randn(BATCH, ACTIONS), kept)
     assert [moved(agent, before, part) for part in PARTS] == [True, True, False, False]
     assert all(parameter.grad is None for parameter in agent.critics.parameters())
@@ -205,7 +205,7 @@ def test_the_update_of_the_actor_leaves_the_critics_alone() -> None:
 
 def test_every_forward_of_the_critics_drops_something_else() -> None:
     args = make_args(dropout=0.3)
-    passes = make_agent(args).drop(5, BATCH, rng())
+    passes = make_agent(args).dropout_masks(5, BATCH, rng())
     assert len(passes) == 5
     seen = set()
     for kept in passes:
@@ -215,7 +215,7 @@ def test_every_forward_of_the_critics_drops_something_else() -> None:
             assert 0.55 < mask.mean() < 0.85
             seen.add(tuple(mask.flatten().tolist()))
     assert len(seen) == 10
-    again = make_agent(args).drop(5, BATCH, rng())
+    again = make_agent(args).dropout_masks(5, BATCH, rng())
     assert all(torch.equal(a, b) for x, y in zip(passes, again, strict=True) for a, b in zip(x, y, strict=True))
 
 
@@ -224,7 +224,7 @@ def test_nothing_is_dropped_where_there_is_nothing_to_drop(changes: dict[str, An
     args = make_args(**changes)
     agent = make_agent(args)
     generator, untouched = rng(), rng()
-    assert agent.drop(3, BATCH, generator) == [[], [], []]
+    assert agent.dropout_masks(3, BATCH, generator) == [[], [], []]
     assert torch.equal(generator.get_state(), untouched.get_state())
     Training(agent, args).train(make_batches(5), 1)
 

@@ -196,7 +196,7 @@ def test_a_run_writes_where_it_began_though_its_environment_goes_elsewhere(
     assert finished.code == 0
     (run_folder,) = (tmp_path / "logs").glob("*/*/*")
     assert {path.name for path in run_folder.iterdir()} >= {"args.json", "checkpoints", "metrics.csv"}
-    assert Path(finished.result["checkpoint"]).parent.parent == run_folder  # absolute: another folder is current now
+    assert tmp_path / finished.folder == run_folder, "the result line begins where the run did"
     monkeypatch.chdir(tmp_path)
     assert call(ppo.main, "--resume", run_folder.relative_to(tmp_path), "--total-timesteps", 64).code == 0
     assert not [path for path in (tmp_path / "files").iterdir() if path.is_dir()]

@@ -3,16 +3,19 @@
 import contextlib
 import io
 import math
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.utils.checkpoint import load_checkpoint
-from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
+from fabricrl.utils.ending import explain_memory
+from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
 from fabricrl.utils.utils import env_seeds
 from tests.conftest import BareRun, on_ranks
 from tests.process import FORKED, PPO, Running, Team, call, load, run, run_folder, run_team, saved_steps
@@ -188,3 +191,63 @@ def test_a_fault_on_one_of_two_ranks_ends_both_with_its_code_and_one_line(
     assert words in ended.errors[0]
     assert_last_checkpoint_is_good(tmp_path / "logs", [64, 128])
     assert load(run_folder(tmp_path / "logs") / "checkpoints" / "best.ckpt")["global_step"] in (64, 128)
+
+
+# --- Memory
+
+
+def short_of_memory(rank: int) -> None:
+    """The last rank asks PyTorch for more memory than any machine has, in its tenth update."""
+    from fabricrl.utils.optimizer import FlatState
+
+    gather, calls = FlatState.gather, []
+
+    def asking(flat: FlatState) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 10 and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            torch.empty(2**60)
+        return gather(flat)
+
+    FlatState.gather = asking  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("algo", "world_size", "advice"),
+    [
+        ("ppo", 1, "lower --num-envs, --num-steps or raise --num-minibatches"),
+        ("ppo", 3, "lower --num-envs, --num-steps or raise --num-minibatches"),
+        ("sac", 1, "lower --num-envs, --batch-size, --buffer-size"),
+        ("ppo_decoupled", 3, "lower --num-envs, --num-steps or raise --num-minibatches"),
+    ],
+)
+def test_too_little_memory_ends_all_ranks_in_a_line_that_says_what_takes_less(
+    algo: str, world_size: int, advice: str, tmp_path: Path
+) -> None:
+    """PyTorch's own error, as it is on a CPU; who waits for the rank that has it is told by way of the store."""
+    flags = ["--total-timesteps", 3200, "--log-dir", tmp_path / "logs"]
+    small = ["--learning-starts", 20, "--batch-size", 4, "--hidden-sizes", 8]
+    flags += small if algo == "sac" else ["--num-envs", 2, "--num-steps", 16, "--num-minibatches", 2]
+    script = f"fabricrl.algos.{algo.removesuffix('_decoupled')}.{algo}"
+    ended = run_team(script, *flags, folder=tmp_path, code=2, world_size=world_size, prepare=short_of_memory)
+    asked = 4 * 2**60
+    assert ended.errors == [
+        f"error: rank {world_size - 1} is out of memory, as it needs {asked} bytes more: {advice}"
+    ], ended.report()
+    assert "Traceback" not in ended.printed("err")
+
+
+@pytest.mark.parametrize(
+    ("error", "amount"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a capacity"),
+            "20.00 MiB more",
+        ),
+        (MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"), "7.28 TiB more"),
+        (MemoryError(), "more"),
+    ],
+)
+def test_what_a_gpu_and_numpy_say_of_memory_is_understood(error: Exception, amount: str) -> None:
+    with pytest.raises(ConfigError, match=f"^rank 0 is out of memory, as it needs {amount}: lower --num-envs, "):
+        explain_memory(error, PPOArgs())
+    explain_memory(RuntimeError("something else"), PPOArgs())

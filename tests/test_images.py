@@ -869,6 +869,10 @@ def test_a_run_on_images_goes_on_from_a_checkpoint(ppo: Callable[..., Trained]) 
     assert resumed.args["frame_stack"] == 2
     assert resumed.state["global_step"] == 80
     assert not torch.equal(resumed.weights, trained.weights)
+    assert ppo("--resume", trained.checkpoint, "--frame-stack", 2, "--total-timesteps", 120).code == 0
+    for frames in (1, 3):
+        with pytest.raises(ConfigError, match=f"--frame-stack is {frames}: it must be 2, as in the checkpoint"):
+            ppo("--resume", trained.checkpoint, "--frame-stack", frames)
 
 
 # --- Errors

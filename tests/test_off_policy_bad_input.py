@@ -142,8 +142,8 @@ def test_observations_that_are_not_supported_are_refused_with_those_that_are(alg
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], ["memory that is free", "--buffer-memmap", "--implicit-next-obs"]),
-        (["--implicit-next-obs"], ["memory that is free", "--buffer-memmap"]),
+        ([], ["of memory is free", "--buffer-memmap", "--implicit-next-obs"]),
+        (["--implicit-next-obs"], ["of memory is free", "--buffer-memmap"]),
         (["--buffer-memmap"], ["are free"]),
     ],
     ids=str,

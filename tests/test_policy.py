@@ -309,6 +309,18 @@ def test_lists_tensors_and_other_number_types_are_taken_as_by_training(runs: Cal
     assert policy([numbers, numbers]).tolist() == [action] * 2
 
 
+def test_a_policy_says_in_one_line_what_it_is(runs: Callable[[str], Finished]) -> None:
+    policy = fabricrl.load(runs("allowed").checkpoint)
+    spaces = f"{policy.observation_space} → {policy.action_space}"
+    assert repr(policy) == f"Policy(ppo, tests.envs:Masked-v0, 64 steps: {spaces}, deterministic)"
+    drawn = fabricrl.load(runs("lstm").checkpoint, deterministic=False)
+    drawn.observation_space = Box(np.arange(0.0, 99.0), np.arange(1.0, 100.0))
+    assert "\n" in str(drawn.observation_space), "NumPy breaks long arrays"
+    assert repr(drawn).startswith("Policy(ppo_recurrent, CartPole-v1, 64 steps: Box([ 0. 1. 2. ")
+    assert repr(drawn).endswith("→ Discrete(2), sampled)")
+    assert "\n" not in repr(drawn)
+
+
 def test_loading_leaves_the_generator_of_torch_alone(runs: Callable[[str], Finished]) -> None:
     torch.manual_seed(5)
     fabricrl.load(runs("masked").checkpoint)
@@ -380,12 +392,6 @@ def test_a_checkpoint_of_before_says_what_it_needs(tmp_path: Path) -> None:
     state["args"]["env_id"] = "no_such_package:Env-v0"
     with pytest.raises(ConfigError, match="earlier version and does not hold its spaces: --env-id no_such_package:Env"):
         fabricrl.load(save_checkpoint(tmp_path, 1, state, keep=1))
-
-
-def test_a_policy_shows_where_it_comes_from_and_what_it_takes(runs: Callable[[str], Finished]) -> None:
-    shown = repr(fabricrl.load(runs("lstm").folder))
-    assert shown.startswith("<policy of ppo_recurrent for CartPole-v1 after 64 steps: Box(")
-    assert shown.endswith(" → Discrete(2)>")
 
 
 def test_spaces_that_make_no_sense_are_refused(runs: Callable[[str], Finished], tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ def test_a_buffer_of_images_that_memory_does_not_hold_is_refused_with_the_figure
     train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 2 * GIB)
-    with pytest.raises(ConfigError, match=r"--buffer-size: the memory that is free, 2\.00 GiB.* 4\.05 GiB"):
+    with pytest.raises(ConfigError, match=r"--buffer-size: only 2\.00 GiB of memory is free.* 4\.05 GiB"):
         train(sac.main, *FLAGS, "--buffer-size", 10**6)  # 4328 bytes each, and 16 of what is beside
 
 

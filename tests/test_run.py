@@ -220,13 +220,15 @@ def test_tensorboard_compares_runs_by_arguments_and_last_metrics(finished: Finis
 
 
 def test_paths_below_the_current_folder_begin_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a run that was named by its whole path. The result line, for programs, has it as it was given."""
+    """Also of a run that was named by its whole path, or is resumed; in the result line, too."""
     monkeypatch.chdir(tmp_path)
     flags = ["--num-envs", 1, "--total-timesteps", 128]
     first = call(main, *flags, "--log-dir", tmp_path / "logs")
     again = call(main, "--resume", first.checkpoint.absolute())
-    for ended in (first, again):
-        assert ended.result["checkpoint"].startswith(f"{tmp_path}/logs/ppo/")
+    relative = call(main, *flags, "--log-dir", "logs")
+    from_relative = call(main, "--resume", relative.folder)
+    for ended in (first, again, relative, from_relative):
+        assert ended.result["checkpoint"].startswith("logs/ppo/")
         assert ended.checkpoint.exists()
         assert "writing to logs/ppo/" in ended.err
         assert str(tmp_path) not in ended.err

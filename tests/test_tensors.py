@@ -432,6 +432,27 @@ def test_faults_of_environments_are_told_in_a_line(
 
 
 @pytest.mark.parametrize(
+    ("fault", "given", "allowed"),
+    [
+        ("column", r"rewards as torch.float32 of shape \[8, 1\]", "a tensor of numbers"),
+        ("mean", r"rewards as torch.float32 of shape \[\]", "a tensor of numbers"),
+        ("number", "rewards as float", "a tensor of numbers"),
+        ("float", r"terminated as torch.float32 of shape \[8\]", "a tensor of torch.bool"),
+        ("bool column", r"terminated as torch.bool of shape \[8, 1\]", "a tensor of torch.bool"),
+        ("all", r"terminated as torch.bool of shape \[\]", "a tensor of torch.bool"),
+    ],
+)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_what_a_task_returns_by_mistake_is_told_with_what_is_allowed(
+    fault: str, given: str, allowed: str, compiles: bool, train: Callable[..., Trained], traced: None
+) -> None:
+    flags = ["--env-id", "tests.tensor_envs:Mistaken-v0", "--env-kwargs", f'{{"fault": "{fault}"}}']
+    with pytest.raises(EnvError, match=rf"next_state returned {given}: it must be {allowed} of shape \[8\]") as caught:
+        train(ppo.main, *TINY, *flags, *["--compile"] * compiles)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--env-id", "Acrobot-v1"], "Acrobot-v1 has no vector_entry_point, unlike torch/Acrobot-v1, "),
@@ -455,6 +476,23 @@ def test_faults_of_environments_are_told_in_a_line(
 def test_what_cannot_be_is_refused_by_name(flags: list[Any], words: str, train: Callable[..., Trained]) -> None:
     with pytest.raises(ConfigError, match=words):
         train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1", "--vectorization", "torch", *flags)
+
+
+@pytest.mark.parametrize("flag", ["--render", "--capture-video"])
+def test_what_tensors_alone_take_is_not_drawn(
+    flag: str, train: Callable[..., Trained], script: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gymnasium's single CartPole, which draws, has no `dtype`."""
+    monkeypatch.setenv("DISPLAY", ":0")
+    flags = ["--env-id", "torch/CartPole-v1", "--env-kwargs", '{"dtype": "float64"}']
+    folder = train(ppo.main, *TINY, *flags).folder
+    with pytest.raises(ConfigError) as caught:
+        script(evaluate.main, folder, "--episodes", 1, flag)
+    assert str(caught.value) == (
+        f"{flag} draws a single environment, which this run's arguments do not make: --env-kwargs "
+        """{"dtype": "float64"} does not fit torch/CartPole-v1: CartPoleEnv.__init__() got an unexpected keyword """
+        "argument 'dtype'"
+    )
 
 
 def test_native_is_another_thing(train: Callable[..., Trained]) -> None:

@@ -151,7 +151,7 @@ class DroQUpdates(SACUpdates):
         return torch.cat((critics, droq.update_actor(self.run, self.learner, batch.obs, noise[1], kept[2])))
 
     def update(self, number: int) -> Tensor:
-        return self.step(*self.batch(number), self.learner.agent.drop(3, BATCH, rng(number)))
+        return self.step(*self.batch(number), self.learner.agent.dropout_masks(3, BATCH, rng(number)))
 
 
 UPDATES: dict[str, type[Any]] = {"ppo": PPOUpdates, "sac": SACUpdates, "droq": DroQUpdates}

@@ -182,13 +182,13 @@ class StandardArgs:
         for name in ALLOWED:
             check_choice(name, getattr(self, name))
         clash = self.cuda and self.accelerator not in (None, "cuda", "gpu")
-        require(not clash, "accelerator", self.accelerator, "cuda, or left out, beside --cuda")
+        require(not clash, "accelerator", self.accelerator, "cuda, or left out, with --cuda")
         self._check_texts()
 
     def _check_stop(self) -> None:
         if self.stop_at_return is not None:
             require_between(self, -LARGEST, LARGEST, "stop_at_return")
-            allowed = "left out, or given beside --eval-every, since evaluations decide"
+            allowed = "left out, or given with --eval-every, as evaluations measure it"
             require(self.eval_every > 0, "stop_at_return", self.stop_at_return, allowed)
 
     def _check_texts(self) -> None:
@@ -222,7 +222,7 @@ class StandardArgs:
         self._check_log_dir()
 
     def _check_log_dir(self) -> None:
-        allowed = "a folder that can be written or made"
+        allowed = "a writable folder, or one that can be created"
         try:
             folder = Path(self.log_dir).expanduser().absolute()
             while not _exists(folder) and folder != folder.parent:
@@ -303,7 +303,7 @@ def require_memory(flags: str, what: str, num_bytes: int) -> None:
     """Raises ConfigError, with the figures, if something of `num_bytes` or more does not fit into memory."""
     if num_bytes > (free := available_memory()):
         raise ConfigError(
-            f"{flags}: the memory that is free, {free / GIB:.2f} GiB, is too little for {what}, "
+            f"{flags}: only {free / GIB:.2f} GiB of memory is free, too little for {what}: "
             f"{num_bytes / GIB:.2f} GiB or more"
         )
 

@@ -57,7 +57,7 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
     preset = _early("--preset")
     if (resume := _early("--resume")) not in (None, AUTO):
         if preset is not None:
-            raise ConfigError(f"--preset {preset} beside --resume: a run that is resumed keeps the arguments it has")
+            raise ConfigError(f"--preset {preset} cannot be used with --resume: a resumed run keeps its own arguments")
         require(bool(resume), "resume", "empty", "a checkpoint or a run folder")
         defaults = _inherited(kind, *load_checkpoint(str(resume), algo))
     elif preset is not None:
@@ -66,6 +66,10 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
             **preset_values(kind, preset, presets or {"default": {}}, _early("--env-id") or kind.env_id),
         }
     args = kind(**_parse_flags(kind, defaults))
+    if resume not in (None, AUTO) and hasattr(args, "frame_stack"):
+        frames = defaults.get("frame_stack", 1)
+        allowed = f"{frames}, as in the checkpoint: its networks take that many frames"
+        require(args.frame_stack == frames, "frame_stack", args.frame_stack, allowed)
     args.check_machine()
     if args.seeds > 1:
         from fabricrl.sweep import run_seeds  # the commands around the scripts import what scripts do without

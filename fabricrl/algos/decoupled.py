@@ -49,13 +49,15 @@ from fabricrl.utils.decoupled import (
     Packet,
     Ready,
     State,
+    check_players,
     make_groups,
     player_device,
     trainer_device,
     with_player,
 )
-from fabricrl.utils.ending import is_communication_error, reason, report
+from fabricrl.utils.ending import explain_memory, is_communication_error, reason, report
 from fabricrl.utils.errors import LostPeerError, RunError
+from fabricrl.utils.launch import ranks_to_start
 from fabricrl.utils.metric import Stopwatch
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.optimizer import Adam
@@ -63,7 +65,7 @@ from fabricrl.utils.process import own_rank
 from fabricrl.utils.run import rank_generators
 from fabricrl.utils.utils import freeze_gc, require
 
-__all__ = ["Messages", "Player", "Trainers", "run_ranks"]
+__all__ = ["Messages", "Player", "Trainers", "checked", "run_ranks"]
 
 
 class Messages:
@@ -481,6 +483,7 @@ class Player:
 class End(Protocol):
     """An end that can tell the other of its failure."""
 
+    run: Run
     iteration: int
 
     def tell(self, code: int) -> None: ...
@@ -507,8 +510,9 @@ def telling(end: End, first_rank: int = PLAYER) -> Iterator[None]:
             report(str(error), error.exit_code, own_rank())
         end.tell(error.exit_code)
         raise EndedByPeerError(error.exit_code) from error
-    except RuntimeError as error:
-        if not is_communication_error(error):
+    except (RuntimeError, MemoryError) as error:
+        explain_memory(error, end.run.given)
+        if isinstance(error, MemoryError) or not is_communication_error(error):
             raise
         who = "trainer" if first_rank else "player"
         lost = f"rank {own_rank()} lost another {who} in iteration {end.iteration}"
@@ -527,16 +531,42 @@ def before_hello(end: Player) -> Iterator[None]:
         raise
 
 
+def checked(args: Any, check: Callable[[Any, int], None]) -> Any:
+    """The arguments, checked against the ranks that are to be started, if it is this process that starts them.
+
+    A run that is resumed may change some of them to what its checkpoint has; they are checked in `run_ranks`.
+
+    Args:
+        check: a function (arguments, trainers) that raises ConfigError if so many cannot share the work equally.
+
+    Raises:
+        ConfigError: they do not fit these ranks.
+    """
+    ranks = ranks_to_start(args)
+    if ranks and args.resume is None:
+        check_players(args.players, ranks)
+        check(args, ranks - args.players)
+    return args
+
+
 def run_ranks(
-    run: Run, player: Callable[[Any, Run, Trainers], int], trainer: Callable[[Any, Run, Player], None]
+    run: Run,
+    player: Callable[[Any, Run, Trainers], int],
+    trainer: Callable[[Any, Run, Player], None],
+    check: Callable[[Any, int], None],
 ) -> int:
     """Does this rank's part of a decoupled run, the player's or a trainer's; its exit code.
 
+    Args:
+        check: as for `checked`.
+
     Raises:
-        ConfigError: there is nobody but players, or no GPU for them.
+        ConfigError: there is nobody but players, or no GPU for them; or trainers cannot share the work equally.
         LostPeerError: another rank is gone, or silent for `--timeout` minutes; says which, and in which message.
     """
     args, fabric, players = run.args, run.fabric, run.args.players
+    with run.together():  # none leaves while another is still about to meet the rest
+        check(args, max(fabric.world_size - players, 1))
     world, team, learners = make_groups(fabric, players, args.timeout)
     if fabric.global_rank < players:
         trainers = run.trainers = Trainers(run, Channel(world, (fabric.world_size - players) * (args.max_lag + 1)))

@@ -54,7 +54,7 @@ from fabricrl.envs.tensors import takes_tensors
 from fabricrl.models.recurrent import common_length
 from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
 from fabricrl.utils.device import Places, to_device, to_host
-from fabricrl.utils.ending import run_script
+from fabricrl.utils.ending import explain_memory, run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
 from fabricrl.utils.launch import check_ranks, launch
@@ -213,7 +213,13 @@ class Run:
         self._places: Places = {}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Closes the environments and prints the result, unless something has gone wrong."""
+        """Closes the environments and prints the result, unless something has gone wrong.
+
+        Raises:
+            ConfigError: what has gone wrong is that there is too little memory.
+        """
+        if error is not None:
+            explain_memory(error, self.given)
         self._contexts.close()
         if kind is None and self._envs is not None:
             self._envs.close()

@@ -19,7 +19,7 @@ def check_memory(num_bytes: int, count: int, advice: str) -> None:
     if num_bytes * count > free:
         need = f"{count} × {num_bytes / GIB:.2f} GiB" if count > 1 else f"{num_bytes / GIB:.2f} GiB"
         raise ConfigError(
-            f"--buffer-size: the memory that is free, {free / GIB:.2f} GiB, is too little for {need}; {advice}"
+            f"--buffer-size: only {free / GIB:.2f} GiB of memory is free, too little for {need}; {advice}"
         )
 
 

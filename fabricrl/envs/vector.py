@@ -623,7 +623,7 @@ def _draws_nowhere(env_id: str) -> bool:
 
 def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
     """Explains to the user why an environment could not be built."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).partition(" was raised from the environment creator")[0]
     absent = error if isinstance(error, ImportError) else error.__cause__
     if isinstance(absent, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
         name = (getattr(absent, "name", None) or "").split(".")[0]

@@ -316,6 +316,7 @@ class FixedSequences(Sequences):
     """
 
     def __init__(self, dones: Tensor, length: int, count: int) -> None:
+        # Without that of `Sequences`, whose tables are made on the CPU: nothing here may ask for a tensor's values
         (steps, envs), self._device = dones.shape, dones.device
         self.length = common_length(steps, envs, count, length)
         ends, resets = torch.ones_like(dones), torch.zeros_like(dones)

@@ -291,6 +291,17 @@ def tag(name: str) -> int:
     return zlib.crc32(name.encode()) >> 1
 
 
+def check_players(players: int, ranks: int) -> None:
+    """Raises ConfigError if there is nobody to train."""
+    if ranks == 1:
+        raise ConfigError(
+            "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
+            "add --devices 2, or take the script of the same name without _decoupled"
+        )
+    allowed = f"less than {ranks}, the number of ranks (--devices), since the others train"
+    require(players < ranks, "players", players, allowed)
+
+
 def make_groups(
     fabric: Fabric, players: int, timeout: float
 ) -> tuple[TorchCollective, TorchCollective | None, TorchCollective]:
@@ -305,13 +316,7 @@ def make_groups(
     Raises:
         ConfigError: there is nobody to train.
     """
-    if fabric.world_size == 1:
-        raise ConfigError(
-            "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
-            "add --devices 2, or take the script of the same name without _decoupled"
-        )
-    allowed = f"less than {fabric.world_size}, the number of ranks (--devices), since the others train"
-    require(players < fabric.world_size, "players", players, allowed)
+    check_players(players, fabric.world_size)
     world, team, trainers = TorchCollective(), TorchCollective() if players > 1 else None, TorchCollective()
     limit = patience(timeout)
     backend = "gloo" if fabric.device.type == "cpu" and PLACE.gpu is None else "nccl"

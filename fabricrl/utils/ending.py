@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import TCPStore
 
-from fabricrl.utils.errors import PREEMPTED, LostPeerError, RunError, from_here
+from fabricrl.utils.errors import PREEMPTED, ConfigError, LostPeerError, RunError, from_here
 from fabricrl.utils.network import LOOPBACK, open_store
 from fabricrl.utils.process import (
     PLACE,
@@ -164,6 +164,27 @@ def _wait_for_askers() -> None:
     if own_rank() == 0 and PLACE.store is not None:
         while PLACE.store.add("fabricrl/asked", 0) < int(os.environ["SLURM_NTASKS"]) and time.monotonic() < deadline:
             time.sleep(0.05)
+
+
+def explain_memory(error: BaseException, args: Any) -> None:
+    """Ends the run if it has asked for more memory than there is: all ranks, in one line that says what takes less.
+
+    Raises:
+        ConfigError: it has, and this rank is the only one; SystemExit: others have ended, too, or are about to.
+    """
+    of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if not (of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)):
+        return
+    amount = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    flags = [f"--{name}" for name in ("num-envs", "num-steps", "batch-size", "buffer-size")]
+    advice = f"lower {', '.join(flag for flag in flags if hasattr(args, flag[2:].replace('-', '_')))}"
+    advice += " or raise --num-minibatches" if hasattr(args, "num_minibatches") else ""
+    more = f"{amount[1]} more" if amount else "more"
+    message = f"rank {own_rank()} is out of memory, as it needs {more}: {advice}"
+    if PLACE.peers is None:
+        raise ConfigError(message) from error
+    PLACE.peers.end_all(message, ConfigError.exit_code)
+    sys.exit(ConfigError.exit_code)
 
 
 def is_communication_error(error: RuntimeError) -> bool:

@@ -180,7 +180,7 @@ def _refuse(options: dict[str, Any], names: list[str]) -> None:
     if names:
         flag = f"--{names[0].replace('_', '-')}"
         raise ConfigError(
-            f"{flag} {options[names[0]]} stands after the script, but the launcher has set it; give it once"
+            f"{flag} {options[names[0]]} is given to the script, but the launcher has already set it: give it only once"
         )
 
 
@@ -323,6 +323,15 @@ def _threads(args: Any, fabric: Fabric) -> int:
         text = f"other processes keep {busy:.1f} of {cores:g} cores busy, and threads wait for each other"
         print(f"warning: {text}: runs side by side are faster with --num-threads 1", file=sys.stderr, flush=True)
     return 2
+
+
+def ranks_to_start(args: Any) -> int:
+    """The ranks that this run is going to have; 0 if a launcher has started them, or if only the machine can tell."""
+    started = {"LT_CLI_USED", "TORCHELASTIC_RUN_ID", "LOCAL_RANK"} & os.environ.keys() or under_srun()
+    devices = args.devices or "1"
+    if started or args.cuda or args.accelerator not in (None, "cpu") or not devices.isascii() or not devices.isdigit():
+        return 0
+    return int(devices) * (args.num_nodes or 1)
 
 
 def ranks_here(fabric: Fabric) -> int:

@@ -23,6 +23,7 @@ OFTEN = 5.0  # seconds between two signs of life, at most
 ROLL_CALL = 2.0  # seconds in which a rank that waits says so when it is asked
 STUCK = 2.0  # seconds after which a thread whose question to the store stays without answer is left behind
 TOLD = "fabricrl/told"  # counts those that have asked which rank is missing
+ENDS, HEARD = "fabricrl/ends", "fabricrl/heard"  # the code that all are to end with; counts those that know it
 LAST_RESORT = 30.0  # seconds after the time is up in which the main thread should have noticed
 
 
@@ -71,6 +72,7 @@ class Peers:
         self._signs: dict[int, str] = {}  # of life, by rank: a number that grows, and where the rank is
         self._clock, self._changed = 0.0, dict.fromkeys(range(world_size), 0.0)
         self._looked, self._was_away = time.monotonic(), False
+        self._is_ending = False  # as another rank has all end
         try:
             self._store = find_store(*self._place, self.seconds)
         except (OSError, RuntimeError) as error:
@@ -124,12 +126,37 @@ class Peers:
                 self._signs[rank], self._changed[rank] = sign, self._clock
 
     def _attend(self) -> None:
-        """Notes that this rank lives, again and again."""
-        number = 0
+        """Notes that this rank lives, again and again, until another has all end."""
+        number, ends = 0, ENDS
         with contextlib.suppress(RuntimeError):  # the store is gone: then this rank's next message fails, too
             while not self._over.wait(self._often):
                 number += 1
                 self._note(number)
+                if self._store.check([ends]):
+                    code, self._is_ending = int(self._store.get(ends)), True
+                    try:
+                        self._await_hearers(self._store.add(HEARD, 1))
+                    finally:
+                        os._exit(code)
+
+    def end_all(self, message: str, code: int) -> None:
+        """Has the other ranks end within seconds with this exit code, whatever they wait for; the first one tells."""
+        self.close()
+        with contextlib.suppress(RuntimeError):  # the store is gone, and so is rank 0
+            heard = self._store.add(HEARD, 1)
+            if heard == 1:
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                self._store.set(ENDS, str(code))
+            self._await_hearers(heard)
+
+    def _await_hearers(self, heard: int) -> None:
+        """Waits until all ranks know that they are to end: one that is gone early looks like a fault to the others."""
+        deadline = time.monotonic() + 3 * self._often
+        while heard < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.02)
+            heard = self._store.add(HEARD, 0)
+        if self.rank == 0 and self._keeps_store:
+            time.sleep(1.0)  # the others look once more
 
     def _watch(self) -> None:
         """Ends the process some time after another's time is up, where the main thread does not notice.
@@ -163,6 +190,8 @@ class Peers:
         All that wait, and those whose messages have failed since another left, answer. Ranks of this machine that have
         been stopped are woken, to find out that the others have left, which have told.
         """
+        while self._is_ending:  # not for what this rank has met
+            time.sleep(1.0)
         missing, first = [0], self._first_of_node() and not self._is_away()
         answer: list[tuple[list[int], str, bool]] = []
         asking = self._start(self._ask, answer)  # a store whose process has been stopped never answers

@@ -72,10 +72,8 @@ class RunFolder:
         with failing_together(fabric):
             if fabric.global_rank == 0:
                 folder = str(self._make_folder(resumed))
-        given = Path(fabric.broadcast(folder))
-        self.folder = given.absolute()  # environments may go elsewhere
-        goes_on = resumed is not None and given == resumed.parent.parent
-        self._is_relative = not Path(args.resume if goes_on else given).expanduser().is_absolute()
+        self.folder = Path(fabric.broadcast(folder)).absolute()
+        self._here = str(self.folder).removesuffix(from_here(self.folder))  # environments may go elsewhere
 
     def start(self) -> None:
         """Opens the logs and starts the clock of steps per second, just before the first reset. All ranks call it.
@@ -175,7 +173,7 @@ class RunFolder:
             fields += f" episodes={episodes.count}"
             fields += "" if evaluated is None else f" eval_return_mean={evaluated:.2f}"
             try:
-                checkpoint = from_here(self.checkpoint) if self._is_relative else self.checkpoint
+                checkpoint = str(self.checkpoint).removeprefix(self._here)
                 print(f"result {fields} checkpoint={checkpoint}", flush=True)
             except OSError as error:  # no reason to fail after the work is done
                 if not isinstance(error, BrokenPipeError):  # else nobody reads it

@@ -15,20 +15,20 @@ __all__ = ["ACTION_SPACES", "DroQAgent", "make_agent"]
 class DroQAgent(SACAgent):
     """SAC's agent with critics of Linear → Dropout → LayerNorm → activation (Hiraoka et al. 2022, arXiv:2110.02034v2).
 
-    Dropout is active wherever critics are asked in training, in targets and in the actor's loss too. What it drops
-    comes from outside, as noise does: see `drop`.
+    Dropout is active wherever critics are asked in training, in targets and in the actor's loss too. Its masks
+    come from outside, as noise does: see `dropout_masks`.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.masks = DropoutMasks(self.ensemble.dropout)
 
-    def drop(self, passes: int, rows: int, generator: torch.Generator) -> list[list[Tensor]]:
+    def dropout_masks(self, passes: int, rows: int, generator: torch.Generator) -> list[list[Tensor]]:
         """Draws the dropout masks of several forward passes of the critics over batches of `rows`.
 
         Returns:
-            for each pass, a mask [C, B, H] for each hidden layer: what is kept. On the CPU they hold until the next
-            draw.
+            for each pass, a mask [C, B, H] for each hidden layer: 1 where an output is kept, 0 where it is dropped. On
+            the CPU they hold until the next draw.
         """
         critics, device = self.ensemble, self.log_alpha.device
         if critics.dropout == 0 or not critics.hidden_sizes:

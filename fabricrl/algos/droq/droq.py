@@ -94,9 +94,9 @@ def train(
     *noises, last_noise = agent.head.noise((len(batches) + 1, size), rng)  # [K + 1, B, A]
     critic_metrics = []
     for batch, noise in zip(batches, noises, strict=True):
-        kept, target_kept = agent.drop(2, size, rng)
+        kept, target_kept = agent.dropout_masks(2, size, rng)
         critic_metrics.append(step_critics(batch, noise, kept, target_kept))
-    (kept,) = agent.drop(1, size, rng)
+    (kept,) = agent.dropout_masks(1, size, rng)
     metrics = {ACTOR_METRICS: step_actor(last.obs, last_noise, kept)}
     return metrics | ({CRITIC_METRICS: torch.stack(critic_metrics)} if critic_metrics else {})
 

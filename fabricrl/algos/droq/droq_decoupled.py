@@ -14,7 +14,7 @@ for Answer, with K it is up to K iterations ahead of it:
 Everything but the update is SAC's. Shapes as in droq.py.
 """
 
-from fabricrl.algos.decoupled import Player, Trainers, run_ranks
+from fabricrl.algos.decoupled import Player, Trainers, checked, run_ranks
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQDecoupledArgs
 from fabricrl.algos.droq.droq import make_updates, rollout, setup, shares
@@ -106,10 +106,9 @@ def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
 
 
 def main() -> int:
-    args = parse(DroQDecoupledArgs, "droq")
+    args = checked(parse(DroQDecoupledArgs, "droq"), check_division)
     run = Run(args, "droq", ACTION_SPACES, bounded=True, images=True)
-    check_division(run)
-    return run_ranks(run, player, trainer)
+    return run_ranks(run, player, trainer, check_division)
 
 
 if __name__ == "__main__":

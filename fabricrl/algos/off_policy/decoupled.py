@@ -91,17 +91,16 @@ def normalizer_state(agent: Any) -> dict[str, Tensor]:
     return {} if agent.obs_normalizer is None else agent.obs_normalizer.state_dict()
 
 
-def check_division(run: Run) -> None:
-    """Raises ConfigError unless environments and batches can be divided among players and trainers."""
-    args, count = run.args, max(run.fabric.world_size - run.args.players, 1)
-    with run.together():  # none leaves while another is still about to meet the rest
-        for name in ("num_envs", "batch_size"):
-            require(getattr(args, name) % count == 0, name, getattr(args, name), f"equal parts for {count} trainers")
-        pairs = args.players * count
-        allowed = f"a multiple of {pairs}, so that {count} trainers have as many of each of {args.players} players"
-        require(args.num_envs % pairs == 0, "num_envs", args.num_envs, allowed)
-        rows = args.buffer_size // args.num_envs * args.num_envs
-        require(rows >= args.batch_size, "buffer_size", args.buffer_size, f"such that {rows} is at least batch-size")
+def check_division(args: Any, count: int) -> None:
+    """Raises ConfigError unless environments and batches can be divided among players and `count` trainers."""
+    for name in ("num_envs", "batch_size"):
+        value, allowed = getattr(args, name), f"a multiple of {count}, so that each trainer has an equal part"
+        require(value % count == 0, name, value, allowed)
+    pairs = args.players * count
+    allowed = f"a multiple of {pairs}, so that {count} trainers have as many of each of {args.players} players"
+    require(args.num_envs % pairs == 0, "num_envs", args.num_envs, allowed)
+    rows = args.buffer_size // args.num_envs * args.num_envs
+    require(rows >= args.batch_size, "buffer_size", args.buffer_size, f"such that {rows} is at least batch-size")
 
 
 def divided(run: Run) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fabricrl.algos.decoupled import Messages, Player, Trainers, run_ranks
+from fabricrl.algos.decoupled import Messages, Player, Trainers, checked, run_ranks
 from fabricrl.algos.ppo.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.ppo.args import PRESETS, PPODecoupledArgs
 from fabricrl.algos.ppo.ppo import METRICS, returns_and_advantages, rollout, train, train_epoch, update
@@ -72,16 +72,14 @@ def divide(run: Run, data: Batch) -> Iterator[tuple[Batch, int]]:
         yield own[rank::count], len(numbers) if numbers.shape[1] % count == 0 else 1
 
 
-def check_division(run: Run) -> None:
-    """Raises ConfigError unless minibatches can be divided among the trainers, and rollouts of each player."""
-    args, count = run.args, max(run.fabric.world_size - run.args.players, 1)
+def check_division(args: Any, count: int) -> None:
+    """Raises ConfigError unless `count` trainers can share minibatches equally, and the rollouts of each player."""
     minibatch = args.num_steps * args.num_envs // args.num_minibatches
     allowed = f"such that each of {count} trainers has an equal share of every minibatch of {minibatch}"
-    with run.together():  # none leaves while another is still about to meet the rest
-        require(minibatch % count == 0, "num_envs", args.num_envs, allowed)
-        rows = args.num_steps * args.num_envs // args.players
-        allowed = f"such that each of {count} trainers has an equal share of the {rows} steps of each player"
-        require(rows % count == 0, "num_envs", args.num_envs, allowed)
+    require(minibatch % count == 0, "num_envs", args.num_envs, allowed)
+    rows = args.num_steps * args.num_envs // args.players
+    allowed = f"such that each of {count} trainers has an equal share of the {rows} steps of each player"
+    require(rows % count == 0, "num_envs", args.num_envs, allowed)
 
 
 def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
@@ -172,10 +170,9 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
 
 
 def main() -> int:
-    args = parse(PPODecoupledArgs, "ppo", PRESETS)
+    args = checked(parse(PPODecoupledArgs, "ppo", PRESETS), check_division)
     run = Run(args, "ppo", ACTION_SPACES, images=True)
-    check_division(run)
-    return run_ranks(run, player, trainer)
+    return run_ranks(run, player, trainer, check_division)
 
 
 if __name__ == "__main__":

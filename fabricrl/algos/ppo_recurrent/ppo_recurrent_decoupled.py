@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fabricrl.algos.decoupled import Messages, Player, Trainers, run_ranks
+from fabricrl.algos.decoupled import Messages, Player, Trainers, checked, run_ranks
 from fabricrl.algos.ppo.ppo import METRICS, update
 from fabricrl.algos.ppo.ppo_decoupled import as_trained, check_division, declare_share
 from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
@@ -161,10 +161,9 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
 
 
 def main() -> int:
-    args = parse(RecurrentPPODecoupledArgs, "ppo_recurrent", PRESETS)
+    args = checked(parse(RecurrentPPODecoupledArgs, "ppo_recurrent", PRESETS), check_division)
     run = Run(args, "ppo_recurrent", ACTION_SPACES, images=True)
-    check_division(run)
-    return run_ranks(run, player, trainer)
+    return run_ranks(run, player, trainer, check_division)
 
 
 if __name__ == "__main__":

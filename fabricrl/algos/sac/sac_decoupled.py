@@ -14,7 +14,7 @@ for Answer, with K it is up to K iterations ahead of it:
 Shapes as in sac.py.
 """
 
-from fabricrl.algos.decoupled import Messages, Player, Trainers, run_ranks
+from fabricrl.algos.decoupled import Messages, Player, Trainers, checked, run_ranks
 from fabricrl.algos.off_policy.decoupled import BLOCK, check_division, declare_steps, divide, divided, store
 from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
@@ -113,10 +113,9 @@ def trainer(args: SACDecoupledArgs, run: Run, player: Player) -> None:
 
 
 def main() -> int:
-    args = parse(SACDecoupledArgs, "sac")
+    args = checked(parse(SACDecoupledArgs, "sac"), check_division)
     run = Run(args, "sac", ACTION_SPACES, bounded=True, images=True)
-    check_division(run)
-    return run_ranks(run, player, trainer)
+    return run_ranks(run, player, trainer, check_division)
 
 
 if __name__ == "__main__":

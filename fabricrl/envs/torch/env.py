@@ -101,9 +101,15 @@ class TorchEnv(VectorEnv):
         self._draws_itself = False
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Takes a step in every environment: observations [N, D], rewards, terminated and truncated [N], infos."""
+        """Takes a step in every environment: observations [N, D], rewards, terminated and truncated [N], infos.
+
+        Raises:
+            TypeError: rewards or `terminated` are not [N], or `terminated` is not bool.
+        """
         random = self._drawn()
         state, rewards, terminated = self.next_state(self.state, actions)
+        self._check("rewards", rewards)
+        self._check("terminated", terminated, torch.bool)
         truncated = self.steps + 1 >= self.max_episode_steps
         infos: dict[str, Any] = self.told(state)
         if self._resets_later:
@@ -117,6 +123,17 @@ class TorchEnv(VectorEnv):
         self.state.copy_(state)
         self.steps.add_(1).masked_fill_(resets, 0)
         return self.observe(state), rewards, terminated, truncated, infos
+
+    def _check(self, name: str, values: Any, dtype: torch.dtype | None = None) -> None:
+        """Raises TypeError unless `next_state` has returned a value for each environment, of this type if one is given.
+
+        Else values would be broadcast, and an error come up elsewhere.
+        """
+        is_tensor = isinstance(values, Tensor)
+        if not is_tensor or values.shape != (self.num_envs,) or values.dtype != (dtype or values.dtype):
+            given = f"{values.dtype} of shape {list(values.shape)}" if is_tensor else type(values).__name__
+            allowed = f"a tensor of {dtype or 'numbers'} of shape [{self.num_envs}], one for each environment"
+            raise TypeError(f"next_state returned {name} as {given}: it must be {allowed}")
 
     def _drawn(self) -> Tensor:
         """Random numbers for a step, [N, K]: the next of those drawn ahead, if there are some."""
