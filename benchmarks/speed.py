@@ -202,9 +202,9 @@ GPU = {  # arguments; the sketch of the same update, or the steps per second ask
         "sacc",
         ">= 0.75",
     ),
-    "droq": (f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250", 170, ">= 1"),
+    "droq": (f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250 {TF32}", 170, ">= 1"),
     "droq, compiled": (
-        f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250 --compile",
+        f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250 --compile {TF32}",
         350,
         ">= 1",
     ),

@@ -62,6 +62,19 @@ def assert_equal_parameters(ours: nn.Module, theirs: nn.Module, rtol: float = 1e
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=name)
 
 
+@pytest.mark.parametrize("size", [1, 7, 64])
+@USES
+def test_a_vector_that_is_stepped_in_parts_moves_as_a_whole_one(size: int, uses: list[str]) -> None:
+    """As on a GPU, whose kernel gives each multiprocessor a part."""
+    whole, parts = pair()
+    optimizers = Adam(whole.parameters(), 0.01), Adam(parts.parameters(), 0.01)
+    optimizers[1].flat.part_size = size
+    for network, optimizer in zip((whole, parts), optimizers, strict=True):
+        train(network, optimizer, uses)
+    assert_equal_parameters(parts, whole)
+    assert torch.equal(optimizers[0].flat.steps, optimizers[1].flat.steps)
+
+
 @USES
 def test_adam_is_torchs_also_where_parameters_lack_a_gradient_in_some_steps(uses: list[str]) -> None:
     network, plain = pair()
