@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -315,6 +315,16 @@ TASKS = {
     "tuned-recurrent-cartpole": tuned(RECURRENT, "CartPole-v1", 490, (500.0, 0.0), "CartPoleNoVel-v1, 100k steps"),
     "tuned-sac-pendulum": tuned(f"{SAC} {ONE}", "Pendulum-v1", -157.0 - 88.7, (-157.0, 88.7), "Pendulum-v1, 20k steps"),
 }
+
+
+def with_flag(name: str, flag: str) -> Task:
+    """A task again, with a flag that should leave its returns as they are; the two are drawn side by side."""
+    return replace(TASKS[name], command=f"{TASKS[name].command} {flag}", seeds=3, rival=name, times=0)
+
+
+COMPILED = ("cartpole", "ppo-recurrent-cartpole", "sac-pendulum", "droq-halfcheetah")
+TASKS |= {f"{name}-compiled": with_flag(name, "--compile") for name in COMPILED}
+TASKS["ppo-catch-bf16"] = with_flag("ppo-catch", "--precision bf16-mixed")
 
 
 def run_seed(command: list[str], seed: int) -> tuple[dict[str, float], list[tuple[int, float]]]:
