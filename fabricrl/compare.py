@@ -10,6 +10,7 @@ Stable-Baselines3's.
 
 import csv
 import glob
+import itertools
 import json
 import re
 import sys
@@ -192,12 +193,19 @@ def group_logs(named: Sequence[tuple[str, Log]], final: float = 0.1) -> list[Gro
     for _, log in named:
         told.setdefault((log.arguments.get("env_id", ""), _script(log)), []).append(log.arguments)
     telling = {key: _differences(arguments) for key, arguments in told.items()}
+    scripts: dict[tuple[str, str], set[str]] = {}  # (environment, experiment) → scripts with runs of that name
+    for _, log in named:
+        experiment = log.arguments.get("env_id", ""), log.arguments.get("exp_name") or ""
+        scripts.setdefault(experiment, set()).add(_script(log))
     groups: dict[tuple[str, str], list[Log]] = {}
     for given, log in named:
         a, env_id, script = log.arguments, log.arguments.get("env_id", ""), _script(log)
         names = [name for name in telling[env_id, script] if a[name] is not None]
         changed = [f"{name.replace('_', '-')}={a[name]}" for name in names]
-        groups.setdefault((env_id, given or " ".join([a.get("exp_name") or script, *changed])), []).append(log)
+        title = a.get("exp_name") or script
+        if title != script and len(scripts[env_id, title]) > 1:
+            title = f"{script} {title}"
+        groups.setdefault((env_id, given or " ".join([title, *changed])), []).append(log)
     return [make_group(env_id, name, logs, final) for (env_id, name), logs in groups.items()]
 
 
@@ -215,15 +223,16 @@ def _differences(arguments: Sequence[dict[str, Any]]) -> list[str]:
 def make_group(env_id: str, name: str, logs: Sequence[Log], final: float = 0.1) -> Group:
     """Puts logs of one experiment beside each other, up to where the shortest ends.
 
-    One that ended before another has its first entry shares no steps with it; it is left out, with a note.
+    One that ended before another has its first entry shares no steps with it: whichever are fewer, those that ended
+    early or those that began late, are left out, with a note.
     """
-    start = max(log.steps[0] for log in logs)
-    for log in logs:
-        if log.steps[-1] < start:
-            reason = f"it ended at step {log.steps[-1]}, and another run of its group has no entry before {start}"
-            print(f"note: {log.folder} is left out: {reason}", file=sys.stderr)
-    logs = [log for log in logs if log.steps[-1] >= start]
-    end = min(log.steps[-1] for log in logs)
+    while (start := max(log.steps[0] for log in logs)) > (end := min(log.steps[-1] for log in logs)):
+        early, late = [log.steps[-1] < start for log in logs], [log.steps[0] > end for log in logs]
+        out = min(early, late, key=sum)
+        for log in itertools.compress(logs, out):
+            span = f"its entries are of steps {log.steps[0]} to {log.steps[-1]}"
+            print(f"note: {log.folder} is left out: {span}, which others of its group do not share", file=sys.stderr)
+        logs = [log for log, is_out in zip(logs, out, strict=True) if not is_out]
     edges = np.linspace(0, end, POINTS + 1)
     curves = np.stack([resample(log.steps, log.returns, edges) for log in logs])  # [S, G]
     finals = [log.returns[(log.steps > end * (1 - final)) & (log.steps <= end)] for log in logs]

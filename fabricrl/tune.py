@@ -395,7 +395,8 @@ def _search(study: "optuna.Study", search: Search, options: argparse.Namespace) 
     if is_hopeless(study, before) or not study.get_trials(states=(TrialState.COMPLETE,)):
         if search.exit_code:
             return search.exit_code
-        raise ConfigError(f"no trial has come to its end: {search.error or 'all were given up or failed'}")
+        what = "no trial has come to its end" if not values else "no further trial has come to its end"
+        raise ConfigError(f"{what}: {search.error or 'all were given up or failed'}")
     folder = search.folder
     write_report(study, folder)
     command = shlex.join(["fabricrl", options.algo, *search.command[2:], *flags(study.best_params)])

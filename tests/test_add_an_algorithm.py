@@ -80,7 +80,7 @@ def test_td3_of_the_page_learns_pendulum(root: Path, trained: Running) -> None:
 def test_td3_of_the_page_resumes(root: Path, trained: Running) -> None:
     resumed = call(root, commands()[2], folder(trained))
     assert resumed.result["steps"] == "15400"
-    state = load(Path(resumed.result["checkpoint"]))
+    state = load(root / resumed.result["checkpoint"])
     assert state["schedule"]["done"] == 15_400 - 1000
 
 

@@ -188,7 +188,7 @@ def test_a_captured_run_acts_elsewhere_as_it_does_here(
     if name == "ppo_recurrent":  # the stand-in for graphs expects the same results of each operation
         request.getfixturevalue("elementary")
     here = train(main, *flags, *ENDING)
-    players: set[int] = set()
+    players: list[bool] = []
     make_envs, player = Run.make_envs, Run.player
 
     def make_envs_elsewhere(run: Run) -> Any:
@@ -196,10 +196,16 @@ def test_a_captured_run_acts_elsewhere_as_it_does_here(
         return make_envs(run)
 
     monkeypatch.setattr(Run, "make_envs", make_envs_elsewhere)
-    monkeypatch.setattr(Run, "player", lambda run, agent: players.add(id(player(run, agent))) or player(run, agent))
+
+    def watched_player(run: Run, agent: Any) -> Any:
+        players.append(player(run, agent) is not agent)
+        return player(run, agent)
+
+    monkeypatch.setattr(Run, "player", watched_player)
     there = train(main, *flags, *ENDING)
     assert torch.equal(there.weights, here.weights)
-    assert len(players) == 1
+    assert players
+    assert all(players)
 
 
 @REPLAY

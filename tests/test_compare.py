@@ -103,13 +103,15 @@ def test_a_group_is_named_after_what_differs_among_runs_of_its_script_and_enviro
             ("ppo", "Env-v1", {"gamma": 0.5, "tau": 1}),
             ("sac", "Env-v0", {"gamma": 0.5, "tau": 2}),
             ("sac", "Env-v0", {"gamma": 0.5, "tau": 2, "exp_name": "mine"}),
+            ("ppo", "Env-v0", {"gamma": 0.9, "tau": 1, "exp_name": "mine"}),
+            ("sac", "Env-v1", {"gamma": 0.5, "tau": 2, "exp_name": "other"}),
         )
     ):
         ours(tmp_path / algo / env_id / f"run_{number}", LINE, env_id=env_id, **more)
     found = {(row["env"], row["group"]) for row in compared(tmp_path)}
     assert found == {
         ("Env-v0", "ppo gamma=0.99"), ("Env-v0", "ppo gamma=0.9"), ("Env-v1", "ppo"), ("Env-v0", "sac"),
-        ("Env-v0", "mine"),
+        ("Env-v0", "sac mine"), ("Env-v0", "ppo mine gamma=0.9"), ("Env-v1", "other"),
     }  # fmt: skip
 
 
@@ -175,13 +177,17 @@ def test_the_final_return_is_that_of_the_last_tenth_up_to_where_the_shortest_run
     assert (row["steps"], row["mean"], row["std"]) == (1000, 95, 0)  # (90 + 100) / 2
 
 
-def test_a_run_that_ended_before_another_has_an_entry_is_left_out_with_a_note(tmp_path: Path) -> None:
-    for seed, curve in ((1, [(50, 7.0)]), (2, LINE), (3, LINE)):  # the first was interrupted
+@pytest.mark.parametrize("step", [50, 1050], ids=["interrupted", "began late"])
+def test_a_run_that_shares_no_steps_with_others_is_left_out_with_a_note(tmp_path: Path, step: int) -> None:
+    for seed, curve in ((1, [(step, 7.0)]), (2, LINE), (3, LINE)):
         ours(tmp_path / "ppo" / "Env-v0" / f"ppo_{seed}", curve, seed=seed)
     done = call(compare.main, tmp_path, "--json")
     (row,) = json.loads(done.out)
     assert (row["seeds"], row["steps"], row["mean"]) == (2, 1000, 100)
-    assert "ppo_1 is left out: it ended at step 50, and another run of its group has no entry before 100" in done.err
+    assert (
+        f"ppo_1 is left out: its entries are of steps {step} to {step}, which others of its group do not share"
+        in done.err
+    )
 
 
 def test_a_run_whose_log_does_not_tell_is_left_out_with_a_note(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return spoils
 
     for module in (ppo, ppo_recurrent):
-        monkeypatch.setattr(module, "gae", spoil(module.gae, 0))  # values
+        monkeypatch.setattr(module, "gae", spoil(module.gae, 0))  # rewards
     monkeypatch.setattr(DeviceReplayBuffer, "add", spoil(DeviceReplayBuffer.add, 3))  # rewards
     return calls
 

@@ -394,7 +394,10 @@ def test_two_trainers_make_the_updates_of_one_learner_with_both_their_batches(
         assert differences(first, second), "both trainers have drawn the same"
         both = Batch(**{name: torch.cat((first[name], second[name]), 1) for name in first})
         noise, dropped = side_by_side(halves, others)
-        agent.head.noise, agent.drop = lambda *_, noise=noise: noise, lambda *_, dropped=dropped: dropped.pop(0)
+        agent.head.noise, agent.dropout_masks = (
+            lambda *_, noise=noise: noise,
+            lambda *_, dropped=dropped: dropped.pop(0),
+        )
         module.train(alone, learner, *steps, both, *([sac.planned(args, 1, 1)] if algo == "sac" else []))
     for name, value in after["agent"].items():
         torch.testing.assert_close(agent.state_dict()[name], value, rtol=0, atol=1e-5)

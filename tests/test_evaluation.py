@@ -203,7 +203,7 @@ def test_a_run_stops_with_success_once_the_return_is_reached_and_has_nothing_mor
     [
         ({"eval_every": -1}, "--eval-every is -1: it must be between 0 and"),
         ({"eval_episodes": 0}, "--eval-episodes is 0: it must be an integer of at least 1"),
-        ({"stop_at_return": 5.0}, "--stop-at-return is 5.0: it must be left out, or given beside --eval-every"),
+        ({"stop_at_return": 5.0}, "--stop-at-return is 5.0: it must be left out, or given with --eval-every"),
         ({"eval_every": 9, "stop_at_return": float("nan")}, "--stop-at-return is nan: it must be between"),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.utils.checkpoint import load_checkpoint
-from fabricrl.utils.ending import explain_memory
+from fabricrl.utils.ending import end_if_out_of_memory
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
 from fabricrl.utils.utils import env_seeds
 from tests.conftest import BareRun, on_ranks
@@ -214,10 +214,10 @@ def short_of_memory(rank: int) -> None:
 @pytest.mark.parametrize(
     ("algo", "world_size", "advice"),
     [
-        ("ppo", 1, "lower --num-envs, --num-steps or raise --num-minibatches"),
-        ("ppo", 3, "lower --num-envs, --num-steps or raise --num-minibatches"),
-        ("sac", 1, "lower --num-envs, --batch-size, --buffer-size"),
-        ("ppo_decoupled", 3, "lower --num-envs, --num-steps or raise --num-minibatches"),
+        ("ppo", 1, "lower --num-envs or --num-steps, or raise --num-minibatches"),
+        ("ppo", 3, "lower --num-envs or --num-steps, or raise --num-minibatches"),
+        ("sac", 1, "lower --num-envs, --batch-size or --buffer-size"),
+        ("ppo_decoupled", 3, "lower --num-envs or --num-steps, or raise --num-minibatches"),
     ],
 )
 def test_too_little_memory_ends_all_ranks_in_a_line_that_says_what_takes_less(
@@ -237,17 +237,22 @@ def test_too_little_memory_ends_all_ranks_in_a_line_that_says_what_takes_less(
 
 
 @pytest.mark.parametrize(
-    ("error", "amount"),
+    ("error", "kind", "amount"),
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a capacity"),
+            "GPU memory",
             "20.00 MiB more",
         ),
-        (MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"), "7.28 TiB more"),
-        (MemoryError(), "more"),
+        (
+            MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"),
+            "memory",
+            "7.28 TiB more",
+        ),
+        (MemoryError(), "memory", "more"),
     ],
 )
-def test_what_a_gpu_and_numpy_say_of_memory_is_understood(error: Exception, amount: str) -> None:
-    with pytest.raises(ConfigError, match=f"^rank 0 is out of memory, as it needs {amount}: lower --num-envs, "):
-        explain_memory(error, PPOArgs())
-    explain_memory(RuntimeError("something else"), PPOArgs())
+def test_what_a_gpu_and_numpy_say_of_memory_is_understood(error: Exception, kind: str, amount: str) -> None:
+    with pytest.raises(ConfigError, match=f"^rank 0 is out of {kind}, as it needs {amount}: lower --num-envs or "):
+        end_if_out_of_memory(error, PPOArgs())
+    end_if_out_of_memory(RuntimeError("something else"), PPOArgs())

@@ -515,7 +515,7 @@ def test_every_space_is_trained_on_and_played(obs: str, action: str, tmp_path: P
     ("flag", "value", "allowed"),
     [
         ("--sequence-length", "0", "at least 1"),
-        ("--sequence-length", "all", "int"),
+        ("--sequence-length", "all", "a whole number"),
         ("--rnn-hidden-size", "0", "at least 1"),
         ("--rnn-hidden-size", "-8", "at least 1"),
         ("--rnn-layers", "0", "at least 1"),
@@ -593,4 +593,4 @@ def test_compiled_updates_equal_the_plain_ones_and_are_not_compiled_for_each_lay
     assert not graphs
     compiled = weights(call(script.main, *flags, "--compile"))
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-3)
-    assert len(graphs) == 1  # of eight iterations with 16 minibatches each
+    assert len(graphs) == 2  # of eight iterations with 16 minibatches each, and acting

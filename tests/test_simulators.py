@@ -160,4 +160,4 @@ def test_mistakes_are_told_in_a_line(flags: list[Any], words: str, train: Callab
 @pytest.mark.usefixtures("stand_ins")
 def test_scripts_that_play_on_the_cpu_take_no_simulator(train: Callable[..., Trained]) -> None:
     with pytest.raises(ConfigError, match="isaaclab/Isaac-Count is registered only as a vector environment"):
-        train(ppo_decoupled.main, "--env-id", "isaaclab/Isaac-Count", *TINY[:2])
+        train(ppo_decoupled.main, "--env-id", "isaaclab/Isaac-Count", *TINY[:2], "--devices", 2)

@@ -559,7 +559,7 @@ def test_what_keeps_steps_elsewhere_is_refused(algo: str, flag: str, train: Call
 def test_decoupled_scripts_take_no_tensors(twin: Any, train: Callable[..., Trained]) -> None:
     env_id = "torch/CartPole-v1" if twin is ppo_recurrent_decoupled else "torch/Pendulum-v1"
     with pytest.raises(ConfigError, match="--vectorization torch: decoupled scripts play on the CPU"):
-        train(twin.main, "--env-id", env_id, "--vectorization", "torch")
+        train(twin.main, "--env-id", env_id, "--vectorization", "torch", "--devices", 2)
 
 
 def test_a_gpu_with_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,7 +252,7 @@ def test_episodes_of_other_environments_are_not_gone_on_with() -> None:
     """Of another kind of device, of ranks that had none, of another number."""
     loaded: list[dict[str, Tensor]] = []
     envs: Any = SimpleNamespace(load_state_dict=loaded.append)
-    underway = Underway(SimpleNamespace(global_rank=1, device=CPU), envs, 2, 0)  # type: ignore[arg-type]
+    underway = Underway(SimpleNamespace(global_rank=1, world_size=2, device=CPU), envs, 2, 0)  # type: ignore[arg-type]
     rb = DeviceRolloutBuffer(4, 2, Box(-1, 1, (3,)), 1, torch.float32, False, 0, CPU)
     state = {"device": "cpu", "obs": torch.ones(2, 2, 3)}
     state |= dict.fromkeys(("returns", "lengths"), torch.ones(2, 2))
@@ -504,6 +504,6 @@ def test_a_script_that_plays_on_the_cpu_takes_the_single_form(train: Callable[..
     """Refused in a line where it is told to do otherwise, before any rank is started."""
     flags = ["--env-id", "torch/CartPole-v1", *TINY[:6]]
     with pytest.raises(ConfigError, match="--vectorization torch: decoupled scripts play on the CPU"):
-        train(ppo_decoupled.main, *flags, "--vectorization", "torch")
+        train(ppo_decoupled.main, *flags, "--vectorization", "torch", "--devices", 2)
     with pytest.raises(ConfigError, match="torch/Reach-v0 is registered only as a vector environment"):
-        train(ppo_decoupled.main, *TINY[:6], "--env-id", "torch/Reach-v0")
+        train(ppo_decoupled.main, *TINY[:6], "--env-id", "torch/Reach-v0", "--devices", 2)

@@ -17,15 +17,17 @@ WARM_UP, ACTS = 20, 100  # the first ones choose kernels, or capture them
 def example_inputs(run: Any, agent: Any) -> list[Tensor | None]:
     """Something to act on: observations, the memory if it has one, noise, and on-policy the mask of actions.
 
-    Each lies where it does in a run: noise on the CPU; the rest on-policy where the policy acts, as rollouts do.
+    Each lies where it does in a run: all where the policy acts if environments are tensors; else noise on the CPU, and
+    the rest where the policy acts on-policy, as rollouts do.
     """
     num_envs, space, on_policy = run.args.num_envs, run.obs_space, hasattr(run.args, "num_steps")
-    where = run.player_device if on_policy else torch.device("cpu")
+    where = run.player_device if on_policy or run.tensors else torch.device("cpu")
     kind = torch.uint8 if space.dtype == np.uint8 else torch.float32
     shape = num_envs, *getattr(agent, "obs_shape", space.shape)
     inputs: list[Tensor | None] = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", kind), device=where)]
     inputs += [torch.zeros(num_envs, agent.memory_size, device=where)] if hasattr(agent, "memory_size") else []
-    inputs.append(agent.head.noise((num_envs,), torch.Generator().manual_seed(0)))
+    noise = agent.head.noise((num_envs,), torch.Generator().manual_seed(0))
+    inputs.append(noise.to(where) if run.tensors else noise)
     if not on_policy:
         return inputs
     masked = torch.ones(num_envs, run.mask_size, dtype=torch.bool, device=where) if run.mask_size else None

@@ -55,7 +55,7 @@ from fabricrl.utils.decoupled import (
     trainer_device,
     with_player,
 )
-from fabricrl.utils.ending import explain_memory, is_communication_error, reason, report
+from fabricrl.utils.ending import end_if_out_of_memory, is_communication_error, reason, report
 from fabricrl.utils.errors import LostPeerError, RunError
 from fabricrl.utils.launch import ranks_to_start
 from fabricrl.utils.metric import Stopwatch
@@ -197,6 +197,9 @@ class Trainers:
         self._orders = {bulk: Outbox(order, turns) for bulk, order in messages.orders().items()}
         self._answer, self._state = Packet(messages.answer()), Packet(messages.state(self.count))
         run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
+        if run.records:
+            with run.rehearsal():  # acting, while trainers rehearse their updates
+                pass
         ready = self.channel.receive(Packet(Ready()), self.first, self.iteration)
         if ready.code:
             raise EndedByPeerError(ready.code)
@@ -511,7 +514,7 @@ def telling(end: End, first_rank: int = PLAYER) -> Iterator[None]:
         end.tell(error.exit_code)
         raise EndedByPeerError(error.exit_code) from error
     except (RuntimeError, MemoryError) as error:
-        explain_memory(error, end.run.given)
+        end_if_out_of_memory(error, end.run.given)
         if isinstance(error, MemoryError) or not is_communication_error(error):
             raise
         who = "trainer" if first_rank else "player"

@@ -54,7 +54,7 @@ from fabricrl.envs.tensors import takes_tensors
 from fabricrl.models.recurrent import common_length
 from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
 from fabricrl.utils.device import Places, to_device, to_host
-from fabricrl.utils.ending import explain_memory, run_script
+from fabricrl.utils.ending import end_if_out_of_memory, run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
 from fabricrl.utils.hint import hint
 from fabricrl.utils.launch import check_ranks, launch
@@ -208,7 +208,7 @@ class Run:
         self.player_device = torch.device("cpu") if args.player_device == "cpu" else fabric.device
         self._steps: dict[Any, Callable[..., Any]] = {}  # of rollouts, compiled and captured
         self._player: nn.Module | None = None
-        self._acts: dict[nn.Module, Callable[..., Any]] = {}  # captured
+        self._acts: dict[nn.Module, Callable[..., Any]] = {}  # compiled, captured, or of inputs that are moved
         self._health: Tensor | None = None
         self._places: Places = {}
 
@@ -219,7 +219,7 @@ class Run:
             ConfigError: what has gone wrong is that there is too little memory.
         """
         if error is not None:
-            explain_memory(error, self.given)
+            end_if_out_of_memory(error, self.given)
         self._contexts.close()
         if kind is None and self._envs is not None:
             self._envs.close()
@@ -479,7 +479,7 @@ class Run:
         return self._player
 
     def noise(self, head: Any, steps: int, uniform: bool = False) -> Tensor:
-        """Noise of a rollout of T steps for `head.sample`, [T, N, ...], where the policy acts.
+        """Noise of a rollout of T steps for `head.sample`, [T, N, ...], where `act` takes it from.
 
         `uniform`: numbers in [−1, 1), [T, N, A], that are actions as they are.
         """

@@ -244,7 +244,7 @@ class TensorEnvs(VectorWrapper):
             return actions.clamp(low, high)
         if isinstance(space, Discrete | MultiDiscrete | MultiBinary):
             actions = actions.reshape(shape)
-            return actions if self._start is None else actions + self._start
+            return actions.clone() if self._start is None else actions + self._start  # a graph's result is written over
         raise TypeError(f"no actions for {space}")
 
     def _vectors(self, call: str, obs: Any) -> Tensor:

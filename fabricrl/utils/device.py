@@ -50,7 +50,10 @@ def wait(device: torch.device) -> None:
 
 @functools.cache
 def queue_of(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a GPU that everything is queued on; to ask PyTorch for it takes longer than to wait for it."""
+    """The stream of a GPU that everything is queued on; to ask PyTorch for it takes longer than to wait for it.
+
+    It is remembered: ask first where that stream is current, outside of `torch.cuda.stream`.
+    """
     return torch.cuda.current_stream(device)
 
 

@@ -20,7 +20,6 @@ from fabricrl.utils.errors import PREEMPTED, ConfigError, LostPeerError, RunErro
 from fabricrl.utils.network import LOOPBACK, open_store
 from fabricrl.utils.process import (
     PLACE,
-    STARTED_BY,
     environ_number,
     go_on_in_child,
     outlive_launcher,
@@ -55,8 +54,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
             raise
         code = LostPeerError.exit_code
         report(f"rank {own_rank()} has lost a peer: {reason(error)}", code)
-    if code and STARTED_BY in os.environ:
-        outlive_launcher(int(os.environ[STARTED_BY]))
+    if code:
+        outlive_launcher()
     sys.exit(code)
 
 
@@ -166,7 +165,7 @@ def _wait_for_askers() -> None:
             time.sleep(0.05)
 
 
-def explain_memory(error: BaseException, args: Any) -> None:
+def end_if_out_of_memory(error: BaseException, args: Any) -> None:
     """Ends the run if it has asked for more memory than there is: all ranks, in one line that says what takes less.
 
     Raises:
@@ -176,14 +175,17 @@ def explain_memory(error: BaseException, args: Any) -> None:
     if not (of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)):
         return
     amount = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-    flags = [f"--{name}" for name in ("num-envs", "num-steps", "batch-size", "buffer-size")]
-    advice = f"lower {', '.join(flag for flag in flags if hasattr(args, flag[2:].replace('-', '_')))}"
-    advice += " or raise --num-minibatches" if hasattr(args, "num_minibatches") else ""
+    names = ("num_envs", "num_steps", "batch_size", "buffer_size")
+    *flags, last = [f"--{name.replace('_', '-')}" for name in names if hasattr(args, name)]
+    advice = f"lower {', '.join(flags)} or {last}"
+    advice += ", or raise --num-minibatches" if hasattr(args, "num_minibatches") else ""
     more = f"{amount[1]} more" if amount else "more"
-    message = f"rank {own_rank()} is out of memory, as it needs {more}: {advice}"
+    of_gpu = "GPU " * isinstance(error, torch.OutOfMemoryError)
+    message = f"rank {own_rank()} is out of {of_gpu}memory, as it needs {more}: {advice}"
     if PLACE.peers is None:
         raise ConfigError(message) from error
     PLACE.peers.end_all(message, ConfigError.exit_code)
+    outlive_launcher()
     sys.exit(ConfigError.exit_code)
 
 

@@ -127,15 +127,18 @@ class Peers:
 
     def _attend(self) -> None:
         """Notes that this rank lives, again and again, until another has all end."""
-        number, ends = 0, ENDS
+        number = 0
         with contextlib.suppress(RuntimeError):  # the store is gone: then this rank's next message fails, too
             while not self._over.wait(self._often):
                 number += 1
                 self._note(number)
-                if self._store.check([ends]):
-                    code, self._is_ending = int(self._store.get(ends)), True
+                if self._store.check([ENDS]):
+                    from fabricrl.utils.process import outlive_launcher  # which imports this module
+
+                    code, self._is_ending = int(self._store.get(ENDS)), True
                     try:
                         self._await_hearers(self._store.add(HEARD, 1))
+                        outlive_launcher()
                     finally:
                         os._exit(code)
 

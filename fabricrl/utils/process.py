@@ -165,14 +165,14 @@ def go_on_in_child() -> None:
             ended, status = os.waitpid(-1, os.WNOHANG)
 
 
-def outlive_launcher(launcher: int) -> None:
-    """Lets a rank that Fabric started end after the first of its node, which has started it.
+def outlive_launcher() -> None:
+    """Lets a rank that Fabric started end after the first of its node, which has started it; others end at once.
 
     Fabric's observer kills that process as soon as it sees a child gone with an exit code other than 0, even while it
     is about to end with the very same code.
     """
     deadline = time.monotonic() + 10
-    while os.getppid() == launcher and time.monotonic() < deadline:
+    while os.getppid() == int(os.environ.get(STARTED_BY, "0")) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

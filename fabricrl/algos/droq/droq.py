@@ -32,7 +32,7 @@ def update_critics(
 
     Args:
         noise: [B, A].
-        kept, target_kept: masks of dropout, as `DroQAgent.drop` draws them.
+        kept, target_kept: masks of dropout, as `DroQAgent.dropout_masks` draws them.
 
     Returns CRITIC_METRICS, [2].
     """

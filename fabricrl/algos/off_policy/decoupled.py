@@ -66,9 +66,9 @@ def divide(rb: Replay, agent: Any, trainers: Trainers, due: tuple[int, int] = (0
     envs = (own.stop - own.start) // trainers.count
     for first in range(own.start, own.stop, envs):
         columns = {name: column[:size, first : first + envs] for name, column in rb.steps.items()}
-        steps = Steps(due, rb.waiting, normalizer_state(agent), **columns)  # type: ignore[arg-type]
-        final_obs = columns["final_obs"].numpy()[: rb.waiting].swapaxes(0, 1)  # [n, filled, ...]
-        yield steps._replace(final_obs=Rows(torch.from_numpy(final_obs[steps.ended])))
+        final_obs = columns.pop("final_obs")[: rb.waiting].transpose(0, 1)  # [n, filled, ...]
+        steps = Steps(due, rb.waiting, normalizer_state(agent), **columns, final_obs=Rows(final_obs[:0].flatten(0, 1)))
+        yield steps._replace(final_obs=Rows(torch.from_numpy(final_obs.numpy()[steps.ended])))
     rb.sent()
 
 
@@ -80,8 +80,8 @@ def store(rb: Replay, agent: Any, steps: Steps) -> None:
         rb.start(steps.next_obs[0].numpy())
     names = ("actions", "next_obs", "rewards", "terminated", "truncated")
     columns = {name: getattr(steps, name).numpy() for name in names}
-    ended, final_obs = steps.ended, np.zeros_like(columns["next_obs"])
-    final_obs[: steps.filled].swapaxes(0, 1)[ended] = steps.final_obs.tensor.numpy()[: ended.sum()]
+    ended, final_obs = steps.ended, np.zeros_like(columns["next_obs"][: steps.filled])
+    final_obs.swapaxes(0, 1)[ended] = steps.final_obs.tensor.numpy()[: ended.sum()]
     for i in range(steps.filled):
         rb.add(**{name: column[i] for name, column in columns.items()}, infos={"final_obs": final_obs[i]})
 
