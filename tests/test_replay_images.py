@@ -1,5 +1,7 @@
 """SAC and DroQ on images: frame stacks out of replay, random shifts, and an encoder that the critics alone train."""
 
+import resource
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -145,6 +147,19 @@ def test_what_acts_without_a_buffer_stacks_its_newest_steps() -> None:
         newest.add(*world.step())
         newest.sent()
         np.testing.assert_array_equal(newest.stacked_obs(), Stacks(world, 3).newest())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process")
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_buffer_takes_memory_as_it_fills(implicit: bool) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    space, before = Box(0, 255, (64, 64), np.uint8), resident()
+    rb = ReplayBuffer(2**18, 1, space, NUM_ACTIONS, implicit_next=implicit)
+    assert rb.num_bytes > 2**30
+    rb.start(np.zeros((1, 64, 64), np.uint8))
+    assert resident() - before < rb.num_bytes / 16
 
 
 def test_each_frame_is_stored_once() -> None:

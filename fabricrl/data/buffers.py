@@ -396,6 +396,7 @@ class ReplayBuffer:
         self._free: list[int] = []  # rows of `_finals` that are not in use
         self._ended: list[tuple[int, np.ndarray]] = []  # environments whose episode the newest step ended
         self.position = self.size = 0
+        self._reached = 1  # rows that have been in use, with that of the position
         self.clear()
 
     def start(self, obs: np.ndarray) -> None:
@@ -430,11 +431,14 @@ class ReplayBuffer:
         columns["ended"][row] = ended
         columns["obs"][self.position] = next_obs  # crucial: where an episode ended, the first of the next
         if self.implicit_next:
-            final = columns["final"][row]
-            self._free += final[final >= 0].tolist()  # of the transitions that are overwritten
-            final[:] = -1
+            final = columns["final"]
+            self._free += final[row][final[row] >= 0].tolist()  # of the transitions that are overwritten
+            final[row] = -1
+            if self.position == self._reached:
+                final[self.position] = -1
         else:
             columns["next_obs"][row] = next_obs
+        self._reached = max(self._reached, self.position + 1)
         for env, final_obs in self._ended:
             if self.implicit_next:
                 self._keep_apart(row, env, final_obs)
@@ -523,8 +527,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: records without a copy, so save it before the next `add`."""
-        used = self._rows if self.size == self.capacity else self.position + 1
-        records = torch.from_numpy(self._records[:used].reshape(-1).view(np.uint8))
+        records = torch.from_numpy(self._records[: self._reached].reshape(-1).view(np.uint8))
         state = {"records": records, "position": self.position, "size": self.size, "layout": self._layout()}
         return state | self.kept_apart()
 
@@ -539,6 +542,7 @@ class ReplayBuffer:
         self.clear()
         self._words.view(torch.uint8).view(-1)[: len(state["records"])] = state["records"]
         self.position, self.size = state["position"], state["size"]
+        self._reached = len(state["records"]) // self._records[0].nbytes
         self._finals, self._free = state["finals"].numpy().copy(), list(state["free"])
 
     def load_shards(self, shards: Sequence[Mapping[str, Any]], first: int, total: int) -> None:
@@ -560,8 +564,9 @@ class ReplayBuffer:
         self._finals, self._free = self._finals[:0], []
         if self.frame_stack > 1:
             self._columns["ended"][-1] = True  # nothing leads to the first row
-        if self.implicit_next:
-            self._columns["final"][:] = -1
+        if self.implicit_next:  # row by row, as rows are reached: memory that is never written to takes no room
+            self._columns["final"][: self.n_step] = -1  # and those that a sample of an empty buffer looks at
+        self._reached = 1
 
     def _layout(self, num_envs: int | None = None) -> str:
         width = self.num_envs if num_envs is None else num_envs
