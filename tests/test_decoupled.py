@@ -243,7 +243,7 @@ def some_run(max_lag: int = 2, rank: int = 0) -> Any:
     run = SimpleNamespace(args=args, folder=Path("/runs/ünique"), exit_code=0)
     run.fabric = SimpleNamespace(world_size=1, global_rank=rank)
     run.losses, run.clock, run.charts, run.global_step = MeanMetrics(), Stopwatch("train"), {}, 64
-    run.is_last = run.checkpoint_is_due = run.log_is_due = run.skips = False
+    run.is_last = run.checkpoint_is_due = run.log_is_due = run.skips = run.records = False
     run.restore_generators = lambda: None
     return run
 
