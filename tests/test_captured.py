@@ -133,6 +133,7 @@ ENDING = ["--env-kwargs", '{"continuous": true, "truncate": true}', "--norm-obs"
 RUNS: dict[str, tuple[Callable[[], int], list[Any]]] = {
     "ppo": (ppo.main, [*ON_POLICY, "--norm-reward"]),
     "ppo_recurrent": (ppo_recurrent.main, [*ON_POLICY, "--prev-action", "--prev-reward", "--norm-reward"]),
+    "ppo_recurrent, memory alone": (ppo_recurrent.main, ON_POLICY),  # stored as the graph leaves it
     "sac": (sac.main, OFF_POLICY),
     "sac, several at once": (sac.main, [*OFF_POLICY, "--replay-ratio", 1.5, "--policy-frequency", 3]),
     "sac, one by one": (sac.main, [*OFF_POLICY, "--replay-ratio", 3.5, "--target-network-frequency", 40]),
@@ -165,12 +166,12 @@ def test_a_captured_run_is_the_run_that_is_not_and_records_nothing_after_its_sta
     reset = Run.reset
     monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.updates.recordings)) or reset(run))
     request.getfixturevalue("captured")
-    if name == "ppo_recurrent":  # the kernel for whole sequences returns other things where no gradient is wanted
+    if "recurrent" in name:  # the kernel for whole sequences returns other things where no gradient is wanted
         request.getfixturevalue("elementary")
     recorded = train(main, *flags, *ENDING)
     monkeypatch.setattr("fabricrl.algos.run.Runner", lambda compile, capture, *rest: Runner(False, False, *rest))
     plain = train(main, *flags, *ENDING)
-    if name == "ppo_recurrent":  # sequences are padded further
+    if "recurrent" in name:  # sequences are padded further
         torch.testing.assert_close(recorded.weights, plain.weights, rtol=0, atol=1e-5)
     elif "one by one" not in name:  # where batches and noise are drawn in another order
         assert torch.equal(recorded.weights, plain.weights)
@@ -185,7 +186,7 @@ def test_a_captured_run_acts_elsewhere_as_it_does_here(
     name: str, train: Callable[..., Trained], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main, flags = RUNS[name]
-    if name == "ppo_recurrent":  # the stand-in for graphs expects the same results of each operation
+    if "recurrent" in name:  # the stand-in for graphs expects the same results of each operation
         request.getfixturevalue("elementary")
     here = train(main, *flags, *ENDING)
     players: list[bool] = []

@@ -407,6 +407,16 @@ def test_trainers_that_cannot_start_end_the_player_silently_with_their_code() ->
     assert [(name, sent.command, sent.code) for name, _, _, sent in notes.sent[1:]] == [("Order", ABORT, 6)]
 
 
+@pytest.mark.parametrize("records", [False, True])
+def test_a_player_rehearses_acting_while_trainers_rehearse_their_updates(records: bool) -> None:
+    """Where anything is recorded: after Hello, before it waits for Ready, and so before its first rollout."""
+    notes, run, rehearsed = Notes(PLAYER, 1, [(0, Ready(0))]), some_run(), []
+    run.records = records
+    run.rehearsal = lambda: contextlib.nullcontext(rehearsed.append((len(notes.sent), len(notes.answers))))
+    Trainers(run, notes).begin(some_messages())  # type: ignore[arg-type]
+    assert rehearsed == [(1, 1)] * records
+
+
 def test_the_last_order_goes_to_every_trainer_whether_they_have_begun_or_not() -> None:
     notes = Notes(PLAYER, 2, [])
     Trainers(some_run(), notes).tell(4)  # type: ignore[arg-type]

@@ -560,7 +560,9 @@ class Run:
                 return act(*(t if t is None else t.to(device, non_blocking=True) for t in inputs))
             return act(*(t if t is None else to_device(t, device) for t in inputs))
 
-        return self.updates.captured(act_there, reused=True) if captures else act_there
+        if captures:
+            return self.updates.captured(act_there, reused=True)
+        return act if device.type == "cpu" else act_there  # on the CPU inputs are there already
 
     def on_host(self, values: Tensor) -> Tensor:
         """Brings values to the CPU: the one wait for a GPU in a step. They are there until the next come.
