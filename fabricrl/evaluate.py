@@ -76,7 +76,8 @@ def video_folder(policy: Policy, source: str) -> Path:
     return run / "videos" / policy.path.stem
 
 
-def main() -> int:
+def _options() -> Any:
+    """The arguments of the command line, checked."""
     parser = Parser(__doc__)
     parser.add_argument("path", help="checkpoint, or run folder or hf://user/repository, whose newest is played")
     parser.add_argument("--episodes", type=int, default=100, help="episodes of each mode (default: 100)")
@@ -95,6 +96,11 @@ def main() -> int:
         raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
     if options.render:
         check_screen()
+    return options
+
+
+def main() -> int:
+    options = _options()
     StopSignal(raises=True)
     torch.set_num_threads(1)
     options.told = set()  # warnings, so that both modes tell each once
