@@ -409,7 +409,7 @@ def test_trainers_that_cannot_start_end_the_player_silently_with_their_code() ->
 
 @pytest.mark.parametrize("records", [False, True])
 def test_a_player_rehearses_acting_while_trainers_rehearse_their_updates(records: bool) -> None:
-    """Where anything is recorded: after Hello, before it waits for Ready, and so before its first rollout."""
+    """Record after Hello and before waiting for Ready: all of it comes before the first rollout."""
     notes, run, rehearsed = Notes(PLAYER, 1, [(0, Ready(0))]), some_run(), []
     run.records = records
     run.rehearsal = lambda: contextlib.nullcontext(rehearsed.append((len(notes.sent), len(notes.answers))))
