@@ -43,6 +43,7 @@ WARM_UP = {"ppo": 3, "sac": 16}  # iterations that are not counted: of SAC those
 COUNTED = {"ppo": 12, "sac": 60}
 CLONE_NEWNET = 0x40000000
 LINKS = [("10gbit", 0.0), ("1gbit", 0.0), ("100mbit", 0.0), ("10gbit", 0.1), ("10gbit", 1.0), ("10gbit", 10.0)]
+BURST = 5e-4  # seconds: a link that has rested passes on at once what it would take these for
 PEERS = [8, 64, 512]  # trainers of the table on paper
 FIELDS = ("wall", "cpu", "compute", "wait", "calls", "messages", "bytes", "records", "record_bytes", "weights")
 # Bytes of a row that a trainer cannot do without. PPO: 4 numbers seen, an action, its log-probability, value, advantage
@@ -272,8 +273,10 @@ def two_nodes(rate: str, delay: float) -> Iterator[list[str]]:
             call(*inside, "ip", "addr", "add", f"{address}/24", "dev", "eth0")
             for link in ("eth0", "lo"):
                 call(*inside, "ip", "link", "set", link, "up")
-            queue = ["netem", "delay", f"{delay}ms", "rate", rate] if delay else ["tbf", "rate", rate, "burst", "64kb"]
-            call(*inside, "tc", "qdisc", "add", "dev", "eth0", "root", *queue, *([] if delay else ["latency", "400ms"]))
+            queue = ["tbf", "rate", rate, "burst", f"{bits(rate) / 8 * BURST:.0f}", "latency", "400ms"]
+            if delay:
+                queue = ["netem", "delay", f"{delay}ms", "rate", rate]
+            call(*inside, "tc", "qdisc", "add", "dev", "eth0", "root", *queue)
         yield NODES
     finally:
         for name in NODES:
@@ -289,22 +292,33 @@ def bits(rate: str) -> float:
 # --- The model
 
 
-def predicted(ranks: int, costs: dict[int, dict[str, float]]) -> float:
+def predicted(task: str, ranks: int, coupled: dict[str, dict[int, dict[str, float]]]) -> float:
     """Processor time of a rank: what it computes at this share of the work, and what its messages cost.
 
-    Computing is a + b / W: an update's fixed cost, and that of its rows. A collective, or a record, costs c, however
-    many messages it is: a rank that waits for one stays awake. All three are fitted to the numbers of ranks below.
+    Computing is a + b / W: an update's fixed cost, and that of its rows, as fewer ranks have had it. A task's
+    collectives cost c each, and a message to one other rank m, whatever the task: these are fitted to all cells but the
+    task's own with as many ranks or more.
     """
     import numpy as np
 
-    below = sorted(count for count in costs if count < ranks)
+    def fit(rows: list[list[float]], costs: list[float]) -> Any:
+        return np.linalg.lstsq(np.array(rows), np.array(costs), rcond=None)[0]
+
+    below = {count: cost for count, cost in coupled[task].items() if count < ranks}
     if len(below) < 2:
         return math.nan
-    shares = np.array([[1.0, 1 / count] for count in below])
-    fixed, rows = np.linalg.lstsq(shares, np.array([costs[count]["compute"] for count in below]), rcond=None)[0]
-    sent = [costs[count] for count in below if costs[count]["calls"] > 0]
-    each = statistics.median((cost["cpu"] - cost["compute"]) / cost["calls"] for cost in sent) if sent else 0.0
-    return float(fixed + rows / ranks + each * costs[ranks]["calls"])
+    fixed, rows = fit([[1.0, 1 / count] for count in below], [cost["compute"] for cost in below.values()])
+    known = [
+        (name, cost)
+        for name, costs in coupled.items()
+        for count, cost in costs.items()
+        if count > 1 and not (name == task and count >= ranks)
+    ]
+    calls = [[cost["calls"] * (name == other) for other in coupled] + [cost["messages"]] for name, cost in known]
+    *each, message = fit(calls, [cost["cpu"] - cost["compute"] for _, cost in known])
+    call = dict(zip(coupled, each, strict=True))[task]
+    own = coupled[task][ranks]
+    return float(fixed + rows / ranks + call * own["calls"] + message * own["messages"])
 
 
 def on_paper(task: str, costs: dict[int, dict[str, float]], rate: float, delay: float) -> list[str]:
@@ -374,7 +388,7 @@ def check_model(coupled: dict[str, dict[int, dict[str, float]]]) -> list[str]:
     lines = ["| task | ranks | predicted ms | measured ms | ratio |", "|-|-|-|-|-|"]
     for task, costs in coupled.items():
         for count in sorted(costs):
-            guess = predicted(count, costs)
+            guess = predicted(task, count, coupled)
             if guess == guess:
                 ratio = guess / costs[count]["cpu"]
                 verdict = "" if abs(ratio - 1) <= 0.2 else " (beyond 20 %)"
@@ -385,22 +399,34 @@ def check_model(coupled: dict[str, dict[int, dict[str, float]]]) -> list[str]:
 
 
 def between_nodes(cells: Cells, tasks: list[str], repeats: int) -> list[str]:
-    """Two coupled ranks on two nodes: measured, and as the bytes and the delay of their messages predict it."""
-    lines = ["| task | link | delay ms | iteration ms | predicted ms | ratio |", "|-|-|-|-|-|-|"]
-    base: dict[str, float] = {}
+    """Two coupled ranks on two nodes: measured, and as the bytes and the delay of their messages predict it.
+
+    An iteration takes what it does on the fastest link, and its messages. Both ends send at once, and acknowledge what
+    comes, so that neither has all of a link: the share that they get is that of the first task on the slowest link.
+    """
+    found: dict[tuple[str, str, float], dict[str, float]] = {}
     for rate, delay in LINKS:
         try:
             with two_nodes(rate, delay) as nodes:
                 for task in tasks:
-                    found = cells.measured(repeats, task, 2, link=f", {rate}, {delay:g} ms", places=nodes)[0]
-                    base.setdefault(task, found["wall"])
-                    guess = base[task] + found["bytes"] * 8 / bits(rate) + found["messages"] * delay / 1e3
-                    figures = f"{1e3 * found['wall']:.1f} | {1e3 * guess:.1f} | {guess / found['wall']:.2f}"
-                    lines.append(f"| {task} | {rate} | {delay:g} | {figures} |")
-                    print(lines[-1], flush=True)
+                    found[task, rate, delay] = cells.measured(
+                        repeats, task, 2, link=f", {rate}, {delay:g} ms", places=nodes
+                    )[0]
+                    print(f"{task}, {rate}, {delay:g} ms: {1e3 * found[task, rate, delay]['wall']:.1f} ms", flush=True)
         except OSError as error:
             print(f"left out: two nodes at {rate} with {delay:g} ms: {error}", flush=True)
-    return lines
+    if not found:
+        return ["None: this machine does not allow them."]
+    slowest, first = min((rate for _, rate, _ in found), key=bits), tasks[0]
+    base = {task: found[task, *LINKS[0]]["wall"] for task in tasks}
+    cell = found[first, slowest, 0.0]
+    share = cell["bytes"] * 8 / bits(slowest) / (cell["wall"] - base[first])
+    lines = ["| task | link | delay ms | iteration ms | predicted ms | ratio |", "|-|-|-|-|-|-|"]
+    for (task, rate, delay), cost in found.items():
+        guess = base[task] + cost["bytes"] * 8 / bits(rate) / share + cost["messages"] * delay / 1e3
+        verdict = "(fitted)" if cost is cell else f"{guess / cost['wall']:.2f}"
+        lines.append(f"| {task} | {rate} | {delay:g} | {1e3 * cost['wall']:.1f} | {1e3 * guess:.1f} | {verdict} |")
+    return [*lines, "", f"Of a link messages get {share:.0%}."]
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ class BareRun(Run):
         self._noted, self._parts, self._modules, self._optimizers = {}, {}, [], []
         self._contexts = contextlib.ExitStack()
         self._envs = self._folder = self._evaluation = self._underway = None
-        self._evaluated_step, self._agreed, self._is_last, self._eval_charts = 0, 0.0, None, {}
+        self._evaluated_step, self._is_last, self._eval_charts = 0, None, {}
         self._score = float("nan")
         self.while_evaluating = lambda: None
         self.join(fabric or Fabric(accelerator="cpu", devices=1, precision=args.precision))

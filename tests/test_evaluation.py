@@ -14,7 +14,6 @@ import torch
 
 from fabricrl import evaluate
 from fabricrl.algos import decoupled, evaluation
-from fabricrl.algos import run as runs
 from fabricrl.algos.droq import droq
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.algos.ppo import ppo
@@ -228,12 +227,12 @@ class Slow(Evaluation):
     def __init__(self, fabric: Any, fails: bool = False) -> None:
         self._fabric, self._keys, self.fails, self.steps = fabric, (), fails, 0
 
-    def play(self, agent: Any, step: int, after_step: Callable[[int], Any]) -> torch.Tensor:
+    def _play_share(self, agent: Any, step: int) -> torch.Tensor:
         if self._fabric.global_rank > 0:
             return torch.empty(0, 2, dtype=torch.float64)
         for _ in range(20):
             self.steps += 1
-            after_step(0)
+            self._after_step(0)
         if self.fails:
             raise EnvError("broken")
         return torch.tensor([[4.0, 2.0]], dtype=torch.float64)
@@ -242,20 +241,21 @@ class Slow(Evaluation):
 @pytest.mark.parametrize("end", ["all played", "a signal to the waiting rank", "a fault"])
 def test_ranks_that_wait_hear_often_from_the_one_that_plays(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     """One that plays for longer than a collective may take is not given up by the others, and hears of signals."""
-    monkeypatch.setattr(runs, "AGREE_EVERY", 0.0)
+    monkeypatch.setattr(evaluation, "AGREE_EVERY", 0.0)
 
     def work(fabric: Any) -> tuple[BareRun, int, str]:
         run = BareRun(PPOArgs(eval_every=1), fabric)
-        run._evaluation, run._evaluated_step, run.global_step = Slow(fabric, end == "a fault"), 0, 1
-        agreements, agree = [], run._agree
+        slow = Slow(fabric, end == "a fault")
+        run._evaluation, run._evaluated_step, run.global_step = slow, 0, 1
+        agreements, agree = [], slow._agree
 
         def counted(playing: bool) -> bool:
             agreements.append(1)
             if end == "a signal to the waiting rank" and fabric.global_rank == 1 and len(agreements) == 5:
-                run._signals = SimpleNamespace(code=143)
+                run._signals.code = 143  # type: ignore[misc]
             return agree(playing)
 
-        run._agree = counted  # type: ignore[method-assign]
+        slow._agree = counted  # type: ignore[method-assign]
         try:
             run.evaluate(torch.nn.Linear(1, 1))
         except EnvError as error:
@@ -326,7 +326,7 @@ def test_ranks_play_different_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in range(3):
         envs = make_envs(args, rank, Path())
         beside = Evaluation(args, "ppo", SimpleNamespace(global_rank=rank, world_size=3), envs)
-        assert beside.play(make_agent(args, envs), 64, lambda ended: None).shape == (2, 2)
+        assert beside._play_share(make_agent(args, envs), 64).shape == (2, 2)
     assert len({seed for own in seeds.values() for seed in own}) == 6
 
 
@@ -334,7 +334,7 @@ def test_numbers_that_its_episodes_tell_do_not_pile_up() -> None:
     args = PPOArgs(env_id="tests.envs:Dicey-v0", info_keys=("bias",), num_envs=2, eval_every=64, eval_episodes=4)
     envs = make_envs(args, 0, Path())
     beside: Any = Evaluation(args, "ppo", SimpleNamespace(global_rank=0, world_size=1), envs)
-    assert not beside.play(make_agent(args, envs), 64, lambda ended: None)[:, -1].isnan().any()
+    assert not beside._play_share(make_agent(args, envs), 64)[:, -1].isnan().any()
     assert len(beside._envs.take_episode_infos()) == 0
 
 

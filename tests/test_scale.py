@@ -1,12 +1,17 @@
 """The benchmark of ranks: its model, and what it counts."""
 
+import contextlib
 import importlib.util
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+TASKS = {"here": 0.5, "there": 1.0}  # and what a collective costs
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +26,28 @@ def scale() -> Any:
 
 
 def test_the_model_finds_again_the_costs_that_it_is_made_of(scale: Any) -> None:
-    """An update costs 2 s and 6 s shared among ranks; a collective 0.5 s."""
+    """An update costs 2 s and 6 s shared among ranks; a collective 0.5 s here and 1 s there, and 0.1 s a message."""
+
+    def cost(ranks: int, calls: float, each: float) -> dict[str, float]:
+        compute, messages = 2 + 6 / ranks, calls * (ranks - 1)
+        return {
+            "compute": compute,
+            "calls": calls,
+            "messages": messages,
+            "cpu": compute + each * calls + 0.1 * messages,
+        }
+
     calls = {1: 0.0, 2: 3.0, 4: 4.0, 8: 5.0}
-    costs = {
-        ranks: {"compute": 2 + 6 / ranks, "calls": count, "cpu": 2 + 6 / ranks + 0.5 * count}
-        for ranks, count in calls.items()
+    coupled = {
+        task: {ranks: cost(ranks, count, each) for ranks, count in calls.items()} for task, each in TASKS.items()
     }
-    assert math.isnan(scale.predicted(2, costs)), "two numbers of ranks below are needed"
-    for ranks in (4, 8):
-        assert scale.predicted(ranks, costs) == pytest.approx(costs[ranks]["cpu"])
+    assert math.isnan(scale.predicted("here", 2, coupled)), "two numbers of ranks below are needed"
+    for task in TASKS:
+        for ranks in (4, 8):
+            told = {name: costs if name != task else dict(costs) for name, costs in coupled.items()}
+            right = told[task][ranks]["cpu"]
+            told[task] |= {count: cell | {"cpu": 99.0} for count, cell in told[task].items() if count >= ranks}
+            assert scale.predicted(task, ranks, told) == pytest.approx(right)
 
 
 def test_messages_are_counted_once_also_where_one_is_made_of_others(scale: Any) -> None:
@@ -71,3 +89,27 @@ def test_a_machine_that_does_not_allow_nodes_says_so(scale: Any, monkeypatch: py
         pass
     assert [words[3] for words in removed] == scale.NODES
     assert "netem" in called[-1]
+
+
+def test_the_share_of_a_link_that_messages_get_is_fitted_to_one_cell_and_held_against_the_others(
+    scale: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second of work, and messages that get half of a link: 100 Mbit take a second for 6.25 MB."""
+
+    @contextlib.contextmanager
+    def two_nodes(rate: str, delay: float) -> Iterator[list[str]]:
+        if delay:
+            raise OSError("no such queue")
+        yield ["a", "b"]
+
+    def measured(repeats: int, task: str, ranks: int, link: str, places: list[str]) -> list[dict[str, float]]:
+        size, rate = {"small": 6.25e6, "large": 25e6}[task], scale.bits(link.split(", ")[1])
+        seconds = 0.0 if rate == 1e10 else 2 * size * 8 / rate
+        return [{"wall": 1 + seconds, "bytes": size, "messages": 4.0}]
+
+    monkeypatch.setattr(scale, "two_nodes", two_nodes)
+    lines = scale.between_nodes(SimpleNamespace(measured=measured), ["small", "large"], 1)
+    cells = {tuple(line.split(" | ")[:2]): line.strip("| ").split(" | ")[-1] for line in lines if "0 |" in line}
+    assert cells["| small", "100mbit"] == "(fitted)"
+    assert cells["| large", "100mbit"] == cells["| large", "1gbit"] == cells["| small", "1gbit"] == "1.00"
+    assert lines[-1] == "Of a link messages get 50%."

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,11 @@ from fabricrl.envs.backends import info_keys
 from fabricrl.envs.guard import generators_kept
 from fabricrl.envs.play import Episodes, play
 from fabricrl.envs.vector import make_eval_envs
-from fabricrl.utils.ranks import gather_rows
+from fabricrl.utils.errors import RunError
+from fabricrl.utils.ranks import all_gather, gather_rows
 from fabricrl.utils.utils import EVAL_STREAM, HALF, stream_seed
+
+AGREE_EVERY = 1.0  # seconds, so that no rank waits long for a word of the others
 
 
 class Evaluation:
@@ -41,23 +45,57 @@ class Evaluation:
         num_envs = min(self._episodes, args.num_envs)
         self._envs = make_eval_envs(args, rank, num_envs, masked, envs) if num_envs else None
         self._keys = info_keys(args)
+        self._agreed, self._interrupted = time.monotonic(), False
 
-    def play(self, agent: nn.Module, step: int, after_step: Callable[[int], Any]) -> Tensor:
+    def play(self, agent: nn.Module, step: int, signals: Any, meanwhile: Callable[[], None]) -> Tensor:
         """Plays this rank's share of the episodes: returns, lengths, and K numbers that were told, [E, 2 + K].
+
+        All ranks call it, and none returns before all have played; they talk every second or so, and call `meanwhile`.
+        A signal in `signals` of whichever rank ends it, without episodes.
 
         Raises:
             EnvError, NonFiniteError: what an environment did, or what came from it.
         """
+        self._signals, self._meanwhile, self._agreed = signals, meanwhile, time.monotonic()
+        fault: RunError | None = None
+        played = torch.empty(0, 2 + len(self._keys), dtype=torch.float64)
+        try:
+            played = self._play_share(agent, step)
+        except RunError as error:
+            fault = error
+        except InterruptedError:
+            pass
+        while self._agree(playing=False):
+            pass
+        if fault is not None:
+            raise fault
+        return played
+
+    def _play_share(self, agent: nn.Module, step: int) -> Tensor:
         if self._envs is None:
             return torch.empty(0, 2 + len(self._keys), dtype=torch.float64)
         seed = stream_seed(self._args.seed, EVAL_STREAM, step, self._fabric.global_rank)
         with generators_kept():
             player = copy.deepcopy(agent).cpu().eval()
             policy = self._utils.make_policy(player, self._envs, True, seed)
-            episodes = play(self._envs, policy, self._episodes, seed % (HALF - self._envs.num_envs), after_step)
+            episodes = play(self._envs, policy, self._episodes, seed % (HALF - self._envs.num_envs), self._after_step)
         self._envs.take_episode_infos()  # type: ignore[attr-defined]  # which are here already
         columns = episodes.returns, episodes.lengths, *episodes.infos.values()
         return torch.from_numpy(np.stack(columns, 1).astype(np.float64))
+
+    def _after_step(self, ended: int) -> None:
+        """Raises InterruptedError if a signal has come, to whichever rank."""
+        if time.monotonic() - self._agreed > AGREE_EVERY:
+            self._agree(playing=True)
+            if self._interrupted:
+                raise InterruptedError
+
+    def _agree(self, playing: bool) -> bool:
+        """Agrees with the other ranks on signals, and on whether one still plays."""
+        play, codes = all_gather(self._fabric, torch.tensor([playing, self._signals.code])).T  # [W] each
+        self._interrupted, self._agreed = bool(codes.any()), time.monotonic()
+        self._meanwhile()
+        return bool(play.any())
 
     def charts(self, played: Tensor) -> dict[str, float]:
         """Charts of the episodes [E, 2 + K] of all ranks, which call it together."""

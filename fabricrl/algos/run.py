@@ -16,7 +16,6 @@ with Run(args, "ppo", ACTION_SPACES) as run:
 import copy
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -67,7 +66,6 @@ from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # updates
-AGREE_EVERY = 1.0  # seconds of an evaluation, so that no rank waits long for a word of the others
 WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
 WORTH_A_WORD = 0.01  # of `total_timesteps`: fewer are not missed
 
@@ -163,7 +161,6 @@ class Run:
         self._eval_charts: dict[str, float] = {}  # for the next entry
         self._eval_return: float | None = None  # mean of the last evaluation
         self._score = math.nan  # mean return that decides if a checkpoint is the best; NaN: this iteration has none
-        self._agreed = 0.0  # when ranks did last in an evaluation
         self.while_evaluating: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Run":
@@ -740,20 +737,9 @@ class Run:
         """
         if self._evaluation is None or not self.evaluation_is_due:
             return
-        self._evaluated_step, self._agreed = self.global_step, time.monotonic()
-        fault: RunError | None = None
-        played = torch.empty(0, 2)
-        try:
-            played = self._evaluation.play(agent, self.global_step, self._after_step)
-        except RunError as error:
-            fault = error
-        except InterruptedError:
-            pass
-        while self._agree(playing=False):
-            pass
+        self._evaluated_step = self.global_step
         with self.together():
-            if fault is not None:
-                raise fault
+            played = self._evaluation.play(agent, self.global_step, self._signals, self.while_evaluating)
         if self.exit_code > 0:
             self._is_last = True
         else:
@@ -765,18 +751,6 @@ class Run:
                     text = f"mean return {self._score:.2f} of an evaluation reaches --stop-at-return"
                     print(f"stopping at step {self.global_step}: {text}", file=sys.stderr, flush=True)
         self.clock.lap("eval")
-
-    def _after_step(self, ended: int) -> None:
-        """In an evaluation. Raises InterruptedError if a signal has come, to whichever rank."""
-        if time.monotonic() - self._agreed > AGREE_EVERY and self._agree(playing=True) and self.exit_code > 0:
-            raise InterruptedError
-
-    def _agree(self, playing: bool) -> bool:
-        """Agrees with the other ranks on signals, and on whether one still plays; none waits long for a word."""
-        told = all_gather(self.team, torch.tensor([playing, self._signals.code])).T  # [2, W]
-        self.exit_code, self._agreed = max(self.exit_code, *told[1].tolist()), time.monotonic()
-        self.while_evaluating()
-        return bool(told[0].any())
 
     @property
     def log_is_due(self) -> bool:

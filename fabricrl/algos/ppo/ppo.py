@@ -45,8 +45,8 @@ def take_step(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer, t:
     actions = run.for_envs(drawn)
     run.clock.lap("act")
     next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
-    run.clock.lap("env")
     rb.add(t, actions, next_obs, rewards, terminated, truncated, infos)
+    run.clock.lap("env")
 
 
 @torch.no_grad()

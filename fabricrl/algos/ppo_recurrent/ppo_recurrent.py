@@ -48,9 +48,9 @@ def take_step(
     actions = run.for_envs(drawn)  # [N, A]
     run.clock.lap("act")
     next_obs, rewards, terminated, truncated, infos = envs.step(env_actions(run.action_space, actions))
-    run.clock.lap("env")
     rb.add(t, actions, next_obs, rewards, terminated, truncated, infos)
     rb.remember(t, player.remember(drawn, rb.rewards_at(t), states))
+    run.clock.lap("env")
 
 
 @torch.no_grad()

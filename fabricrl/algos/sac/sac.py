@@ -42,9 +42,9 @@ def take_step(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, noise: Te
     actions = run.for_envs(noise if explores else run.act(player, rb.stacked_obs(), noise))  # [N, A]
     run.clock.lap("act")
     next_obs, rewards, terminated, truncated, infos = envs.step(rescale_actions(run.action_space, actions))
-    run.clock.lap("env")
     rb.add(actions, next_obs, rewards, terminated, truncated, infos)
     run.count(rewards, terminated | truncated, infos)
+    run.clock.lap("env")
 
 
 class Learner(NamedTuple):
