@@ -244,12 +244,20 @@ OVERLAP = {  # tasks on which playing and learning take about as long; threads o
 }
 # Two players share what one does alone: an iteration of 64 steps is 0.51 s of sleep for one
 PLAYERS = f"{PPO} {SLEEPING} 2}}' --num-envs 4 --num-steps 64 --update-epochs 2 --total-timesteps 4096 --log-every 512"
-MESSAGES = {  # tasks of which communication may take little
-    "ppo-cartpole": (PPO, "--env-id CartPole-v1 --num-envs 8 --num-steps 128 --total-timesteps 102400"),
+# Tasks of which communication may take little; steps of an iteration; bytes each way, and about the ms of either's work
+MESSAGES = {
+    "ppo-cartpole": (
+        PPO,
+        "--env-id CartPole-v1 --num-envs 8 --num-steps 128 --total-timesteps 102400",
+        1024,
+        "42096 36760 30 30",
+    ),
     "sac-pendulum": (
         SAC,
         "--env-id Pendulum-v1 --num-envs 4 --replay-ratio 0.25 --policy-frequency 1 --learning-starts 400 "
         "--total-timesteps 10000 --log-every 500",
+        4,
+        "192 269464 1 6",
     ),
 }
 IMPORTS = "import os, torch; from lightning.fabric import Fabric; os._exit(0)"
@@ -500,9 +508,13 @@ def bench_gpu(name: str, options: argparse.Namespace) -> bool:
 
 
 def bench_messages(name: str, options: argparse.Namespace) -> bool:
-    """Share of an iteration that is neither the player's work nor the trainer's, where they take turns."""
-    script, arguments = MESSAGES[name]
-    comparisons = [Comparison("share of an iteration", "communication", "all", "a / b", "<= 0.05")]
+    """Share of an iteration that is neither the player's work nor the trainer's, where they take turns; and its time,
+    beside that of such messages alone."""
+    script, arguments, steps, messages = MESSAGES[name]
+    comparisons = [
+        Comparison("share of an iteration", "communication", "all", "a / b", "<= 0.05"),
+        Comparison("ms an iteration", "communication", "Gloo alone", "a / b"),
+    ]
 
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
         twin = script.replace(".py", "_decoupled.py")
@@ -513,7 +525,11 @@ def bench_messages(name: str, options: argparse.Namespace) -> bool:
             float(entry["time/comm"]) + float(entry["time/wait_player"]) - (1 - float(entry["time/wait_trainer"]))
             for entry in entries[len(entries) // 2 :]
         ]
-        return [(statistics.median(shares), 1.0)]
+        share, milliseconds = statistics.median(shares), 1e3 * steps / float(entries[-1]["charts/SPS"])
+        output, _ = run([sys.executable, "benchmarks/turns.py", *messages.split()])
+        fields = re.search(r"^result milliseconds=(\S+)", output, re.MULTILINE)
+        assert fields is not None, output
+        return [(share, 1.0), (share * milliseconds, float(fields[1]))]
 
     return bench(f"messages-{name}", comparisons, measure, options)
 
