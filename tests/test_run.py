@@ -20,8 +20,12 @@ from fabricrl.algos.command_line import preset_values
 from fabricrl.algos.names import run_name
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo.ppo import main
+from fabricrl.algos.ppo_recurrent import ppo_recurrent
+from fabricrl.algos.sac import sac
+from fabricrl.data import RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.wrappers import RecordEpisodes
+from fabricrl.utils import metric
 from fabricrl.utils.errors import from_here
 from fabricrl.utils.run import progress_bar
 from tests.process import FORKED, PPO, Finished, call, load, logged, run, run_folder, saved_steps
@@ -53,6 +57,31 @@ def test_run_folder_holds_events_arguments_checkpoints_and_videos_and_nothing_el
     names = [name for name in names if name != "hparams.yaml"]  # TensorBoard's logger may add it
     assert names == ["args.json", "checkpoints", "events.out.tfevents", "videos"]
     assert saved_steps(finished.folder) == [1024, 2048]
+
+
+@pytest.mark.parametrize(
+    ("algo", "buffer", "steps"),
+    [(main, RolloutBuffer, 512), (ppo_recurrent.main, RecurrentRolloutBuffer, 1024), (sac.main, ReplayBuffer, 20)],
+    ids=["ppo", "ppo_recurrent", "sac"],
+)
+def test_storing_a_step_counts_as_time_in_environments(
+    algo: Any, buffer: Any, steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a clock that stands still but while a step is stored."""
+    passed, add = [0.0], buffer.add
+
+    def add_slowly(*step: Any, **infos: Any) -> None:
+        passed[0] += 1
+        add(*step, **infos)
+
+    monkeypatch.setattr(metric, "perf_counter", lambda: passed[0])
+    monkeypatch.setattr(buffer, "add", add_slowly)
+    flags = ["--learning-starts", 10, "--batch-size", 8] if algo is sac.main else []
+    flags += ["--env-id", "Pendulum-v1", "--total-timesteps", steps]
+    finished = call(algo, *flags, "--log-dir", tmp_path)
+    shares = {tag: values[-1][1] for tag, values in logged(finished.folder).items() if tag.startswith("time/")}
+    assert shares.pop("time/env") == 1
+    assert set(shares.values()) == {0}
 
 
 def test_args_json_holds_the_arguments_that_ran(finished: Finished) -> None:
