@@ -302,7 +302,8 @@ def predicted(task: str, ranks: int, coupled: dict[str, dict[int, dict[str, floa
     import numpy as np
 
     def fit(rows: list[list[float]], costs: list[float]) -> Any:
-        return np.linalg.lstsq(np.array(rows), np.array(costs), rcond=None)[0]
+        found, _, rank, _ = np.linalg.lstsq(np.array(rows), np.array(costs), rcond=None)
+        return found if rank == len(found) else np.full(len(found), math.nan)  # too few cells
 
     below = {count: cost for count, cost in coupled[task].items() if count < ranks}
     if len(below) < 2:
@@ -406,18 +407,20 @@ def between_nodes(cells: Cells, tasks: list[str], repeats: int) -> list[str]:
     """
     found: dict[tuple[str, str, float], dict[str, float]] = {}
     for rate, delay in LINKS:
-        try:
-            with two_nodes(rate, delay) as nodes:
-                for task in tasks:
-                    found[task, rate, delay] = cells.measured(
-                        repeats, task, 2, link=f", {rate}, {delay:g} ms", places=nodes
-                    )[0]
-                    print(f"{task}, {rate}, {delay:g} ms: {1e3 * found[task, rate, delay]['wall']:.1f} ms", flush=True)
-        except OSError as error:
-            print(f"left out: two nodes at {rate} with {delay:g} ms: {error}", flush=True)
-    if not found:
-        return ["None: this machine does not allow them."]
-    slowest, first = min((rate for _, rate, _ in found), key=bits), tasks[0]
+        with contextlib.ExitStack() as link:
+            try:
+                nodes = link.enter_context(two_nodes(rate, delay))
+            except OSError as error:
+                print(f"left out: two nodes at {rate} with {delay:g} ms: {error}", flush=True)
+                continue
+            for task in tasks:
+                name = f", {rate}, {delay:g} ms"
+                found[task, rate, delay] = cells.measured(repeats, task, 2, link=name, places=nodes)[0]
+                print(f"{task}{name}: {1e3 * found[task, rate, delay]['wall']:.1f} ms", flush=True)
+    first = tasks[0]
+    slowest = min((rate for _, rate, delay in found if delay == 0), key=bits, default="")
+    if (first, *LINKS[0]) not in found or slowest == LINKS[0][0]:
+        return ["None: this machine does not allow the fastest link and a slower one."]
     base = {task: found[task, *LINKS[0]]["wall"] for task in tasks}
     cell = found[first, slowest, 0.0]
     share = cell["bytes"] * 8 / bits(slowest) / (cell["wall"] - base[first])

@@ -243,7 +243,8 @@ def some_run(max_lag: int = 2, rank: int = 0) -> Any:
     run = SimpleNamespace(args=args, folder=Path("/runs/ünique"), exit_code=0)
     run.fabric = SimpleNamespace(world_size=1, global_rank=rank)
     run.losses, run.clock, run.charts, run.global_step = MeanMetrics(), Stopwatch("train"), {}, 64
-    run.is_last = run.checkpoint_is_due = run.log_is_due = run.skips = run.records = False
+    run.is_last = run.checkpoint_is_due = run.log_is_due = run.evaluation_is_due = False
+    run.skips = run.records = False
     run.restore_generators = lambda: None
     return run
 
@@ -310,6 +311,18 @@ def test_answers_are_taken_oldest_first_until_the_player_is_no_further_ahead_tha
     trainers.train(shares(1, 0))  # after whose rollout the one before is taken
     assert run.charts["charts/lag"] == 1
     assert list(trainers.ahead) == [5]
+
+
+@pytest.mark.parametrize("due", ["is_last", "checkpoint_is_due", "evaluation_is_due"])
+def test_the_newest_weights_are_waited_for_where_they_are_saved_or_evaluated(due: str) -> None:
+    trainers, _ = watched(1, answered(0, 100), answered(1, 101), max_lag=9)
+    trainers.train(shares(1, 0))
+    assert list(trainers.ahead) == [0]
+    setattr(trainers.run, due, True)
+    trainers.train(shares(1, 0))
+    assert trainers._messages is not None
+    assert trainers._messages.weights.tolist() == [101, 101]
+    assert not trainers.ahead
 
 
 def test_data_that_may_wait_travels_with_what_follows_until_something_is_due_or_it_is_enough() -> None:

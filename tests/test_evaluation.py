@@ -224,11 +224,13 @@ def test_an_environment_that_fails_in_an_evaluation_ends_the_run(tmp_path: Path)
 class Slow(Evaluation):
     """Takes many steps on rank 0, none on others, and is interrupted or fails if that is wanted."""
 
-    def __init__(self, fabric: Any, fails: bool = False) -> None:
-        self._fabric, self._keys, self.fails, self.steps = fabric, (), fails, 0
+    def __init__(self, fabric: Any, fails: int | None = None) -> None:
+        self._fabric, self._keys, self.fails, self.steps = fabric, (), fabric.global_rank == fails, 0
 
     def _play_share(self, agent: Any, step: int) -> torch.Tensor:
         if self._fabric.global_rank > 0:
+            if self.fails:
+                raise EnvError("broken at once")
             return torch.empty(0, 2, dtype=torch.float64)
         for _ in range(20):
             self.steps += 1
@@ -238,22 +240,22 @@ class Slow(Evaluation):
         return torch.tensor([[4.0, 2.0]], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("end", ["all played", "a signal to the waiting rank", "a fault"])
+@pytest.mark.parametrize("end", ["all played", "a signal to the waiting rank", "a fault", "a fault of another"])
 def test_ranks_that_wait_hear_often_from_the_one_that_plays(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     """One that plays for longer than a collective may take is not given up by the others, and hears of signals."""
     monkeypatch.setattr(evaluation, "AGREE_EVERY", 0.0)
 
     def work(fabric: Any) -> tuple[BareRun, int, str]:
         run = BareRun(PPOArgs(eval_every=1), fabric)
-        slow = Slow(fabric, end == "a fault")
+        slow = Slow(fabric, {"a fault": 0, "a fault of another": 1}.get(end))
         run._evaluation, run._evaluated_step, run.global_step = slow, 0, 1
         agreements, agree = [], slow._agree
 
-        def counted(playing: bool) -> bool:
+        def counted(playing: bool, failed: bool = False) -> bool:
             agreements.append(1)
             if end == "a signal to the waiting rank" and fabric.global_rank == 1 and len(agreements) == 5:
                 run._signals.code = 143  # type: ignore[misc]
-            return agree(playing)
+            return agree(playing, failed)
 
         slow._agree = counted  # type: ignore[method-assign]
         try:
@@ -271,6 +273,8 @@ def test_ranks_that_wait_hear_often_from_the_one_that_plays(monkeypatch: pytest.
         assert first._score == second._score == 4
     elif end == "a fault":
         assert (ended, there) == ("fault: broken", "code 4")
+    elif end == "a fault of another":
+        assert (ended, there, count) == ("code 4", "fault: broken at once", 2)
     else:
         assert (ended, there, first.exit_code, second.exit_code) == ("done", "done", 143, 143)
         assert count == 6

@@ -192,21 +192,24 @@ def test_environments_that_reset_a_step_later_are_marked_for_all_players(
     assert (skipped == other_skipped).all()
 
 
+@pytest.mark.parametrize("where", ["reset", "step"])
 def test_a_fault_of_one_players_environment_ends_the_step_of_all_and_only_that_player_says_why(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def play(rank: int) -> tuple[str, int]:
         envs: Any = make_envs(SimpleNamespace(**SETTINGS, num_envs=2), rank, tmp_path, False, 2 * rank)
         whole = SharedEnvs(envs, SimpleNamespace(global_rank=rank, world_size=2), False, 0, ())
-        whole.reset(seed=[1, 2, 3, 4])
-        whole.step(np.zeros(4, int))
-        if rank == 1:
-            envs.env.envs[0].index, envs.env.envs[0].step = 2, broken
-        with pytest.raises(RunError) as caught:
+        if where == "step":
+            whole.reset(seed=[1, 2, 3, 4])
             whole.step(np.zeros(4, int))
+        if rank == 1:
+            envs.env.envs[0].index = 2
+            setattr(envs.env.envs[0], where, broken)
+        with pytest.raises(RunError) as caught:
+            whole.step(np.zeros(4, int)) if where == "step" else whole.reset(seed=[1, 2, 3, 4])
         return str(caught.value), caught.value.exit_code
 
-    def broken(action: int) -> tuple:
+    def broken(*_: Any, **__: Any) -> tuple:
         raise EnvError("environment 2 failed")
 
     assert in_threads(monkeypatch, play) == [("", 4), ("environment 2 failed", 4)]

@@ -348,3 +348,15 @@ def test_the_first_ratio_is_one_in_half_precision_too(tmp_path: Path) -> None:
     (metrics,) = ppo.train(run, epoch, data, run.args.clip_coef, run.args.ent_coef)
     assert metrics[METRICS.index("losses/approx_kl")].abs() < 1e-9
     assert metrics.dtype == torch.float32
+
+
+def test_truncated_episodes_bootstrap_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    """As rollouts do that are cut off."""
+    run, agent, rb = played("Discrete", tmp_path, precision="bf16-mixed", gae_lambda=0.0)
+    t, env, final_obs = rb.truncated_episodes()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        final_values = agent.value(final_obs).float()
+    data = returns_and_advantages(run, agent, agent, rb)
+    found = data.returns.view(STEPS, ENVS)[t, env] - rb.rewards[t, env]
+    torch.testing.assert_close(found, run.args.gamma * final_values)
+    assert (final_values - agent.value(final_obs)).abs().max() > 1e-4

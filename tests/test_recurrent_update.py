@@ -452,6 +452,17 @@ def test_the_first_minibatch_sees_ratio_one_in_half_precision_too(rnn_type: str,
     assert updated.data.logprobs.dtype == updated.data.values.dtype == torch.float32
 
 
+def test_truncated_episodes_bootstrap_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    """As rollouts do that are cut off."""
+    run, agent, rb = learning("Discrete", tmp_path, precision="bf16-mixed", gae_lambda=0.0)
+    t, env, final_obs = rb.truncated_episodes()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        final_values = agent.value(final_obs, rb.final_memory()).float()
+    returns = returns_and_advantages(run, agent, rb)[0].returns.view(N, T).T  # [T, N]
+    torch.testing.assert_close(returns[t, env] - rb.rewards[t, env], run.args.gamma * final_values)
+    assert (final_values - agent.value(final_obs, rb.final_memory())).abs().max() > 1e-4
+
+
 def test_sequences_begin_in_the_memory_that_was_stored_for_their_first_row(tmp_path: Path) -> None:
     """Another state stored for a row changes what follows it in its sequence, if it is the first, and nothing else."""
     run, agent, rb = learning("Discrete", tmp_path, sequence_length=4)

@@ -48,6 +48,8 @@ def test_the_model_finds_again_the_costs_that_it_is_made_of(scale: Any) -> None:
             right = told[task][ranks]["cpu"]
             told[task] |= {count: cell | {"cpu": 99.0} for count, cell in told[task].items() if count >= ranks}
             assert scale.predicted(task, ranks, told) == pytest.approx(right)
+    alone = {"here": {ranks: cell for ranks, cell in coupled["here"].items() if ranks < 8}}
+    assert math.isnan(scale.predicted("here", 4, alone)), "one cell does not tell two costs"
 
 
 def test_messages_are_counted_once_also_where_one_is_made_of_others(scale: Any) -> None:
@@ -96,9 +98,11 @@ def test_the_share_of_a_link_that_messages_get_is_fitted_to_one_cell_and_held_ag
 ) -> None:
     """A second of work, and messages that get half of a link: 100 Mbit take a second for 6.25 MB."""
 
+    refused: list[str] = []
+
     @contextlib.contextmanager
     def two_nodes(rate: str, delay: float) -> Iterator[list[str]]:
-        if delay:
+        if delay or rate in refused:
             raise OSError("no such queue")
         yield ["a", "b"]
 
@@ -113,3 +117,7 @@ def test_the_share_of_a_link_that_messages_get_is_fitted_to_one_cell_and_held_ag
     assert cells["| small", "100mbit"] == "(fitted)"
     assert cells["| large", "100mbit"] == cells["| large", "1gbit"] == cells["| small", "1gbit"] == "1.00"
     assert lines[-1] == "Of a link messages get 50%."
+    for rates in (["10gbit"], ["1gbit", "100mbit"], ["10gbit", "1gbit", "100mbit"]):
+        refused[:] = rates
+        (line,) = scale.between_nodes(SimpleNamespace(measured=measured), ["small", "large"], 1)
+        assert line.startswith("None: ")

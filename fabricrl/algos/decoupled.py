@@ -208,7 +208,7 @@ class Trainers:
     def train(self, shares: Iterable[Any], due: bool = True, bulk: bool = False) -> None:
         """The line `train(...)` of the coupled script, done by others: → Order, ← Answer.
 
-        Notes losses and takes weights: the newest, where a checkpoint is due or may be.
+        Notes losses and takes weights: the newest, where a checkpoint or an evaluation is due.
 
         Args:
             shares: the record for each trainer; not asked for where data may wait.
@@ -230,7 +230,7 @@ class Trainers:
         run.clock.lap("wait_player")
         self.send(shares, bulk, answers=due or looks, looks=looks)
         run.clock.lap("comm")
-        self.collect(0 if run.is_last or saves else max_lag)
+        self.collect(0 if run.is_last or saves or run.evaluation_is_due else max_lag)
         if logs:
             run.charts = {"charts/lag": self._lag, "time/wait_trainer": self._waited / max(self._passed, 1e-9)}
             self._lag, self._waited, self._passed = 0, 0.0, 0.0

@@ -51,7 +51,7 @@ class Evaluation:
         """Plays this rank's share of the episodes: returns, lengths, and K numbers that were told, [E, 2 + K].
 
         All ranks call it, and none returns before all have played; they talk every second or so, and call `meanwhile`.
-        A signal in `signals` of whichever rank ends it, without episodes.
+        A signal in `signals`, or a fault, of whichever rank ends it on all of them, without episodes.
 
         Raises:
             EnvError, NonFiniteError: what an environment did, or what came from it.
@@ -65,7 +65,7 @@ class Evaluation:
             fault = error
         except InterruptedError:
             pass
-        while self._agree(playing=False):
+        while self._agree(playing=False, failed=fault is not None):
             pass
         if fault is not None:
             raise fault
@@ -84,18 +84,19 @@ class Evaluation:
         return torch.from_numpy(np.stack(columns, 1).astype(np.float64))
 
     def _after_step(self, ended: int) -> None:
-        """Raises InterruptedError if a signal has come, to whichever rank."""
+        """Raises InterruptedError if a signal has come, or an environment has failed, on whichever rank."""
         if time.monotonic() - self._agreed > AGREE_EVERY:
             self._agree(playing=True)
             if self._interrupted:
                 raise InterruptedError
 
-    def _agree(self, playing: bool) -> bool:
-        """Agrees with the other ranks on signals, and on whether one still plays."""
-        play, codes = all_gather(self._fabric, torch.tensor([playing, self._signals.code])).T  # [W] each
-        self._interrupted, self._agreed = bool(codes.any()), time.monotonic()
+    def _agree(self, playing: bool, failed: bool = False) -> bool:
+        """Agrees with the other ranks on signals and faults, and on whether one still plays."""
+        told = torch.tensor([playing, failed, self._signals.code])
+        players, *ends = all_gather(self._fabric, told).T  # [W] each
+        self._interrupted, self._agreed = any(bool(end.any()) for end in ends), time.monotonic()
         self._meanwhile()
-        return bool(play.any())
+        return bool(players.any())
 
     def charts(self, played: Tensor) -> dict[str, float]:
         """Charts of the episodes [E, 2 + K] of all ranks, which call it together."""

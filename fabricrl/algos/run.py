@@ -65,7 +65,7 @@ from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
-LOOK_EVERY = 1000  # updates
+LOOK_EVERY = 1000  # notes of updates, or steps
 WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
 WORTH_A_WORD = 0.01  # of `total_timesteps`: fewer are not missed
 
@@ -687,8 +687,8 @@ class Run:
 
     @property
     def has_noted_much(self) -> bool:
-        """True if enough updates have been noted to be worth a look."""
-        return sum(map(len, self._noted.values())) >= LOOK_EVERY
+        """True if enough updates or steps have been noted to be worth a look."""
+        return max(sum(map(len, self._noted.values())), self.episodes.noted) >= LOOK_EVERY
 
     def look(self) -> dict[str, Tensor]:
         """Returns the metrics noted since the last call, [K] under each tag, on the CPU; this waits for a GPU.

@@ -1,5 +1,6 @@
 """Environments that several players step together: each its own, and all see what every one returns."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -52,7 +53,7 @@ class SharedEnvs(gym.vector.VectorWrapper):
         self._first = players.global_rank * self._own
         self.observation_space = batch_space(env.single_observation_space, self.num_envs)
         self.action_space = batch_space(env.single_action_space, self.num_envs)
-        self._packets: list[Packet] = []
+        self._packets = [Packet(self._blank()) for _ in range(players.world_size)]
         self._told: list[np.ndarray] = []
 
     @property
@@ -62,22 +63,28 @@ class SharedEnvs(gym.vector.VectorWrapper):
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
         """Starts new episodes: their first observations [N, R]. `seed`: those of all environments, or None."""
-        own = None if seed is None else seed[self._first : self._first + self._own]
-        obs, infos = self.env.reset(seed=own, options=options)
-        if seed is not None:
-            seed_generators(seed, torch_too=not self._resumed)
-        if not self._packets:
-            self._packets = [Packet(self._declare(obs)) for _ in range(self._players.world_size)]
-        nothing = np.zeros(self._own)
-        return self._exchange(self._seen(obs, nothing, nothing > 0, nothing > 0, infos))[::4]
+
+        def start() -> tuple:
+            own = None if seed is None else seed[self._first : self._first + self._own]
+            obs, infos = self.env.reset(seed=own, options=options)
+            if seed is not None:
+                seed_generators(seed, torch_too=not self._resumed)
+            nothing = np.zeros(self._own)
+            return obs, nothing, nothing > 0, nothing > 0, infos
+
+        return self._shared(start)[::4]
 
     def step(self, actions: Any) -> tuple:
         """Takes a step: actions [N, ...] → what `env.step` returns, for all N."""
+        return self._shared(lambda: self.env.step(actions[self._first : self._first + self._own]))
+
+    def _shared(self, play: Callable[[], tuple]) -> tuple:
+        """Plays, and exchanges with the other players what that has returned, or that it has failed."""
         fault: RunError | None = None
         try:
-            seen = self._seen(*self.env.step(actions[self._first : self._first + self._own]))
+            seen = self._seen(*play())
         except RunError as error:
-            fault, seen = error, self._packets[0].read()._replace(code=error.exit_code)
+            fault, seen = error, self._blank()._replace(code=error.exit_code)
         try:
             return self._exchange(seen)
         finally:
@@ -91,8 +98,10 @@ class SharedEnvs(gym.vector.VectorWrapper):
         self._told.clear()
         return rows
 
-    def _declare(self, obs: np.ndarray) -> Seen:
-        rows, flags = torch.from_numpy(np.zeros_like(obs)), torch.zeros(self._own, dtype=torch.bool)
+    def _blank(self) -> Seen:
+        space = self.env.single_observation_space
+        rows = torch.from_numpy(np.zeros((self._own, *space.shape), space.dtype))  # type: ignore[arg-type, misc]
+        flags = torch.zeros(self._own, dtype=torch.bool)
         masks = torch.ones(self._own, self._mask_size, dtype=torch.bool)
         numbers = torch.zeros(self._own, dtype=torch.float64), torch.zeros(self._own, len(self._keys)).double()
         return Seen(0, rows, numbers[0], flags, flags, rows, flags, flags, masks, numbers[1])
@@ -100,7 +109,7 @@ class SharedEnvs(gym.vector.VectorWrapper):
     def _seen(
         self, obs: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, infos: dict[str, Any]
     ) -> Seen:
-        blank, ended = self._declare(obs), terminated | truncated
+        blank, ended = self._blank(), terminated | truncated
         final_obs, told = blank.final_obs.numpy(), episode_infos(infos)
         for env in np.flatnonzero(ended):
             final_obs[env] = infos["final_obs"][env]

@@ -85,6 +85,11 @@ class EpisodeStatistics:
         """Notes one step, [N] each, for `flush`: where a rollout is a single step, looking at each would cost more."""
         self._steps.append((rewards.copy(), dones))
 
+    @property
+    def noted(self) -> int:
+        """Steps noted since the last flush."""
+        return len(self._steps)
+
     def flush(self, fabric: Fabric, infos: np.ndarray | None = None) -> None:
         """`update` with the steps noted since the last flush; all ranks must call it together."""
         if self._steps:

@@ -73,7 +73,9 @@ def returns_and_advantages(run: Run, model: nn.Module, agent: PPOAgent, rb: Roll
     rewards = run.to_device(shaped_rewards(run, agent, rb))  # [T, N]
     if args.bootstrap_truncated and rb.has_truncated:
         t, env, final_obs = (run.to_device(part) for part in rb.truncated_episodes())
-        rewards[t, env] += args.gamma * rb.bootstraps * agent.value(final_obs)  # truncated, not terminated
+        with run.fabric.autocast():
+            final_values = agent.value(final_obs).float()
+        rewards[t, env] += args.gamma * rb.bootstraps * final_values  # truncated, not terminated
     old_values, dones = values.view(rewards.shape), run.to_device(rb.dones)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
     estimates = {"advantages": advantages.flatten(), "returns": returns.flatten()}

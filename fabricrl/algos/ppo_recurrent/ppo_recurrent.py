@@ -72,7 +72,8 @@ def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRoll
     rewards = run.to_device(shaped_rewards(run, agent, rb))  # [T, N]
     if args.bootstrap_truncated and rb.has_truncated:
         t, env, final_obs = (run.to_device(part) for part in rb.truncated_episodes())
-        final_values = agent.value(final_obs, run.to_device(rb.final_memory()))
+        with run.fabric.autocast():
+            final_values = agent.value(final_obs, run.to_device(rb.final_memory())).float()
         rewards[t, env] += args.gamma * rb.bootstraps * final_values  # truncated, not terminated
     old_values, dones = values.view(rb.num_envs, -1).T, run.to_device(rb.dones)  # [T, N]
     advantages, returns = gae(rewards, old_values, dones, next_values, args.gamma, args.gae_lambda)  # [T, N]
