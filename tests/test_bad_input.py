@@ -1,9 +1,11 @@
 """Mistakes on the command line end in one line that names the argument, before anything starts; exit code 2."""
 
+import contextlib
 import dataclasses
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,9 +15,10 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 from fabricrl import evaluate
 from fabricrl.algos import run as run_module
-from fabricrl.algos.args import check_sizes
+from fabricrl.algos.args import STEP_BYTES, check_sizes
 from fabricrl.algos.command_line import OTHER_NAMES, parse
 from fabricrl.algos.droq.args import DroQArgs
+from fabricrl.algos.off_policy import utils as off_policy_utils
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
@@ -187,6 +190,19 @@ def test_what_does_not_fit_into_memory_is_refused_with_the_figures(
     kind().check_machine()  # the defaults need little
     monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 2.0**80)
     kind(**given).check_machine()
+
+
+def test_each_rank_draws_batches_for_the_steps_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = SACArgs(num_envs=4, replay_ratio=10.0, batch_size=1000)
+    monkeypatch.setattr("fabricrl.algos.args.available_memory", lambda: 1.5 * 4 * 10 * 1000 * STEP_BYTES)
+    args.check_batches()
+    with pytest.raises(ConfigError, match=r"× ranks: only .* the batches of an iteration, 80000 transitions"):
+        args.check_batches(2)
+    run = SimpleNamespace(args=args, fabric=SimpleNamespace(world_size=2), trainers=None, state={})
+    run.team, run.together = SimpleNamespace(global_rank=0), contextlib.nullcontext
+    monkeypatch.setattr(off_policy_utils, "check_buffer", lambda run: None)
+    with pytest.raises(ConfigError, match="80000 transitions"):
+        off_policy_utils.make_schedule(run)  # type: ignore[arg-type]
 
 
 def test_memory_is_looked_at_before_anything_starts() -> None:

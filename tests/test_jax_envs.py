@@ -1,4 +1,4 @@
-"""Environments in JAX as environments of tensors: the same numbers, in the same memory."""
+"""Environments in JAX as tensor environments: the same numbers, in the same memory."""
 
 from collections.abc import Callable
 from functools import partial

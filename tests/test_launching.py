@@ -345,7 +345,7 @@ def test_the_lightning_command_tells_in_one_line_why_ranks_could_not_meet(
 def test_a_rank_that_loses_the_others_before_all_have_met_says_so(environ: None) -> None:
     with (
         mock.patch.object(Fabric, "launch", side_effect=torch.distributed.DistNetworkError("connection reset by peer")),
-        pytest.raises(LostPeerError, match=r"rank 0 has not met the others at 127\.0\.0\.1:"),
+        pytest.raises(LostPeerError, match=r"rank 0 could not reach the others at 127\.0\.0\.1:"),
     ):
         launch(SimpleNamespace(**ARGS))
 

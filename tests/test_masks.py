@@ -231,7 +231,7 @@ class Wrong(Masked):
 @pytest.mark.parametrize(
     ("mask", "text"),
     [
-        (np.ones(4, bool), "an action mask of 4 entries, its action space needs 5"),
+        (np.ones(4, bool), "an action mask of 4 entries, where its action space needs 5"),
         (np.zeros(5, bool), "an action mask that allows no action"),
     ],
 )

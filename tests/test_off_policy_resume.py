@@ -288,7 +288,7 @@ class Watch:
         return [iteration[name] for iteration in self.iterations]
 
 
-STARTS_EMPTY = "the replay buffer starts empty: 64 steps fill it before the next update"
+STARTS_EMPTY = "the replay buffer starts empty: 64 steps are played to fill it before the next update"
 
 
 def test_without_its_buffer_a_resumed_run_fills_one_before_it_updates_and_says_so(

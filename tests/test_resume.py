@@ -222,6 +222,6 @@ def test_a_run_of_two_ranks_goes_on_with_one_which_takes_the_environments_of_bot
         call(ppo.main, *flags, "--num-envs", 2)
     finished = call(ppo.main, *flags)
     assert (finished.code, finished.result["steps"]) == (0, "1024")
-    assert "ranks: 1, in the checkpoint 2: each has --num-envs 4" in finished.err.splitlines()
+    assert "ranks: 1, 2 in the checkpoint: each now has --num-envs 4" in finished.err.splitlines()
     assert finished.result["episodes"] == str(1024 // 8)
     assert load(finished.checkpoint)["args"]["num_envs"] == 4

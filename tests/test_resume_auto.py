@@ -226,7 +226,7 @@ def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_has_found(
     ended = run_team("fabricrl.algos.ppo.ppo", *flags, folder=tmp_path / "out", prepare=prepare)
     assert ended.result["steps"] == "1024"
     assert (Path(ended.result["checkpoint"]).parent.parent == stopped.folder) == (start > 0)
-    assert ("each has --num-envs 1" in ended.printed("err")) == (start > 0)
+    assert ("each now has --num-envs 1" in ended.printed("err")) == (start > 0)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_ppo_goes_from_two_ranks_to_one_and_back_under_the_same_command(tmp_path
     assert first.result["steps"] == "256"
     with stopped_in(2):
         second = call(ppo.main, *flags)
-    assert "ranks: 1, in the checkpoint 2: each has --num-envs 4" in second.err.splitlines()
+    assert "ranks: 1, 2 in the checkpoint: each now has --num-envs 4" in second.err.splitlines()
     state, _ = load_checkpoint(second.folder)
     assert (state["global_step"], state["world_size"], state["args"]["num_envs"]) == (512, 1, 4)
     assert state["asked"] == {"num_envs": 2}

@@ -1,4 +1,4 @@
-"""Simulators as environments of tensors. ManiSkill and Isaac Lab, which need a GPU, are stood for by small packages
+"""Simulators as tensor environments. ManiSkill and Isaac Lab, which need a GPU, are stood for by small packages
 that have their interfaces, in tests/stand_ins."""
 
 import sys

@@ -464,8 +464,8 @@ def test_a_resumed_run_of_two_ranks_is_the_straight_run_to_the_bit(algo: str, tm
     [
         (2, 3, 2, ""),
         (1, 3, 1, ""),
-        (4, 3, 2, "episodes: on 2 of 4 ranks they go on, on the others they begin anew\n"),
-        (2, 6, 0, "episodes: all begin anew\n"),
+        (4, 3, 2, "episodes: they continue on 2 of 4 ranks; the others start new ones\n"),
+        (2, 6, 0, "episodes: all start anew\n"),
     ],
 )
 def test_rank_0_says_on_how_many_ranks_episodes_go_on(

@@ -168,8 +168,8 @@ def test_a_node_that_never_comes_is_named(number: int, node: Callable) -> None:
     assert process.exitcode == 7, errors.read_text()
     (line,) = [line for line in errors.read_text().splitlines() if line.startswith("error:")]
     if number == 0:
-        assert re.search(r"rank 0 has not met the others at 127\.0\.0\.1:\d+: no answer for 3 seconds", line), line
-        assert line.endswith("; rank 1 has not come")
+        assert re.search(r"rank 0 could not reach the others at 127\.0\.0\.1:\d+: no answer for 3 seconds", line), line
+        assert line.endswith("; rank 1 never arrived")
     else:
         assert re.search(r"rank 1 has found nobody at 127\.0\.0\.1:\d+ for 3 seconds \(see --timeout\)$", line), line
 
@@ -247,7 +247,7 @@ def join(store: TCPStore) -> Iterator[Callable[..., Peers]]:
 def test_of_ranks_that_wait_the_first_to_ask_tells_which_have_not_come(join: Callable[..., Peers]) -> None:
     first, second = join(0), join(2)
     assert first.roll_call()[1] is True
-    assert second.roll_call() == ("rank 1 has not come", False)
+    assert second.roll_call() == ("rank 1 never arrived", False)
 
 
 def test_a_process_that_has_ended_is_told_from_one_that_is_late(join: Callable[..., Peers], store: TCPStore) -> None:
@@ -333,10 +333,10 @@ def test_a_store_that_is_gone_is_that_of_rank_0_or_of_the_launcher() -> None:
         mock.patch.object(Peers, "_ask", side_effect=lambda answer: time.sleep(60)),
         mock.patch.object(peers_module, "ROLL_CALL", 0),
     ):
-        assert own.roll_call() == ("rank 0 has not come", True)
+        assert own.roll_call() == ("rank 0 never arrived", True)
         assert by_agent.roll_call()[0] == "the launcher does not answer"
         own._looked -= 1000.0  # it has been stopped for so long that the others have left, and told
-        assert own.roll_call() == ("rank 0 has not come", False)
+        assert own.roll_call() == ("rank 0 never arrived", False)
     own.close()
     by_agent.close()
     del kept

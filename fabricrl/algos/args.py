@@ -72,7 +72,7 @@ class StandardArgs:
     vectorization: Literal["auto", "sync", "async", "native", "envpool", "torch"] = arg(
         "auto",
         "sync: one process steps all; async: a process each; native: Gymnasium's or ale-py's vector form, where there "
-        "is one; envpool: C++ threads, by the extra of that name; torch: tensors on the device that trains; auto: "
+        "is one; envpool: C++ threads, with the extra of that name; torch: tensors on the device that trains; auto: "
         "torch for environments that are tensors, else native or the faster of sync and async",
     )
     check_spaces: bool = arg(
@@ -82,18 +82,18 @@ class StandardArgs:
     )
     info_keys: tuple[str, ...] = arg(
         (),
-        "numbers in an environment's infos at the end of an episode whose means are logged, beside is_success",
+        "numbers in an environment's infos at the end of an episode to log the mean of, besides is_success",
         advanced=True,
     )
     num_envs: int = arg(1, "environments per rank")
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
-    seeds: int = arg(1, "runs, with seed, seed + 1, ...; more than one are compared at the end", advanced=True)
-    jobs: int = arg(1, "runs side by side, with --seeds", advanced=True)
+    seeds: int = arg(1, "number of runs, with seed, seed + 1, ...; several are compared at the end", advanced=True)
+    jobs: int = arg(1, "with --seeds: runs side by side", advanced=True)
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
     video_every: int = arg(100, "episodes of that environment between recordings", advanced=True)
     eval_every: int = arg(
-        0, "environment steps between evaluations, which choose best.ckpt: greedy, on other environments; 0: none"
+        0, "environment steps between greedy evaluations on separate environments, which choose best.ckpt; 0: none"
     )
     eval_episodes: int = arg(10, "episodes of an evaluation; ranks share them", advanced=True)
     stop_at_return: float | None = arg(
@@ -148,7 +148,7 @@ class StandardArgs:
     precision: str | None = arg(
         None, "32-true, bf16-mixed, or on a GPU 16-mixed, which scales the loss; None: 32-true", advanced=True
     )
-    num_threads: int | None = arg(1, "threads of PyTorch per rank; more than one slows small networks down")
+    num_threads: int | None = arg(1, "PyTorch threads per rank; more than one slows small networks down")
     matmul_precision: Literal["highest", "high", "medium"] = arg(
         "highest",
         "float32 products: medium is faster for wide networks on some processors, slower for narrow ones",
@@ -252,12 +252,12 @@ class DecoupledArgs:
 
     max_lag: int = arg(
         1,
-        "iterations by which playing is ahead of training; 0: wait for fresh weights",
+        "iterations that players may run ahead of the trainers; 0: wait for fresh weights",
         "decoupling",
     )
     players: int = arg(1, "ranks that play, each its share of the environments; the others train")
     weights_precision: Literal["fp32", "bf16"] = arg(
-        "fp32", "in which weights travel to players; bf16: rounded, in half the bytes", advanced=True
+        "fp32", "precision in which weights are sent to players; bf16 halves the bytes by rounding", advanced=True
     )
 
     def __post_init__(self) -> None:

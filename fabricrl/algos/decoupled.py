@@ -248,7 +248,7 @@ class Trainers:
         self._spoke = time.monotonic()
 
     def keep_waiting(self) -> None:
-        """→ Order, to wait for the next: in an evaluation that takes long, since trainers give up a silent player."""
+        """→ Order, to wait for the next: in a long evaluation, since trainers give up on a silent player."""
         quarter = 15 * self.run.args.timeout  # of what they wait, in seconds
         if 0 < quarter < time.monotonic() - self._spoke:
             self._spoke = time.monotonic()

@@ -1,4 +1,4 @@
-"""Evaluation while an agent trains, which training does not notice."""
+"""Evaluation while an agent trains, which leaves training untouched."""
 
 import copy
 import importlib

@@ -98,7 +98,7 @@ def go_on(
     if changed and fabric.global_rank == 0:
         text = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
         before = state["world_size"]
-        print(f"ranks: {ranks}, in the checkpoint {before}: each has {text}", file=sys.stderr, flush=True)
+        print(f"ranks: {ranks}, {before} in the checkpoint: each now has {text}", file=sys.stderr, flush=True)
     return replace(args, **changed), asked, state, path
 
 

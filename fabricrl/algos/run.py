@@ -2,12 +2,12 @@
 
 with Run(args, "ppo", ACTION_SPACES) as run:
     envs = run.make_envs()
-    agent, optimizer = run.setup(player, Adam(player.parameters(), args.learning_rate))
-    run.restore(agent=player, optimizer=optimizer)
+    model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate))
+    run.restore(agent=agent, optimizer=optimizer)
     obs = run.reset()
     for step in run.iterations(args.num_steps * args.num_envs):
         ...  # the algorithm
-        run.evaluate(player)
+        run.evaluate(agent)
         if run.log_is_due:
             run.log({"charts/learning_rate": learning_rate})
         run.checkpoint()
@@ -75,7 +75,7 @@ __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
 class Run:
     """One run of a script: ranks, environments, seeds, the run's folder, faults, signals, logs and checkpoints.
 
-    It never calls the script. All ranks have to call whatever involves other ranks.
+    It calls the script in `take_steps` and `take_step` alone. All ranks have to call whatever involves other ranks.
 
     Args:
         algo: the algorithm, which checkpoints have to be of.
@@ -353,7 +353,7 @@ class Run:
     def reset(self) -> Any:
         """Starts logs and clocks, and the environments: their first observations [N, ...], an array or a tensor.
 
-        None where environments of tensors go on in their episodes, from where `storage` has been left.
+        None where tensor environments go on in their episodes, from where `storage` has been left.
         """
         assert self._folder is not None
         args, rank = self.args, self.fabric.global_rank
@@ -382,7 +382,7 @@ class Run:
         return None if goes_on else obs
 
     def _along(self) -> tuple[Any, torch.Generator | None]:
-        """The reward normaliser and the generator on a GPU, if any: what goes along with environments of tensors."""
+        """The reward normaliser and the generator on a GPU, if any: what goes along with tensor environments."""
         rng = None if self.device_rng is self.train_rng else self.device_rng
         return getattr(self._parts["agent"], "reward_normalizer", None), rng
 
@@ -408,7 +408,7 @@ class Run:
 
     @contextmanager
     def rehearsal(self, *rollouts: Callable[[], None]) -> Iterator[None]:
-        """Undoes what an update inside changes and notes: it is there to be compiled and captured, as is acting.
+        """Has updates inside compiled and captured, and acting, and then undoes all that they have changed and noted.
 
         `rollouts`: of all kinds, which are rehearsed as a whole where environments are tensor code.
         """
@@ -454,10 +454,6 @@ class Run:
 
     # --- acting
 
-    def own_noise(self, noise: Tensor, dim: int = 0) -> Tensor:
-        """Of noise for all environments along `dim`, that of those which this rank acts in."""
-        return noise if self.args.num_envs == self.all_envs else noise.narrow(dim, self._first_env, self._envs_here)
-
     @property
     def own_envs(self) -> slice:
         """Of the environments that this rank sees, those that it steps itself."""
@@ -486,7 +482,8 @@ class Run:
             noise = 2 * torch.rand(*shape, head.num_actions, generator=rng, device=rng.device) - 1
         else:
             noise = head.noise(shape, rng)
-        noise = self.own_noise(noise, 1)
+        if self.args.num_envs != self.all_envs:  # it is drawn for the environments of all players
+            noise = noise.narrow(1, self._first_env, self._envs_here)
         return noise if self.captures and not self.tensors else self.to_device(noise, self.player_device)
 
     def take_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
@@ -672,7 +669,7 @@ class Run:
         """Counts the episodes that have ended with the steps noted.
 
         Raises:
-            NonFiniteError: environments of tensors have brought NaN or infinity with one.
+            NonFiniteError: tensor environments have brought NaN or infinity with one.
         """
         if self._underway is None:
             self.episodes.flush(self.fabric, self._take_infos())

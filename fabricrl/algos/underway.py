@@ -98,8 +98,8 @@ class Underway:
         fits = state["device"] == obs.device.type and state["obs"].shape[1:] == obs.shape
         going_on = min(len(state["obs"]), ranks) if fits else 0
         if rank == 0 and going_on < ranks:
-            who = f"on {going_on} of {ranks} ranks they go on, on the others they" if going_on else "all"
-            print(f"episodes: {who} begin anew", file=sys.stderr, flush=True)
+            text = f"they continue on {going_on} of {ranks} ranks; the others start new ones"
+            print(f"episodes: {text if going_on else 'all start anew'}", file=sys.stderr, flush=True)
         if rank >= going_on:
             return False
         # Clones, since a generator reads its state from the beginning of the storage

@@ -165,7 +165,7 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
     """Converts actions [N, A] of a policy to those that `envs.step` takes; `space` is a single environment's.
 
     Discrete and MultiDiscrete policies count from zero, whatever the space's start. Box actions are clipped to the
-    bounds here and nowhere else: buffers and losses keep what was drawn. Environments of tensors do the same for
+    bounds here and nowhere else: buffers and losses keep what was drawn. Tensor environments do the same for
     themselves (`envs/tensors.py`).
     """
     if not isinstance(actions, np.ndarray):
@@ -190,7 +190,7 @@ def _check_finite(actions: np.ndarray) -> None:
 def rescale_actions(space: Box, actions: np.ndarray) -> np.ndarray:
     """Rescales actions [N, A] from [−1, 1] to the bounds of the space, as `envs.step` takes them.
 
-    Environments of tensors do that for themselves, as with `env_actions`.
+    Tensor environments do that for themselves, as with `env_actions`.
     """
     if not isinstance(actions, np.ndarray):
         return actions

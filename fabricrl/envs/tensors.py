@@ -107,7 +107,7 @@ def _spec(env_id: str) -> Any:
 
 
 def check_arguments(args: Any) -> None:
-    """Raises ConfigError if an argument is set that environments of tensors cannot follow, or this script cannot."""
+    """Raises ConfigError if an argument is set that tensor environments cannot follow, or this script cannot."""
     if not _is_able(vars(args)):
         raise ConfigError("--vectorization torch: decoupled scripts play on the CPU, and take another one")
     spec = _spec(args.env_id)
@@ -118,7 +118,7 @@ def check_arguments(args: Any) -> None:
         if name not in ALLOWED and option(args, name) != default:
             flag, why = "--" + name.replace("_", "-"), "it needs --vectorization sync or async, not torch"
             if name == "capture_video":
-                why = "environments of tensors are not drawn while they train; evaluate.py --capture-video draws one"
+                why = "tensor environments are not drawn while they train; evaluate.py --capture-video draws one"
             raise ConfigError(f"{flag} is set: {why}")
     for name in ("check_spaces", "buffer_memmap", "implicit_next_obs"):
         if getattr(args, name, False):
@@ -187,7 +187,7 @@ class TensorEnvs(VectorWrapper):
         obs, infos = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
         self._ended.zero_()
         if "action_mask" in infos:
-            raise EnvError("environments of tensors returned action masks, which --vectorization torch does not take")
+            raise EnvError("tensor environments returned action masks, which --vectorization torch does not take")
         return self._vectors("reset", obs), {}
 
     def draw(self, steps: int) -> None:
@@ -215,7 +215,7 @@ class TensorEnvs(VectorWrapper):
             self._ended.copy_(terminated | truncated)
             infos["final_obs"] = obs
         elif "final_obs" not in given:
-            raise EnvError("environments of tensors that reset in the same step returned no `final_obs` in their infos")
+            raise EnvError("tensor environments that reset in the same step returned no `final_obs` in their infos")
         else:
             infos["final_obs"] = self._vectors("step, as final_obs,", given["final_obs"])
         told = given if self._resets_later else given | given.get("final_info", {})
@@ -254,12 +254,10 @@ class TensorEnvs(VectorWrapper):
 
     def _check(self, what: str, values: Any, shape: tuple[int, ...]) -> None:
         if not isinstance(values, Tensor):
-            raise EnvError(f"environments of tensors returned {what} as {type(values).__name__}, not as a tensor")
+            raise EnvError(f"tensor environments returned {what} as {type(values).__name__}, not as a tensor")
         if values.shape != shape or values.device.type != self.device.type:
             theirs = f"{list(values.shape)} on {values.device}"
-            raise EnvError(
-                f"environments of tensors returned {what} of shape {theirs}, not {list(shape)} on {self.device}"
-            )
+            raise EnvError(f"tensor environments returned {what} of shape {theirs}, not {list(shape)} on {self.device}")
 
     def tensors(self) -> list[Tensor]:
         """All that a step changes, where it is tensor code."""
@@ -280,7 +278,7 @@ class TensorEnvs(VectorWrapper):
 
 
 class OnHost(VectorWrapper):
-    """Environments of tensors as evaluation plays them: arrays in, arrays out."""
+    """Tensor environments as evaluation plays them: arrays in, arrays out."""
 
     env: TensorEnvs
 

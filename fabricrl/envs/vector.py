@@ -227,7 +227,7 @@ def make_eval_envs(args: Any, rank: int, num_envs: int, masked: bool, like: Vect
 
 
 def play_tensors(args: Any, device: Any = "cpu", **settings: Any) -> "ReportFailures":
-    """Makes environments of tensors that are played with arrays, as all others are."""
+    """Makes tensor environments that are played with arrays, as all others are."""
     from fabricrl.envs.tensors import OnHost
 
     return ReportFailures(OnHost(_construct_tensors(args, device)), **{"keys": info_keys(args)} | settings)
@@ -545,7 +545,7 @@ def _check_tensors(args: Any, action_spaces: tuple[type[Space], ...], bounded: b
 
 
 def _construct_tensors(args: Any, device: Any) -> Any:
-    """Builds environments of tensors: `TensorEnvs`."""
+    """Builds tensor environments: `TensorEnvs`."""
     from fabricrl.envs.tensors import TensorEnvs, make
 
     if ":" in args.env_id and os.getcwd() not in sys.path:

@@ -249,7 +249,7 @@ class Masks:
         parts = given if isinstance(given, tuple | list) else (given,)  # perhaps one for each variable
         mask = np.concatenate([as_array(part).reshape(-1) for part in parts]).astype(bool)
         if mask.shape != (self.size,):
-            raise EnvError(f"an action mask of {mask.size} entries, its action space needs {self.size}")
+            raise EnvError(f"an action mask of {mask.size} entries, where its action space needs {self.size}")
         if not np.logical_or.reduceat(mask, self._starts).all():
             raise EnvError("an action mask that allows no action")
         return mask

@@ -275,7 +275,8 @@ class Sequences:
         first, lengths = self.first[order], self.lengths[order]
         places = np.cumsum(lengths) - lengths  # where each sequence begins in the new order
         rows = np.repeat(first - places, lengths) + np.arange(len(self._begins))
-        begins = np.isin(np.arange(len(rows)), places).reshape(count, -1)  # [M, B]
+        begins = np.zeros((count, len(rows) // count), dtype=bool)  # [M, B]
+        begins.reshape(-1)[places] = True
         begins[:, 0] = True
         longest = self._longest if few_sizes else None
         return torch.from_numpy(rows.reshape(count, -1)), [_lay_out(minibatch, longest) for minibatch in begins]

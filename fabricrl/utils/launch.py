@@ -285,7 +285,7 @@ def _store_of_attempt(agents: TCPStore, address: str, seconds: float) -> int:
                     return int(port)
         time.sleep(0.05)
     raise LostPeerError(
-        f"rank {own_rank()} has not met the others at {address}: no answer {waited(seconds)}; rank 0 has not come"
+        f"rank {own_rank()} could not reach the others at {address}: no answer {waited(seconds)}; rank 0 never arrived"
     )
 
 
@@ -297,7 +297,7 @@ def _explaining(options: dict[str, Any]) -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         if is_of_peers(error):
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise LostPeerError(f"rank {own_rank()} has not met the others at {place}: {reason(error)}") from error
+            raise LostPeerError(f"rank {own_rank()} could not reach the others at {place}: {reason(error)}") from error
         given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
         wants_gpu = options.get("accelerator") in ("cuda", "gpu") and not torch.cuda.is_available()
         cause = _no_gpu() if wants_gpu else one_line(error)

@@ -262,7 +262,7 @@ class Peers:
     def _describe(self, rank: int) -> str:
         sign, state = self._signs.get(rank, "").split(), self._state(rank)
         if not sign:
-            return f"rank {rank} has not come"
+            return f"rank {rank} never arrived"
         if state is None:
             what = "does not answer"
         elif state in ("T", "t"):

@@ -56,16 +56,6 @@ def finish(collective: Callable[..., Any], *tensors: Tensor, **options: Any) -> 
 _give_way: Callable[[], Any] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
-def all_sum(fabric: Fabric, tensor: Tensor) -> Tensor:
-    """The sum over ranks; the same bits on all of them."""
-    return tensor if fabric.world_size == 1 else all_gather(fabric, tensor).sum(0)
-
-
-def all_mean(fabric: Fabric, tensor: Tensor) -> Tensor:
-    """The mean over ranks; the same bits on all of them."""
-    return tensor if fabric.world_size == 1 else all_gather(fabric, tensor).mean(0)
-
-
 def all_max(fabric: Fabric, value: int) -> int:
     """The largest of the ranks' integers."""
     return value if fabric.world_size == 1 else int(all_gather(fabric, torch.tensor(value)).max())

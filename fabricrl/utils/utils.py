@@ -136,7 +136,7 @@ def generators(seed: int, rank: int, global_step: int = 0) -> tuple[torch.Genera
 
 
 def env_seeds(seed: int, rank: int, num_envs: int, global_step: int = 0) -> list[int]:
-    """Seeds of a rank's environments, in [2^30, 2^31): those of a run differ, and share none with other runs.
+    """Seeds of a rank's environments, in [2^30, 2^31): those of a run differ, and rarely coincide with another's.
 
     They step through that half by a stride of the run's own. A resumed run moves on to unused ones.
     """

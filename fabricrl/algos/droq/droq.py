@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQArgs
+from fabricrl.algos.droq.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
-from fabricrl.algos.sac.loss import actor_loss, alpha_loss, critic_loss, td_target
 from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, rollout, setup
 from fabricrl.utils import average_gradients, frozen, polyak_update
 
@@ -55,7 +55,7 @@ def update_critics(
 
 
 def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor, kept: list[Tensor]) -> Tensor:
-    """One optimizer step of actor and temperature (line 10), up the mean of the critics: ACTOR_METRICS, [4]."""
+    """One optimizer step of actor and temperature (line 10), maximising the mean of the critics: ACTOR_METRICS, [4]."""
     agent, actor, critics, optimizer, _ = learner
     with run.fabric.autocast():
         features = agent.features(obs)  # [B, F]: of images, as the critics have learned to see them

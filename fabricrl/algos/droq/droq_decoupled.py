@@ -57,8 +57,8 @@ def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
             _, count = schedule.take(run.global_step)
 
             # 3. Update
-            shares = divide(rb, agent, trainers, (count, steps))
-            trainers.train(shares, steps > 0, schedule.explores(run.global_step))  # → Order, ← Answer
+            orders = divide(rb, agent, trainers, (count, steps))
+            trainers.train(orders, steps > 0, schedule.explores(run.global_step))  # → Order, ← Answer
             run.clock.lap("train")
 
             # 4. Log

@@ -38,11 +38,11 @@ class OffPolicyArgs(StandardArgs):
     frame_stack: int = arg(1, "number of stacked frames, for observations with images")
     random_shift: int = arg(
         4,
-        "pixels by which updates shift images at random, at most, so that critics generalise; 0: not at all",
+        "shift images of a batch at random by up to this many pixels, so that critics generalise; 0: off",
         advanced=True,
     )
     num_threads: int | None = arg(
-        None, "threads of PyTorch per rank; None: 2 if each rank can have two cores, else 1. Use 1 beside other work"
+        None, "PyTorch threads per rank; None: 2 if each rank can have two cores, else 1. Use 1 beside other work"
     )
     preset: Literal["default", "tuned"] = arg("default", "tuned: settings for this environment", "replay")
     buffer_size: int = arg(1_000_000, "transitions that each rank keeps")
@@ -87,7 +87,7 @@ class OffPolicyArgs(StandardArgs):
     num_critics: int = arg(2, "critics of the ensemble", advanced=True)
     policy_lr: float = arg(3e-4, "Adam's learning rate for actor and temperature", "update")
     q_lr: float = arg(1e-3, "Adam's learning rate for the critics")
-    tau: float = arg(0.005, "τ: step of the target critics towards the critics at each of their updates")
+    tau: float = arg(0.005, "τ: fraction by which each of their updates moves the target critics towards the critics")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,8 +132,12 @@ class OffPolicyArgs(StandardArgs):
         require_memory(
             "--hidden-sizes, --num-critics", f"{1 + 2 * self.num_critics} networks of {weights} weights", need
         )
-        rows = int(max(self.replay_ratio * self.num_envs, 1)) * self.batch_size
-        flags = "--batch-size × --replay-ratio × --num-envs"
+        self.check_batches()
+
+    def check_batches(self, ranks: int = 1) -> None:
+        """Raises ConfigError unless the batches that one of so many ranks draws in an iteration fit into memory."""
+        rows = int(max(self.replay_ratio * self.num_envs * ranks, 1)) * self.batch_size
+        flags = "--batch-size × --replay-ratio × --num-envs" + " × ranks" * (ranks > 1)
         require_memory(flags, f"the batches of an iteration, {rows} transitions", rows * STEP_BYTES)
 
 

@@ -32,7 +32,7 @@ def make_schedule(run: Run) -> "UpdateSchedule":
     """Makes the schedule of updates.
 
     Raises:
-        ConfigError: learning would never start, or the buffers of this machine's ranks do not fit into its memory.
+        ConfigError: learning would never start, or buffers or batches do not fit into memory.
         CheckpointError: the temperature was learned in the run that is resumed, and is fixed here, or the other way.
     """
     args = run.args
@@ -43,6 +43,7 @@ def make_schedule(run: Run) -> "UpdateSchedule":
         schedule = UpdateSchedule(args, run.fabric.world_size if run.trainers is None else 1, run.team.global_rank == 0)
         if run.trainers is None:  # whose buffers are theirs to check
             check_buffer(run)
+            args.check_batches(run.fabric.world_size)
     return schedule
 
 
@@ -222,7 +223,9 @@ def restore_buffer(run: Run, rb: Replay) -> bool:
         steps = max(args.learning_starts, args.batch_size * fabric.world_size)
         left = args.total_timesteps - state["global_step"]
         after = "before the next update" if steps < left else f"and only {left} are left, so nothing is learned"
-        print(f"the replay buffer starts empty: {steps} steps fill it {after}", file=sys.stderr, flush=True)
+        print(
+            f"the replay buffer starts empty: {steps} steps are played to fill it {after}", file=sys.stderr, flush=True
+        )
     rb.clear()
     return False
 
@@ -268,7 +271,7 @@ class UpdateSchedule:
         require(int(self.ratio * steps) > 0, "replay_ratio", args.replay_ratio, allowed)
 
     def explores(self, step: int) -> bool:
-        """Tells if actions are drawn uniformly: before the first update."""
+        """Tells if actions are drawn uniformly: until learning starts."""
         return self.done == 0 and step < self.starts
 
     def take(self, step: int) -> tuple[int, int]:

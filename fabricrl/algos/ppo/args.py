@@ -63,7 +63,7 @@ class PPOArgs(StandardArgs):
     num_envs: int = arg(4, "environments per rank")
     total_timesteps: int = arg(500_000, "environment steps over all environments and ranks, in whole iterations")
     noop_max: int = arg(
-        0, "Atari: an episode begins with up to this many steps without action", "images and Atari", advanced=True
+        0, "Atari: start each episode with up to this many no-op steps", "images and Atari", advanced=True
     )
     life_loss: bool = arg(
         False, "Atari: treat the loss of a life as the end of an episode; logs count whole games", advanced=True

@@ -6,7 +6,7 @@
 
 Shapes: T steps, N environments of a rank, W ranks, D observation size, A action size, E epochs of M minibatches of
 B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a record with images, S size of
-an action mask, if there are some.
+an action mask, if the environment has them.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> N
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
     noise = run.noise(player.head, len(rb.actions))  # [T, N, ...]
     with run.together(), rb.checked():
-        run.take_steps(take_step, player, envs, rb, noise)
+        run.take_steps(take_step, player, envs, rb, noise)  # for t in range(T)
     run.clock.lap("comm")
 
 
@@ -92,9 +92,9 @@ def evaluated(model: nn.Module, data: Batch, at_once: int | None) -> tuple[Tenso
 
 
 def update(run: Run, model: nn.Module, optimizer: Adam, batch: Batch, clip_coef: Tensor, ent_coef: Tensor) -> Tensor:
-    """One optimizer step on a minibatch [B, ...], down Eq. 9, negated: L = L_policy + c_vf L_value + c_ent L_entropy.
+    """One optimizer step on a minibatch [B, ...].
 
-    Returns METRICS, [6].
+    Minimises the negated Eq. 9, L = L_policy + c_vf L_value + c_ent L_entropy. Returns METRICS, [6].
     """
     new_logprobs, entropy, new_values = model(batch)  # [B]
     logratio, weights = new_logprobs - batch.logprobs, batch.weights

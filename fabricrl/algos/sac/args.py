@@ -12,7 +12,7 @@ class SACArgs(EntropyArgs):
 
     policy_frequency: int = arg(
         2,
-        "critic updates per actor update; the actor and the temperature then take as many steps",
+        "critic updates between updates of actor and temperature, which then take as many steps in a row",
         "update",
         advanced=True,
     )

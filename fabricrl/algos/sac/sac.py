@@ -111,7 +111,7 @@ def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor) -> Tens
 
 def planned(args: SACArgs, first: int, count: int) -> tuple[tuple[bool, int], ...]:
     """For each of K critic updates, numbered from `first` in the run: whether the targets move with it, and how many
-    updates of the actor follow. Those are delayed, and then as many as were put off."""
+    updates of the actor follow. Those are delayed, and then made up for in a row."""
     delay, numbers = args.policy_frequency, range(first, first + count)
     return tuple((n % args.target_network_frequency == 0, delay * (n % delay == 0)) for n in numbers)
 

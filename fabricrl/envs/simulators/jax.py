@@ -1,4 +1,4 @@
-"""Environments in JAX as environments of tensors: arrays become tensors, and tensors arrays, by DLPack, where they lie.
+"""Environments in JAX as tensor environments: arrays become tensors, and tensors arrays, by DLPack, where they lie.
 
 DLPack hands over memory and the stream that it is written on, so that nothing is copied and no side waits for the other
 on the host. JAX never changes an array; nor may who takes one as a tensor.
