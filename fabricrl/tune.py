@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 import shlex
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import threading
 import time
 import tomllib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -156,7 +157,7 @@ class Search:
     Attributes:
         command: of a run, without what a trial adds.
         folder: of the runs, a folder a trial.
-        exit_code: of the signal that stops the search, or 0.
+        exit_code: of the signal, or of the mistake in the command line, that ends the search; or 0.
         error: of the last run that failed.
 
     Args:
@@ -215,16 +216,30 @@ class Search:
         return TrialError("interrupted")
 
     def _failed(self, trial: "optuna.Trial", code: int, told: Path) -> TrialError:
+        """The error of a trial whose run failed. An argument that no trial has chosen is wrong for all: the end."""
         lines = told.read_text().strip().splitlines() or [f"exit code {code}"]
         self.error = lines[-1].removeprefix("error: ")
+        if code == ConfigError.exit_code and not names_any(self.error, self._space):
+            with self._lock:  # no run starts meanwhile
+                self._end(code)
+            return self._interrupted(trial)
         trial.set_user_attr("error", self.error)
         return TrialError(self.error)
 
     def stop(self, number: int, frame: Any) -> None:
         """Handles a signal: the runs save and end, and so does the search."""
-        self.exit_code = self.exit_code or 128 + number
+        self._end(128 + number)
+
+    def _end(self, code: int) -> None:
+        self.exit_code = self.exit_code or code
         for process in list(self._running):
             process.terminate()
+
+
+def names_any(error: str, names: Iterable[str]) -> bool:
+    """Tells if an error is about one of these arguments; a flag that it suggests does not count."""
+    words = re.findall(r"[\w-]+", error.partition("did you mean")[0])
+    return not {word.removeprefix("--").removeprefix("no-") for word in words}.isdisjoint(names)
 
 
 def count_done(study: "optuna.Study") -> int:
@@ -392,6 +407,8 @@ def _search(study: "optuna.Study", search: Search, options: argparse.Namespace) 
     before, left = {trial.number for trial in _done(study)}, options.trials - count_done(study)
     if left > 0 and max(values, default=-math.inf) < options.target:
         study.optimize(search, n_trials=left, n_jobs=options.jobs, callbacks=[enough], catch=(TrialError,))
+    if search.exit_code == ConfigError.exit_code:
+        raise ConfigError(search.error)
     if is_hopeless(study, before) or not study.get_trials(states=(TrialState.COMPLETE,)):
         if search.exit_code:
             return search.exit_code

@@ -97,16 +97,35 @@ def test_trials_that_fail_are_told_and_count(flags: list[object], tmp_path: Path
     assert len(study.trials) == 3  # one error for all of them
 
 
-def test_a_flag_that_is_wrong_for_all_trials_ends_a_study_that_goes_on(flags: list[object], tmp_path: Path) -> None:
-    assert call(tune.main, *flags, "--trials", 2).code == 0
-    with pytest.raises(ConfigError, match="unrecognized arguments: --trails"):
-        call(tune.main, *flags, "--trials", 20, "--trails")
-    states = [row["state"] for row in trials(tmp_path)]
-    assert states == ["complete", "complete"]  # as the command before has left it
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_argument_that_no_trial_has_chosen_ends_the_search_and_is_no_trial(
+    flags: list[object], tmp_path: Path, jobs: int
+) -> None:
+    start = ["--learning-rate", 0.01, "--anneal-lr", "--jobs", jobs]
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="unrecognized arguments: --trails") as caught:
+            call(tune.main, *flags, *start, "--trials", 3, "--trails")
+        assert caught.value.exit_code == 2
     study = optuna.load_study(
         study_name="stub-CartPole-v1", storage=f"sqlite:///{tmp_path}/logs/tune/stub-CartPole-v1/tune.db"
     )
-    assert len(study.trials) == 5
+    assert tune.count_done(study) == 0
+    assert sum(trial.state.is_finished() for trial in study.trials) <= 2 * jobs
+    assert call(tune.main, *flags, *start, "--trials", 3).code == 0
+    rows = [row for row in trials(tmp_path) if row["state"] == "complete"]
+    assert len(rows) == 3
+    assert 2 in [float(row["value"]) for row in rows]  # that of where the search was to start
+
+
+@pytest.mark.parametrize(("error", "about"), [
+    ("--num-minibatches is 3: it must divide num-envs × num-steps = 8", True),
+    ("--total-timesteps is 9: at least num-envs × num-steps = 8", True),
+    ("--no-anneal-lr cannot be", True),
+    ("--num-step is not an argument; did you mean --num-steps?", False),
+    ("--num-steps-ahead is not an argument", False),
+])  # fmt: skip
+def test_an_error_is_about_the_arguments_that_it_names(error: str, about: bool) -> None:
+    assert tune.names_any(error, {"num-steps": [], "anneal-lr": []}) == about
 
 
 def test_a_target_ends_the_search(flags: list[object], tmp_path: Path) -> None:
