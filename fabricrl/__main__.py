@@ -9,6 +9,7 @@ import ast
 import difflib
 import runpy
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +36,12 @@ def scripts() -> dict[str, Path]:
     return algorithms() | {name: PACKAGE / f"{name}.py" for name in COMMANDS}
 
 
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Asks if the nearest of these names was meant, or lists them all."""
+    close = difflib.get_close_matches(name.replace("_", "-"), list(names), n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+
+
 def usage() -> str:
     """The commands, each with the first line of its script."""
     lines = []
@@ -58,9 +65,7 @@ def main() -> NoReturn:
         sys.exit(0)
     found = scripts()
     if name not in found:
-        close = difflib.get_close_matches(name.replace("_", "-"), found, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(found)}"
-        print(f"error: {name!r} is not a command of fabricrl; {hint}", file=sys.stderr)
+        print(f"error: {name!r} is not a command of fabricrl; {nearest(name, found)}", file=sys.stderr)
         sys.exit(2)
     path = str(found[name])
     sys.argv = [path, *rest]

@@ -23,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fabricrl.__main__ import algorithms
+from fabricrl.algos.command_line import flags_of
 from fabricrl.compare import (
     as_json,
     check_picture,
@@ -79,12 +80,12 @@ class Pool:
         bar = tqdm(total=len(jobs), desc="runs", disable=None)  # none without a terminal
         try:
             for count, job in enumerate(as_completed(jobs), 1):
+                if job.result().code == ConfigError.exit_code:
+                    raise ConfigError(job.result().error)
                 bar.update()
                 if bar.disable:
                     end = shlex.join(job.result().command[len(base) :])
-                    print(f"{count} of {len(jobs)} runs have ended: {end}", file=sys.stderr, flush=True)
-                if job.result().code == ConfigError.exit_code:
-                    raise ConfigError(job.result().error)
+                    print(f"{count} of {len(jobs)} runs ended: {end}", file=sys.stderr, flush=True)
         except BaseException:
             self._stop()
             raise
@@ -126,7 +127,8 @@ def grid(texts: Sequence[str]) -> list[list[str]]:
     for text in texts:
         name, equals, values = text.partition("=")
         flag = "--" + name.removeprefix("--").replace("_", "-")
-        require(bool(equals and name and all(values.split(","))), "grid", repr(text), "name=value,value,...")
+        whole = bool(equals and name and all(values.split(",")))
+        require(whole, "grid", repr(text), "name=value,value,... without spaces")
         require(flag not in axes, "grid", repr(text), "given once for each argument")
         axes[flag] = [_flags(flag, value) for value in values.split(",")]
     return [list(itertools.chain(*flags)) for flags in itertools.product(*axes.values())]
@@ -201,7 +203,7 @@ def report(outcomes: Sequence[Outcome], out: Path | None, in_json: bool) -> int:
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("algo", choices=algorithms(), help="the algorithm to train with")
+    parser.add_algorithm(algorithms(), "the algorithm to train with")
     parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=V,V", help="an argument, and values to try")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each combination (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="the first seed, S (default: 1)")
@@ -214,9 +216,11 @@ def main() -> int:
     require(options.seeds >= 1, "seeds", options.seeds, "at least 1")
     require(options.jobs >= 1, "jobs", options.jobs, "at least 1")
     check_picture(options.out)
-    base = [sys.executable, str(algorithms()[options.algo]), *rest, *_folder(options.log_dir)]
+    script, combinations = algorithms()[options.algo], grid(options.grid)
+    parser.check_flags([*rest, *itertools.chain(*combinations)], flags_of(script))
+    base = [sys.executable, str(script), *rest, *_folder(options.log_dir)]
     seeds = range(options.seed, options.seed + options.seeds)
-    return report(train(base, grid(options.grid), seeds, options.jobs), options.out, options.json)
+    return report(train(base, combinations, seeds, options.jobs), options.out, options.json)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fabricrl.__main__ import algorithms
+from fabricrl.algos.command_line import flags_of
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError
@@ -339,7 +340,7 @@ def write_report(study: "optuna.Study", folder: Path) -> None:
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("algo", choices=algorithms(), help="the algorithm to tune")
+    parser.add_algorithm(algorithms(), "the algorithm to tune")
     parser.add_argument("--env-id", default="CartPole-v1", help="Gymnasium id, or module:Id-v0 (default: CartPole-v1)")
     parser.add_argument("--total-timesteps", type=float, default=1e5, help="steps of each run (default: 100000)")
     space_file, log_dir = (partial(path_of, flag) for flag in ("--space", "--log-dir"))
@@ -368,6 +369,7 @@ def main() -> int:
 
     script = algorithms()[options.algo]
     space = read_space(options.space or script.parent / "space.toml")
+    parser.check_flags([*words, *(f"--{name}" for name in space)], flags_of(script))
     rest, start = split_start(words, space)
     every = options.eval_every or max(int(steps) // 10, 1)
     common = ["--env-id", options.env_id, "--total-timesteps", str(int(steps)), *rest]

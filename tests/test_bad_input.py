@@ -16,7 +16,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from fabricrl import evaluate
 from fabricrl.algos import run as run_module
 from fabricrl.algos.args import STEP_BYTES, check_sizes
-from fabricrl.algos.command_line import OTHER_NAMES, parse
+from fabricrl.algos.command_line import parse
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.off_policy import utils as off_policy_utils
 from fabricrl.algos.ppo import ppo
@@ -26,6 +26,7 @@ from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.envs.spaces import check_action_space, check_observation_space
+from fabricrl.utils.command import OTHER_NAMES
 from fabricrl.utils.errors import ConfigError
 from tests.process import EVALUATE, FORKED, PPO, PYTHON, call, run
 

@@ -95,7 +95,9 @@ def test_mistakes_of_a_script_are_those_of_the_script(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("main", [evaluate.main, export.main])
 @pytest.mark.parametrize(("line", "told"), [
-    ([], "required: path"), (["run", "--colour"], "--colour"), (["run", "--episodes"], "--episodes"),
+    ([], "required: path"), (["run", "--zzz"], "^--zzz is not an argument; see --help$"),
+    (["run", "--episodes"], "--episodes"), (["run", "--jsno"], r"^--jsno is not an argument; did you mean --json\?$"),
+    (["run", "4"], "^4 is neither an argument nor the value of one; see --help$"),
 ])  # fmt: skip
 def test_mistakes_in_a_command_line_are_one_line(main: object, line: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told) as caught:

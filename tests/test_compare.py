@@ -237,7 +237,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     mistakes: dict[str, list[object]] = {
         "there is no such file or folder": [tmp_path / "nothing*"],
         "no run there": [tmp_path / "empty"],
-        "unrecognized arguments: --metrics; see --help": [good, "--metrics"],
+        "--metrics is not an argument; did you mean --metric?": [good, "--metrics"],
         "has no entries of loss; it has charts/SPS, charts/episodic_return": [good, "--metric", "loss"],
         "broken: its log cannot be read": [tmp_path / "broken"],
         "listed: its log cannot be read": [tmp_path / "listed"],

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
 from fabricrl import sweep
+from fabricrl.algos.command_line import flags_of
 from fabricrl.utils.errors import ConfigError
 from tests.process import PPO, PYTHON, call, run, started, wait_for
 
@@ -43,6 +45,7 @@ print(f"result steps=100 checkpoint={folder / 'checkpoints' / 'step.ckpt'}")
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
+    monkeypatch.setattr(sweep, "flags_of", lambda script: [*re.findall("--[a-z-]+", SCRIPT), "--no-compile"])
     monkeypatch.setattr(sweep, "algorithms", lambda: {"stub": path})
     return path
 
@@ -81,9 +84,9 @@ def test_every_combination_is_run_with_every_seed(script: Path, tmp_path: Path) 
     (sweep_folder,) = (tmp_path / "logs").iterdir()
     assert f"runs in {sweep_folder}" in done.err
     assert "fewer than five seeds" in done.err
-    told = [line for line in done.err.splitlines() if "runs have ended" in line]
+    told = [line for line in done.err.splitlines() if "runs ended" in line]
     assert [line.split()[0] for line in told] == [str(count) for count in range(1, 13)]
-    assert sum("of 12 runs have ended: --learning-rate=2 --no-compile --seed 7" in line for line in told) == 1
+    assert sum("of 12 runs ended: --learning-rate=2 --no-compile --seed 7" in line for line in told) == 1
 
 
 def test_environments_are_a_table_with_a_first_group_each(script: Path, tmp_path: Path) -> None:
@@ -111,11 +114,17 @@ def test_mistakes_are_told_before_the_first_run(script: Path, tmp_path: Path) ->
         (["--out", tmp_path / "nothing" / "x.png"], "in a folder that exists"),
         (["--seeds", 0], "seeds is 0"),
         (["--seeds", "two"], "invalid int value: 'two'; see --help"),
+        (["--seds", 3], r"^--seds is not an argument; did you mean --seeds\?$"),
+        (["--gird", "code=1,2"], r"^--gird is not an argument; did you mean --grid\?$"),
+        (["--lr", 1], r"^--lr is not an argument; did you mean --learning-rate\?$"),
+        (["--grid", "lerning-rate=1,2"], r"^--lerning-rate is not an argument; did you mean --learning-rate\?$"),
+        (["--grid", "code=1,", "2"], "name=value,value,... without spaces$"),
     ):
         with pytest.raises(ConfigError, match=message):
             call(sweep.main, "stub", *flags, "--log-dir", tmp_path / "logs")
-    with pytest.raises(ConfigError, match=r"invalid choice: 'stab' \(choose from 'stub'\)"):
-        call(sweep.main, "stab")
+    for algo, hint in (("stab", r"did you mean stub\?"), ("xyz", "there are stub")):
+        with pytest.raises(ConfigError, match=f"^'{algo}' is not an algorithm; {hint}$"):
+            call(sweep.main, algo)
     assert not (tmp_path / "logs").exists()
 
 
@@ -126,9 +135,19 @@ def test_a_run_that_fails_leaves_the_others_to_be_compared(script: Path, tmp_pat
     assert "told to fail" in done.err
 
 
-def test_arguments_that_do_not_fit_end_the_sweep(script: Path, tmp_path: Path) -> None:
+def test_arguments_that_do_not_fit_end_the_sweep(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(ConfigError, match="told to fail"):
-        call(sweep.main, "stub", "--code", 2, "--seeds", 3, "--log-dir", tmp_path / "logs")
+        sweep.train([*PYTHON, str(script), "--code", "2"], [[]], range(3), 1)
+    assert capsys.readouterr().err == ""  # no run is told to have ended
+
+
+def test_the_flags_of_a_script_are_those_that_it_parses() -> None:
+    scripts = sweep.algorithms()
+    ppo, twin = flags_of(scripts["ppo"]), flags_of(scripts["ppo-decoupled"])
+    assert {"--num-steps", "--norm-obs", "--no-norm-obs", "--seed"} <= set(ppo)
+    assert set(twin) - set(ppo) >= {"--max-lag"}
+    assert "--replay-ratio" not in ppo
+    assert all("--env-id" in flags_of(script) for script in scripts.values())
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -136,7 +155,8 @@ def test_a_sweep_that_is_stopped_lets_its_runs_save(script: Path, tmp_path: Path
     starter = tmp_path / "starter.py"
     starter.write_text(
         f"import pathlib\nfrom fabricrl import sweep\nfrom fabricrl.utils.ending import run_script\n"
-        f"sweep.algorithms = lambda: {{'stub': pathlib.Path({str(script)!r})}}\nrun_script(sweep.main)\n"
+        f"sweep.algorithms = lambda: {{'stub': pathlib.Path({str(script)!r})}}\n"
+        "sweep.flags_of = lambda script: ['--wait']\nrun_script(sweep.main)\n"
     )
     flags = ["--wait", "--seeds", 4, "--jobs", 2, "--log-dir", tmp_path / "logs"]
     with started(*PYTHON, starter, "stub", *flags) as running:

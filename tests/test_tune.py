@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +48,7 @@ anneal-lr = [true, false]
 def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "space.toml").write_text(SPACE)
+    monkeypatch.setattr(tune, "flags_of", lambda script: [*re.findall("--[a-z-]+", SCRIPT), "--no-anneal-lr"])
     monkeypatch.setattr(tune, "algorithms", lambda: {"stub": tmp_path / "script.py"})
     monkeypatch.setattr(tune, "POLL", 0.02)
     return ["stub", "--space", tmp_path / "space.toml", "--log-dir", tmp_path / "logs", "--sampler-seed", 1]
@@ -103,8 +105,8 @@ def test_an_argument_that_no_trial_has_chosen_ends_the_search_and_is_no_trial(
 ) -> None:
     start = ["--learning-rate", 0.01, "--anneal-lr", "--jobs", jobs]
     for _ in range(2):
-        with pytest.raises(ConfigError, match="unrecognized arguments: --trails") as caught:
-            call(tune.main, *flags, *start, "--trials", 3, "--trails")
+        with pytest.raises(ConfigError, match="unrecognized arguments: surplus") as caught:
+            call(tune.main, *flags, *start, "--trials", 3, "surplus")
         assert caught.value.exit_code == 2
     study = optuna.load_study(
         study_name="stub-CartPole-v1", storage=f"sqlite:///{tmp_path}/logs/tune/stub-CartPole-v1/tune.db"
@@ -166,7 +168,7 @@ def test_a_search_that_ends_early_tries_its_trial_again(
     starter = tmp_path / "starter.py"
     starter.write_text(
         f"import pathlib\nfrom fabricrl import tune\nfrom fabricrl.utils.ending import run_script\n"
-        f"tune.HEARTBEAT = 1\n"
+        f"tune.HEARTBEAT = 1\ntune.flags_of = lambda script: ['--wait', '--learning-rate', '--anneal-lr']\n"
         f"tune.algorithms = lambda: {{'stub': pathlib.Path({str(tmp_path / 'script.py')!r})}}\nrun_script(tune.main)\n"
     )
     wait = ["--wait", tmp_path / "over", "--trials", 2]
@@ -204,6 +206,8 @@ def test_mistakes(flags: list[object], tmp_path: Path) -> None:
     for more, message in (
         (["--learning-rate", "1"], "1e-06 to 0.1"),
         (["--trials", 0], "trials"),
+        (["--trails", 3], r"^--trails is not an argument; did you mean --trials\?$"),
+        (["--waid=3"], r"^--waid is not an argument; did you mean --wait\?$"),
         (["--total-timesteps", 1.5], "whole"),
         (["--total-timesteps", "inf"], "whole"),
         (["--eval-every", 0], "eval-every is 0"),
@@ -212,3 +216,9 @@ def test_mistakes(flags: list[object], tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             call(tune.main, *flags, *more)
+    (tmp_path / "space.toml").write_text("lerning-rate = [1]\n")
+    with pytest.raises(ConfigError, match=r"^--lerning-rate is not an argument; did you mean --learning-rate\?$"):
+        call(tune.main, *flags)
+    with pytest.raises(ConfigError, match=r"^'stab' is not an algorithm; did you mean stub\?$"):
+        call(tune.main, "stab")
+    assert not list(tmp_path.glob("logs/tune/stub-CartPole-v1/trial_*"))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import io
 import itertools
 import os
@@ -20,28 +21,12 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from fabricrl.algos.args import AUTO, DecoupledArgs, StandardArgs
 from fabricrl.utils.checkpoint import load_checkpoint, reading
+from fabricrl.utils.command import others_call_so
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound=StandardArgs)
 REGISTRY = ConstructorRegistry()
-# Arguments of Stable-Baselines3, its zoo and others -> ours
-OTHER_NAMES = {
-    "batch-size": ["--num-minibatches"],
-    "clip-range": ["--clip-coef"],
-    "device": ["--accelerator"],
-    "gradient-steps": ["--replay-ratio"],
-    "learning-rate": ["--policy-lr", "--q-lr"],
-    "lr": ["--learning-rate", "--policy-lr", "--q-lr"],
-    "n-envs": ["--num-envs"],
-    "n-epochs": ["--update-epochs"],
-    "n-steps": ["--num-steps"],
-    "n-timesteps": ["--total-timesteps"],
-    "render": ["--capture-video"],
-    "steps": ["--total-timesteps"],
-    "train-freq": ["--replay-ratio"],
-    "utd": ["--replay-ratio"],
-}
 
 
 def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None = None) -> Args:
@@ -76,6 +61,15 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
 
         sys.exit(run_seeds(args.seed, args.seeds, args.jobs, args.log_dir))
     return args
+
+
+def flags_of(script: Path) -> list[str]:
+    """The flags that an algorithm's script takes: those of what it calls `parse` with, out of the args.py beside it."""
+    name = re.search(r"\bparse\((\w+), ", script.read_text(encoding="utf-8"))
+    assert name is not None, f"{script} calls no parse"
+    kind = getattr(importlib.import_module(f"fabricrl.algos.{script.parent.name}.args"), name[1])
+    fields = {_flag(field.name): field.type for field in dataclasses.fields(kind)}
+    return [*fields, *(f"--no-{flag[2:]}" for flag, type_ in fields.items() if type_ is bool)]
 
 
 def preset_values(
@@ -252,8 +246,7 @@ def _unknown(word: str, kind: type[StandardArgs], meant: list[str]) -> str:
         return f"{word} is neither an argument nor the value of one; see --help"
     word = word.partition("=")[0]
     like = word.replace("_", "-")
-    ours = [name for name in OTHER_NAMES.get(like.strip("-"), ()) if name in flags]
-    ours = ours or meant or difflib.get_close_matches(like, flags, n=1)
+    ours = others_call_so(like, flags) or meant or difflib.get_close_matches(like, flags, n=1)
     hint = f"did you mean {' or '.join(ours)}?" if ours else "--help-all lists those there are"
     return f"{word} is not an argument; {hint}"
 

@@ -2,12 +2,38 @@
 
 import argparse
 import contextlib
+import difflib
 import os
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from fabricrl.__main__ import nearest
 from fabricrl.utils.checkpoint import is_one_line
 from fabricrl.utils.errors import ConfigError
+
+# Arguments of Stable-Baselines3, its zoo and others -> ours
+OTHER_NAMES = {
+    "batch-size": ["--num-minibatches"],
+    "clip-range": ["--clip-coef"],
+    "device": ["--accelerator"],
+    "gradient-steps": ["--replay-ratio"],
+    "learning-rate": ["--policy-lr", "--q-lr"],
+    "lr": ["--learning-rate", "--policy-lr", "--q-lr"],
+    "n-envs": ["--num-envs"],
+    "n-epochs": ["--update-epochs"],
+    "n-steps": ["--num-steps"],
+    "n-timesteps": ["--total-timesteps"],
+    "render": ["--capture-video"],
+    "steps": ["--total-timesteps"],
+    "train-freq": ["--replay-ratio"],
+    "utd": ["--replay-ratio"],
+}
+
+
+def others_call_so(flag: str, flags: Collection[str]) -> list[str]:
+    """Those of these flags that Stable-Baselines3 and others call like this one."""
+    return [name for name in OTHER_NAMES.get(flag.strip("-"), ()) if name in flags]
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +45,39 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError, which `run_script` reports."""
         raise ConfigError(f"{message}; see --help")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Reads a command line that has to end here: of a word that is not known, says which was meant.
+
+        Raises:
+            ConfigError: there is such a word, or another mistake.
+        """
+        options, rest = self.parse_known_args(args, namespace)
+        self.check_flags(rest, ())
+        if rest:
+            raise ConfigError(f"{rest[0]} is neither an argument nor the value of one; see --help")
+        return options
+
+    def check_flags(self, words: Iterable[str], others: Iterable[str]) -> None:
+        """Raises ConfigError for the first flag that is not among the `others`, which this parser does not read."""
+        own = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        known = list(others)
+        for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+            if (like := flag.replace("_", "-")) not in known:
+                flags = [*own, *known]
+                meant = others_call_so(like, flags) or difflib.get_close_matches(like, flags, n=1)
+                hint = f"did you mean {' or '.join(meant)}?" if meant else "see --help"
+                raise ConfigError(f"{flag} is not an argument; {hint}")
+
+    def add_algorithm(self, names: Iterable[str], help: str) -> None:
+        """Adds the argument `algo`, one of these names."""
+
+        def known(given: str) -> str:
+            if given not in names:
+                raise ConfigError(f"{given!r} is not an algorithm; {nearest(given, names)}")
+            return given
+
+        self.add_argument("algo", type=known, metavar=f"{{{','.join(names)}}}", help=help)
 
 
 def path_of(what: str, given: str) -> Path:
