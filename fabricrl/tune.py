@@ -292,6 +292,39 @@ def open_study(name: str, storage: str, warmup: int, seed: int | None) -> "optun
         raise ConfigError(f"--storage {storage} cannot be opened: {str(error).splitlines()[0]}") from error
 
 
+def check_fixed(study: "optuna.Study", words: Sequence[str]) -> None:
+    """Notes the flags that all trials of a study get: their values would not compare, and the best be a mixture.
+
+    Raises:
+        ConfigError: the trials that have run, or are running, got others. The order of flags does not matter.
+    """
+    from optuna.trial import TrialState
+
+    ran = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING))
+    now = _by_flag(words)
+    before = study.user_attrs.get("fixed", now) if ran else now
+    if before != now:
+        others = [text for flag, text in before.items() if now.get(flag) != text]
+        more = [text for flag, text in now.items() if flag not in before]
+        told = [f"{word} {' '.join(texts)}" for word, texts in (("with", others), ("without", more)) if texts]
+        raise ConfigError(f"the study's trials ran {' and '.join(told)}; name another --study")
+    study.set_user_attr("fixed", now)
+
+
+def _by_flag(words: Sequence[str]) -> dict[str, str]:
+    """Flag → the flag with its values, as last given."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            flag = flag.replace("_", "-")
+            values = found[flag] = [flag, value] if equals else [flag]
+        else:
+            values.append(word)
+    return {flag: shlex.join(given) for flag, given in found.items()}
+
+
 def _change_in_turn(database: "optuna.storages.RDBStorage") -> None:
     """Lets one thread at a time change a trial's state: SQLite locks no rows, and two would take one waiting trial."""
     lock, change = threading.Lock(), database.set_trial_state_values
@@ -383,6 +416,7 @@ def main() -> int:
     study = open_study(
         name, options.storage or f"sqlite:///{folder / 'tune.db'}", int(steps) // 3, options.sampler_seed
     )
+    check_fixed(study, [*common, *judged])
     if start and not study.get_trials(deepcopy=False):
         study.enqueue_trial(start)
     return _search(

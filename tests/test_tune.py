@@ -155,6 +155,31 @@ def test_a_study_keeps_its_space(flags: list[object], tmp_path: Path) -> None:
         call(tune.main, *flags, "--trials", 2)
 
 
+def test_a_study_keeps_the_flags_of_all_its_trials(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "over").touch()
+    wait, steps = ["--wait", tmp_path / "over"], ["--total-timesteps", 2048]
+    assert call(tune.main, *flags, *steps, *wait, "--trials", 1).code == 0
+    assert call(tune.main, *flags, f"--wait={tmp_path / 'over'}", *steps, "--trials", 2, "--jobs", 2).code == 0
+    for more, told in (
+        ([*wait, "--total-timesteps", 4096], "with --total-timesteps 2048 --eval-every 204"),
+        (steps, f"with --wait {tmp_path / 'over'}"),
+        ([*wait, *steps, "--eval-episodes=3"], "with --eval-episodes 20"),
+    ):
+        with pytest.raises(ConfigError, match=f"^the study's trials ran {told}; name another --study$") as caught:
+            call(tune.main, *flags, *more, "--trials", 3)
+        assert caught.value.exit_code == 2
+    assert len(trials(tmp_path)) == 2
+    assert call(tune.main, *flags, *steps, "--trials", 1, "--study", "other").code == 0
+    with pytest.raises(ConfigError, match=f"^the study's trials ran without --wait {tmp_path / 'over'}; name another"):
+        call(tune.main, *flags, *steps, *wait, "--trials", 2, "--study", "other")
+
+
+def test_flags_are_the_same_in_any_order_and_spelling() -> None:
+    one = tune._by_flag(["--gamma", "1", "--hidden-sizes", "64", "64", "--norm-obs", "--gamma=0.9"])
+    assert one == tune._by_flag(["--norm_obs", "--gamma", "0.9", "--hidden_sizes", "64", "64"])
+    assert one != tune._by_flag(["--norm_obs", "--gamma", "0.9", "--hidden_sizes", "64"])
+
+
 def test_without_optuna_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^fabricrl tune needs .* not installed: pip install .*\[tune\]'"):
