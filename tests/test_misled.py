@@ -147,6 +147,12 @@ def test_versions_that_gymnasium_has_removed_are_reported_as_such(env_id: str, n
     assert "pip install" not in message
 
 
+def test_a_module_is_named_without_the_ending_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some_envs.py").write_text("")
+    assert complaint("some_envs.py:Thing-v0").endswith("--env-id some_envs.py:Thing-v0: name the module without .py")
+
+
 @pytest.mark.parametrize("module", ["my_mujoco_envs", "box2d_games", "ale_py_things"])
 def test_a_module_with_the_name_of_a_package_in_its_own_is_not_taken_for_it(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
