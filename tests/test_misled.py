@@ -242,8 +242,8 @@ def test_an_environment_without_metadata_is_trained_on(tmp_path: Path) -> None:
     [
         ("Older-v0", "", "reset", "unexpected keyword argument 'seed'"),
         ("Plain-v0", "only obs", "reset", "a ndarray, not (observation, info)"),
-        ("Plain-v0", "nothing", "reset", "a NoneType that is no pair"),
-        ("Plain-v0", "list of two", "reset", "a list that is no pair"),
+        ("Plain-v0", "nothing", "reset", "a NoneType, not (observation, info)"),
+        ("Plain-v0", "list of two", "reset", "a list, not (observation, info)"),
         ("Plain-v0", "four", "step", "expected 5, got 4"),
     ],
 )
