@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -206,7 +207,20 @@ def group_logs(named: Sequence[tuple[str, Log]], final: float = 0.1) -> list[Gro
         if title != script and len(scripts[env_id, title]) > 1:
             title = f"{script} {title}"
         groups.setdefault((env_id, given or " ".join([title, *changed])), []).append(log)
+    for (_, name), logs in groups.items():
+        note_repeats(name, logs)
     return [make_group(env_id, name, logs, final) for (env_id, name), logs in groups.items()]
+
+
+def note_repeats(name: str, logs: Sequence[Log]) -> None:
+    """Tells on standard error of seeds that a group has several runs of: equal runs say no more than one."""
+    runs = Counter(log.arguments["seed"] for log in logs if "seed" in log.arguments)
+    for seed, count in runs.items():
+        if count > 1:
+            text = (
+                f"{name} has {count} runs of seed {seed}, and each counts: if they are equal, intervals are too narrow"
+            )
+            print(f"note: {text}", file=sys.stderr)
 
 
 def _script(log: Log) -> str:

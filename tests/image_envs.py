@@ -171,3 +171,21 @@ gym.register("Drift-v0", entry_point=Drift)
 gym.register("Pictures-v0", entry_point=Pictures)
 gym.register("CountingImages-v0", entry_point=CountingImages)
 gym.register("Lives-v0", entry_point=Lives)
+
+
+class Lit(gym.Env):
+    """A number that is always the same, beside an image that differs from seed to seed."""
+
+    observation_space = Dict({"image": Box(0, 255, (36, 36, 1), np.uint8), "number": Box(-1.0, 1.0, (1,), np.float32)})
+    action_space = Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        image = self.np_random.integers(0, 255, (36, 36, 1), np.uint8)
+        return {"image": image, "number": np.zeros(1, np.float32)}, {}
+
+    def step(self, action: int) -> tuple[dict, float, bool, bool, dict]:
+        return self.reset()[0], 0.0, False, False, {}
+
+
+gym.register("Lit-v0", entry_point=Lit)

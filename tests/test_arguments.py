@@ -206,6 +206,15 @@ def test_every_argument_has_a_test_that_shows_what_it_does(algo: str) -> None:
     assert set(CHANGES_SOMETHING_ELSE.values()) <= globals().keys()
 
 
+def test_a_plain_field_is_an_argument_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class OwnArgs(PPOArgs):
+        my_coef: float = 0.01
+
+    own: Any = parsed(monkeypatch, "--my-coef", 0.5, kind=OwnArgs)
+    assert own.my_coef == 0.5
+
+
 def test_arguments_tested_with_ppo_alone_are_read_by_the_same_lines(
     run: Train, algo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

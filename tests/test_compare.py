@@ -177,6 +177,15 @@ def test_the_final_return_is_that_of_the_last_tenth_up_to_where_the_shortest_run
     assert (row["steps"], row["mean"], row["std"]) == (1000, 95, 0)  # (90 + 100) / 2
 
 
+def test_several_runs_of_a_seed_are_told_of(tmp_path: Path) -> None:
+    for seed, name in ((1, "a"), (1, "b"), (2, "c")):
+        ours(tmp_path / "ppo" / "Env-v0" / f"ppo_{name}", LINE, seed=seed)
+    done = call(compare.main, tmp_path)
+    (told,) = [line for line in done.err.splitlines() if "seed 1" in line]
+    assert told.startswith("note: ppo has 2 runs of seed 1, and each counts")
+    assert "seed 2" not in done.err
+
+
 @pytest.mark.parametrize("step", [50, 1050], ids=["interrupted", "began late"])
 def test_a_run_that_shares_no_steps_with_others_is_left_out_with_a_note(tmp_path: Path, step: int) -> None:
     for seed, curve in ((1, [(step, 7.0)]), (2, LINE), (3, LINE)):

@@ -429,3 +429,10 @@ def test_games_may_start_from_equal_frames(build: Callable, capsys: pytest.Captu
     obs, _ = build("sync", "CountingImages", module="image_envs").reset(seed=[1, 1])
     assert (obs[0] == obs[1]).all()
     assert capsys.readouterr().err == ""
+
+
+def test_images_tell_environments_apart_whose_numbers_are_equal(capsys: pytest.CaptureFixture[str]) -> None:
+    envs = make_envs(PPOArgs(env_id="tests.image_envs:Lit-v0", num_envs=2), 0, Path())
+    envs.reset(seed=[1, 2])
+    assert "equal observations" not in capsys.readouterr().err
+    envs.close()

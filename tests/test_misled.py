@@ -147,6 +147,12 @@ def test_versions_that_gymnasium_has_removed_are_reported_as_such(env_id: str, n
     assert "pip install" not in message
 
 
+def test_a_module_is_named_without_the_ending_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some_envs.py").write_text("")
+    assert complaint("some_envs.py:Thing-v0").endswith("--env-id some_envs.py:Thing-v0: name the module without .py")
+
+
 @pytest.mark.parametrize("module", ["my_mujoco_envs", "box2d_games", "ale_py_things"])
 def test_a_module_with_the_name_of_a_package_in_its_own_is_not_taken_for_it(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -235,9 +241,9 @@ def test_an_environment_without_metadata_is_trained_on(tmp_path: Path) -> None:
     ("env_id", "fault", "call_", "words"),
     [
         ("Older-v0", "", "reset", "unexpected keyword argument 'seed'"),
-        ("Plain-v0", "only obs", "reset", "a ndarray that is no pair of observation and info"),
-        ("Plain-v0", "nothing", "reset", "a NoneType that is no pair"),
-        ("Plain-v0", "list of two", "reset", "a list that is no pair"),
+        ("Plain-v0", "only obs", "reset", "a ndarray, not (observation, info)"),
+        ("Plain-v0", "nothing", "reset", "a NoneType, not (observation, info)"),
+        ("Plain-v0", "list of two", "reset", "a list, not (observation, info)"),
         ("Plain-v0", "four", "step", "expected 5, got 4"),
     ],
 )

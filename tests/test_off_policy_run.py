@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from fabricrl import evaluate
+from fabricrl.algos import run as run_module
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
+from fabricrl.utils.metric import EpisodeStatistics
 from tests.process import Finished, call, load, logged, saved_steps
 from tests.test_run import RESULT
 
@@ -232,3 +234,19 @@ def test_every_supported_space_is_trained_and_played(algo: str, obs: str, action
     finished = call(SCRIPTS[algo].main, *line(settings), "--log-dir", tmp_path)
     assert finished.result["steps"] == "140"
     assert played(finished.checkpoint, "--episodes", 2)["greedy"]["episodes"] == 2
+
+
+def test_steps_do_not_pile_up_until_a_log_entry_is_due(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where no updates are noted, as in a decoupled player."""
+    monkeypatch.setattr(run_module, "LOOK_EVERY", 10)
+    noted: list[int] = []
+    add = EpisodeStatistics.add
+
+    def spied(self: EpisodeStatistics, *step: Any) -> None:
+        add(self, *step)
+        noted.append(self.noted)
+
+    monkeypatch.setattr(EpisodeStatistics, "add", spied)
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 100, "--learning-starts", 90, "--batch-size", 8]
+    assert call(sac.main, *flags, "--log-every", 1000, "--log-dir", tmp_path).code == 0
+    assert (len(noted), max(noted)) == (100, 10)

@@ -15,7 +15,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import gymnasium as gym
 import pytest
+import torch
 
+from fabricrl.algos import run as run_module
 from fabricrl.algos.command_line import preset_values
 from fabricrl.algos.names import run_name
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
@@ -28,6 +30,7 @@ from fabricrl.envs.wrappers import RecordEpisodes
 from fabricrl.utils import metric
 from fabricrl.utils.errors import from_here
 from fabricrl.utils.run import progress_bar
+from tests.conftest import BareRun
 from tests.process import FORKED, PPO, Finished, call, load, logged, run, run_folder, saved_steps
 
 RESULT = re.compile(r"result steps=(\d+) sps=(\d+) return_mean=(-?[\d.]+|nan) episodes=(\d+) checkpoint=(\S+)")
@@ -317,3 +320,21 @@ def test_weights_and_biases_work_offline(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "logs")
     assert list(folder.glob("wandb/offline-run-*/*.wandb")), list(folder.rglob("*"))
     assert not list(folder.glob("events*"))
+
+
+def test_metrics_without_a_name_are_refused() -> None:
+    """However many updates there are: three of 4 numbers could pass for four of 3."""
+    run = BareRun(PPOArgs())
+    run.note(("a", "b", "c"), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="4 metrics have 3 names: a, b, c"):
+        run.note(("a", "b", "c"), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(("limit", "told"), [(16, True), (17, False)])
+def test_an_environment_whose_episodes_never_end_is_told_of_once(
+    limit: int, told: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run_module, "LONG_EPISODE", limit)
+    flags = ["--num-steps", 8, "--num-envs", 2, "--total-timesteps", 32, "--log-every", 16, "--log-dir", tmp_path]
+    finished = call(main, "--env-id", "Pendulum-v1", *flags)
+    assert finished.err.count("no episode has ended in 16 steps: does the environment need max_episode_steps") == told

@@ -206,14 +206,15 @@ def _sections(kind: type[StandardArgs], defaults: dict[str, Any], advanced: bool
     sections: dict[str, list[tuple]] = {}
     title = ""
     for field in dataclasses.fields(kind):
-        title = re.sub(r"\W+", "_", field.metadata["group"] or title)
-        if field.metadata["advanced"] and not advanced:
+        about: Any = field.metadata or {"group": "", "advanced": False, "help": ""}  # a field that `arg` has not made
+        title = re.sub(r"\W+", "_", about["group"] or title)
+        if about["advanced"] and not advanced:
             continue
-        kind_and_help = Annotated[field.type, tyro.conf.arg(help=field.metadata["help"])]  # type: ignore[name-defined]
+        kind_and_help = Annotated[field.type, tyro.conf.arg(help=about["help"])]  # type: ignore[name-defined]
         default = dataclasses.field(default=defaults.get(field.name, field.default))
         sections.setdefault(title, []).append((field.name, kind_and_help, default))
     standard = [
-        re.sub(r"\W+", "_", f.metadata["group"]) for f in dataclasses.fields(StandardArgs) if f.metadata["group"]
+        re.sub(r"\W+", "_", f.metadata["group"]) for f in dataclasses.fields(StandardArgs) if f.metadata.get("group")
     ]
     rank = {title: len(sections) + i if i else -1 for i, title in enumerate(standard)}
     return dict(sorted(sections.items(), key=lambda item: rank.get(item[0], 0)))

@@ -67,6 +67,7 @@ from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # notes of updates, or steps
 WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
+LONG_EPISODE = 20_000  # steps: longer than that of any task in use
 WORTH_A_WORD = 0.01  # of `total_timesteps`: fewer are not missed
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
@@ -153,7 +154,7 @@ class Run:
         self._contexts = ExitStack()
         self._envs: Any = None  # a VectorEnv
         self._underway: Underway | None = None
-        self._hinted = self._missed = False
+        self._hinted = self._missed = self._endless = False
         self.masks: np.ndarray | None = None
         self._folder: RunFolder | None = None
         self._evaluation: Evaluation | None = None
@@ -615,9 +616,16 @@ class Run:
             raise fault
 
     def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
-        """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
-        if metrics.numel():
-            self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
+        """Keeps the metrics of one update [tags], or of several [K, tags], until the next look.
+
+        Raises:
+            ValueError: there are more metrics than tags, or fewer.
+        """
+        if not metrics.numel():
+            return
+        if metrics.shape[-1] != len(tags):
+            raise ValueError(f"{metrics.shape[-1]} metrics have {len(tags)} names: {', '.join(tags)}")
+        self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
 
     def observe(self, agent: Any, rb: RolloutBuffer) -> None:
         """Adds what all ranks have seen in a rollout to the agent's running statistics, if it has any.
@@ -745,7 +753,7 @@ class Run:
             if self.args.stop_at_return is not None and self._score >= self.args.stop_at_return:
                 self._is_last = True
                 if self.team.global_rank == 0:
-                    text = f"mean return {self._score:.2f} of an evaluation reaches --stop-at-return"
+                    text = f"an evaluation's mean return, {self._score:.2f}, has reached --stop-at-return"
                     print(f"stopping at step {self.global_step}: {text}", file=sys.stderr, flush=True)
         self.clock.lap("eval")
 
@@ -764,6 +772,7 @@ class Run:
             speed["charts/return_mean"] = self.episodes.mean_return
         self._hint()
         self._warn_of_missing_infos()
+        self._warn_of_endless_episodes()
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
         self._folder.log(charts | self.charts | speed | numbers | self._eval_charts, self.global_step)
         self.charts, self._eval_charts = {}, {}
@@ -791,6 +800,15 @@ class Run:
             count = f"{self.episodes.ended} episode{'s' * (self.episodes.ended > 1)}"
             text = f"--info-keys {' '.join(missing)}: no such number was in the infos at the end of {count}"
             print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def _warn_of_endless_episodes(self) -> None:
+        """Says once, after many steps, that no episode has ended: an environment may lack a limit."""
+        steps = (self.global_step - self.first_step) // (self.args.num_envs * self.fabric.world_size)
+        if self._endless or self.team.global_rank > 0 or self.episodes.count or steps < LONG_EPISODE:
+            return
+        self._endless = True
+        text = f"no episode has ended in {steps} steps: does the environment need max_episode_steps in gym.register?"
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     @property
     def checkpoint_is_due(self) -> bool:

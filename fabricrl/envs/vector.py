@@ -404,8 +404,9 @@ class ReportFailures(gym.vector.VectorWrapper):
     def _compare(self, obs: Any) -> None:
         """Warns if environments start from equal observations: they may stay equal, and count as one."""
         first: dict[bytes, int] = {}
-        rows = floats_in(obs.cpu().numpy() if hasattr(obs, "cpu") else obs, self.single_observation_space)
-        if rows.dtype == np.uint8 or not rows.size:  # frames: games start alike
+        rows = obs.cpu().numpy() if hasattr(obs, "cpu") else obs
+        numbers = floats_in(rows, self.single_observation_space)
+        if numbers.dtype == np.uint8 or not numbers.size:  # frames alone: games start alike
             return
         for index, row in enumerate(rows):
             other = first.setdefault(row.tobytes(), index)
@@ -637,6 +638,8 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
         module = env_id.rpartition(":")[0]
         looked = f"; modules of your own are looked up in {os.getcwd()}" if module else ""
         if f"{module}.".startswith(f"{getattr(error.__cause__, 'name', None)}."):  # Gymnasium raises it anew
+            if module.endswith(".py"):
+                return ConfigError(f"--env-id {env_id}: name the module without .py")
             return ConfigError(f"--env-id {env_id}: there is no module {module}{looked}")
         return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")
     if "entry_point is not specified" in text:

@@ -64,7 +64,7 @@ class KeepPromises(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple:
         answer = self.env.reset(seed=seed, options=options)
         if not (isinstance(answer, tuple | list) and len(answer) == 2 and isinstance(answer[1], INFO)):
-            raise EnvError(f"a {type(answer).__name__} that is no pair of observation and info; {INTERFACE}")
+            raise EnvError(f"a {type(answer).__name__}, not (observation, info); {INTERFACE}")
         obs, info = answer
         return self._read(obs, True), info
 
