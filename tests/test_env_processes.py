@@ -101,7 +101,7 @@ def test_no_simulator_outlives_its_environment(
     """Nor does the end take long, whether `close()` ends it, leaves it, raises or hangs."""
     if start == "stubborn" and close != "leave":
         pytest.skip("one that ignores SIGTERM is left once")
-    monkeypatch.setattr(vector, "GRACE", 0.5)
+    monkeypatch.setattr(vector, "GRACE", 0.5 if close == "hang" else 300.0)
     monkeypatch.setattr(vector, "VIDEO_GRACE", 1000.0)
     monkeypatch.setattr(guard, "LAST_WORDS", 0.5)
     StopSignal()  # as in a script: what is forked inherits its handlers

@@ -237,7 +237,7 @@ def test_every_supported_space_is_trained_and_played(algo: str, obs: str, action
 
 
 def test_steps_do_not_pile_up_until_a_log_entry_is_due(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where no updates are noted, as in a decoupled player."""
+    """A decoupled player notes no updates, which would have them counted."""
     monkeypatch.setattr(run_module, "LOOK_EVERY", 10)
     noted: list[int] = []
     add = EpisodeStatistics.add
