@@ -24,9 +24,7 @@ def policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: Any, weights: T
         clip_coef: ε, a number or a scalar tensor.
     """
     ratio = logratio.exp()
-    clipped = ratio.detach().clamp(
-        1 - clip_coef, 1 + clip_coef
-    )  # a constant: no gradient flows where it is the smaller
+    clipped = ratio.detach().clamp(1 - clip_coef, 1 + clip_coef)  # a constant: no gradient where it is the smaller
     surrogate, clipped_surrogate = ratio * advantages, clipped * advantages
     return -mean(torch.where(surrogate <= clipped_surrogate, surrogate, clipped_surrogate), weights)
 
