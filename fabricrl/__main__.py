@@ -6,14 +6,13 @@ and a `main` that `run_script` runs. Another one is a file and its name there.
 """
 
 import ast
-import difflib
 import runpy
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 from fabricrl import __version__
+from fabricrl.utils.spelling import nearest
 
 COMMANDS = ("evaluate", "export", "compare", "sweep", "tune")
 PACKAGE = Path(__file__).parent
@@ -34,12 +33,6 @@ def algorithms() -> dict[str, Path]:
 def scripts() -> dict[str, Path]:
     """Finds the script of each command: the algorithms', then those in COMMANDS."""
     return algorithms() | {name: PACKAGE / f"{name}.py" for name in COMMANDS}
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Asks if the nearest of these names was meant, or lists them all."""
-    close = difflib.get_close_matches(name.replace("_", "-"), list(names), n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
 
 
 def usage() -> str:

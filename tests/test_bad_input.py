@@ -26,8 +26,8 @@ from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.envs.spaces import check_action_space, check_observation_space
-from fabricrl.utils.command import OTHER_NAMES
 from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.spelling import OTHER_NAMES
 from tests.process import EVALUATE, FORKED, PPO, PYTHON, call, run
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from fabricrl import __main__ as command
 from fabricrl import evaluate, export
+from fabricrl.utils.command import Parser
 from fabricrl.utils.errors import ConfigError
 from tests.process import PYTHON, ROOT, call, free_port, run
 from tests.test_mirror import SCRIPTS
@@ -104,3 +105,13 @@ def test_mistakes_in_a_command_line_are_one_line(main: object, line: list[str], 
         call(main, *line)  # type: ignore[arg-type]
     assert caught.value.exit_code == 2
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_commands_take_underscores_in_their_flags_and_say_whose_help_all_is() -> None:
+    parser = Parser("A command.")
+    parser.add_argument("--log-dir")
+    options, rest = parser.parse_known_args(["--log_dir", "a", "--num_envs", "2", "--grid", "x_y"])
+    assert (options.log_dir, rest) == ("a", ["--num_envs", "2", "--grid", "x_y"])
+    assert parser.parse_args(["--log_dir=b_c"]).log_dir == "b_c"
+    with pytest.raises(ConfigError, match=r"^--help-all is for the algorithms, as in fabricrl ppo --help-all$"):
+        parser.parse_args(["--help-all"])

@@ -55,3 +55,9 @@ def test_help_beside_a_preset_shows_its_defaults(shown: Any) -> None:
 def test_arguments_that_help_leaves_out_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["script.py", "--vf-coef", "0.25"])
     assert parse(PPOArgs, "ppo", PRESETS).vf_coef == 0.25
+
+
+def test_sections_are_titled_in_words(shown: Any) -> None:
+    titles = re.findall(r" ([\w,-]+(?: [\w,-]+)*) options ", shown(PPOArgs, "--help-all"))
+    assert {"images and Atari", "rollout and returns"} <= set(titles)
+    assert not any("-" in title or "_" in title for title in titles)

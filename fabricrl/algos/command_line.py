@@ -21,8 +21,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from fabricrl.algos.args import AUTO, DecoupledArgs, StandardArgs
 from fabricrl.utils.checkpoint import load_checkpoint, reading
-from fabricrl.utils.command import others_call_so
 from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.spelling import others_call_so
 from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound=StandardArgs)
@@ -155,9 +155,10 @@ def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str
         description += "\n\nThese are the arguments that people change; --help-all lists all."
     boxes = []
     for title, fields in sections.items():
-        box = dataclasses.make_dataclass(title, fields, frozen=True)
+        box = dataclasses.make_dataclass(_name(title), fields, frozen=True)
         box.__doc__ = ""  # tyro would print the one that is made up
-        boxes.append((title, Annotated[box, tyro.conf.OmitArgPrefixes], dataclasses.field(default=box())))
+        settings = tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes
+        boxes.append((_name(title), Annotated[box, *settings], dataclasses.field(default=box())))
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -167,7 +168,13 @@ def _parse_flags(kind: type[StandardArgs], defaults: dict[str, Any]) -> dict[str
         if end.code == 0:  # --help
             raise
         _complain(errors.getvalue(), kind)
-    return {name: getattr(getattr(parsed, title), name) for title, fields in sections.items() for name, *_ in fields}
+    boxed = {name: getattr(parsed, _name(title)) for title, fields in sections.items() for name, *_ in fields}
+    return {name: getattr(box, name) for name, box in boxed.items()}
+
+
+def _name(title: str) -> str:
+    """A section's title as the name of a dataclass."""
+    return re.sub(r"\W+", "_", title)
 
 
 @REGISTRY.primitive_rule
@@ -207,15 +214,13 @@ def _sections(kind: type[StandardArgs], defaults: dict[str, Any], advanced: bool
     title = ""
     for field in dataclasses.fields(kind):
         about: Any = field.metadata or {"group": "", "advanced": False, "help": ""}  # a field that `arg` has not made
-        title = re.sub(r"\W+", "_", about["group"] or title)
+        title = about["group"] or title
         if about["advanced"] and not advanced:
             continue
         kind_and_help = Annotated[field.type, tyro.conf.arg(help=about["help"])]  # type: ignore[name-defined]
         default = dataclasses.field(default=defaults.get(field.name, field.default))
         sections.setdefault(title, []).append((field.name, kind_and_help, default))
-    standard = [
-        re.sub(r"\W+", "_", f.metadata["group"]) for f in dataclasses.fields(StandardArgs) if f.metadata.get("group")
-    ]
+    standard = [f.metadata["group"] for f in dataclasses.fields(StandardArgs) if f.metadata.get("group")]
     rank = {title: len(sections) + i if i else -1 for i, title in enumerate(standard)}
     return dict(sorted(sections.items(), key=lambda item: rank.get(item[0], 0)))
 

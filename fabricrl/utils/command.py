@@ -4,36 +4,14 @@ import argparse
 import contextlib
 import difflib
 import os
-from collections.abc import Collection, Iterable, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fabricrl.__main__ import nearest
 from fabricrl.utils.checkpoint import is_one_line
 from fabricrl.utils.errors import ConfigError
-
-# Arguments of Stable-Baselines3, its zoo and others -> ours
-OTHER_NAMES = {
-    "batch-size": ["--num-minibatches"],
-    "clip-range": ["--clip-coef"],
-    "device": ["--accelerator"],
-    "gradient-steps": ["--replay-ratio"],
-    "learning-rate": ["--policy-lr", "--q-lr"],
-    "lr": ["--learning-rate", "--policy-lr", "--q-lr"],
-    "n-envs": ["--num-envs"],
-    "n-epochs": ["--update-epochs"],
-    "n-steps": ["--num-steps"],
-    "n-timesteps": ["--total-timesteps"],
-    "render": ["--capture-video"],
-    "steps": ["--total-timesteps"],
-    "train-freq": ["--replay-ratio"],
-    "utd": ["--replay-ratio"],
-}
-
-
-def others_call_so(flag: str, flags: Collection[str]) -> list[str]:
-    """Those of these flags that Stable-Baselines3 and others call like this one."""
-    return [name for name in OTHER_NAMES.get(flag.strip("-"), ()) if name in flags]
+from fabricrl.utils.spelling import nearest, others_call_so
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +23,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError, which `run_script` reports."""
         raise ConfigError(f"{message}; see --help")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Reads its own flags, also `--log_dir` for `--log-dir`: what they say, and the words that are left."""
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            flag, equals, value = word.partition("=")
+            own = flag.replace("_", "-")
+            words.append(f"{own}{equals}{value}" if own in self._own_flags() else word)
+        return super().parse_known_args(words, namespace)
+
+    def _own_flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Reads a command line that has to end here: of a word that is not known, says which was meant.
@@ -60,11 +50,12 @@ class Parser(argparse.ArgumentParser):
 
     def check_flags(self, words: Iterable[str], others: Iterable[str]) -> None:
         """Raises ConfigError for the first flag that is not among the `others`, which this parser does not read."""
-        own = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         known = list(others)
         for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
             if (like := flag.replace("_", "-")) not in known:
-                flags = [*own, *known]
+                if like == "--help-all":
+                    raise ConfigError("--help-all is for the algorithms, as in fabricrl ppo --help-all")
+                flags = [*self._own_flags(), *known]
                 meant = others_call_so(like, flags) or difflib.get_close_matches(like, flags, n=1)
                 hint = f"did you mean {' or '.join(meant)}?" if meant else "see --help"
                 raise ConfigError(f"{flag} is not an argument; {hint}")
