@@ -112,7 +112,7 @@ class BareRun(Run):
         self._signals = SimpleNamespace(code=0)  # type: ignore[assignment]
         self.losses = MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
-        self._noted, self._parts, self._modules, self._optimizers = {}, {}, [], []
+        self._parts, self._modules, self._optimizers = {}, [], []
         self._contexts = contextlib.ExitStack()
         self._envs = self._folder = self._evaluation = self._underway = None
         self._evaluated_step, self._is_last, self._eval_charts = 0, None, {}

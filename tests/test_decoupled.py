@@ -628,11 +628,11 @@ def test_each_trainer_checks_the_memory_for_its_own_buffer_and_the_player_for_no
 
 def test_sums_that_overflow_are_looked_at_once() -> None:
     run = BareRun(PPOArgs())
-    run.watch([torch.full((3,), 3e38)])
-    assert not run.is_healthy()
+    run.metrics.watch([torch.full((3,), 3e38)])
+    assert not run.metrics.is_healthy()
     run.note(("losses/a",), torch.ones(1))
-    assert run.look()["losses/a"].tolist() == [1]
-    assert run.is_healthy()
+    assert run.metrics.look()["losses/a"].tolist() == [1]
+    assert run.metrics.is_healthy()
 
 
 def test_everything_that_training_changes_comes_back_for_a_checkpoint_and_weights_travel_once() -> None:

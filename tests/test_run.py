@@ -17,7 +17,7 @@ import gymnasium as gym
 import pytest
 import torch
 
-from fabricrl.algos import run as run_module
+from fabricrl.algos import remarks
 from fabricrl.algos.command_line import preset_values
 from fabricrl.algos.names import run_name
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
@@ -334,7 +334,7 @@ def test_metrics_without_a_name_are_refused() -> None:
 def test_an_environment_whose_episodes_never_end_is_told_of_once(
     limit: int, told: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run_module, "LONG_EPISODE", limit)
+    monkeypatch.setattr(remarks, "LONG_EPISODE", limit)
     flags = ["--num-steps", 8, "--num-envs", 2, "--total-timesteps", 32, "--log-every", 16, "--log-dir", tmp_path]
     finished = call(main, "--env-id", "Pendulum-v1", *flags)
     assert finished.err.count("no episode has ended in 16 steps: does the environment need max_episode_steps") == told

@@ -82,7 +82,7 @@ class Training:
         for found in metrics:
             for tags, values in found.items():
                 self.run.note(tags, values)
-        return self.run.look()
+        return self.run.metrics.look()
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts.items()}
@@ -513,7 +513,7 @@ def test_a_parameter_that_is_not_finite_is_noticed_though_no_loss_was_computed_w
     training.train(make_batches(2), 1)
     getattr(training.learner, part).flat.vector[3] = math.inf
     with pytest.raises(NonFiniteError, match="parameters"):
-        training.run.look()
+        training.run.metrics.look()
 
 
 def schedule(ratio: float, world_size: int = 1, rank: int = 0, **changes: Any) -> UpdateSchedule:

@@ -1,17 +1,169 @@
-"""The device on which a policy acts faster: the CPU or the one that trains."""
+"""Acting in a run's rollouts: where the policy acts, what noise it draws, and how its steps are recorded."""
 
 import copy
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fabricrl.utils.device import to_host
+from fabricrl.utils.device import Places, to_device, to_host
+from fabricrl.utils.metric import MeanMetrics, UpdateMetrics
+from fabricrl.utils.update import Runner
 
 WARM_UP, ACTS = 20, 100  # the first ones choose kernels, or capture them
+
+
+class Acting:
+    """The part of a `Run` that takes its steps; `take_steps` and `take_step` call the script.
+
+    Attributes:
+        player_device: where the policy acts. The others are those of `Run`, which sets them.
+    """
+
+    args: Any
+    fabric: Any
+    tensors: bool
+    updates: Runner
+    metrics: UpdateMetrics
+    losses: MeanMetrics
+    clock: Any
+    act_rng: torch.Generator
+    device_rng: torch.Generator
+    all_envs: int
+    _envs_here: int
+    _first_env: int
+    _envs: Any
+    _parts: dict[str, Any]
+
+    def act_on(self, device: torch.device) -> None:
+        """Has the policy act on this device from now on; forgets what has been recorded for another."""
+        self.player_device = device
+        self._steps: dict[Any, Callable[..., Any]] = {}  # of rollouts, compiled and captured
+        self._player: nn.Module | None = None
+        self._acts: dict[nn.Module, Callable[..., Any]] = {}  # compiled, captured, or of inputs that are moved
+        self._places: Places = {}
+
+    @property
+    def own_envs(self) -> slice:
+        """Of the environments that this rank sees, those that it steps itself."""
+        first = self._first_env if self.args.num_envs == self.all_envs else 0
+        return slice(first, first + self._envs_here)
+
+    def player(self, agent: nn.Module) -> Any:
+        """The policy of the coming rollout: the agent, or its copy where acting is faster, with the newest weights."""
+        if self.player_device == self.fabric.device:
+            return agent
+        state = agent.state_dict()
+        state = dict(zip(state, to_host(*state.values()), strict=True))
+        if self._player is None:
+            self._player = copy.deepcopy(agent).to(self.player_device)
+        self._player.load_state_dict(state)
+        return self._player
+
+    def noise(self, head: Any, steps: int, uniform: bool = False) -> Tensor:
+        """Noise of a rollout of T steps for `head.sample`, [T, N, ...], where `act` takes it from.
+
+        `uniform`: numbers in [−1, 1), [T, N, A], that are actions as they are.
+        """
+        rng = self.device_rng if self.tensors and self.fabric.device.type != "cpu" else self.act_rng
+        shape = steps, self.all_envs
+        if uniform:
+            noise = 2 * torch.rand(*shape, head.num_actions, generator=rng, device=rng.device) - 1
+        else:
+            noise = head.noise(shape, rng)
+        if self.args.num_envs != self.all_envs:  # it is drawn for the environments of all players
+            noise = noise.narrow(1, self._first_env, self._envs_here)
+        return noise if self.updates.captures and not self.tensors else to_device(noise, self.player_device)
+
+    def take_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
+        """Calls `take_step(run, player, envs, rb, t, noise[t])` for each step t of a rollout.
+
+        Where environments are tensor code, such a step is compiled like an update, and captured with all others.
+        """
+        if not self.tensors:
+            for t, row in enumerate(noise.unbind()):
+                take_step(self, player, envs, rb, t, row)
+            return
+        envs.env.draw(len(noise))
+        if player not in self._steps:
+            step = partial(take_step, self, player, envs, rb)
+            self._steps[player] = self.updates.each(step, rb.steps, recorded=envs.env.is_code)
+        self._steps[player](noise)
+        self.clock.lap("env")
+
+    def take_step(
+        self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor, *settings: Any
+    ) -> None:
+        """Calls `take_step(run, player, envs, rb, noise, *settings)`, where a rollout is a single step.
+
+        Where environments are tensor code, it is compiled like an update, and captured, once for all settings.
+        """
+        if not self.tensors:
+            take_step(self, player, envs, rb, noise, *settings)
+            return
+
+        def step(noise: Tensor) -> tuple:
+            take_step(self, player, envs, rb, noise, *settings)
+            return ()
+
+        envs.env.draw(1)
+        kind = player, *settings
+        if kind not in self._steps:
+            is_code, updates = envs.env.is_code, self.updates
+            self._steps[kind] = updates.captured(updates.compiled(step)) if is_code else step
+        self._steps[kind](noise)
+        self.clock.lap("env")
+
+    def act(self, player: Any, *inputs: Tensor | None) -> Any:
+        """Calls `player.act` on inputs from anywhere; the result stays where it acts, until the next call.
+
+        On a GPU it is one CUDA graph. A policy with memory is compiled with `--compile`; others have too few operations
+        to gain from it.
+        """
+        device = self.player_device
+        if (self.tensors and self._envs.env.is_code) or (device.type == "cpu" and not self.updates.records):
+            return player.act(*inputs)
+        if player not in self._acts:
+            self._acts[player] = self._recorded_act(player)
+        return self._acts[player](*inputs)
+
+    def _recorded_act(self, player: Any) -> Callable[..., Any]:
+        """`player.act`, compiled or captured, of inputs from anywhere."""
+        device = self.player_device
+        captures = self.updates.captures and device == self.fabric.device
+        is_measured = player not in (self._player, self._parts.get("agent"))  # by `faster_device`, which saves the time
+        act = self.updates.compiled(player.act) if hasattr(player, "memory_size") and not is_measured else player.act
+
+        def act_there(*inputs: Tensor | None) -> Any:
+            if captures:  # what is on the CPU is pinned, and travels inside the graph
+                return act(*(t if t is None else t.to(device, non_blocking=True) for t in inputs))
+            return act(*(t if t is None else to_device(t, device) for t in inputs))
+
+        if captures:
+            return self.updates.captured(act_there, reused=True)
+        return act if device.type == "cpu" else act_there  # on the CPU inputs are there already
+
+    def on_host(self, values: Tensor) -> Tensor:
+        """Brings values to the CPU: the one wait for a GPU in a step. They are there until the next come.
+
+        Raises:
+            NonFiniteError: a metric or a parameter is not finite since an update that was watched.
+        """
+        if self.metrics.health is None:
+            return values if values.device.type == "cpu" else to_host(values, places=self._places)[0]
+        values, health = to_host(values, self.metrics.health, places=self._places)
+        if health != 0:
+            self.losses.update(self.metrics.look())
+        return values
+
+    def for_envs(self, actions: Tensor) -> Any:
+        """Actions [N, A] as environments are given them: an array; or as they are, where those take tensors."""
+        return actions if self.tensors else self.on_host(actions).numpy()
 
 
 def example_inputs(run: Any, agent: Any) -> list[Tensor | None]:

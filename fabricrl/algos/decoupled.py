@@ -410,8 +410,8 @@ class Player:
             return
         run, messages, metrics = self.run, self._messages, {}
         with run.together():
-            if order.looks or run.has_noted_much or not run.is_healthy():
-                metrics = run.look()
+            if order.looks or run.has_noted_much or not run.metrics.is_healthy():
+                metrics = run.metrics.look()
         if self.speaks:
             noted = [metrics.get(tag, torch.zeros(0)) for tag in messages.metrics]
             losses = torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]]) if metrics else None

@@ -13,10 +13,9 @@ with Run(args, "ppo", ACTION_SPACES) as run:
         run.checkpoint()
 """
 
-import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -30,11 +29,12 @@ from gymnasium.spaces import Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.acting import example_inputs, faster_device
+from fabricrl.algos.acting import Acting, example_inputs, faster_device
 from fabricrl.algos.args import AUTO, check_sizes
 from fabricrl.algos.command_line import parse
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.algos.names import command, run_name
+from fabricrl.algos.remarks import Remarks
 from fabricrl.algos.resume import go_on, newest_run
 from fabricrl.algos.underway import Underway
 from fabricrl.data import (
@@ -52,12 +52,11 @@ from fabricrl.envs.structure import check_spaces, structure_of
 from fabricrl.envs.tensors import takes_tensors
 from fabricrl.models.recurrent import common_length
 from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
-from fabricrl.utils.device import Places, to_device, to_host
+from fabricrl.utils.device import to_device
 from fabricrl.utils.ending import end_if_out_of_memory, run_script
 from fabricrl.utils.errors import NonFiniteError, RunError
-from fabricrl.utils.hint import hint
 from fabricrl.utils.launch import check_ranks, launch
-from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch
+from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch, UpdateMetrics
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
@@ -66,17 +65,15 @@ from fabricrl.utils.update import Runner, check_compiler
 from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # notes of updates, or steps
-WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
-LONG_EPISODE = 20_000  # steps: longer than that of any task in use
 WORTH_A_WORD = 0.01  # of `total_timesteps`: fewer are not missed
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
 
 
-class Run:
+class Run(Acting):
     """One run of a script: ranks, environments, seeds, the run's folder, faults, signals, logs and checkpoints.
 
-    It calls the script in `take_steps` and `take_step` alone. All ranks have to call whatever involves other ranks.
+    How it acts is in `Acting`. All ranks have to call whatever involves other ranks.
 
     Args:
         algo: the algorithm, which checkpoints have to be of.
@@ -100,6 +97,7 @@ class Run:
         act_rng, train_rng: generators of action noise and of training, different on every rank.
         device_rng: what updates draw from that sample for themselves: `train_rng`, or one on a GPU, see `draw_on`.
         updates: compiles and captures updates.
+        metrics: of updates, until they are looked at.
         episodes, losses, clock: statistics for the log; charts: further ones for the next entry alone.
         generators: states for the next checkpoint, of all ranks; None: of those generators that this run has.
         trainers: those of a decoupled script, if this is its player; else None.
@@ -147,14 +145,13 @@ class Run:
         self.global_step = self.first_step = self.state.get("global_step", 0)
         self.given, self.losses = self.args, MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
-        self._noted: dict[tuple[str, ...], list[Tensor]] = {}
         self._parts: dict[str, Any] = {}
         self._modules: list[nn.Module] = []
         self._optimizers: list[Adam] = []
         self._contexts = ExitStack()
         self._envs: Any = None  # a VectorEnv
         self._underway: Underway | None = None
-        self._hinted = self._missed = self._endless = False
+        self._remarks = Remarks()
         self.masks: np.ndarray | None = None
         self._folder: RunFolder | None = None
         self._evaluation: Evaluation | None = None
@@ -203,12 +200,8 @@ class Run:
         if self.tensors:
             self.draw_on(fabric.device)
             self.updates.generators.append(self.act_rng)
-        self.player_device = torch.device("cpu") if args.player_device == "cpu" else fabric.device
-        self._steps: dict[Any, Callable[..., Any]] = {}  # of rollouts, compiled and captured
-        self._player: nn.Module | None = None
-        self._acts: dict[nn.Module, Callable[..., Any]] = {}  # compiled, captured, or of inputs that are moved
-        self._health: Tensor | None = None
-        self._places: Places = {}
+        self.metrics = UpdateMetrics(self._optimizers)
+        self.act_on(torch.device("cpu") if args.player_device == "cpu" else fabric.device)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Closes the environments and prints the result, unless something has gone wrong.
@@ -331,8 +324,7 @@ class Run:
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
         acts_in_rollouts = self._envs is not None and hasattr(self.args, "num_steps") and not self.tensors
         if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and acts_in_rollouts:
-            self.player_device = faster_device(self, parts["agent"])  # weights move once a rollout
-            self._acts.clear()
+            self.act_on(faster_device(self, parts["agent"]))  # weights move once a rollout
         if not self.state:
             return
         with self.together(), reading(self.path):
@@ -426,9 +418,7 @@ class Run:
             yield
         if (agent := self._parts.get("agent")) is not None and getattr(agent, "reward_normalizer", None) is not None:
             agent.reward_normalizer.discounted = None
-        self._noted.clear()
-        if self._health is not None:
-            self._health.zero_()
+        self.metrics.forget()
 
     def numbers(self, *values: float) -> tuple[Any, ...]:
         """Coefficients that vary, as scalar tensors where updates are recorded: a recording freezes plain numbers."""
@@ -445,140 +435,6 @@ class Run:
         if device.type != "cpu" and self.device_rng is self.train_rng:
             self.device_rng = torch.Generator(device).manual_seed(self.train_rng.initial_seed())
             self.updates.generators.append(self.device_rng)
-
-    def watch(self, metrics: Iterable[Tensor]) -> None:
-        """Notes, where they are, if these and all parameters are finite: `on_host` finds out. May be captured."""
-        if self._health is None:
-            self._health = torch.zeros((), device=self.fabric.device)
-        watched = (*metrics, *(optimizer.flat.vector for optimizer in self._optimizers))
-        self._health += 0.0 * torch.cat([values.reshape(-1) for values in watched]).sum()  # 0, or NaN for good
-
-    # --- acting
-
-    @property
-    def own_envs(self) -> slice:
-        """Of the environments that this rank sees, those that it steps itself."""
-        first = self._first_env if self.args.num_envs == self.all_envs else 0
-        return slice(first, first + self._envs_here)
-
-    def player(self, agent: nn.Module) -> Any:
-        """The policy of the coming rollout: the agent, or its copy where acting is faster, with the newest weights."""
-        if self.player_device == self.fabric.device:
-            return agent
-        state = agent.state_dict()
-        state = dict(zip(state, to_host(*state.values()), strict=True))
-        if self._player is None:
-            self._player = copy.deepcopy(agent).to(self.player_device)
-        self._player.load_state_dict(state)
-        return self._player
-
-    def noise(self, head: Any, steps: int, uniform: bool = False) -> Tensor:
-        """Noise of a rollout of T steps for `head.sample`, [T, N, ...], where `act` takes it from.
-
-        `uniform`: numbers in [−1, 1), [T, N, A], that are actions as they are.
-        """
-        rng = self.device_rng if self.tensors and self.fabric.device.type != "cpu" else self.act_rng
-        shape = steps, self.all_envs
-        if uniform:
-            noise = 2 * torch.rand(*shape, head.num_actions, generator=rng, device=rng.device) - 1
-        else:
-            noise = head.noise(shape, rng)
-        if self.args.num_envs != self.all_envs:  # it is drawn for the environments of all players
-            noise = noise.narrow(1, self._first_env, self._envs_here)
-        return noise if self.captures and not self.tensors else self.to_device(noise, self.player_device)
-
-    def take_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
-        """Calls `take_step(run, player, envs, rb, t, noise[t])` for each step t of a rollout.
-
-        Where environments are tensor code, such a step is compiled like an update, and captured with all others.
-        """
-        if not self.tensors:
-            for t, row in enumerate(noise.unbind()):
-                take_step(self, player, envs, rb, t, row)
-            return
-        envs.env.draw(len(noise))
-        if player not in self._steps:
-            step = partial(take_step, self, player, envs, rb)
-            self._steps[player] = self.updates.each(step, rb.steps, recorded=envs.env.is_code)
-        self._steps[player](noise)
-        self.clock.lap("env")
-
-    def take_step(
-        self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor, *settings: Any
-    ) -> None:
-        """Calls `take_step(run, player, envs, rb, noise, *settings)`, where a rollout is a single step.
-
-        Where environments are tensor code, it is compiled like an update, and captured, once for all settings.
-        """
-        if not self.tensors:
-            take_step(self, player, envs, rb, noise, *settings)
-            return
-
-        def step(noise: Tensor) -> tuple:
-            take_step(self, player, envs, rb, noise, *settings)
-            return ()
-
-        envs.env.draw(1)
-        if (player, *settings) not in self._steps:
-            self._steps[player, *settings] = self.captured(self.compiled(step)) if envs.env.is_code else step
-        self._steps[player, *settings](noise)
-        self.clock.lap("env")
-
-    def count(self, rewards: Any, ends: Any, infos: dict[str, Any]) -> None:
-        """Notes one step for the statistics of episodes: its rewards, and which episodes end with it, [N]."""
-        if self._underway is None:
-            self.episodes.add(rewards, ends)
-        else:
-            self._underway.episodes.add(rewards, ends, infos)
-
-    def act(self, player: Any, *inputs: Tensor | None) -> Any:
-        """Calls `player.act` on inputs from anywhere; the result stays where it acts, until the next call.
-
-        On a GPU it is one CUDA graph. A policy with memory is compiled with `--compile`; others have too few operations
-        to gain from it.
-        """
-        device = self.player_device
-        if (self.tensors and self._envs.env.is_code) or (device.type == "cpu" and not self.records):
-            return player.act(*inputs)
-        if player not in self._acts:
-            self._acts[player] = self._recorded_act(player)
-        return self._acts[player](*inputs)
-
-    def _recorded_act(self, player: Any) -> Callable[..., Any]:
-        """`player.act`, compiled or captured, of inputs from anywhere."""
-        device, captures = self.player_device, self.captures and self.player_device == self.fabric.device
-        is_measured = player not in (self._player, self._parts.get("agent"))  # by `faster_device`, which saves the time
-        act = self.compiled(player.act) if hasattr(player, "memory_size") and not is_measured else player.act
-
-        def act_there(*inputs: Tensor | None) -> Any:
-            if captures:  # what is on the CPU is pinned, and travels inside the graph
-                return act(*(t if t is None else t.to(device, non_blocking=True) for t in inputs))
-            return act(*(t if t is None else to_device(t, device) for t in inputs))
-
-        if captures:
-            return self.updates.captured(act_there, reused=True)
-        return act if device.type == "cpu" else act_there  # on the CPU inputs are there already
-
-    def on_host(self, values: Tensor) -> Tensor:
-        """Brings values to the CPU: the one wait for a GPU in a step. They are there until the next come.
-
-        Raises:
-            NonFiniteError: a metric or a parameter is not finite since an update that was watched.
-        """
-        if self._health is None:
-            return values if values.device.type == "cpu" else to_host(values, places=self._places)[0]
-        values, health = to_host(values, self._health, places=self._places)
-        if health != 0:
-            self.losses.update(self.look())
-        return values
-
-    def for_envs(self, actions: Tensor) -> Any:
-        """Actions [N, A] as environments are given them: an array; or as they are, where those take tensors."""
-        return actions if self.tensors else self.on_host(actions).numpy()
-
-    def is_healthy(self) -> bool:
-        """Tells if all that was watched was finite; this waits for a GPU."""
-        return self._health is None or not to_host(self._health)[0].item()
 
     # --- in the loop
 
@@ -616,16 +472,15 @@ class Run:
             raise fault
 
     def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
-        """Keeps the metrics of one update [tags], or of several [K, tags], until the next look.
+        """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
+        self.metrics.note(tags, metrics)
 
-        Raises:
-            ValueError: there are more metrics than tags, or fewer.
-        """
-        if not metrics.numel():
-            return
-        if metrics.shape[-1] != len(tags):
-            raise ValueError(f"{metrics.shape[-1]} metrics have {len(tags)} names: {', '.join(tags)}")
-        self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
+    def count(self, rewards: Any, ends: Any, infos: dict[str, Any]) -> None:
+        """Notes one step for the statistics of episodes: its rewards, and which episodes end with it, [N]."""
+        if self._underway is None:
+            self.episodes.add(rewards, ends)
+        else:
+            self._underway.episodes.add(rewards, ends, infos)
 
     def observe(self, agent: Any, rb: RolloutBuffer) -> None:
         """Adds what all ranks have seen in a rollout to the agent's running statistics, if it has any.
@@ -647,7 +502,7 @@ class Run:
         with self.together():
             if self._underway is not None:
                 summary = self._underway.summary(self.storage)
-            self.losses.update(self.look())
+            self.losses.update(self.metrics.look())
         if summary is None:
             self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
         else:
@@ -669,7 +524,7 @@ class Run:
         if looks or self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
             self._count_steps()
             with self.together():
-                self.losses.update(self.look())
+                self.losses.update(self.metrics.look())
         self.clock.lap("comm")
         self._advance()
 
@@ -693,30 +548,7 @@ class Run:
     @property
     def has_noted_much(self) -> bool:
         """True if enough updates or steps have been noted to be worth a look."""
-        return max(sum(map(len, self._noted.values())), self.episodes.noted) >= LOOK_EVERY
-
-    def look(self) -> dict[str, Tensor]:
-        """Returns the metrics noted since the last call, [K] under each tag, on the CPU; this waits for a GPU.
-
-        Raises:
-            NonFiniteError: a metric or a parameter is not finite, as it is once a gradient was not.
-        """
-        parameters = {
-            f"parameters of optimizer {i}": optimizer.flat.vector for i, optimizer in enumerate(self._optimizers)
-        }
-        metrics: dict[str, Tensor] = {}
-        for tags, noted in self._noted.items():
-            metrics |= dict(zip(tags, torch.cat(noted).unbind(1), strict=True))  # [K] each
-        self._noted.clear()
-        checked = metrics | parameters
-        finite = torch.stack([values.isfinite().all() for values in checked.values()])
-        finite, *values = to_host(finite, *metrics.values())
-        if not finite.all():
-            bad = [name for name, good in zip(checked, finite.tolist(), strict=True) if not good]
-            raise NonFiniteError(f"not finite after the update: {', '.join(bad)}")
-        if self._health is not None:
-            self._health.zero_()  # if it was not, a sum was too large, and all of its terms are finite
-        return dict(zip(metrics, values, strict=True))
+        return max(self.metrics.noted, self.episodes.noted) >= LOOK_EVERY
 
     def _advance(self) -> None:
         assert self._folder is not None
@@ -770,45 +602,10 @@ class Run:
         speed = {"charts/SPS": self._folder.sps(self.global_step)}
         if self.episodes.returns:
             speed["charts/return_mean"] = self.episodes.mean_return
-        self._hint()
-        self._warn_of_missing_infos()
-        self._warn_of_endless_episodes()
+        self._remarks.make(self)
         numbers = self.episodes.compute() | self.losses.compute() | self.clock.shares()
         self._folder.log(charts | self.charts | speed | numbers | self._eval_charts, self.global_step)
         self.charts, self._eval_charts = {}, {}
-
-    def _hint(self) -> None:
-        """Says once, after the first seconds, what would make this run faster; nothing if nothing would."""
-        steps = (self.global_step - self.first_step) // (self.args.num_envs * self.fabric.world_size)
-        left = (self.args.total_timesteps - self.global_step) / max(self.global_step - self.first_step, 1)
-        seconds = self.clock.totals
-        worth = left * sum(seconds.values()) > WORTH_A_HINT or self.is_last
-        if self._hinted or self.team.global_rank > 0 or not worth:
-            return
-        text = hint(self.args, self.algo, self.fabric.device.type, self.fabric.world_size, seconds, steps)
-        if text is not None:
-            self._hinted = True
-            print(f"hint: {text}", file=sys.stderr, flush=True)
-
-    def _warn_of_missing_infos(self) -> None:
-        """Says once, after the first episodes, which of `info_keys` none of them had."""
-        if self._missed or self.team.global_rank > 0 or not self.episodes.ended:
-            return
-        self._missed = True
-        missing = [key for key in self.args.info_keys if key not in self.episodes.told]
-        if missing:
-            count = f"{self.episodes.ended} episode{'s' * (self.episodes.ended > 1)}"
-            text = f"--info-keys {' '.join(missing)}: no such number was in the infos at the end of {count}"
-            print(f"warning: {text}", file=sys.stderr, flush=True)
-
-    def _warn_of_endless_episodes(self) -> None:
-        """Says once, after many steps, that no episode has ended: an environment may lack a limit."""
-        steps = (self.global_step - self.first_step) // (self.args.num_envs * self.fabric.world_size)
-        if self._endless or self.team.global_rank > 0 or self.episodes.count or steps < LONG_EPISODE:
-            return
-        self._endless = True
-        text = f"no episode has ended in {steps} steps: does the environment need max_episode_steps in gym.register?"
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     @property
     def checkpoint_is_due(self) -> bool:

@@ -1,7 +1,7 @@
 """Counters and clocks of a run: episodes, losses, and where the seconds go."""
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from fabricrl.utils.device import to_host
+from fabricrl.utils.errors import NonFiniteError
+from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather, gather_rows
 
 WINDOW = 100  # episodes that the running mean return looks back on
@@ -224,6 +227,78 @@ class MeanMetrics:
         self._sums.clear()
         self._counts.clear()
         return means
+
+
+class UpdateMetrics:
+    """Metrics of updates, kept on their device until somebody looks; who looks finds NaN and infinity, too.
+
+    Args:
+        optimizers: whose parameters are checked as well; there may be more of them later.
+
+    Attributes:
+        health: 0 where all that was watched was finite, else NaN, a scalar on its device; None before anything was.
+    """
+
+    def __init__(self, optimizers: Sequence[Adam]) -> None:
+        self._optimizers = optimizers
+        self._noted: dict[tuple[str, ...], list[Tensor]] = {}
+        self.health: Tensor | None = None
+
+    @property
+    def noted(self) -> int:
+        """Number of updates noted since the last look, or of groups of them."""
+        return sum(map(len, self._noted.values()))
+
+    def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
+        """Keeps the metrics of one update [tags], or of several [K, tags].
+
+        Raises:
+            ValueError: there are more metrics than tags, or fewer.
+        """
+        if not metrics.numel():
+            return
+        if metrics.shape[-1] != len(tags):
+            raise ValueError(f"{metrics.shape[-1]} metrics have {len(tags)} names: {', '.join(tags)}")
+        self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
+
+    def watch(self, metrics: Iterable[Tensor]) -> None:
+        """Keeps in `health` if these and all parameters are finite, without a wait. May be captured."""
+        watched = (*metrics, *(optimizer.flat.vector for optimizer in self._optimizers))
+        if self.health is None:
+            self.health = torch.zeros((), device=watched[0].device)
+        self.health += 0.0 * torch.cat([values.reshape(-1) for values in watched]).sum()  # 0, or NaN for good
+
+    def is_healthy(self) -> bool:
+        """Tells if all that was watched was finite; this waits for a GPU."""
+        return self.health is None or not to_host(self.health)[0].item()
+
+    def look(self) -> dict[str, Tensor]:
+        """Returns the metrics noted since the last call, [K] under each tag, on the CPU; this waits for a GPU.
+
+        Raises:
+            NonFiniteError: a metric or a parameter is not finite, as it is once a gradient was not.
+        """
+        parameters = {
+            f"parameters of optimizer {i}": optimizer.flat.vector for i, optimizer in enumerate(self._optimizers)
+        }
+        metrics: dict[str, Tensor] = {}
+        for tags, noted in self._noted.items():
+            metrics |= dict(zip(tags, torch.cat(noted).unbind(1), strict=True))  # [K] each
+        self._noted.clear()
+        checked = metrics | parameters
+        finite = torch.stack([values.isfinite().all() for values in checked.values()])
+        finite, *values = to_host(finite, *metrics.values())
+        if not finite.all():
+            bad = [name for name, good in zip(checked, finite.tolist(), strict=True) if not good]
+            raise NonFiniteError(f"not finite after the update: {', '.join(bad)}")
+        self.forget()  # if the health was not 0, a sum was too large, and all of its terms are finite
+        return dict(zip(metrics, values, strict=True))
+
+    def forget(self) -> None:
+        """Drops what has been noted and watched."""
+        self._noted.clear()
+        if self.health is not None:
+            self.health.zero_()
 
 
 class Stopwatch:

@@ -174,7 +174,7 @@ class Updates:
 
     def _watched(self, batches: Batch, *plan: Any) -> dict[tuple[str, ...], Tensor]:
         metrics = self._train(batches, *plan)
-        self._run.watch(metrics.values())
+        self._run.metrics.watch(metrics.values())
         return metrics
 
 
