@@ -34,6 +34,7 @@ from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo.loss import policy_loss, value_loss
 from fabricrl.envs import make_envs
+from fabricrl.utils.batch import Batch
 from fabricrl.utils.process import keep_memory
 from fabricrl.utils.records import Records
 
@@ -144,11 +145,11 @@ def floor(args: PPOArgs) -> float:
     batch = args.num_envs * args.num_steps // args.num_minibatches
     rng = np.random.default_rng(0)
     shown = torch.from_numpy(rng.integers(0, 255, (args.num_envs, 4, 7056), np.uint8))
-    seen = torch.from_numpy(rng.integers(0, 255, (batch, 4, 7056), np.uint8))
-    actions, ones = torch.zeros(batch, 1, dtype=torch.int64), torch.ones(batch)
+    seen = agent.prepare(torch.from_numpy(rng.integers(0, 255, (batch, 4, 7056), np.uint8)))
+    data, ones = Batch(obs=seen, actions=torch.zeros(batch, 1, dtype=torch.int64)), torch.ones(batch)
 
     def learn() -> None:
-        logprobs, entropy, values = agent(seen, actions)
+        logprobs, entropy, values = agent(data)
         loss = policy_loss(logprobs, ones, 0.1) + value_loss(values, ones, ones, 0.1, True) - 0.01 * entropy.mean()
         loss.backward()
 

@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                          every task, against Stable-Baselines3 and SBX
     python benchmarks/speed.py --task ppo-cartpole-1env --ours-args=--compile
+    python benchmarks/speed.py --task ppo-walker2d --before v0.1    not a peer, but an earlier revision of ours
     python benchmarks/speed.py --sampling               drawing from a full replay buffer, beside copying
     python benchmarks/speed.py --startup                from the command to the first environment step
     python benchmarks/speed.py --memory                 resident memory after iteration 100 and after 2 000
@@ -270,21 +271,21 @@ class Outcome(NamedTuple):
     startup: float
 
 
-def run(command: list[str], **environment: str) -> tuple[str, float]:
+def run(command: list[str], root: Path = ROOT, **environment: str) -> tuple[str, float]:
     """Standard output of a command that runs in the project's folder on one thread, and its wall-clock seconds."""
-    paths = os.pathsep.join(filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (str(root), str(root / "benchmarks"), os.environ.get("PYTHONPATH"))))
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=variables)
     seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"error: exit code {done.returncode} of: {shlex.join(command)}\n{done.stderr[-2000:]}")
     return done.stdout, seconds
 
 
-def timed(command: list[str]) -> Outcome:
+def timed(command: list[str], root: Path = ROOT) -> Outcome:
     """Runs a script that prints a result line."""
-    output, wall = run(command)
+    output, wall = run(command, root)
     fields = re.search(r"^result steps=(\d+) sps=([\d.]+)", output, re.MULTILINE)
     assert fields is not None, output
     steps, sps = int(fields[1]), float(fields[2])
@@ -328,6 +329,24 @@ def bench_task(name: str, options: argparse.Namespace) -> bool:
         return list(zip(a, b, strict=True))
 
     return bench(name, comparisons, measure, options)
+
+
+def bench_before(name: str, options: argparse.Namespace) -> bool:
+    """Steps per second beside those of an earlier revision, which takes the same arguments."""
+    comparisons = [Comparison("steps/s", "fabricrl", f"fabricrl at {options.before}", "a / b", ">= 1")]
+    total = options.total_timesteps or TASKS[name].peer["total_timesteps"]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        command = ours(f"{TASKS[name].ours} --total-timesteps {total} --seed {seed}", log_dir, options)
+        return [(timed(command).sps, timed(command, root).sps)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "before"
+        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", root, options.before], cwd=ROOT, check=True)
+        try:
+            return bench(f"before-{name}", comparisons, measure, options)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", root], cwd=ROOT, check=True)
 
 
 def fastest(which: str, settings: dict[str, Any], options: argparse.Namespace) -> float:
@@ -626,6 +645,7 @@ def main() -> int:
     parser.add_argument(
         "--task", choices=[*TASKS, *UPDATE_TASKS], action="append", help="against a peer; can be repeated"
     )
+    parser.add_argument("--before", metavar="REVISION", help="of git: tasks of PPO against ours as it was there")
     parser.add_argument("--sampling", action="store_true", help="instead of tasks: the replay buffer")
     parser.add_argument("--startup", action="store_true", help="instead of tasks: start-up")
     parser.add_argument("--memory", action="store_true", help="instead of tasks: memory (Linux)")
@@ -663,6 +683,10 @@ def main() -> int:
     chosen = [*twins] if options.decoupled else options.decoupled_task
     jobs += [(f"--decoupled-task {name}", twins[name]) for name in chosen]
     tasks = options.task or ([*TASKS, *UPDATE_TASKS] if not jobs else [])
+    if options.before:
+        chosen = [name for name in tasks if name in TASKS]
+        jobs += [(f"--task {name} --before {options.before}", partial(bench_before, name)) for name in chosen]
+        tasks = []
     jobs += [(f"--task {name}", partial(bench_task if name in TASKS else bench_updates, name)) for name in tasks]
     options.machine = machine(bool(parts) and not options.no_sketches)
     if tasks:
