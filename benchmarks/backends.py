@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gymnasium.spaces import Discrete
-from speed import PPO, ROOT, Comparison, bench, machine, ours, run, spread, timed
+from speed import PPO, ROOT, Comparison, bench, machine, ours, repeat, run, spread, timed
 
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
@@ -312,7 +312,7 @@ def main() -> int:
     for name, job in jobs.items():
         asked = [other for other in jobs if getattr(options, other.replace("-", "_"))]
         if name in asked or (not asked and name != "tensors-gpu"):
-            options.command = f"python benchmarks/backends.py --{name} --repetitions {options.repetitions}"
+            options.command = f"python benchmarks/backends.py --{name} {repeat(options)}"
             reached.append(job(options))
     return 0 if all(reached) else 1
 

@@ -635,6 +635,13 @@ def machine(gpu: bool = False) -> str:
     return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, torch {version('torch')}"
 
 
+def repeat(options: argparse.Namespace) -> str:
+    """The flags of a benchmark's command that say how it was run."""
+    given = f"--repetitions {options.repetitions}"
+    given += f" --ours-args={shlex.quote(options.ours_args)}" if options.ours_args else ""
+    return given + (f" --total-timesteps {options.total_timesteps}" if options.total_timesteps else "")
+
+
 def peer_versions(python: Path, names: tuple[str, ...]) -> str:
     code = f"from importlib.metadata import version\nprint(', '.join(f'{{n}} {{version(n)}}' for n in {names}))"
     return "; peer: " + run([str(python), "-c", code])[0].strip()
@@ -695,12 +702,9 @@ def main() -> int:
             parser.error(f"{options.peer_python} is not there; benchmarks/requirements-peers.txt says how to make it")
         jax = ("sbx-rl", "jax") if UPDATE_TASKS.keys() & tasks else ()
         options.machine += peer_versions(python, ("stable-baselines3", "sb3-contrib", "torch", *jax))
-    given = f"--repetitions {options.repetitions}"
-    given += f" --ours-args={shlex.quote(options.ours_args)}" if options.ours_args else ""
-    given += f" --total-timesteps {options.total_timesteps}" if options.total_timesteps else ""
     reached = []
     for flag, job in jobs:
-        options.command = f"python benchmarks/speed.py {flag} {given}"
+        options.command = f"python benchmarks/speed.py {flag} {repeat(options)}"
         reached.append(job(options))
     return 0 if all(reached) else 1
 
