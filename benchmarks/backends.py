@@ -8,6 +8,7 @@
     python benchmarks/backends.py --pong         Pong, native and with EnvPool, beside the floor: game and network alone
     python benchmarks/backends.py --tensors      256 CartPoles that are tensors beside 256 native ones, compiled or not
     python benchmarks/backends.py --tensors-gpu  4 096 and 16 384 of them on a GPU, beside the sketch of such a run
+    python benchmarks/backends.py --jax          CartPoles and Pendulums that are tensors beside rejax, which is all JAX
 
 The table goes to benchmarks/results/backends.md, the others to speed.csv and speed.md as those of speed.py do. Let
 nothing else run meanwhile. Exit code 1: a bar was missed.
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gymnasium.spaces import Discrete
-from speed import PPO, ROOT, Comparison, bench, machine, ours, repeat, run, spread, timed
+from speed import PPO, ROOT, Comparison, bench, machine, ours, repeat, run, spread, theirs, timed
 
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
@@ -286,6 +287,29 @@ def bench_tensors_gpu(options: argparse.Namespace) -> bool:
     return bench("gpu-tensors", comparisons, measure, options)
 
 
+def bench_jax(options: argparse.Namespace) -> bool:
+    """Steps per second of PPO with --compile on tensor environments, beside rejax's PPO on gymnax's, on this device."""
+    gpu = torch.cuda.is_available()
+    count, steps = (4096, 60_000_000) if gpu else (256, 1_000_000)
+    names = ("CartPole-v1", "Pendulum-v1")
+    comparisons = [Comparison(f"steps/s, {count} x {name}", "PPO, --compile", "rejax", "a / b") for name in names]
+    flags = "--num-steps 32 --num-minibatches 8 --update-epochs 4 --learning-rate 3e-3 --compile"
+    flags += f" --num-envs {count} --accelerator {'cuda' if gpu else 'cpu'}"
+    same = {"num_envs": count, "num_steps": 32, "num_minibatches": 8, "num_epochs": 4, "learning_rate": 3e-3}
+    same |= {"gamma": 0.99, "gae_lambda": 0.95, "clip_eps": 0.2, "ent_coef": 0.01, "max_grad_norm": 0.5}
+    total = options.total_timesteps or steps
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        pairs = []
+        for name in names:
+            command = f"{PPO} --env-id torch/{name} {flags} --total-timesteps {total} --seed {seed}"
+            peer = theirs("peer_rejax", {"ppo": same | {"env": name}, "total_timesteps": total, "seed": seed}, options)
+            pairs.append((timed(ours(command, f"{folder}/{name}", options)).sps, timed(peer).sps))
+        return pairs
+
+    return bench("gpu-jax" if gpu else "jax", comparisons, measure, options)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = {
@@ -296,6 +320,7 @@ def main() -> int:
         "pong": bench_pong,
         "tensors": bench_tensors,
         "tensors-gpu": bench_tensors_gpu,
+        "jax": bench_jax,
     }
     for name, job in jobs.items():
         parser.add_argument(f"--{name}", action="store_true", help=(job.__doc__ or "").split("\n")[0])
@@ -304,6 +329,7 @@ def main() -> int:
     parser.add_argument("--num-threads", type=int, default=2, help="of PyTorch, for Pong (default: 2)")
     parser.add_argument("--ours-args", default="", help="more flags for our script")
     parser.add_argument("--total-timesteps", type=int, help="instead of the benchmark's, for a quick look")
+    parser.add_argument("--peer-python", default=".venv-peers/bin/python", help="default: .venv-peers/bin/python")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the results")
     options = parser.parse_args()
     options.machine = machine()
@@ -311,7 +337,7 @@ def main() -> int:
     reached = []
     for name, job in jobs.items():
         asked = [other for other in jobs if getattr(options, other.replace("-", "_"))]
-        if name in asked or (not asked and name != "tensors-gpu"):
+        if name in asked or (not asked and name not in ("tensors-gpu", "jax")):
             options.command = f"python benchmarks/backends.py --{name} {repeat(options)}"
             reached.append(job(options))
     return 0 if all(reached) else 1
