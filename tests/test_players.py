@@ -356,7 +356,7 @@ def test_players_other_than_the_first_send_data_alone() -> None:
 
 def break_environment(rank: int) -> None:
     """The second player's environments fail at some step."""
-    from fabricrl.envs.vector import ReportFailures
+    from fabricrl.envs.failures import ReportFailures
 
     step, calls = ReportFailures.step, []
 

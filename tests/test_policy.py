@@ -22,7 +22,7 @@ from fabricrl.algos.droq import droq
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
-from fabricrl.envs import vector
+from fabricrl.envs import construct, vector
 from fabricrl.envs.structure import Unsupported, space_of, structure_of
 from fabricrl.envs.wrappers import KeepPromises
 from fabricrl.utils.checkpoint import save_checkpoint
@@ -153,7 +153,7 @@ def recorded(path: Path, *flags: object, prepared: bool = False) -> list[list[tu
 
     with (
         mock.patch.object(evaluate, "play", noting),
-        mock.patch.object(vector, "KeepPromises", Noting),
+        mock.patch.object(construct, "KeepPromises", Noting),
         mock.patch.object(vector, "_preprocessed", preparing),
     ):
         assert call(evaluate.main, path, "--json", "--seed", 77, *flags).code == 0

@@ -1,25 +1,16 @@
-"""Vector environments: construction, and failures that name the environment."""
+"""Vector environments, wrapped as a run needs them; and a trial that finds mistakes before anything starts."""
 
 import contextlib
-import difflib
-import importlib
-import importlib.util
-import json
 import math
 import os
 import sys
-import sysconfig
-import threading
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from gymnasium.spaces import Box, Space
 from gymnasium.vector import VectorEnv
 
@@ -29,30 +20,24 @@ from fabricrl.envs.backends import (
     EnvPoolVectorEnv,
     check_backend,
     choose,
-    episode_infos,
     info_keys,
     native_envs,
     option,
 )
+from fabricrl.envs.construct import construct, construct_tensors
+from fabricrl.envs.failures import ReportFailures
 from fabricrl.envs.guard import (
     GRACE,
     VIDEO_GRACE,
-    Keeper,
-    Process,
-    Timeout,
-    Watch,
     children,
     close_problem,
     end_processes,
     folder_kept,
     generators_kept,
-    reset_signals_in_children,
     seed_generators,
     warn,
     watched,
 )
-from fabricrl.envs.rows import floats_in
-from fabricrl.envs.simulators import SIMULATORS, register, simulator_of
 from fabricrl.envs.spaces import (
     Spaces,
     check_action_space,
@@ -68,7 +53,6 @@ from fabricrl.envs.turns import TurnsVectorEnv
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.envs.wrappers import (
     ActionRepeat,
-    KeepPromises,
     LifeLoss,
     MaskVelocities,
     NameFailures,
@@ -78,13 +62,10 @@ from fabricrl.envs.wrappers import (
     is_atari,
 )
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
-from fabricrl.utils.extras import missing, require_opencv
+from fabricrl.utils.extras import require_opencv
 from fabricrl.utils.records import Records
 
 BUILD_STREAM = 3  # of the generators that environments draw from while they are built
-
-# Module that is missing -> extra that brings it
-EXTRAS = {"mujoco": "mujoco", "Box2D": "box2d", "box2d": "box2d", "ale_py": "atari", "jax": "jax", "flax": "jax"}
 
 
 def make_env(
@@ -112,7 +93,7 @@ def make_env(
     if video_folder is not None:
         render_mode = "rgb_array"
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # drawing into an array needs no screen
-    env = _construct(args, render_mode)
+    env = construct(args, render_mode)
     if video_folder is not None:
         frames = 5000 * option(args, "action_repeat")  # most of an episode; it draws those between two steps, too
         env = RecordEpisodes(env, video_folder, video_prefix, video_every, video_episodes, frames)
@@ -183,7 +164,7 @@ def make_envs(
     settings: dict[str, Any] = {"timeout": seconds / 60, "rank": rank, "resumed": resumed, "grace": grace}
     settings["keys"] = info_keys(args)
     if kind == "torch":
-        return ReportFailures(_construct_tensors(args, device), **settings)
+        return ReportFailures(construct_tensors(args, device), **settings)
     if kind in ("native", "envpool"):
         with _passing(args, make_env) as env:
             return ReportFailures(
@@ -230,7 +211,7 @@ def play_tensors(args: Any, device: Any = "cpu", **settings: Any) -> "ReportFail
     """Makes tensor environments that are played with arrays, as all others are."""
     from fabricrl.envs.tensors import OnHost
 
-    return ReportFailures(OnHost(_construct_tensors(args, device)), **{"keys": info_keys(args)} | settings)
+    return ReportFailures(OnHost(construct_tensors(args, device)), **{"keys": info_keys(args)} | settings)
 
 
 def _limit(args: Any) -> float:
@@ -296,164 +277,6 @@ def step_in_turn(
     return ReportFailures(envs, started=children() - before, **settings)
 
 
-class ReportFailures(gym.vector.VectorWrapper):
-    """Stands between a script and environments that may fail.
-
-    Their exceptions become EnvErrors, and so does a call that does not return in time. `close` ends them in any state,
-    with the processes that they have started; a failure there costs only a warning.
-
-    Args:
-        timeout: minutes for a call; 0: no limit.
-        rank: rank 0 warns of equal first observations.
-        resumed: torch's global generator has been restored, and is not seeded again.
-        grace: seconds for an environment's `close`.
-        started: processes that building the environments has started.
-        told: warnings printed before; none is printed twice.
-        keys: names of the numbers that environments tell at the ends of episodes.
-    """
-
-    def __init__(
-        self,
-        env: VectorEnv,
-        timeout: float = TIMEOUT,
-        rank: int = 0,
-        resumed: bool = False,
-        grace: float = GRACE,
-        started: Iterable[Process] = (),
-        told: set[str] | None = None,
-        keys: Sequence[str] = (),
-    ) -> None:
-        super().__init__(env)
-        self.keys = keys
-        self._episode_infos: list[np.ndarray] = []
-        self._rank, self._resumed, self._grace = rank, resumed, grace
-        self._started, self.told = set(started), set() if told is None else told
-        self._watch = Watch(60 * timeout, self._where, self._end_processes)
-        self._apart = isinstance(env, WorkerVectorEnv)
-        self._keeper: Keeper | None = None
-        _close_at_exit(self)
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
-        """Starts new episodes; seeds also reset the global generators, from which some environments draw."""
-        before = set() if self._apart else children()
-        if seed is not None:  # also where environments are elsewhere: a run is the same however they are stepped
-            seed_generators(seed, torch_too=not self._resumed)
-        try:
-            with self._watch:
-                obs, infos = self.env.reset(seed=seed, options=options)
-        except (Exception, Timeout) as error:
-            raise self._failure("reset", error) from error
-        finally:
-            self._keep(set() if self._apart else children() - before)
-        if seed is not None:
-            self._compare(obs)
-        return obs, infos
-
-    def step(self, actions: Any) -> tuple:
-        try:
-            with self._watch:
-                answer = self.env.step(actions)
-        except (Exception, Timeout) as error:
-            raise self._failure("step", error) from error
-        if (found := episode_infos(answer[-1])) is not None:
-            self._episode_infos.append(found[~np.isnan(found).all(1)])
-        return answer
-
-    def take_episode_infos(self) -> np.ndarray:
-        """The numbers that environments have told at the ends of episodes since the last call: [E, K], NaN if missing.
-
-        E counts the episodes in which one of the K keys was there.
-        """
-        rows = np.concatenate((np.empty((0, len(self.keys))), *self._episode_infos))
-        self._episode_infos.clear()
-        return rows
-
-    def close(self, **kwargs: Any) -> None:
-        """Closes all environments; also at the end of a process that has failed."""
-        _OPEN.discard(self)
-        self._watch.stop()
-        if self.env.closed:
-            return
-        if isinstance(self.env, WorkerVectorEnv):
-            self.env.close()
-            problems = self.env.problems
-        else:
-            envs = {f"environment {index}": env.close for index, env in enumerate(getattr(self.env, "envs", ()))}
-            envs = envs or {"environments": self.env.close}
-            found = {name: close_problem(close, self._grace) for name, close in envs.items()}
-            problems = [f"{name} {problem}" for name, problem in found.items() if problem]
-            self.env.closed = True
-            self._end_processes()
-        if problems and problems[0] not in self.told:
-            self.told.add(problems[0])
-            warn(problems[0] + (f" ({len(problems) - 1} more likewise)" if problems[1:] else ""))
-
-    def _keep(self, started: set[Process]) -> None:
-        """Ends the processes that environments have started if this process dies."""
-        if (self._started or started) and not (self._keeper and started <= self._started):
-            self._started |= started
-            if self._keeper is not None:
-                self._keeper.stop()
-            self._keeper = Keeper(self._started)
-
-    def _end_processes(self) -> None:
-        end_processes(self._started)
-        if self._keeper is not None:
-            self._keeper.stop()
-
-    def _compare(self, obs: Any) -> None:
-        """Warns if environments start from equal observations: they may stay equal, and count as one."""
-        first: dict[bytes, int] = {}
-        rows = obs.cpu().numpy() if hasattr(obs, "cpu") else obs
-        numbers = floats_in(rows, self.single_observation_space)
-        if numbers.dtype == np.uint8 or not numbers.size:  # frames alone: games start alike
-            return
-        for index, row in enumerate(rows):
-            other = first.setdefault(row.tobytes(), index)
-            if other != index:
-                text = (
-                    f"environments {other} and {index} start from equal observations: right if every episode begins "
-                    "alike; if not, does reset use its seed?"
-                )
-                if self._rank == 0 and text not in self.told:
-                    warn(text)
-                self.told.add(text)
-                return
-
-    def _where(self) -> str:
-        """Names the environment that the main thread is in."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        while frame is not None:
-            if isinstance(env := frame.f_locals.get("self"), NameFailures):
-                return f"environment {env.index} failed in {frame.f_code.co_name}"
-            frame = frame.f_back
-        return "environments"
-
-    def _failure(self, call: str, error: BaseException) -> RunError:
-        if isinstance(error, RunError):
-            return error
-        return EnvError(f"environments failed in {call}: {type(error).__name__}: {error}")
-
-
-_OPEN: set[ReportFailures] = set()
-
-
-def _close_at_exit(envs: ReportFailures) -> None:
-    """Closes environments at the end of the script, before Python waits for threads that they have started."""
-    if not _CLOSES:
-        _CLOSES.append(True)
-        threading._register_atexit(_close_all)  # type: ignore[attr-defined]
-    _OPEN.add(envs)
-
-
-def _close_all() -> None:
-    for envs in list(_OPEN):
-        envs.close()
-
-
-_CLOSES: list[bool] = []
-
-
 @contextlib.contextmanager
 def _passing(args: Any, make: Callable[[Any], gym.Env]) -> Iterator[gym.Env]:
     """Builds an environment for a moment and leaves nothing of it behind."""
@@ -488,7 +311,7 @@ def check_env(
     """
     if _takes_tensors(args):
         return _check_tensors(args, action_spaces, bounded)
-    with _passing(args, _construct) as env:
+    with _passing(args, construct) as env:
         env = _preprocessed(args, env)
         given = env.observation_space if _is_prepared_game(args, env) else env.get_wrapper_attr("given")
         check_observation_space(env.observation_space, images)
@@ -535,7 +358,7 @@ def _check_tensors(args: Any, action_spaces: tuple[type[Space], ...], bounded: b
 
     check_arguments(args)
     device, one = trial_device(args), SimpleNamespace(**vars(args) | {"num_envs": 1})
-    with _passing(one, partial(_construct_tensors, device=device)) as env:
+    with _passing(one, partial(construct_tensors, device=device)) as env:
         envs: Any = env
         check_action_space(envs.single_action_space, action_spaces)
         if bounded:
@@ -543,148 +366,3 @@ def _check_tensors(args: Any, action_spaces: tuple[type[Space], ...], bounded: b
         return Spaces(
             envs.single_observation_space, envs.single_action_space, 0, envs.unwrapped.single_observation_space
         )
-
-
-def _construct_tensors(args: Any, device: Any) -> Any:
-    """Builds tensor environments: `TensorEnvs`."""
-    from fabricrl.envs.tensors import TensorEnvs, make
-
-    if ":" in args.env_id and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            envs = make(args, device)
-    except RunError:
-        raise
-    except (Exception, SystemExit) as error:
-        if isinstance(error, TypeError) and "'device'" in str(error):
-            raise ConfigError(
-                f"--vectorization torch: {args.env_id} does not take tensors: its vector_entry_point has no argument "
-                "`device`"
-            ) from error
-        raise _construction_error(args.env_id, args.env_kwargs, error) from error
-    return TensorEnvs(envs, args, device)
-
-
-def _construct(args: Any, render_mode: str | None = None) -> gym.Env:
-    reset_signals_in_children()
-    env_id, env_kwargs = args.env_id, args.env_kwargs
-    kwargs = json.loads(env_kwargs) | ({} if render_mode is None else {"render_mode": render_mode})
-    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
-        if importlib.util.find_spec("ale_py") is None:
-            raise missing(f"--env-id {env_id}", "atari")
-        import ale_py  # which registers its games when it is imported
-
-        gym.register_envs(ale_py)
-        if option(args, "action_repeat") > 1 or option(args, "noop_max") > 0:
-            if taken := {"frameskip", "obs_type"} & kwargs.keys():
-                raise ConfigError(
-                    f"--env-kwargs has {taken.pop()!r}: it is chosen by --action-repeat, --noop-max and --grayscale"
-                )
-            kwargs["frameskip"] = 1  # AtariPreprocessing repeats
-    if ":" in env_id and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # modules of one's own are looked up where the command was given
-    if render_mode == "rgb_array" and _draws_nowhere(env_id):
-        raise ConfigError("MuJoCo has no screen to draw on here: set MUJOCO_GL=egl (or osmesa) before the command")
-    register(env_id)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old versions; unknown ids raise an error that says more
-            env = _make(env_id, kwargs)
-    except (Exception, SystemExit) as error:
-        raise _construction_error(env_id, env_kwargs, error) from error
-    return KeepPromises(env, option(args, "obs_keys"), getattr(args, "check_spaces", False))
-
-
-def _make(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
-    """Calls `gym.make`, without `render_mode` if the constructor does not take it; `render` is called all the same."""
-    mode = kwargs.get("render_mode")
-    try:
-        env = gym.make(env_id, disable_env_checker=True, **kwargs)
-    except (TypeError, gym.error.Error) as error:
-        cause = error.__cause__ or error
-        if mode is None or "unexpected keyword argument 'render_mode'" not in str(cause):
-            raise
-        env = gym.make(env_id, disable_env_checker=True, **{k: v for k, v in kwargs.items() if k != "render_mode"})
-        if mode == "human" and "human" not in env.metadata["render_modes"]:
-            env.unwrapped.render_mode = "rgb_array"
-            return gym.wrappers.HumanRendering(env)
-    if mode is not None and env.render_mode is None:
-        env.unwrapped.render_mode = mode
-    return env
-
-
-def _draws_nowhere(env_id: str) -> bool:
-    """Returns True for Gymnasium's MuJoCo environments on Linux without a screen and without MUJOCO_GL."""
-    spec = gym.registry.get(env_id)
-    mujoco = spec is not None and str(spec.entry_point).startswith("gymnasium.envs.mujoco")
-    return mujoco and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & os.environ.keys()
-
-
-def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> ConfigError | EnvError:
-    """Explains to the user why an environment could not be built."""
-    text = " ".join(str(error).split()).partition(" was raised from the environment creator")[0]
-    absent = error if isinstance(error, ImportError) else error.__cause__
-    if isinstance(absent, ImportError) or isinstance(error, gym.error.DependencyNotInstalled):
-        name = (getattr(absent, "name", None) or "").split(".")[0]
-        if simulator := simulator_of(env_id):
-            return ConfigError(f"--env-id {env_id} needs a package that is not installed: {SIMULATORS[simulator]}")
-        hinted = [extra for extra in EXTRAS.values() if f"gymnasium[{extra}]" in text]  # by Gymnasium itself
-        if extra := EXTRAS.get(name) or next(iter(hinted), None):
-            return missing(f"--env-id {env_id}", extra)
-        if type(absent) is ImportError and type(error) is ImportError:
-            return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
-        module = env_id.rpartition(":")[0]
-        looked = f"; modules of your own are looked up in {os.getcwd()}" if module else ""
-        if f"{module}.".startswith(f"{getattr(error.__cause__, 'name', None)}."):  # Gymnasium raises it anew
-            if module.endswith(".py"):
-                return ConfigError(f"--env-id {env_id}: name the module without .py")
-            return ConfigError(f"--env-id {env_id}: there is no module {module}{looked}")
-        return ConfigError(f"--env-id {env_id} needs a package that is not installed ({text}){looked}")
-    if "entry_point is not specified" in text:
-        return ConfigError(
-            f"--env-id {env_id} is registered only as a vector environment: it needs --vectorization torch, in a "
-            "script that is not decoupled"
-        )
-    malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
-    if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):
-        return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {_nearest(env_id)}")
-    if isinstance(error, TypeError) and "argument" in text and _is_of_the_call(error):
-        return ConfigError(f"--env-kwargs {env_kwargs} does not fit {env_id}: {text}")
-    return EnvError(f"{env_id} cannot be built: {type(error).__name__}{f': {text}' if text else ''}{_where(error)}")
-
-
-def _where(error: BaseException) -> str:
-    """The place in the user's own code where an error was raised; else where it was, if it has no text."""
-    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
-    others = "site-packages", sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]), "<frozen"
-    own = [frame for frame in frames if not any(part in frame.filename for part in others)]
-    shown = [] if isinstance(error, SyntaxError) else own[-1:] or ([] if str(error) else frames[-1:])
-    return "".join(f" in {frame.name}, line {frame.lineno} of {frame.filename}" for frame in shown)
-
-
-def _is_of_the_call(error: BaseException) -> bool:
-    """Returns True if the constructor rejected its arguments, rather than failed; Gymnasium raises the error anew."""
-    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
-    return Path(frames[-1].filename).parent == Path(gym.envs.registration.__file__).parent
-
-
-def _newest(env_id: str) -> str:
-    """Names the newest version of an environment, if it is another."""
-    name = env_id.rpartition("-v")[0]
-    versions = [spec.version for spec in gym.registry.values() if spec.id.rpartition("-v")[0] == name and spec.version]
-    newest = f"{name}-v{max(versions, default=0)}"
-    return f"; there is {newest}" if versions and newest != env_id else ""
-
-
-def _nearest(env_id: str) -> str:
-    """Suggests known ids that resemble an unknown one."""
-    if importlib.util.find_spec("ale_py") is not None:
-        importlib.import_module("ale_py")  # registers its games
-    names = {known.rpartition("/")[2]: known for known in gym.registry} | {known: known for known in gym.registry}
-    close = [names[name] for name in difflib.get_close_matches(env_id, names, n=3, cutoff=0.7)]
-    if close:
-        return f"did you mean {', '.join(close)}?"
-    own = f"name your own with its module, as in my_envs:{env_id}; " if env_id and ":" not in env_id else ""
-    return f"{own}see gymnasium.pprint_registry() for those there are"
