@@ -691,8 +691,10 @@ def main() -> int:
     jobs += [(f"--decoupled-task {name}", twins[name]) for name in chosen]
     tasks = options.task or ([*TASKS, *UPDATE_TASKS] if not jobs else [])
     if options.before:
-        chosen = [name for name in tasks if name in TASKS]
-        jobs += [(f"--task {name} --before {options.before}", partial(bench_before, name)) for name in chosen]
+        tasks = options.task or [*TASKS]
+        if others := UPDATE_TASKS.keys() & tasks:
+            parser.error(f"--before takes tasks of PPO, not {', '.join(sorted(others))}")
+        jobs += [(f"--task {name} --before {options.before}", partial(bench_before, name)) for name in tasks]
         tasks = []
     jobs += [(f"--task {name}", partial(bench_task if name in TASKS else bench_updates, name)) for name in tasks]
     options.machine = machine(bool(parts) and not options.no_sketches)

@@ -284,7 +284,6 @@ class UpdateMetrics:
         metrics: dict[str, Tensor] = {}
         for tags, noted in self._noted.items():
             metrics |= dict(zip(tags, torch.cat(noted).unbind(1), strict=True))  # [K] each
-        self._noted.clear()
         checked = metrics | parameters
         finite = torch.stack([values.isfinite().all() for values in checked.values()])
         finite, *values = to_host(finite, *metrics.values())
