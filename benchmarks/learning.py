@@ -322,7 +322,7 @@ def with_flag(name: str, flag: str) -> Task:
     return replace(TASKS[name], command=f"{TASKS[name].command} {flag}", seeds=3, rival=name, times=0)
 
 
-COMPILED = ("cartpole", "ppo-recurrent-cartpole", "sac-pendulum", "droq-halfcheetah")
+COMPILED = ("cartpole", "ppo-recurrent-cartpole", "sac-pendulum", "droq-halfcheetah", "droq-decoupled-halfcheetah")
 TASKS |= {f"{name}-compiled": with_flag(name, "--compile") for name in COMPILED}
 TASKS["ppo-catch-bf16"] = with_flag("ppo-catch", "--precision bf16-mixed")
 
