@@ -15,7 +15,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.data.replay import ReplayBuffer
 
 TRANSITIONS, OBS, ACTIONS = 1_000_000, 17, 6
 BATCHES, BATCH_SIZE = 20, 256

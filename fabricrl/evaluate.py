@@ -28,8 +28,9 @@ from fabricrl.envs.tensors import has_single, trial_device, were_tensors
 from fabricrl.envs.vector import play_tensors, step_in_turn
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.policy import Policy, algorithm, run_args
-from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading
+from fabricrl.utils.checkpoint import load_checkpoint, reading
 from fabricrl.utils.command import Parser
+from fabricrl.utils.contents import check_contents
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, EnvError, from_here
 from fabricrl.utils.hub import is_on_hub

@@ -21,7 +21,8 @@ from fabricrl.envs import check_env
 from fabricrl.envs.rows import Rows, floats_in
 from fabricrl.envs.spaces import Spaces, mask_choices, text_of
 from fabricrl.envs.structure import check_spaces, stored_spaces
-from fabricrl.utils.checkpoint import check_contents, load_checkpoint, reading, restore
+from fabricrl.utils.checkpoint import load_checkpoint, reading, restore
+from fabricrl.utils.contents import check_contents
 from fabricrl.utils.errors import CheckpointError, ConfigError, EnvError
 from fabricrl.utils.utils import stream_seed
 

@@ -30,7 +30,8 @@ from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import Batch, minibatches, with_moments
-from fabricrl.data.buffers import RecurrentRolloutBuffer, RolloutBuffer, record_type
+from fabricrl.data.rollout import RecurrentRolloutBuffer, RolloutBuffer
+from fabricrl.data.transitions import record_type
 from fabricrl.envs import backends, make_env, make_envs
 from fabricrl.envs.backends import NativeVectorEnv, choose
 from fabricrl.envs.spaces import odd_images

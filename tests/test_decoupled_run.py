@@ -31,7 +31,7 @@ from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import Batch, ReplayBuffer
-from fabricrl.data.buffers import record_type
+from fabricrl.data.transitions import record_type
 from fabricrl.utils.checkpoint import load_checkpoint
 from tests.envs import Deterministic
 from tests.process import (

@@ -240,7 +240,7 @@ def limit(envs: Any, call: str, seconds: float, monkeypatch: pytest.MonkeyPatch)
         first = envs.env.envs[0]
         monkeypatch.setattr(first, call, limiting(getattr(first, call)))
     else:
-        monkeypatch.setattr(workers, "_receive", limiting(workers._receive))
+        monkeypatch.setattr(workers, "receive", limiting(workers.receive))
 
 
 @pytest.mark.parametrize("hang", ["init", "reset", "step"])

@@ -22,7 +22,7 @@ from fabricrl.algos.off_policy.args import OffPolicyArgs
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.data.replay import ReplayBuffer
 from fabricrl.envs.turns import TurnsVectorEnv
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching

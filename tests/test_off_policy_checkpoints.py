@@ -15,7 +15,7 @@ import torch
 from gymnasium.spaces import Box
 
 from fabricrl.algos.sac import sac
-from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.data.replay import ReplayBuffer
 from fabricrl.utils import checkpoint as checkpoint_module
 from fabricrl.utils.checkpoint import load_checkpoint, load_shard, save_checkpoint, save_shard
 from fabricrl.utils.errors import CheckpointError

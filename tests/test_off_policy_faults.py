@@ -17,7 +17,7 @@ import torch
 
 from fabricrl.algos.droq import droq
 from fabricrl.algos.sac import sac
-from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.data.replay import ReplayBuffer
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
 from fabricrl.utils.optimizer import FlatState

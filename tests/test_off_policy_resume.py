@@ -14,7 +14,7 @@ import torch
 
 from fabricrl.algos.droq import droq
 from fabricrl.algos.sac import sac
-from fabricrl.data.buffers import ReplayBuffer
+from fabricrl.data.replay import ReplayBuffer
 from fabricrl.utils.checkpoint import load_checkpoint, save_checkpoint, save_shard
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from tests.process import Finished, call, differences, load, logged, run_folder, run_team, saved_steps, stopped_in

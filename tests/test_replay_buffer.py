@@ -19,8 +19,9 @@ from fabricrl.algos.sac.agent import make_agent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.sac import rollout
 from fabricrl.data import memory
-from fabricrl.data.buffers import ReplayBuffer, record_type
 from fabricrl.data.memory import GIB, available_memory, check_memory
+from fabricrl.data.replay import ReplayBuffer
+from fabricrl.data.transitions import record_type
 from fabricrl.envs import make_envs
 from fabricrl.utils.batch import Batch
 from fabricrl.utils.errors import CheckpointError, ConfigError, NonFiniteError

@@ -22,8 +22,9 @@ from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import EncodedCritics, SACAgent, make_agent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import Batch, memory
-from fabricrl.data.buffers import NewestSteps, ReplayBuffer, record_type
 from fabricrl.data.memory import GIB
+from fabricrl.data.replay import NewestSteps, ReplayBuffer
+from fabricrl.data.transitions import record_type
 from fabricrl.models.augmentation import moved, shift_images
 from fabricrl.utils.errors import ConfigError, NonFiniteError
 from fabricrl.utils.recording import recording

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from fabricrl.algos.ppo import ppo
-from fabricrl.data.buffers import RolloutBuffer
+from fabricrl.data.rollout import RolloutBuffer
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.ending import requeue
 from fabricrl.utils.signals import StopSignal

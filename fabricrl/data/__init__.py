@@ -1,9 +1,10 @@
 """Rollouts, replay, and the batches that are drawn from them."""
 
 from fabricrl.data.batches import minibatches, shuffled, with_moments
-from fabricrl.data.buffers import NewestSteps, RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer, StackedFrames
 from fabricrl.data.device_buffer import DeviceReplayBuffer
 from fabricrl.data.device_rollout import DeviceRecurrentRolloutBuffer, DeviceRolloutBuffer
+from fabricrl.data.replay import NewestSteps, ReplayBuffer
+from fabricrl.data.rollout import RecurrentRolloutBuffer, RolloutBuffer, StackedFrames
 from fabricrl.data.tensor_buffer import TensorReplayBuffer
 from fabricrl.utils.batch import Batch
 

@@ -9,16 +9,8 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from fabricrl.data.buffers import (
-    ReplayBuffer,
-    columns_of,
-    layout,
-    look_ahead,
-    merge_shards,
-    places,
-    record_type,
-    why_it_differs,
-)
+from fabricrl.data.replay import ReplayBuffer, look_ahead
+from fabricrl.data.transitions import columns_of, layout, merge_shards, places, record_type, why_it_differs
 from fabricrl.utils.batch import Batch
 from fabricrl.utils.device import Passed, pinned
 from fabricrl.utils.errors import CheckpointError

@@ -8,7 +8,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from fabricrl.data.buffers import RolloutBuffer
+from fabricrl.data.rollout import RolloutBuffer
 from fabricrl.utils.errors import EnvError, NonFiniteError
 
 

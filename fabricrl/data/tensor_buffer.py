@@ -8,9 +8,9 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from fabricrl.data.buffers import columns_of
 from fabricrl.data.device_buffer import MANY, DeviceReplayBuffer
 from fabricrl.data.device_rollout import nan_before_failure
+from fabricrl.data.transitions import columns_of
 
 ENDED = 256  # of the word that holds two flags: `terminated` is its first byte, `ended` its second
 

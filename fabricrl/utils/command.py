@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fabricrl.utils.checkpoint import is_one_line
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.spelling import nearest, others_call_so
+from fabricrl.utils.text import is_one_line
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,8 +14,8 @@ from torch import Tensor
 from fabricrl.algos.off_policy.args import EntropyArgs, OffPolicyArgs
 from fabricrl.algos.run import Run
 from fabricrl.data import Batch, DeviceReplayBuffer, NewestSteps, Replay, ReplayBuffer, TensorReplayBuffer
-from fabricrl.data.buffers import record_type
 from fabricrl.data.memory import GIB, check_memory
+from fabricrl.data.transitions import record_type
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
 from fabricrl.utils.errors import CheckpointError, ConfigError, from_here
 from fabricrl.utils.launch import ranks_here
