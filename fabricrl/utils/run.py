@@ -206,7 +206,8 @@ class RunFolder:
             self._lock = _lock(self.folder)
             told = arguments | ({"asked": self.asked} if self.asked else {})
             (self.folder / "args.json").write_text(json.dumps(told, indent=2) + "\n")
-            self._logger = make_logger(kind, self.folder, self.first_step, arguments)
+            if self.first_step < self.args.total_timesteps and not self.has_stopped:  # else there is nothing to log
+                self._logger = make_logger(kind, self.folder, self.first_step, arguments)
         except OSError as error:
             raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from error
         ranks, threads = self.fabric.world_size, torch.get_num_threads()
