@@ -26,11 +26,10 @@ from tqdm import tqdm
 
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, require
 from fabricrl.utils.logger import read_entries
 from fabricrl.utils.run import began
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
-from fabricrl.utils.utils import require
 
 TAGS = ("charts/episodic_return", "rollout/ep_rew_mean")  # ours and CleanRL's; Stable-Baselines3's
 POINTS = 100  # of a curve

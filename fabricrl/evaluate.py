@@ -25,17 +25,17 @@ from fabricrl.envs.guard import GRACE, VIDEO_GRACE
 from fabricrl.envs.play import play
 from fabricrl.envs.structure import check_spaces
 from fabricrl.envs.tensors import has_single, trial_device, were_tensors
-from fabricrl.envs.vector import play_tensors, step_in_turn
+from fabricrl.envs.vector import make_sync_envs, play_tensors
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.policy import Policy, algorithm, run_args
 from fabricrl.utils.checkpoint import load_checkpoint, reading
 from fabricrl.utils.command import Parser
 from fabricrl.utils.contents import check_contents
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, EnvError, from_here
+from fabricrl.utils.errors import ConfigError, EnvError, from_here, require
 from fabricrl.utils.hub import is_on_hub
+from fabricrl.utils.seeding import FIRST_TRAINING_SEED
 from fabricrl.utils.signals import StopSignal
-from fabricrl.utils.utils import HALF, require
 
 
 def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[
     if args.vectorization == "torch":
         envs = play_tensors(SimpleNamespace(**vars(args) | {"num_envs": num_envs}), trial_device(args), **settings)
     else:
-        envs = step_in_turn(makers, **settings)
+        envs = make_sync_envs(makers, **settings)
     try:
         with tqdm(total=options.episodes, desc="episodes", disable=None, leave=False) as bar:  # none without a terminal
             return play(envs, policy.act, options.episodes, options.seed, bar.update).summary()
@@ -91,7 +91,7 @@ def _options() -> Any:
     options = parser.parse_args()
     require(options.episodes >= 1, "episodes", options.episodes, "at least 1")
     require(options.num_envs >= 1, "num_envs", options.num_envs, "at least 1")
-    seeds = HALF - options.num_envs + 1  # those above are for training
+    seeds = FIRST_TRAINING_SEED - options.num_envs + 1  # those above are for training
     require(0 <= options.seed < seeds, "seed", options.seed, f"between 0 and {seeds - 1}")
     if options.render and options.capture_video:
         raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")

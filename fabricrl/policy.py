@@ -24,7 +24,7 @@ from fabricrl.envs.structure import check_spaces, stored_spaces
 from fabricrl.utils.checkpoint import load_checkpoint, reading, restore
 from fabricrl.utils.contents import check_contents
 from fabricrl.utils.errors import CheckpointError, ConfigError, EnvError
-from fabricrl.utils.utils import stream_seed
+from fabricrl.utils.seeding import stream_seed
 
 # Arguments that older checkpoints do not have, as they were meant
 OLDER = {"mask_velocities": False, "frame_stack": 1, "cnn_features": 512, "random_shift": 4}

@@ -37,8 +37,7 @@ from fabricrl.compare import (
 )
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, RunError
-from fabricrl.utils.utils import require
+from fabricrl.utils.errors import ConfigError, RunError, require
 
 RESULT = re.compile(r"^result .*checkpoint=(.*)$", re.MULTILINE)
 GRACE = 30.0  # seconds for a run to save when the sweep is interrupted

@@ -31,10 +31,9 @@ from fabricrl.__main__ import algorithms
 from fabricrl.algos.command_line import flags_of
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, RunError
+from fabricrl.utils.errors import ConfigError, RunError, require
 from fabricrl.utils.extras import missing
 from fabricrl.utils.logger import read_entries
-from fabricrl.utils.utils import require
 
 if TYPE_CHECKING:
     import optuna

@@ -30,14 +30,14 @@ from fabricrl.algos.ppo_recurrent import ppo_recurrent as recurrent_script
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.run import Run
 from fabricrl.envs import make_envs
-from fabricrl.envs.turns import TurnsVectorEnv
+from fabricrl.envs.sync import SequentialVectorEnv
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.hub import repository_name
 from fabricrl.utils.model import parameter_hash
+from fabricrl.utils.seeding import generators
 from fabricrl.utils.update import Runner
-from fabricrl.utils.utils import generators
 from tests.conftest import Trained
 
 Train = Callable[..., Trained]
@@ -364,7 +364,7 @@ def test_check_spaces_ends_a_run_that_leaves_the_bounds_of_its_space(run: Train)
 def test_vectorization_chooses_processes_and_changes_nothing_else(
     algo: str, run: Train, base: Callable, tmp_path: Path
 ) -> None:
-    for kind, expected in (("sync", TurnsVectorEnv), ("async", WorkerVectorEnv)):
+    for kind, expected in (("sync", SequentialVectorEnv), ("async", WorkerVectorEnv)):
         envs = make_envs(ARGS[algo](**(TINIES[algo] | {"vectorization": kind})), 0, tmp_path)
         assert type(envs.unwrapped) is expected
         envs.close()

@@ -28,7 +28,7 @@ from fabricrl.envs.atari import AtariVectorEnv
 from fabricrl.envs.backends import choose, cores_of_rank
 from fabricrl.envs.vector import check_env
 from fabricrl.utils.errors import ConfigError, EnvError
-from fabricrl.utils.utils import env_seeds
+from fabricrl.utils.seeding import env_seeds
 from tests.process import FORKSERVER, Finished, call, differences, load
 
 ale_py = pytest.importorskip("ale_py")

@@ -37,7 +37,7 @@ from fabricrl.envs.backends import NativeVectorEnv, choose
 from fabricrl.envs.spaces import odd_images
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils.errors import ConfigError, EnvError
-from fabricrl.utils.utils import env_seeds
+from fabricrl.utils.seeding import env_seeds
 from tests import vector_envs
 from tests.conftest import SINGLE
 from tests.envs import vectors

@@ -16,7 +16,7 @@ from fabricrl.algos.ppo.ppo import rollout
 from fabricrl.data import RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.utils.errors import ConfigError, NonFiniteError
-from fabricrl.utils.utils import env_seeds
+from fabricrl.utils.seeding import env_seeds
 from tests.conftest import BareRun
 from tests.envs import vectors
 from tests.process import call

@@ -57,8 +57,8 @@ from fabricrl.utils.metric import MeanMetrics, Stopwatch
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.optimizer import Adam, average_gradients
 from fabricrl.utils.ranks import all_gather, all_max, mean_over_ranks
+from fabricrl.utils.seeding import generators
 from fabricrl.utils.signals import StopSignal
-from fabricrl.utils.utils import generators
 from tests.conftest import BareRun
 from tests.envs import vectors
 from tests.process import FORKSERVER, LIMIT, call, free_port, load

@@ -23,8 +23,8 @@ from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.envs import check_env, guard, make_envs, vector, workers
 from fabricrl.utils.errors import EnvError
+from fabricrl.utils.seeding import env_seeds
 from fabricrl.utils.signals import StopSignal
-from fabricrl.utils.utils import env_seeds
 from tests.process import FORKED, PPO, PYTHON, call, run, run_team, signal_again, started, wait_for
 from tests.process_envs import multiply
 
@@ -144,7 +144,7 @@ def test_nothing_is_left_of_environments_that_were_built_before_one_that_cannot_
         return Simulated(str(tmp_path), "command", "leave")
 
     with pytest.raises(EnvError, match="one is enough"):
-        vector.step_in_turn([make, fail])
+        vector.make_sync_envs([make, fail])
     (pid,) = noted(tmp_path, "started")
     assert noted(tmp_path, "closed") == [pid]
     assert not alive(int(pid))

@@ -26,7 +26,7 @@ from fabricrl.envs import make_envs
 from fabricrl.envs.play import Episodes
 from fabricrl.utils.decoupled import TRAIN, WAIT, Order, Outbox
 from fabricrl.utils.errors import ConfigError, EnvError
-from fabricrl.utils.utils import EVAL_STREAM, HALF, stream_seed
+from fabricrl.utils.seeding import EVAL_STREAM, FIRST_TRAINING_SEED, stream_seed
 from tests.conftest import BareRun, on_ranks
 from tests.process import Finished, call, differences, load, logged, run_team, saved_steps, stopped_in
 
@@ -104,7 +104,7 @@ def test_it_is_what_evaluate_plays_of_the_checkpoint(name: str, tmp_path: Path) 
     main, flags = CASES[name]
     steps = int(flags[flags.index("--total-timesteps") + 1])
     run = call(main, *flags, "--eval-every", 10_000, "--eval-episodes", 5, "--log-dir", tmp_path)
-    seed = stream_seed(1, EVAL_STREAM, steps, 0) % (HALF - 2)
+    seed = stream_seed(1, EVAL_STREAM, steps, 0) % (FIRST_TRAINING_SEED - 2)
     shown = call(
         evaluate.main, run.checkpoint, "--episodes", 5, "--num-envs", 2, "--seed", seed, "--mode", "greedy", "--json"
     )
@@ -214,7 +214,7 @@ def test_arguments_that_make_no_sense_are_refused(values: dict[str, Any], text: 
 
 def test_an_environment_that_fails_in_an_evaluation_ends_the_run(tmp_path: Path) -> None:
     """Of Fault's environments only those fail that are played in evaluations: their seeds are below 2^30."""
-    seed = stream_seed(1, EVAL_STREAM, 64, 0) % (HALF - 2) + 1
+    seed = stream_seed(1, EVAL_STREAM, 64, 0) % (FIRST_TRAINING_SEED - 2) + 1
     kwargs = f'{{"kind": "raise_step", "only_seed": {seed}}}'
     flags = ["--env-id", "tests.envs:Fault-v0", *ON_POLICY, "--env-kwargs", kwargs, "--eval-every", 64]
     with pytest.raises(EnvError, match="environment 1 failed in step: RuntimeError: this environment cannot step"):
@@ -371,7 +371,7 @@ def test_its_episodes_are_those_of_no_training_and_of_no_other_evaluation(
     finished: Finished = call(ppo.main, *FEW, "--eval-every", 128, "--log-dir", tmp_path)
     assert finished.code == 0
     training, *evaluations = seeds
-    assert all(seed >= HALF for seed in training)
+    assert all(seed >= FIRST_TRAINING_SEED for seed in training)
     assert len(evaluations) == 2
     assert evaluations[0] != evaluations[1]
-    assert all(0 <= seed < HALF - 2 for one in evaluations for seed in one)
+    assert all(0 <= seed < FIRST_TRAINING_SEED - 2 for one in evaluations for seed in one)

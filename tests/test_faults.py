@@ -16,7 +16,7 @@ from fabricrl.algos.ppo.ppo import main
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.ending import end_if_out_of_memory
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError, RunError
-from fabricrl.utils.utils import env_seeds
+from fabricrl.utils.seeding import env_seeds
 from tests.conftest import BareRun, on_ranks
 from tests.process import FORKED, PPO, Running, Team, call, load, run, run_folder, run_team, saved_steps
 
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint_of_it(
     calls = []
 
     def broken(values: object, returns: object, *rest: object) -> tuple:
-        from fabricrl.utils.utils import gae
+        from fabricrl.utils.returns import gae
 
         advantages, returns = gae(values, returns, *rest)  # type: ignore[arg-type]
         calls.append(1)

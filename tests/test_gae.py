@@ -11,8 +11,8 @@ from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import returns_and_advantages
 from fabricrl.data import Batch, RolloutBuffer
-from fabricrl.utils import utils
-from fabricrl.utils.utils import discounted_returns, discounted_sums, explained_variance, gae
+from fabricrl.utils import returns as returns_module
+from fabricrl.utils.returns import discounted_returns, discounted_sums, explained_variance, gae
 from tests.conftest import SINGLE, BareRun, on_ranks
 from tests.envs import vectors
 
@@ -182,7 +182,7 @@ def test_sums_by_doubling_which_gpus_take_are_those_step_by_step(steps: int) -> 
     deltas = torch.randn(steps, 5, dtype=torch.float64)
     decay = 0.95 * (torch.rand(steps, 5) > 0.1).double()
     given = deltas.clone(), decay.clone()
-    torch.testing.assert_close(utils._sums_by_doubling(deltas, decay), discounted_sums(deltas, decay))
+    torch.testing.assert_close(returns_module._sums_by_doubling(deltas, decay), discounted_sums(deltas, decay))
     assert torch.equal(deltas, given[0])
     assert torch.equal(decay, given[1])
 

@@ -23,7 +23,7 @@ from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data.replay import ReplayBuffer
-from fabricrl.envs.turns import TurnsVectorEnv
+from fabricrl.envs.sync import SequentialVectorEnv
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils import launch as launching
 from fabricrl.utils import process
@@ -276,7 +276,7 @@ def test_vectorization_chooses_processes_and_changes_nothing_else(
     )
     for kind in ("sync", "async"):
         assert torch.equal(run(vectorization=kind).weights, base(algo))
-    assert kinds == [TurnsVectorEnv, WorkerVectorEnv]
+    assert kinds == [SequentialVectorEnv, WorkerVectorEnv]
 
 
 def test_videos_are_recorded_only_if_asked_and_as_often_as_asked(run: Train) -> None:

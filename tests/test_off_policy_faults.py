@@ -21,7 +21,7 @@ from fabricrl.data.replay import ReplayBuffer
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
 from fabricrl.utils.optimizer import FlatState
-from fabricrl.utils.utils import env_seeds
+from fabricrl.utils.seeding import env_seeds
 from tests.envs import Fault
 from tests.process import LIMIT, Finished, call, load, run_folder, run_team, saved_steps, team
 

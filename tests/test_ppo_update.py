@@ -19,7 +19,7 @@ from fabricrl.algos.ppo.ppo import METRICS, returns_and_advantages, rollout, sha
 from fabricrl.data import Batch, RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.utils.optimizer import Adam
-from fabricrl.utils.utils import generators
+from fabricrl.utils.seeding import generators
 from tests.conftest import BareRun
 from tests.envs import vectors
 

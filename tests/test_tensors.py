@@ -24,7 +24,7 @@ from fabricrl.algos.underway import Underway
 from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.tensors import TensorEnvs, trial_device
-from fabricrl.utils import utils
+from fabricrl.utils import returns as returns_module
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
 from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics
 from fabricrl.utils.update import Runner
@@ -159,7 +159,7 @@ def test_nothing_leaves_the_device_in_a_rollout_nor_in_the_update(
     env_id: str, kwargs: str, train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refuses all that would wait for a GPU, or copy from it, but for logs."""
-    monkeypatch.setattr(utils, "_in_memory", lambda tensor: False)
+    monkeypatch.setattr(returns_module, "_in_memory", lambda tensor: False)
     calls = []
 
     def refusing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

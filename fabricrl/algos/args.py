@@ -20,12 +20,11 @@ from gymnasium.spaces import Box, Space
 
 from fabricrl.data.memory import GIB, available_memory
 from fabricrl.utils.choices import ALLOWED, check_choice
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, require
 from fabricrl.utils.extras import missing
 from fabricrl.utils.hub import is_installed
 from fabricrl.utils.peers import MINUTES
 from fabricrl.utils.text import is_json_object, is_one_line
-from fabricrl.utils.utils import require
 
 LARGEST = 1e30  # float32 ends at 3.4e38, and numbers are multiplied
 MAX_STEPS = 10**12 - 1  # what fits into the names of checkpoints, which sort by their steps

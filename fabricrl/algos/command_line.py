@@ -21,9 +21,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from fabricrl.algos.args import AUTO, DecoupledArgs, StandardArgs
 from fabricrl.utils.checkpoint import load_checkpoint, reading
-from fabricrl.utils.errors import CheckpointError, ConfigError
+from fabricrl.utils.errors import CheckpointError, ConfigError, require
 from fabricrl.utils.spelling import others_call_so
-from fabricrl.utils.utils import require
 
 Args = TypeVar("Args", bound=StandardArgs)
 REGISTRY = ConstructorRegistry()

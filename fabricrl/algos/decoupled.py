@@ -56,14 +56,13 @@ from fabricrl.utils.decoupled import (
     with_player,
 )
 from fabricrl.utils.ending import end_if_out_of_memory, is_communication_error, reason, report
-from fabricrl.utils.errors import LostPeerError, RunError
+from fabricrl.utils.errors import LostPeerError, RunError, require
 from fabricrl.utils.launch import ranks_to_start
 from fabricrl.utils.metric import Stopwatch
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.optimizer import Adam
-from fabricrl.utils.process import own_rank
+from fabricrl.utils.process import freeze_gc, own_rank
 from fabricrl.utils.run import rank_generators
-from fabricrl.utils.utils import freeze_gc, require
 
 __all__ = ["Messages", "Player", "Trainers", "checked", "run_ranks"]
 

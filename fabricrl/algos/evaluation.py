@@ -17,7 +17,7 @@ from fabricrl.envs.play import Episodes, play
 from fabricrl.envs.vector import make_eval_envs
 from fabricrl.utils.errors import RunError
 from fabricrl.utils.ranks import all_gather, gather_rows
-from fabricrl.utils.utils import EVAL_STREAM, HALF, stream_seed
+from fabricrl.utils.seeding import EVAL_STREAM, FIRST_TRAINING_SEED, stream_seed
 
 AGREE_EVERY = 1.0  # seconds, so that no rank waits long for a word of the others
 
@@ -78,7 +78,8 @@ class Evaluation:
         with generators_kept():
             player = copy.deepcopy(agent).cpu().eval()
             policy = self._utils.make_policy(player, self._envs, True, seed)
-            episodes = play(self._envs, policy, self._episodes, seed % (HALF - self._envs.num_envs), self._after_step)
+            first = seed % (FIRST_TRAINING_SEED - self._envs.num_envs)
+            episodes = play(self._envs, policy, self._episodes, first, self._after_step)
         self._envs.take_episode_infos()  # type: ignore[attr-defined]  # which are here already
         columns = episodes.returns, episodes.lengths, *episodes.infos.values()
         return torch.from_numpy(np.stack(columns, 1).astype(np.float64))

@@ -54,15 +54,15 @@ from fabricrl.models.recurrent import common_length
 from fabricrl.utils.checkpoint import check_batch, load_checkpoint, reading, restore
 from fabricrl.utils.device import to_device
 from fabricrl.utils.ending import end_if_out_of_memory, run_script
-from fabricrl.utils.errors import NonFiniteError, RunError
+from fabricrl.utils.errors import NonFiniteError, RunError, require
 from fabricrl.utils.launch import check_ranks, launch
 from fabricrl.utils.metric import EpisodeStatistics, MeanMetrics, Stopwatch, UpdateMetrics
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.run import RunFolder, rank_generators, restore_generators
+from fabricrl.utils.seeding import env_seeds, generators
 from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.update import Runner, check_compiler
-from fabricrl.utils.utils import env_seeds, generators, require
 
 LOOK_EVERY = 1000  # notes of updates, or steps
 WORTH_A_WORD = 0.01  # of `total_timesteps`: fewer are not missed

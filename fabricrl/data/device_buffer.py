@@ -13,8 +13,7 @@ from fabricrl.data.replay import ReplayBuffer, look_ahead
 from fabricrl.data.transitions import columns_of, layout, merge_shards, places, record_type, why_it_differs
 from fabricrl.utils.batch import Batch
 from fabricrl.utils.device import Passed, pinned
-from fabricrl.utils.errors import CheckpointError
-from fabricrl.utils.utils import require
+from fabricrl.utils.errors import CheckpointError, require
 
 MANY = 2**62  # a draw below that, modulo a size, is uniform but for one part in 10^12 of a buffer of a million
 

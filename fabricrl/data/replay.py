@@ -13,9 +13,8 @@ from torch import Tensor
 from fabricrl.data.memory import map_file
 from fabricrl.data.transitions import columns_of, layout, merge_shards, places, record_type, why_it_differs
 from fabricrl.utils.batch import Batch
-from fabricrl.utils.errors import CheckpointError, NonFiniteError
+from fabricrl.utils.errors import CheckpointError, NonFiniteError, require
 from fabricrl.utils.records import Records, floats_of
-from fabricrl.utils.utils import require
 
 
 class ReplayBuffer:

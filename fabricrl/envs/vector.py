@@ -49,7 +49,7 @@ from fabricrl.envs.spaces import (
     mask_choices,
     odd_images,
 )
-from fabricrl.envs.turns import TurnsVectorEnv
+from fabricrl.envs.sync import SequentialVectorEnv
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.envs.wrappers import (
     ActionRepeat,
@@ -148,7 +148,7 @@ def make_envs(
     Raises:
         ConfigError, EnvError: as `make_env`; later, `reset` and `step` raise EnvError.
     """
-    from fabricrl.utils.utils import stream_seed  # here, as it brings torch, without which workers start faster
+    from fabricrl.utils.seeding import stream_seed  # here, as it brings torch, without which workers start faster
 
     kind, seconds = args.vectorization, _limit(args)
     if kind == "auto":
@@ -178,7 +178,7 @@ def make_envs(
     ]
     seeds = [stream_seed(args.seed, 0 if first else rank, BUILD_STREAM, index) for index in numbers]
     if kind == "sync":
-        return step_in_turn(makers, seeds, **settings)
+        return make_sync_envs(makers, seeds, **settings)
     threads = sys.modules["torch"].get_num_threads()
     with watched(seconds, "environments"):
         envs = WorkerVectorEnv(makers, seeds, _module_of(args.env_id, spec), threads, grace)
@@ -194,7 +194,7 @@ def make_eval_envs(args: Any, rank: int, num_envs: int, masked: bool, like: Vect
     Raises:
         ConfigError, EnvError: as `make_envs`; `reset` and `step` do what they do there.
     """
-    from fabricrl.utils.utils import EVAL_STREAM, stream_seed  # here, as it brings torch
+    from fabricrl.utils.seeding import EVAL_STREAM, stream_seed  # here, as it brings torch
 
     kind = "async" if isinstance(like.unwrapped, WorkerVectorEnv) else "sync"
     changed = {"num_envs": num_envs, "vectorization": kind, "capture_video": False, "resume": None}
@@ -241,7 +241,7 @@ def _module_of(env_id: str, spec: Any) -> str:
     return "" if module == "__main__" else module
 
 
-def step_in_turn(
+def make_sync_envs(
     makers: Sequence[Callable[[], gym.Env]], seeds: Sequence[int] | None = None, **settings: Any
 ) -> "ReportFailures":
     """Makes environments that this process steps one after the other.
@@ -266,7 +266,7 @@ def step_in_turn(
     try:
         with generators_kept():
             thunks = [partial(build, index) for index in range(len(makers))]
-            envs = TurnsVectorEnv(thunks)
+            envs = SequentialVectorEnv(thunks)
     except BaseException as error:
         for env in built:
             close_problem(env.close)

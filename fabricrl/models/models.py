@@ -15,7 +15,7 @@ from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.model import orthogonal_init
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.records import Records, floats_of
-from fabricrl.utils.utils import discounted_returns
+from fabricrl.utils.returns import discounted_returns
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh_,  # in place where the gradient needs the result alone: a layer's output is nobody else's

@@ -1,6 +1,6 @@
 """Strategies and precisions of Fabric that these scripts take, and the reasons why not the others."""
 
-from fabricrl.utils.utils import require
+from fabricrl.utils.errors import require
 
 ALLOWED = {
     "strategy": ("auto", "ddp"),

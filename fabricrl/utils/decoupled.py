@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fabricrl.utils.ending import reason
-from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
+from fabricrl.utils.errors import ConfigError, LostPeerError, RunError, require
 from fabricrl.utils.peers import patience
 from fabricrl.utils.process import PLACE
-from fabricrl.utils.utils import generators, require
+from fabricrl.utils.seeding import generators
 
 PLAYER = 0  # the rank of the only player, or of the first of several, who leads
 TRAIN, STOP, ABORT, WAIT, SAVE = 0, 1, 2, 3, 4  # what the player commands

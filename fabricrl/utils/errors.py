@@ -60,3 +60,9 @@ def from_here(text: object) -> str:
     if here == "/":
         return str(text)
     return re.sub(rf"(?<![\w./-]){re.escape(here)}(/\.)?/(?=[^/\s])", "", str(text))
+
+
+def require(condition: bool, flag: str, given: object, allowed: str) -> None:
+    """Raises ConfigError naming the flag, what was given and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"--{flag.replace('_', '-')} is {given}: it must be {allowed}")

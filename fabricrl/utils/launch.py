@@ -23,7 +23,7 @@ from torch.distributed import TCPStore
 
 from fabricrl.utils.choices import ALLOWED, check_choice
 from fabricrl.utils.ending import is_of_peers, one_line, reason
-from fabricrl.utils.errors import ConfigError, LostPeerError, RunError
+from fabricrl.utils.errors import ConfigError, LostPeerError, RunError, require
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.network import LOOPBACK, check_address, find_store, is_loopback, open_store, prepare_network
 from fabricrl.utils.peers import Peers, patience, waited
@@ -43,7 +43,6 @@ from fabricrl.utils.process import (
     under_srun,
 )
 from fabricrl.utils.ranks import all_gather
-from fabricrl.utils.utils import require
 
 ATTEMPT = "fabricrl/attempt"  # under which the store of an attempt is known
 ONE_TRY = 2.0  # seconds

@@ -223,3 +223,8 @@ def average_gradients(fabric: Fabric, optimizer: Adam, metrics: Tensor) -> Tenso
     parts = mean_over_ranks(fabric, torch.cat((gradient, metrics.to(gradient.dtype))))
     gradient.copy_(parts[: len(gradient)])
     return parts[len(gradient) :].to(metrics.dtype)
+
+
+def anneal(initial: float, progress: float, enabled: bool) -> float:
+    """`initial` scaled linearly to zero as `progress` goes from 0 to 1, or left alone."""
+    return initial * (1.0 - progress) if enabled else initial

@@ -25,8 +25,8 @@ from fabricrl.utils.errors import ConfigError, OutputError, from_here
 from fabricrl.utils.hub import is_on_hub
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.metric import EpisodeStatistics
+from fabricrl.utils.process import freeze_gc
 from fabricrl.utils.ranks import all_gather
-from fabricrl.utils.utils import freeze_gc
 
 # Where TensorBoard shows itself, with the card of the mean return in front
 PINNED = json.dumps([{"plugin": "scalars", "tag": "charts/episodic_return"}], separators=(",", ":"))

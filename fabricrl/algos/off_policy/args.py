@@ -16,7 +16,7 @@ from fabricrl.algos.args import (
     require_memory,
     require_widths,
 )
-from fabricrl.utils.utils import require
+from fabricrl.utils.errors import require
 
 
 @dataclass(frozen=True)

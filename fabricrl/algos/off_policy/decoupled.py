@@ -17,7 +17,7 @@ from fabricrl.algos.off_policy.utils import BLOCK, check_buffer
 from fabricrl.algos.run import Run
 from fabricrl.data import NewestSteps, Replay
 from fabricrl.utils.decoupled import Rows
-from fabricrl.utils.utils import require
+from fabricrl.utils.errors import require
 
 
 class Steps(NamedTuple):

@@ -17,11 +17,10 @@ from fabricrl.data import Batch, DeviceReplayBuffer, NewestSteps, Replay, Replay
 from fabricrl.data.memory import GIB, check_memory
 from fabricrl.data.transitions import record_type
 from fabricrl.utils.checkpoint import load_shard, reading, shard_ranks
-from fabricrl.utils.errors import CheckpointError, ConfigError, from_here
+from fabricrl.utils.errors import CheckpointError, ConfigError, from_here, require
 from fabricrl.utils.launch import ranks_here
 from fabricrl.utils.ranks import all_max
 from fabricrl.utils.records import Records
-from fabricrl.utils.utils import require
 
 SHARE = 0.5  # of a GPU's free memory that a replay buffer takes at most unless it is told to
 IN_A_GRAPH = 64  # updates, times the numbers that a first one may have

@@ -18,8 +18,7 @@ from fabricrl.algos.args import (
     require_memory,
     require_widths,
 )
-from fabricrl.utils.errors import ConfigError
-from fabricrl.utils.utils import require
+from fabricrl.utils.errors import ConfigError, require
 
 # Coherent defaults for a family of tasks; `classic` are those below. Flags given beside --preset win.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from fabricrl.algos.ppo.ppo import METRICS, returns_and_advantages, rollout, tra
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.data import Batch
 from fabricrl.utils import Adam, anneal, explained_variance
-from fabricrl.utils.utils import require
+from fabricrl.utils.errors import require
 
 
 class Rollout(NamedTuple):

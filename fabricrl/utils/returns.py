@@ -1,6 +1,4 @@
-"""Arithmetic and seeding that every script shares."""
-
-import gc
+"""Returns and advantages: discounted sums over rollouts, and how well values explain them."""
 
 import numpy as np
 import torch
@@ -8,11 +6,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.utils.device import to_host
-from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.ranks import all_gather
-
-ACT_STREAM, TRAIN_STREAM, ENV_STREAM, EVAL_STREAM = 0, 1, 2, 4  # 3 is that of vector.py
-HALF = 2**30  # seeds of environments in training start here, so that those below are for evaluation
 
 
 def gae(
@@ -97,11 +91,6 @@ def discounted_returns(rewards: Tensor, dones: Tensor, before: Tensor, gamma: fl
     return torch.from_numpy(returns), torch.from_numpy(running)
 
 
-def anneal(initial: float, progress: float, enabled: bool) -> float:
-    """`initial` scaled linearly to zero as `progress` goes from 0 to 1, or left alone."""
-    return initial * (1.0 - progress) if enabled else initial
-
-
 def explained_variance(fabric: Fabric, values: Tensor, returns: Tensor, counts: Tensor | None = None) -> Tensor:
     """1 − Var[returns − values] / Var[returns]: 1 is a perfect critic, 0 predicts the mean. NaN if they are equal.
 
@@ -119,38 +108,3 @@ def explained_variance(fabric: Fabric, values: Tensor, returns: Tensor, counts: 
     whole = variance(returns)
     (explained,) = to_host(torch.where(whole == 0, torch.nan, 1 - variance(returns - values) / whole))
     return explained
-
-
-def stream_seed(*keys: int) -> int:
-    """One seed out of several integers, such that neighbouring keys give unrelated streams."""
-    return int(np.random.SeedSequence(keys).generate_state(1)[0])
-
-
-def generators(seed: int, rank: int, global_step: int = 0) -> tuple[torch.Generator, torch.Generator]:
-    """The generators that draw action noise and minibatches: separate, and different on every rank."""
-    act, train = (
-        torch.Generator().manual_seed(stream_seed(seed, rank, stream, global_step))
-        for stream in (ACT_STREAM, TRAIN_STREAM)
-    )
-    return act, train
-
-
-def env_seeds(seed: int, rank: int, num_envs: int, global_step: int = 0) -> list[int]:
-    """Seeds of a rank's environments, in [2^30, 2^31): those of a run differ, and rarely coincide with another's.
-
-    They step through that half by a stride of the run's own. A resumed run moves on to unused ones.
-    """
-    first, stride = map(int, np.random.SeedSequence((seed, ENV_STREAM, global_step)).generate_state(2))
-    return [HALF + (first + (rank * num_envs + i) * (stride | 1)) % HALF for i in range(num_envs)]
-
-
-def freeze_gc() -> None:
-    """Freezes long-lived objects: to search them again and again costs 3 % of SAC's update."""
-    gc.collect()
-    gc.freeze()
-
-
-def require(condition: bool, flag: str, given: object, allowed: str) -> None:
-    """Raises ConfigError naming the flag, what was given and what is allowed, unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"--{flag.replace('_', '-')} is {given}: it must be {allowed}")

@@ -11,7 +11,7 @@ import pytest
 from gymnasium.spaces import MultiBinary, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from fabricrl.envs.turns import TurnsVectorEnv
+from fabricrl.envs.sync import SequentialVectorEnv
 
 
 class Talker(gym.Wrapper):
@@ -61,7 +61,7 @@ def plain(value: Any) -> Any:
 )
 @pytest.mark.parametrize("count", [1, 3])
 def test_steps_are_those_of_gymnasium(make: Callable[[], gym.Env], count: int) -> None:
-    ours = TurnsVectorEnv([make] * count)
+    ours = SequentialVectorEnv([make] * count)
     theirs = SyncVectorEnv([make] * count, autoreset_mode=AutoresetMode.SAME_STEP)
     assert ours.metadata["autoreset_mode"] == theirs.metadata["autoreset_mode"]
     seeds, kept, ended = list(range(count)), [], 0

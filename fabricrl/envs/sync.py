@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 
-class TurnsVectorEnv(SyncVectorEnv):
+class SequentialVectorEnv(SyncVectorEnv):
     """Environments with observations [R] that reset in the step that ends an episode (SAME_STEP).
 
     Steps as Gymnasium's class does, of which a small environment takes less time than what is around it: for all kinds
