@@ -106,7 +106,7 @@ class BareRun(Run):
     """
 
     def __init__(self, args: Any, fabric: Any = None, action_space: Space | None = None) -> None:
-        self.args, self.given, self.action_space = args, args, action_space  # type: ignore[assignment]
+        self.args, self.global_args, self.action_space = args, args, action_space  # type: ignore[assignment]
         self.state, self.path = {}, None
         self.global_step = self.first_step = self.exit_code = self._iteration_steps = 0
         self._signals = SimpleNamespace(code=0)  # type: ignore[assignment]

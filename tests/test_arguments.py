@@ -643,7 +643,7 @@ def watched_compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def compile_variant(runner: Runner, function: Callable[..., Any], inputs: list[torch.Tensor]) -> Any:
         place = len(calls)
         calls.append(0)
-        with runner.rehearsal():
+        with runner.restoring_state():
             function(inputs)
 
         def program(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -164,7 +164,7 @@ def test_a_captured_run_is_the_run_that_is_not_and_records_nothing_after_its_sta
     main, flags = RUNS[name]
     runs: list[tuple[Run, int]] = []
     reset = Run.reset
-    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.updates.recordings)) or reset(run))
+    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.runner.recordings)) or reset(run))
     request.getfixturevalue("captured")
     if "recurrent" in name:  # the kernel for whole sequences returns other things where no gradient is wanted
         request.getfixturevalue("elementary")
@@ -176,8 +176,8 @@ def test_a_captured_run_is_the_run_that_is_not_and_records_nothing_after_its_sta
     elif "one by one" not in name:  # where batches and noise are drawn in another order
         assert torch.equal(recorded.weights, plain.weights)
     (run, at_start), (eager, _) = runs
-    assert run.updates.recordings == at_start > 1  # an update and acting
-    assert eager.updates.recordings == 0
+    assert run.runner.recordings == at_start > 1  # an update and acting
+    assert eager.runner.recordings == 0
 
 
 @EVERY
@@ -281,14 +281,14 @@ def test_what_is_not_finite_ends_a_run_before_another_update(
 
     for script in (sac, droq):
         monkeypatch.setattr(script, "critic_loss", lambda q, targets: Spoiled.apply(loss(q, targets)))
-    call = off_policy.Updates.__call__
+    call = off_policy.SampleAndTrain.__call__
 
     def update(self: Any, *rest: Any) -> None:
         updates.append(self._run.global_step)
         factor.fill_(math.nan if self._run.global_step == 50 else 1.0)
         call(self, *rest)
 
-    monkeypatch.setattr(off_policy.Updates, "__call__", update)
+    monkeypatch.setattr(off_policy.SampleAndTrain, "__call__", update)
     main, flags = RUNS[algo]
     with pytest.raises(NonFiniteError, match="not finite after the update"):
         train(main, *flags, *ENDING, "--log-every", 10_000)

@@ -245,11 +245,11 @@ def test_a_run_captures_nothing_after_its_start(
 ) -> None:
     runs: list[tuple[Run, int]] = []
     reset = Run.reset
-    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.updates.recordings)) or reset(run))
+    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.runner.recordings)) or reset(run))
     first = run(*CUDA, "--checkpoint-every", 32)
     run("--resume", first.checkpoint.with_name(f"step_{64:012d}.ckpt"), "--log-dir", tmp_path / "resumed")
     for made, at_start in runs:
-        assert made.updates.recordings == at_start > 0
+        assert made.runner.recordings == at_start > 0
 
 
 def test_ranks_are_averaged_inside_a_graph(tmp_path: Path) -> None:

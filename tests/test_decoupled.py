@@ -46,10 +46,10 @@ from fabricrl.utils.decoupled import (
     Ready,
     Rows,
     State,
+    add_acting_generators,
     make_groups,
     player_device,
     tag,
-    with_player,
 )
 from fabricrl.utils.ending import failing_together
 from fabricrl.utils.errors import CheckpointError, ConfigError, LostPeerError, NonFiniteError, RunError
@@ -244,7 +244,7 @@ def some_run(max_lag: int = 2, rank: int = 0) -> Any:
     run.fabric = SimpleNamespace(world_size=1, global_rank=rank)
     run.losses, run.clock, run.charts, run.global_step = MeanMetrics(), Stopwatch("train"), {}, 64
     run.is_last = run.checkpoint_is_due = run.log_is_due = run.evaluation_is_due = False
-    run.skips = run.records = False
+    run.skips = run.needs_warmup = False
     run.restore_generators = lambda: None
     return run
 
@@ -421,13 +421,13 @@ def test_trainers_that_cannot_start_end_the_player_silently_with_their_code() ->
 
 
 @pytest.mark.parametrize("records", [False, True])
-def test_a_player_rehearses_acting_while_trainers_rehearse_their_updates(records: bool) -> None:
+def test_a_player_warms_up_acting_while_trainers_warm_up_their_updates(records: bool) -> None:
     """Record after Hello and before waiting for Ready: all of it comes before the first rollout."""
-    notes, run, rehearsed = Notes(PLAYER, 1, [(0, Ready(0))]), some_run(), []
-    run.records = records
-    run.rehearsal = lambda: contextlib.nullcontext(rehearsed.append((len(notes.sent), len(notes.answers))))
+    notes, run, warmed_up = Notes(PLAYER, 1, [(0, Ready(0))]), some_run(), []
+    run.needs_warmup = records
+    run.warmup = lambda: contextlib.nullcontext(warmed_up.append((len(notes.sent), len(notes.answers))))
     Trainers(run, notes).begin(some_messages())  # type: ignore[arg-type]
-    assert rehearsed == [(1, 1)] * records
+    assert warmed_up == [(1, 1)] * records
 
 
 def test_the_last_order_goes_to_every_trainer_whether_they_have_begun_or_not() -> None:
@@ -545,7 +545,7 @@ def test_a_checkpoint_has_an_order_of_its_own_and_that_of_an_iteration_does_not_
     run.act_rng = torch.Generator()
     run.checkpoint_is_due = True  # or may be, as far as the iteration knows
     trainers.train(shares(2, 10))
-    assert [(sent.command, sent.answers, sent.looks) for *_, sent in notes.sent[2:]] == [(TRAIN, True, True)] * 2
+    assert [(sent.command, sent.answers, sent.wants_losses) for *_, sent in notes.sent[2:]] == [(TRAIN, True, True)] * 2
     assert list(trainers.ahead) == [], "an evaluation is of the newest weights"
     notes.answers += [answered(0, 2.0, signal=143), (0, state)]
     trainers.save()
@@ -572,7 +572,7 @@ def test_trainers_save_their_buffers_and_the_first_sends_its_state_when_they_are
         run: Any = BareRun(PPOArgs(), fabric)
         run.fabric = SimpleNamespace(world_size=1, global_rank=rank, device=torch.device("cpu"))
         run.args = SimpleNamespace(max_lag=1, checkpoint_buffer=keeps, weights_precision="fp32")
-        run.shard, run.look = (lambda rb: {"shard of": rb}), dict
+        run.shard = lambda rb: {"shard of": rb}
         player.run = run
         player.meet(messages)
         assert [each.data.row for each in player.orders(rb)] == [7, 8], "an iteration more"  # type: ignore[arg-type]
@@ -583,14 +583,14 @@ def test_trainers_save_their_buffers_and_the_first_sends_its_state_when_they_are
 
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("script", [ppo_decoupled, ppo_recurrent_decoupled])
-def test_a_trainer_rehearses_with_data_of_the_form_that_will_come(
+def test_a_trainer_warms_up_with_data_of_the_form_that_will_come(
     script: Any, skips: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another form would be compiled a second time, or captured, while the player waits."""
     args_class = PPODecoupledArgs if script is ppo_decoupled else RecurrentPPODecoupledArgs
     run: Any = BareRun(args_class(hidden_sizes=(8,)), action_space=Discrete(2))
     run.obs_space, run.mask_size = vectors(3), 0
-    monkeypatch.setattr(BareRun, "records", True)
+    monkeypatch.setattr(BareRun, "needs_warmup", True)
     counts: list[Tensor | None] = []
     monkeypatch.setattr(script, "train", lambda run, update, data, *_: counts.append(data.counts))
     player = SimpleNamespace(count=1, skips=skips, meet=lambda messages: None, orders=lambda: iter(()))
@@ -622,7 +622,7 @@ def test_each_trainer_checks_the_memory_for_its_own_buffer_and_the_player_for_no
     whole, _ = checked.pop()
     off_policy_utils.make_schedule(some(1, trainers=object()))
     assert checked == []
-    assert off_policy.divided(some(2)).buffer_size == 500
+    assert off_policy.take_share_of_args(some(2)).buffer_size == 500
     assert checked == [(whole // 2, 2)]
 
 
@@ -630,8 +630,8 @@ def test_sums_that_overflow_are_looked_at_once() -> None:
     run = BareRun(PPOArgs())
     run.metrics.watch([torch.full((3,), 3e38)])
     assert not run.metrics.is_healthy()
-    run.note(("losses/a",), torch.ones(1))
-    assert run.metrics.look()["losses/a"].tolist() == [1]
+    run.add_metrics(("losses/a",), torch.ones(1))
+    assert run.metrics.fetch()["losses/a"].tolist() == [1]
     assert run.metrics.is_healthy()
 
 
@@ -678,7 +678,7 @@ def test_generators_are_stored_as_the_coupled_script_stores_those_of_its_ranks()
     trainers = [generators(3, rank, 64)[1] for rank in (0, 1)]
     states = torch.stack([torch.stack((rng.get_state(), torch.get_rng_state())) for rng in trainers])
     states[:, 1] = 7  # the trainers' own
-    stored = with_player(states, act, 3, 64)
+    stored = add_acting_generators(states, act, 3, 64)
     assert stored.shape[:2] == (2, 3)
     assert torch.equal(stored[0, 0], act.get_state())
     assert torch.equal(stored[1, 0], generators(3, 1, 64)[0].get_state())

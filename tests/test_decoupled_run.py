@@ -398,7 +398,7 @@ def test_two_trainers_make_the_updates_of_one_learner_with_both_their_batches(
             lambda *_, noise=noise: noise,
             lambda *_, dropped=dropped: dropped.pop(0),
         )
-        module.train(alone, learner, *steps, both, *([sac.planned(args, 1, 1)] if algo == "sac" else []))
+        module.train(alone, learner, *steps, both, *([sac.make_plan(args, 1, 1)] if algo == "sac" else []))
     for name, value in after["agent"].items():
         torch.testing.assert_close(agent.state_dict()[name], value, rtol=0, atol=1e-5)
     for name in ("critics.layers", "actor"):
@@ -482,7 +482,7 @@ def spy(rank: int) -> None:
 
     for module in (ppo_decoupled, ppo_recurrent_decoupled):
         module.train = train_on_policy(module.train)
-    for module in (sac, droq):  # whose `make_updates` the twins have
+    for module in (sac, droq):  # whose `make_sample_and_train` the twins have
         module.train = train_off_policy(module.train)
     for module in (ppo_decoupled, ppo_recurrent_decoupled, sac_decoupled, droq_decoupled):
         module.rollout = rollout(module.rollout)

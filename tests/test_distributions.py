@@ -67,7 +67,7 @@ def test_log_probability_entropy_and_their_gradients_are_those_of_torch(
     actions = actions.double() if actions.is_floating_point() else actions
     assert actions.shape == (7, 3, head.num_actions)
     ours, theirs = params.clone().requires_grad_(), params.clone().requires_grad_()
-    logprobs, entropy = head.evaluate(ours, actions)
+    logprobs, entropy = head.logprob_and_entropy(ours, actions)
     distribution = reference(theirs)
     torch.testing.assert_close(logprobs, distribution.log_prob(actions))
     torch.testing.assert_close(entropy.expand(7, 3), distribution.entropy())
@@ -85,9 +85,9 @@ def test_the_mode_is_the_most_likely_action(
     head = make_head(space, -0.5)
     generator = torch.Generator().manual_seed(6)
     params = torch.randn(size, generator=generator)
-    best = head.evaluate(params, head.mode(params))[0]
+    best = head.logprob_and_entropy(params, head.mode(params))[0]
     drawn = head.sample(params.expand(500, -1), head.noise((500,), generator))
-    assert (head.evaluate(params.expand(500, -1), drawn)[0] <= best + 1e-6).all()
+    assert (head.logprob_and_entropy(params.expand(500, -1), drawn)[0] <= best + 1e-6).all()
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
@@ -156,7 +156,7 @@ def test_extreme_logits_stay_finite() -> None:
     ):
         head = make_head(space)
         x = torch.tensor([params], requires_grad=True)
-        logprobs, entropy = head.evaluate(x, head.mode(x))
+        logprobs, entropy = head.logprob_and_entropy(x, head.mode(x))
         (logprobs + entropy).sum().backward()
         assert logprobs.isfinite().all()
         assert entropy.isfinite().all()
@@ -169,7 +169,7 @@ def test_the_deviation_of_a_box_is_one_learned_number_per_action() -> None:
     head = make_head(Box(-1, 1, (3,)), -0.5)
     assert head.log_std.tolist() == [-0.5, -0.5, -0.5]
     params, actions = torch.randn(6, 3), torch.randn(6, 3)
-    logprobs, entropy = head.evaluate(params, actions)
+    logprobs, entropy = head.logprob_and_entropy(params, actions)
     (logprobs.sum() + entropy.sum()).backward()
     # d log π / d log σ = z² − 1, d H / d log σ = 1 for each of the six rows
     z = (actions - params) / np.exp(-0.5)

@@ -57,8 +57,8 @@ def rows_of(count: int, steps: int) -> list[range]:
 
 @pytest.mark.parametrize(("count", "steps"), [(20, 1), (12, 3), (7, 3), (1, 4), (0, 1), (0, 0)])
 def test_updates_are_shared_out_over_environment_steps(count: int, steps: int) -> None:
-    assert droq.shares(count, steps) == [len(rows) for rows in rows_of(count, steps)]
-    assert sum(droq.shares(count, steps)) == count
+    assert droq.spread_updates(count, steps) == [len(rows) for rows in rows_of(count, steps)]
+    assert sum(droq.spread_updates(count, steps)) == count
 
 
 def make_args(**changes: Any) -> DroQArgs:

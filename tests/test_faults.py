@@ -161,7 +161,7 @@ def test_of_two_faults_at_once_the_first_rank_tells_its_own_and_all_end_with_its
         run = BareRun(PPOArgs(), fabric)
 
         def step() -> None:
-            with run.together():
+            with run.failing_together():
                 if fabric.global_rank in (1, 2):
                     raise (EnvError, NonFiniteError)[fabric.global_rank - 1]("of this rank")
 

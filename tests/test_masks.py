@@ -68,7 +68,7 @@ def test_probability_entropy_and_gradients_are_those_of_the_masked_distribution(
     params = 2 * torch.randn(20, head.size, generator=rng, dtype=torch.float64)
     actions = head.sample(params, head.noise((20,), rng).double(), masks)
     ours, theirs = params.clone().requires_grad_(), params.clone().requires_grad_()
-    logprobs, entropy = head.evaluate(ours, actions, masks)
+    logprobs, entropy = head.logprob_and_entropy(ours, actions, masks)
     rows = [by_hand(space, *row) for row in zip(theirs, masks, actions, strict=True)]
     expected, expected_entropy = (torch.stack(column) for column in zip(*rows, strict=True))
     torch.testing.assert_close(logprobs, expected)
@@ -86,7 +86,7 @@ def test_they_are_those_of_sb3_contrib(space: Space) -> None:
     head, masks, rng = make_head(space), random_masks(space, 64), torch.Generator().manual_seed(1)
     params = 2 * torch.randn(64, head.size, generator=rng)
     actions = head.sample(params, head.noise((64,), rng), masks)
-    logprobs, entropy = head.evaluate(params, actions, masks)
+    logprobs, entropy = head.logprob_and_entropy(params, actions, masks)
     theirs = distributions.make_masked_proba_distribution(space)
     if isinstance(space, MultiBinary):  # which has a logit for 0, too
         params = torch.stack((torch.zeros_like(params), params), -1).flatten(1)
@@ -134,7 +134,8 @@ def test_a_mask_that_allows_all_changes_nothing(space: Space) -> None:
     masks = torch.ones(50, sum(mask_choices(space)), dtype=torch.bool)
     actions = head.sample(params, noise)
     assert torch.equal(actions, head.sample(params, noise, masks))
-    for ours, theirs in zip(head.evaluate(params, actions), head.evaluate(params, actions, masks), strict=True):
+    plain, masked = head.logprob_and_entropy(params, actions), head.logprob_and_entropy(params, actions, masks)
+    for ours, theirs in zip(plain, masked, strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -238,13 +238,13 @@ def test_every_supported_space_is_trained_and_played(algo: str, obs: str, action
 
 def test_steps_do_not_pile_up_until_a_log_entry_is_due(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A decoupled player notes no updates, which would have them counted."""
-    monkeypatch.setattr(run_module, "LOOK_EVERY", 10)
+    monkeypatch.setattr(run_module, "FETCH_EVERY", 10)
     noted: list[int] = []
     add = EpisodeStatistics.add
 
     def spied(self: EpisodeStatistics, *step: Any) -> None:
         add(self, *step)
-        noted.append(self.noted)
+        noted.append(self.num_pending)
 
     monkeypatch.setattr(EpisodeStatistics, "add", spied)
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 100, "--learning-starts", 90, "--batch-size", 8]

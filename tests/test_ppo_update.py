@@ -54,7 +54,7 @@ def train(run: BareRun, agent: PPOAgent, data: Batch, seed: int = 3) -> dict[str
     model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
     step = run.compiled(partial(ppo.update, run, model, optimizer))
     run.train_rng.manual_seed(seed)
-    coefs = run.numbers(args.clip_coef, args.ent_coef)
+    coefs = run.coefs(args.clip_coef, args.ent_coef)
     metrics = ppo.train(run, run.captured(partial(train_epoch, step, args.norm_adv)), data, *coefs)
     return dict(zip(METRICS, metrics.unbind(1), strict=True))
 

@@ -83,12 +83,12 @@ def test_a_scale_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
         scaler.load_state_dict(scaler.state_dict() | wrong)
 
 
-def test_a_rehearsal_leaves_the_scale_as_it_was() -> None:
+def test_a_warmup_leaves_the_scale_as_it_was() -> None:
     parameter = nn.Parameter(torch.ones(3))
     adam = Adam([parameter], 0.1)
     adam.scaler = LossScale("cpu")
     before = adam.scaler.state_dict()
-    with Runner(False, False, [], [adam]).rehearsal():
+    with Runner(False, False, [], [adam]).restoring_state():
         parameter.grad = torch.full((3,), HUGE)
         adam.step()
         assert adam.scaler.state_dict() != before

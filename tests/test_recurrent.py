@@ -377,7 +377,7 @@ def test_minibatches_of_the_agent_equal_a_loop_over_steps_in_outputs_and_all_gra
         features = values = walk(agent.actor_core, x, own[:, :size], begins)
         if not shared:
             values = walk(agent.critic_core, x, own[:, size:], begins)
-        loop = (*agent.head.evaluate(agent.actor(features), actions[minibatch]), agent.critic(values)[:, 0])
+        loop = (*agent.head.logprob_and_entropy(agent.actor(features), actions[minibatch]), agent.critic(values)[:, 0])
         gradients = []
         for ours in (packed, loop):
             agent.zero_grad()

@@ -325,7 +325,7 @@ class Updated:
         model, optimizer = run.setup(self.spy, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
         step = run.compiled(partial(update, run, model, optimizer))
         run.train_rng.manual_seed(3)
-        metrics = train(run, step, self.data, sequences, *run.numbers(args.clip_coef, args.ent_coef))
+        metrics = train(run, step, self.data, sequences, *run.coefs(args.clip_coef, args.ent_coef))
         self.metrics = dict(zip(METRICS, metrics.unbind(1), strict=True))
 
 
@@ -426,7 +426,7 @@ def test_a_recorded_update_equals_the_plain_one_however_the_sequences_fall(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5, msg=name)  # Adam counts its steps in float32
     losses = [numbers["policy_loss"] for numbers in history]
     assert updated.metrics["losses/policy_loss"].tolist() == pytest.approx(losses, abs=1e-5)
-    assert run.updates.recordings == 1  # of 16 minibatches
+    assert run.runner.recordings == 1  # of 16 minibatches
 
 
 @pytest.mark.parametrize("sequence_length", [3, 128])

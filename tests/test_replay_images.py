@@ -229,7 +229,7 @@ def test_the_critics_loss_alone_trains_the_encoder(script: ModuleType) -> None:
     run = BareRun(args)
     learner = script.setup(run, agent)
     masks: list[Any] = [] if script is sac else [[], []]
-    prepared = agent.prepared(batches(1), run.device_rng)
+    prepared = agent.prepare_batches(batches(1), run.device_rng)
     batch, noise = next(iter(prepared)), torch.randn(3, NUM_ACTIONS)
     assert isinstance(agent.critics, EncodedCritics)
     encoder = [p.detach().clone() for p in agent.critics.encoder.parameters()]
@@ -264,7 +264,7 @@ def test_images_of_a_batch_are_shifted_each_by_itself_unless_that_is_off() -> No
     drawn = batches(2)
     for pixels in (0, 3):
         agent = make_agent(SACArgs(**SMALL, random_shift=pixels), SPACES)
-        prepared = agent.prepared(drawn, rng())
+        prepared = agent.prepare_batches(drawn, rng())
         for name in ("obs", "next_obs"):
             own, there = prepared.columns[name], drawn.columns[name]
             assert own.shape == there.shape

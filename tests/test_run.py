@@ -325,9 +325,9 @@ def test_weights_and_biases_work_offline(tmp_path: Path) -> None:
 def test_metrics_without_a_name_are_refused() -> None:
     """However many updates there are: three of 4 numbers could pass for four of 3."""
     run = BareRun(PPOArgs())
-    run.note(("a", "b", "c"), torch.zeros(4, 3))
+    run.add_metrics(("a", "b", "c"), torch.zeros(4, 3))
     with pytest.raises(ValueError, match="4 metrics have 3 names: a, b, c"):
-        run.note(("a", "b", "c"), torch.zeros(3, 4))
+        run.add_metrics(("a", "b", "c"), torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize(("limit", "told"), [(16, True), (33, False)])

@@ -75,14 +75,14 @@ class Training:
         """Trains on batches, as an iteration does; returns its metrics. `number`: of the first update."""
         self.run.train_rng.manual_seed(seed)
         steps = self.step_critics, self.step_actor
-        plan = sac.planned(self.run.args, number, len(batches))
+        plan = sac.make_plan(self.run.args, number, len(batches))
         return self.noted(sac.train(self.run, self.learner, *steps, batches, plan))
 
     def noted(self, *metrics: dict[tuple[str, ...], Tensor]) -> dict[str, Tensor]:
         for found in metrics:
             for tags, values in found.items():
-                self.run.note(tags, values)
-        return self.run.metrics.look()
+                self.run.add_metrics(tags, values)
+        return self.run.metrics.fetch()
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts.items()}
@@ -405,7 +405,7 @@ def test_terminal_states_are_not_bootstrapped_and_time_limits_are_from_the_last_
     rewards, terminated = np.array([1.0, 2.0]), np.array([True, False])  # environment 1 runs into a time limit
     rb.add(np.zeros((2, ACTIONS)), reset, rewards, terminated, ~terminated, infos)
     plain = PlainSAC(agent, args, -2.0)
-    (batch,) = agent.prepared(rb.sample(1, 64, rng()), rng())
+    (batch,) = agent.prepare_batches(rb.sample(1, 64, rng()), rng())
     noise = torch.randn(64, ACTIONS, generator=rng(5))
     targets = targets_of(Training(agent, args), batch, noise, monkeypatch)
     obs = torch.tensor(final[:1]).expand(64, -1)
@@ -513,7 +513,7 @@ def test_a_parameter_that_is_not_finite_is_noticed_though_no_loss_was_computed_w
     training.train(make_batches(2), 1)
     getattr(training.learner, part).flat.vector[3] = math.inf
     with pytest.raises(NonFiniteError, match="parameters"):
-        training.run.metrics.look()
+        training.run.metrics.fetch()
 
 
 def schedule(ratio: float, world_size: int = 1, rank: int = 0, **changes: Any) -> UpdateSchedule:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fabricrl import evaluate
 from fabricrl.algos.droq import droq, droq_decoupled
 from fabricrl.algos.off_policy import utils as off_policy
-from fabricrl.algos.off_policy.utils import Updates
+from fabricrl.algos.off_policy.utils import SampleAndTrain
 from fabricrl.algos.ppo_recurrent import ppo_recurrent, ppo_recurrent_decoupled
 from fabricrl.algos.ppo_recurrent.agent import make_agent
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
@@ -125,7 +125,7 @@ def played(kwargs: str, steps: int = 12) -> tuple[Any, DeviceRecurrentRolloutBuf
     )  # fmt: skip
     envs: Any = make_envs(args, 0, Path())
     run = BareRun(args, action_space=envs.single_action_space)
-    run.tensors, run._envs, run.obs_space = True, envs, envs.single_observation_space  # type: ignore[misc]
+    run.uses_tensor_envs, run._envs, run.obs_space = True, envs, envs.single_observation_space  # type: ignore[misc]
     agent, seen = make_agent(args, envs), []
     rb: Any = run.rollout_buffer(agent)
     rb.start(envs.reset(seed=3)[0])
@@ -155,7 +155,7 @@ def test_memory_and_advantages_are_those_of_the_same_steps_in_memory(kwargs: str
     assert (rb.memory[1:][~(rb.ends | rb.skipped)] != 0).any(1).all()
     ours, _ = ppo_recurrent.returns_and_advantages(run, agent, rb)
     agent.reward_normalizer.load_state_dict(type(agent.reward_normalizer)().state_dict())
-    agent.reward_normalizer.discounted, run.tensors = None, False
+    agent.reward_normalizer.discounted, run.uses_tensor_envs = None, False
     theirs, _ = ppo_recurrent.returns_and_advantages(run, agent, memory)
     counts = torch.ones(96) if theirs.counts is None else theirs.counts
     assert ours.columns.keys() == theirs.columns.keys()
@@ -320,10 +320,10 @@ def test_episodes_of_steps_that_are_noted_are_those_of_a_rollout() -> None:
         for rewards, ends, skipped, told in zip(*columns, strict=True):
             with NoValues():
                 steps.add(rewards, ends, {"skipped": skipped, "episode_info": told})
-        assert torch.equal(steps.noted(9).nan_to_num(-1), whole.summary(*columns).nan_to_num(-1))
+        assert torch.equal(steps.take_summary(9).nan_to_num(-1), whole.summary(*columns).nan_to_num(-1))
         assert torch.equal(steps.returns, whole.returns)
     steps.add(torch.ones(4), torch.ones(4, dtype=torch.bool), {})
-    told = steps.noted(1)[:8]
+    told = steps.take_summary(1)[:8]
     assert told.tolist() == [(whole.returns + 1).sum(), (whole.lengths + 1).sum(), 0, 0, 4, 4, 0, 0]
 
 
@@ -352,8 +352,8 @@ def test_nothing_leaves_the_device_while_a_script_plays_and_learns(
     if algo == "ppo_recurrent":
         for name in ("returns_and_advantages", "train"):
             monkeypatch.setattr(script, name, refusing(getattr(script, name)))
-    monkeypatch.setattr(Updates, "__call__", refusing(Updates.__call__))
-    for name in ("take_steps", "take_step", "observe", "count"):
+    monkeypatch.setattr(SampleAndTrain, "__call__", refusing(SampleAndTrain.__call__))
+    for name in ("take_tensor_steps", "take_tensor_step", "update_normalizer", "count"):
         monkeypatch.setattr(Run, name, refusing(getattr(Run, name)))
     if simulated:
         if kwargs == LATER:
@@ -362,8 +362,10 @@ def test_nothing_leaves_the_device_while_a_script_plays_and_learns(
         flags = [*flags, "--env-id", SIMULATOR]
     result = train(script.main, *flags, "--env-kwargs", kwargs)
     assert result.code == 0
-    expected = {"take_steps", "returns_and_advantages", "train", "observe"} if algo == "ppo_recurrent" else set()
-    assert set(calls) == (expected or {"take_step", "__call__", "count"})
+    expected = {"take_tensor_step", "__call__", "count"}
+    if algo == "ppo_recurrent":
+        expected = {"take_tensor_steps", "returns_and_advantages", "train", "update_normalizer"}
+    assert set(calls) == expected
     assert int(result.result["episodes"]) > 0
 
 
@@ -399,10 +401,10 @@ def test_a_run_that_is_captured_is_the_run_that_is_not(
     script, flags = SCRIPTS[algo]
     recorded: list[tuple[Run, int]] = []
     reset = Run.reset
-    monkeypatch.setattr(Run, "reset", lambda run: recorded.append((run, run.updates.recordings)) or reset(run))
+    monkeypatch.setattr(Run, "reset", lambda run: recorded.append((run, run.runner.recordings)) or reset(run))
     captured, plain = plain_and("captured", request, train, script, *flags, "--env-kwargs", kwargs)
     run, at_start = recorded[1]
-    assert run.updates.recordings == at_start > 1
+    assert run.runner.recordings == at_start > 1
     for name in ("agent", "envs", "episodes"):
         assert differences(captured.state[name], plain.state[name]) == [], name
 
@@ -518,10 +520,10 @@ def test_of_a_simulator_only_acting_and_learning_are_captured(
     script, flags = SCRIPTS[algo]
     runs: list[tuple[Run, int]] = []
     reset = Run.reset
-    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.updates.recordings)) or reset(run))
+    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.runner.recordings)) or reset(run))
     assert train(script.main, *flags, "--env-id", SIMULATOR).code == 0
     run, at_start = runs[0]
-    assert run.updates.recordings == at_start
+    assert run.runner.recordings == at_start
 
 
 # --- Faults
@@ -565,7 +567,7 @@ def test_decoupled_scripts_take_no_tensors(twin: Any, train: Callable[..., Train
 def test_a_gpu_with_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffer lies where environments are, however much it takes of that."""
     fabric = SimpleNamespace(device=torch.device("cuda"))
-    run: Any = SimpleNamespace(args=SACArgs(env_id=STEERED, buffer_size=10_000), tensors=True, fabric=fabric)
+    run: Any = SimpleNamespace(args=SACArgs(env_id=STEERED, buffer_size=10_000), uses_tensor_envs=True, fabric=fabric)
     run.obs_space = make_envs(run.args, 0, Path()).single_observation_space
     run.action_space = make_envs(run.args, 0, Path()).single_action_space
     for free, fits in ((2**30, True), (700_000, True), (2**10, False)):

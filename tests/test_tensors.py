@@ -95,7 +95,7 @@ def played(kwargs: str, steps: int = 12) -> tuple[Any, DeviceRolloutBuffer, list
     args = PPOArgs(env_id=NUMBERED, env_kwargs=kwargs, num_envs=8, num_steps=steps, hidden_sizes=(8,), norm_reward=True)
     envs: Any = make_envs(args, 0, Path())
     run = BareRun(args, action_space=envs.single_action_space)
-    run.tensors, run._envs, run.obs_space = True, envs, envs.single_observation_space  # type: ignore[misc]
+    run.uses_tensor_envs, run._envs, run.obs_space = True, envs, envs.single_observation_space  # type: ignore[misc]
     agent, seen = make_agent(args, envs), []
     rb: Any = run.rollout_buffer(agent)
     obs, _ = envs.reset(seed=3)
@@ -172,7 +172,7 @@ def test_nothing_leaves_the_device_in_a_rollout_nor_in_the_update(
 
     for name in ("returns_and_advantages", "train"):
         monkeypatch.setattr(ppo, name, refusing(name, getattr(ppo, name)))
-    for name in ("take_steps", "observe"):
+    for name in ("take_tensor_steps", "update_normalizer"):
         monkeypatch.setattr(Run, name, refusing(name, getattr(Run, name)))
     result = train(ppo.main, *TINY, "--env-id", env_id, "--env-kwargs", kwargs, "--norm-obs", "--norm-reward")
     assert result.code == 0
@@ -182,13 +182,13 @@ def test_nothing_leaves_the_device_in_a_rollout_nor_in_the_update(
 
 def test_what_asks_for_a_value_in_a_rollout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeviceRolloutBuffer, "stacked_obs", lambda rb, t, device: rb.obs[t.item()])
-    take_steps = Run.take_steps
+    take_steps = Run.take_tensor_steps
 
     def refusing(*args: Any) -> None:
         with NoValues():
             take_steps(*args)
 
-    monkeypatch.setattr(Run, "take_steps", refusing)
+    monkeypatch.setattr(Run, "take_tensor_steps", refusing)
     with pytest.raises(RuntimeError, match="not permitted"):
         played("{}")
 
@@ -207,11 +207,11 @@ def test_a_run_that_is_captured_or_compiled_is_the_run_that_is_not(
     torch.testing.assert_close(compiled.weights, plain.weights, rtol=1e-5, atol=1e-6)  # sums in another order
     recorded: list[tuple[Run, int]] = []
     reset = Run.reset
-    monkeypatch.setattr(Run, "reset", lambda run: recorded.append((run, run.updates.recordings)) or reset(run))
+    monkeypatch.setattr(Run, "reset", lambda run: recorded.append((run, run.runner.recordings)) or reset(run))
     request.getfixturevalue("captured")
     captured = train(ppo.main, *flags)
     (run, at_start), *_ = recorded
-    assert run.updates.recordings == at_start == 2  # an epoch and a rollout
+    assert run.runner.recordings == at_start == 2  # an epoch and a rollout
     assert torch.equal(captured.weights, plain.weights)
     for other in (compiled, captured):
         assert differences(other.state["episodes"], plain.state["episodes"]) == []
@@ -313,7 +313,7 @@ def test_of_a_simulator_only_the_policy_is_captured(
     reset = Run.reset
     monkeypatch.setattr(Run, "reset", lambda run: runs.append(run) or reset(run))
     captured = train(ppo.main, *TINY, "--env-id", SIMULATOR)
-    assert runs[0].updates.recordings == 2  # an epoch and acting
+    assert runs[0].runner.recordings == 2  # an epoch and acting
     monkeypatch.setattr("fabricrl.algos.run.Runner", lambda compile, capture, *rest: Runner(False, False, *rest))
     assert torch.equal(captured.weights, train(ppo.main, *TINY, "--env-id", SIMULATOR).weights)
 

@@ -1,4 +1,4 @@
-"""An update as it is, compiled and captured: the same results, nothing recorded twice, and no trace of a rehearsal.
+"""An update as it is, compiled and captured: the same results, nothing recorded twice, and no trace of a warm-up.
 
 What is recorded for a compiler runs here operation by operation (`traced`), but for two updates that are compiled; a
 CUDA graph is stood in for by one that records the operations and repeats them on the same memory.
@@ -164,7 +164,7 @@ EACH = pytest.mark.parametrize("kind", UPDATES)
 def capturing(updates: Any) -> Any:
     """The same, whose updates are captured."""
     run = updates.run
-    run.updates = Runner(False, True, run._modules, run._optimizers, [run.train_rng])
+    run.runner = Runner(False, True, run._modules, run._optimizers, [run.train_rng])
     updates.step = run.captured(updates.function)
     return updates
 
@@ -199,7 +199,7 @@ def test_recorded_updates_are_those_that_run_as_they_are_to_the_last_bit(kind: s
         assert torch.equal(recorded.update(number), expected)
         for ours, theirs in zip(recorded.tensors(), plain.tensors(), strict=True):
             assert torch.equal(ours, theirs), number
-    assert recorded.run.updates.recordings == 1
+    assert recorded.run.runner.recordings == 1
 
 
 @EACH
@@ -221,7 +221,7 @@ def test_rates_and_coefficients_take_effect_in_what_is_recorded(mode: str) -> No
 
 
 def assert_coefficients_take_effect(updates: PPOUpdates) -> None:
-    before, recordings = updates.state(), updates.run.updates.recordings
+    before, recordings = updates.state(), updates.run.runner.recordings
     after = {}
     for name, changes in {"as it is": {}, "rate": {"rate": 0.0}, "clip": {"clip": 0.02}, "ent": {"ent": 5.0}}.items():
         updates.restore(before)
@@ -232,7 +232,7 @@ def assert_coefficients_take_effect(updates: PPOUpdates) -> None:
         assert not torch.equal(after[name][0], after["as it is"][0]), name
     clipfrac = ppo.METRICS.index("losses/clipfrac")
     assert after["clip"][1][clipfrac] > after["as it is"][1][clipfrac]
-    assert updates.run.updates.recordings == recordings
+    assert updates.run.runner.recordings == recordings
 
 
 def test_a_branch_is_a_variant_of_its_own(mode: str) -> None:
@@ -243,13 +243,13 @@ def test_a_branch_is_a_variant_of_its_own(mode: str) -> None:
         recorded.step(*recorded.batch(number), number % 3 == 0)
         for ours, theirs in zip(recorded.tensors(), plain.tensors(), strict=True):
             assert torch.equal(ours, theirs), number
-    assert recorded.run.updates.recordings == 2
+    assert recorded.run.runner.recordings == 2
 
 
 def test_an_epoch_of_compiled_minibatches_is_captured_as_one(traced: None, graphs: None) -> None:
     plain, recorded = PPOUpdates(), PPOUpdates(compile=True)
     run = recorded.run
-    run.updates = Runner(True, True, run._modules, run._optimizers, [run.train_rng])
+    run.runner = Runner(True, True, run._modules, run._optimizers, [run.train_rng])
     recorded.step = run.compiled(recorded.function)
     data = Batch(
         obs=torch.randn(32, OBS), actions=torch.randint(4, (32, 1)), counts=(torch.rand(32) < 0.8).float(),
@@ -268,7 +268,7 @@ def test_an_epoch_of_compiled_minibatches_is_captured_as_one(traced: None, graph
             expected = train(plain.step)(data, rows, *coefs)
         assert torch.equal(captured(data, rows, *coefs), expected)
     assert torch.equal(recorded.optimizer.flat.vector, plain.optimizer.flat.vector)
-    assert run.updates.recordings == 2  # a minibatch, and an epoch of them
+    assert run.runner.recordings == 2  # a minibatch, and an epoch of them
 
 
 # --- What is recorded, and what is refused
@@ -320,7 +320,7 @@ def test_a_number_that_is_no_integer_is_refused(mode: str) -> None:
     updates = MODES[mode](PPOUpdates)
     with pytest.raises(TypeError, match="takes tensors in place of numbers"):
         updates.step(Batch(obs=torch.zeros(2, OBS)), 0.2, torch.tensor(0.0))
-    assert updates.run.updates.recordings == 0
+    assert updates.run.runner.recordings == 0
 
 
 def test_results_are_put_together_as_the_function_does_and_are_not_written_over(mode: str) -> None:
@@ -364,36 +364,36 @@ def test_a_parameter_of_two_optimizers_is_refused_rather_than_moved_where_nobody
     optimizers = [Adam(module.parameters(), RATE), Adam(module.parameters(), RATE)]
     with (
         pytest.raises(ConfigError, match="belongs to two optimizers"),
-        Runner(True, False, [module], optimizers).rehearsal(),
+        Runner(True, False, [module], optimizers).restoring_state(),
     ):
         pass
 
 
 def test_nothing_is_recorded_unless_it_is_asked_for() -> None:
     updates = PPOUpdates()
-    assert not updates.run.records
+    assert not updates.run.needs_warmup
     assert updates.step == updates.function
     assert updates.run.captured(updates.function) == updates.function
-    assert updates.run.numbers(0.2, 0.1) == (0.2, 0.1)
-    numbers = PPOUpdates(compile=True).run.numbers(0.2, 0.1)
+    assert updates.run.coefs(0.2, 0.1) == (0.2, 0.1)
+    numbers = PPOUpdates(compile=True).run.coefs(0.2, 0.1)
     assert all(isinstance(number, Tensor) and number.shape == () for number in numbers)
     assert torch.stack(numbers).tolist() == pytest.approx([0.2, 0.1])
 
 
-# --- The rehearsal
+# --- The warm-up
 
 
 @EACH
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_rehearsal_leaves_no_trace(kind: str, fails: bool) -> None:
+def test_a_warmup_leaves_no_trace(kind: str, fails: bool) -> None:
     updates = UPDATES[kind]()
     statistics = nn.BatchNorm1d(OBS)  # buffers
     updates.run._modules.append(statistics)
     for number in range(2):
         updates.update(number)
-    before, branches, default = updates.state(), updates.run.updates.branches, torch.get_rng_state()
+    before, branches, default = updates.state(), updates.run.runner.branches, torch.get_rng_state()
     generator = updates.run.train_rng.get_state()
-    with contextlib.suppress(ZeroDivisionError), updates.run.rehearsal():
+    with contextlib.suppress(ZeroDivisionError), updates.run.warmup():
         statistics(torch.randn(4, OBS))
         torch.rand(3, generator=updates.run.train_rng)
         updates.update(2)
@@ -401,7 +401,7 @@ def test_a_rehearsal_leaves_no_trace(kind: str, fails: bool) -> None:
         updates.run._optimizers[0].flat.equal_steps = False
         if fails:
             1 / 0  # noqa: B018
-    assert updates.run.updates.branches == branches
+    assert updates.run.runner.branches == branches
     for tensor, value in zip(updates.tensors(), before, strict=True):
         assert torch.equal(tensor, value)
     assert torch.equal(updates.run.train_rng.get_state(), generator)
@@ -440,7 +440,7 @@ def test_compiled_updates_agree_with_those_that_run_as_they_are(kind: str) -> No
     assert not torch.allclose(compiled.tensors()[0], before[0], atol=RATE)  # they have learned something
     if kind == "ppo":
         assert_coefficients_take_effect(compiled)
-    assert compiled.run.updates.recordings == 1
+    assert compiled.run.runner.recordings == 1
 
 
 # --- Ranks
@@ -454,7 +454,7 @@ def compiled_on(rank: int, port: int, path: str) -> None:
     torch.set_num_threads(1)
     updates = PPOUpdates(rank, 2, fabric, (), compile=True)  # linear: less to compile
     metrics = [updates.update(number) for number in range(3)]
-    assert updates.run.updates.recordings == 1
+    assert updates.run.runner.recordings == 1
     torch.save({"metrics": torch.stack(metrics), "vector": updates.optimizer.flat.vector}, f"{path}.{rank}")
 
 
@@ -505,12 +505,12 @@ def test_a_run_records_nothing_after_its_start(
     main, flags = RUNS[name]
     runs: list[tuple[Run, int]] = []
     reset = Run.reset
-    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.updates.recordings)) or reset(run))
+    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.runner.recordings)) or reset(run))
     first = train(main, *flags, "--hidden-sizes", 8, "--compile", "--checkpoint-every", 64)
     resumed = train(main, "--resume", sorted(first.folder.glob("checkpoints/step*"))[0], "--log-dir", tmp_path / "more")
     assert first.code == resumed.code == 0
     for run, at_start in runs:
-        assert run.updates.recordings == at_start > 0
+        assert run.runner.recordings == at_start > 0
 
 
 # Episodes of 8 steps: they end where iterations and checkpoints do

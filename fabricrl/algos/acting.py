@@ -19,7 +19,7 @@ WARM_UP, ACTS = 20, 100  # the first ones choose kernels, or capture them
 
 
 class Acting:
-    """The part of a `Run` that takes its steps; `take_steps` and `take_step` call the script.
+    """The part of a `Run` that acts: where, with what noise, and how steps of tensor environments are captured.
 
     Attributes:
         player_device: where the policy acts. The others are those of `Run`, which sets them.
@@ -27,8 +27,8 @@ class Acting:
 
     args: Any
     fabric: Any
-    tensors: bool
-    updates: Runner
+    uses_tensor_envs: bool
+    runner: Runner
     metrics: UpdateMetrics
     losses: MeanMetrics
     clock: Any
@@ -70,7 +70,7 @@ class Acting:
 
         `uniform`: numbers in [−1, 1), [T, N, A], that are actions as they are.
         """
-        rng = self.device_rng if self.tensors and self.fabric.device.type != "cpu" else self.act_rng
+        rng = self.device_rng if self.uses_tensor_envs and self.fabric.device.type != "cpu" else self.act_rng
         shape = steps, self.all_envs
         if uniform:
             noise = 2 * torch.rand(*shape, head.num_actions, generator=rng, device=rng.device) - 1
@@ -78,34 +78,27 @@ class Acting:
             noise = head.noise(shape, rng)
         if self.args.num_envs != self.all_envs:  # it is drawn for the environments of all players
             noise = noise.narrow(1, self._first_env, self._envs_here)
-        return noise if self.updates.captures and not self.tensors else to_device(noise, self.player_device)
+        return noise if self.runner.captures and not self.uses_tensor_envs else to_device(noise, self.player_device)
 
-    def take_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
-        """Calls `take_step(run, player, envs, rb, t, noise[t])` for each step t of a rollout.
+    def take_tensor_steps(self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor) -> None:
+        """Calls `take_step(run, player, envs, rb, t, noise[t])` for each step t of a rollout in tensor environments.
 
-        Where environments are tensor code, such a step is compiled like an update, and captured with all others.
+        Where these are tensor code, a step is compiled like an update, and captured with all others.
         """
-        if not self.tensors:
-            for t, row in enumerate(noise.unbind()):
-                take_step(self, player, envs, rb, t, row)
-            return
         envs.env.draw(len(noise))
         if player not in self._steps:
             step = partial(take_step, self, player, envs, rb)
-            self._steps[player] = self.updates.each(step, rb.steps, recorded=envs.env.is_code)
+            self._steps[player] = self.runner.each(step, rb.steps, recorded=envs.env.is_code)
         self._steps[player](noise)
         self.clock.lap("env")
 
-    def take_step(
+    def take_tensor_step(
         self, take_step: Callable[..., None], player: Any, envs: Any, rb: Any, noise: Tensor, *settings: Any
     ) -> None:
-        """Calls `take_step(run, player, envs, rb, noise, *settings)`, where a rollout is a single step.
+        """Calls `take_step(run, player, envs, rb, noise, *settings)` in tensor environments.
 
-        Where environments are tensor code, it is compiled like an update, and captured, once for all settings.
+        Where these are tensor code, it is compiled like an update, and captured, once for all settings.
         """
-        if not self.tensors:
-            take_step(self, player, envs, rb, noise, *settings)
-            return
 
         def step(noise: Tensor) -> tuple:
             take_step(self, player, envs, rb, noise, *settings)
@@ -114,8 +107,8 @@ class Acting:
         envs.env.draw(1)
         kind = player, *settings
         if kind not in self._steps:
-            is_code, updates = envs.env.is_code, self.updates
-            self._steps[kind] = updates.captured(updates.compiled(step)) if is_code else step
+            is_code, runner = envs.env.is_code, self.runner
+            self._steps[kind] = runner.captured(runner.compiled(step)) if is_code else step
         self._steps[kind](noise)
         self.clock.lap("env")
 
@@ -125,8 +118,8 @@ class Acting:
         On a GPU it is one CUDA graph. A policy with memory is compiled with `--compile`; others have too few operations
         to gain from it.
         """
-        device = self.player_device
-        if (self.tensors and self._envs.env.is_code) or (device.type == "cpu" and not self.updates.records):
+        is_code = self.uses_tensor_envs and self._envs.env.is_code
+        if is_code or (self.player_device.type == "cpu" and not self.runner.needs_warmup):
             return player.act(*inputs)
         if player not in self._acts:
             self._acts[player] = self._recorded_act(player)
@@ -135,9 +128,9 @@ class Acting:
     def _recorded_act(self, player: Any) -> Callable[..., Any]:
         """`player.act`, compiled or captured, of inputs from anywhere."""
         device = self.player_device
-        captures = self.updates.captures and device == self.fabric.device
+        captures = self.runner.captures and device == self.fabric.device
         is_measured = player not in (self._player, self._parts.get("agent"))  # by `faster_device`, which saves the time
-        act = self.updates.compiled(player.act) if hasattr(player, "memory_size") and not is_measured else player.act
+        act = self.runner.compiled(player.act) if hasattr(player, "memory_size") and not is_measured else player.act
 
         def act_there(*inputs: Tensor | None) -> Any:
             if captures:  # what is on the CPU is pinned, and travels inside the graph
@@ -145,7 +138,7 @@ class Acting:
             return act(*(t if t is None else to_device(t, device) for t in inputs))
 
         if captures:
-            return self.updates.captured(act_there, reused=True)
+            return self.runner.captured(act_there, reused=True)
         return act if device.type == "cpu" else act_there  # on the CPU inputs are there already
 
     def on_host(self, values: Tensor) -> Tensor:
@@ -158,12 +151,12 @@ class Acting:
             return values if values.device.type == "cpu" else to_host(values, places=self._places)[0]
         values, health = to_host(values, self.metrics.health, places=self._places)
         if health != 0:
-            self.losses.update(self.metrics.look())
+            self.losses.update(self.metrics.fetch())
         return values
 
     def for_envs(self, actions: Tensor) -> Any:
         """Actions [N, A] as environments are given them: an array; or as they are, where those take tensors."""
-        return actions if self.tensors else self.on_host(actions).numpy()
+        return actions if self.uses_tensor_envs else self.on_host(actions).numpy()
 
 
 def example_inputs(run: Any, agent: Any) -> list[Tensor | None]:
@@ -173,13 +166,13 @@ def example_inputs(run: Any, agent: Any) -> list[Tensor | None]:
     the rest where the policy acts on-policy, as rollouts do.
     """
     num_envs, space, on_policy = run.args.num_envs, run.obs_space, hasattr(run.args, "num_steps")
-    where = run.player_device if on_policy or run.tensors else torch.device("cpu")
+    where = run.player_device if on_policy or run.uses_tensor_envs else torch.device("cpu")
     kind = torch.uint8 if space.dtype == np.uint8 else torch.float32
     shape = num_envs, *getattr(agent, "obs_shape", space.shape)
     inputs: list[Tensor | None] = [torch.zeros(shape, dtype=getattr(agent, "obs_dtype", kind), device=where)]
     inputs += [torch.zeros(num_envs, agent.memory_size, device=where)] if hasattr(agent, "memory_size") else []
     noise = agent.head.noise((num_envs,), torch.Generator().manual_seed(0))
-    inputs.append(noise.to(where) if run.tensors else noise)
+    inputs.append(noise.to(where) if run.uses_tensor_envs else noise)
     if not on_policy:
         return inputs
     masked = torch.ones(num_envs, run.mask_size, dtype=torch.bool, device=where) if run.mask_size else None

@@ -6,7 +6,7 @@
     Answer   trainer 1 → player       the weights to act with, if an update was due; losses, faults and signals
     State    trainer 1 → player 1     what else a checkpoint holds, at one
 
-A checkpoint has an Order of its own, as an evaluation may have to tell first if there is to be one. With `--max-lag 0`
+A checkpoint has an Order of its own, because an evaluation may decide whether one is due. With `--max-lag 0`
 a player waits for the Answer to its Order, with K it is up to K iterations ahead of it. After the last iteration an
 Order ends the trainers; after a fault, whoever has it tells the others, by Order, Ready or Answer.
 
@@ -33,12 +33,12 @@ from fabricrl.data import Replay
 from fabricrl.utils.checkpoint import save_shard
 from fabricrl.utils.decoupled import (
     ABORT,
+    KEEPALIVE,
     PATH_MAX,
     PLAYER,
     SAVE,
     STOP,
     TRAIN,
-    WAIT,
     Answer,
     Channel,
     EndedByPeerError,
@@ -49,11 +49,11 @@ from fabricrl.utils.decoupled import (
     Packet,
     Ready,
     State,
+    add_acting_generators,
     check_players,
     make_groups,
     player_device,
     trainer_device,
-    with_player,
 )
 from fabricrl.utils.ending import end_if_out_of_memory, is_communication_error, reason, report
 from fabricrl.utils.errors import LostPeerError, RunError, require
@@ -142,7 +142,7 @@ class Messages:
             self.load_weights(self.weights.bfloat16())
 
     def orders(self) -> dict[bool, Order]:
-        """By whether they are of many iterations."""
+        """The Order of each kind: False, of one iteration; True, of several."""
         return {bulk: Order(TRAIN, 0, 0, 0, False, False, False, data) for bulk, data in self._data.items()}
 
     def answer(self) -> Answer:
@@ -172,7 +172,7 @@ class Trainers:
         self.iteration, self.bulk, self.refill = 0, False, False
         self._held = 0  # iterations whose data wait
         self._spoke = 0.0  # when the last Order was sent
-        run.while_evaluating = self.keep_waiting
+        run.while_evaluating = self.send_keepalive
         self._messages: Messages | None = None
         self._lag = 0  # the most since the last log entry
         self._waited = self._passed = 0.0
@@ -196,8 +196,8 @@ class Trainers:
         self._orders = {bulk: Outbox(order, turns) for bulk, order in messages.orders().items()}
         self._answer, self._state = Packet(messages.answer()), Packet(messages.state(self.count))
         run.clock = Stopwatch("env", "act", "train", "comm", "wait_player", "log")
-        if run.records:
-            with run.rehearsal():  # acting, while trainers rehearse their updates
+        if run.needs_warmup:
+            with run.warmup():  # of acting, while trainers warm up their updates
                 pass
         ready = self.channel.receive(Packet(Ready()), self.first, self.iteration)
         if ready.code:
@@ -219,15 +219,16 @@ class Trainers:
         """
         run, max_lag = self.run, self.run.args.max_lag
         saves, logs = run.checkpoint_is_due, run.log_is_due
-        looks = saves or logs or hasattr(run.args, "num_steps")  # as a coupled run: after a rollout, or now and then
+        # As a coupled run fetches them: after a rollout, or now and then
+        wants_losses = saves or logs or hasattr(run.args, "num_steps")
         self._lag, self._held = max(self._lag, len(self.ahead)), self._held + 1
-        if bulk and not (due or looks) and self._messages is not None and self._held < self._messages.most:
+        if bulk and not (due or wants_losses) and self._messages is not None and self._held < self._messages.most:
             self.iteration += 1
             return
         run.clock.lap("train")
         self.collect(max(max_lag, 1) - 1)
         run.clock.lap("wait_player")
-        self.send(shares, bulk, answers=due or looks, looks=looks)
+        self.send(shares, bulk, answers=due or wants_losses, wants_losses=wants_losses)
         run.clock.lap("comm")
         self.collect(0 if run.is_last or saves or run.evaluation_is_due else max_lag)
         if logs:
@@ -246,12 +247,12 @@ class Trainers:
         self.iteration, self.bulk, self._held = self.iteration + 1, bulk, 0
         self._spoke = time.monotonic()
 
-    def keep_waiting(self) -> None:
-        """→ Order, to wait for the next: in a long evaluation, since trainers give up on a silent player."""
+    def send_keepalive(self) -> None:
+        """→ Order: keeps trainers from timing out during a long evaluation."""
         quarter = 15 * self.run.args.timeout  # of what they wait, in seconds
         if 0 < quarter < time.monotonic() - self._spoke:
             self._spoke = time.monotonic()
-            self._command(WAIT)
+            self._command(KEEPALIVE)
 
     def collect(self, most: int) -> None:
         """← Answer of the oldest iterations, until the player is `most` ahead."""
@@ -290,7 +291,7 @@ class Trainers:
             return
         state = self.channel.receive(self._state, self.first, iteration)
         self._messages.load(state.learned)
-        run.generators = with_player(state.generators, run.act_rng, run.args.seed, run.global_step)
+        run.generators = add_acting_generators(state.generators, run.act_rng, run.args.seed, run.global_step)
 
     def saved(self) -> None:
         """Goes on, once a checkpoint is written, with the weights that the player had before."""
@@ -408,9 +409,9 @@ class Player:
         if not order.answers:
             return
         run, messages, metrics = self.run, self._messages, {}
-        with run.together():
-            if order.looks or run.has_noted_much or not run.metrics.is_healthy():
-                metrics = run.metrics.look()
+        with run.failing_together():
+            if order.wants_losses or run.fetch_is_due or not run.metrics.is_healthy():
+                metrics = run.metrics.fetch()
         if self.speaks:
             noted = [metrics.get(tag, torch.zeros(0)) for tag in messages.metrics]
             losses = torch.tensor([[m.sum() for m in noted], [m.numel() for m in noted]]) if metrics else None
@@ -423,7 +424,7 @@ class Player:
         run = self.run
         generators = rank_generators(run.fabric, run.train_rng)
         if rb is not None and run.args.checkpoint_buffer:
-            with run.together():
+            with run.failing_together():
                 save_shard(self.folder / "checkpoints", order.step, run.fabric.global_rank, run.shard(rb))
         self.answer(order)
         if self.speaks:
@@ -463,7 +464,7 @@ class Player:
         """← Order of the first player."""
         self._bulk = self._next_bulk
         order = self._receive(self._orders[self._bulk][PLAYER])
-        while order.command == WAIT:
+        while order.command == KEEPALIVE:
             order = self._receive(self._orders[self._bulk][PLAYER])
         self._next_bulk = order.bulk
         return order
@@ -513,7 +514,7 @@ def telling(end: End, first_rank: int = PLAYER) -> Iterator[None]:
         end.tell(error.exit_code)
         raise EndedByPeerError(error.exit_code) from error
     except (RuntimeError, MemoryError) as error:
-        end_if_out_of_memory(error, end.run.given)
+        end_if_out_of_memory(error, end.run.global_args)
         if isinstance(error, MemoryError) or not is_communication_error(error):
             raise
         who = "trainer" if first_rank else "player"
@@ -567,7 +568,7 @@ def run_ranks(
         LostPeerError: another rank is gone, or silent for `--timeout` minutes; says which, and in which message.
     """
     args, fabric, players = run.args, run.fabric, run.args.players
-    with run.together():  # none leaves while another is still about to meet the rest
+    with run.failing_together():  # none leaves while another is still about to meet the rest
         check(args, max(fabric.world_size - players, 1))
     world, team, learners = make_groups(fabric, players, args.timeout)
     if fabric.global_rank < players:

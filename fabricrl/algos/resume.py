@@ -1,4 +1,4 @@
-"""The run that a run goes on with: `--resume auto`, ranks that agree on a checkpoint, and another number of ranks."""
+"""Resuming: finds the run for `--resume auto`, makes ranks agree on its checkpoint, adapts it to their number."""
 
 import dataclasses
 import json
@@ -61,15 +61,15 @@ def agreed(fabric: Fabric, state: dict[str, Any], path: Path | None, algo: str) 
                 state, path = load_checkpoint(first, algo) if first else ({}, None)
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"rank {fabric.global_rank} does not see what rank 0 goes on from: {error}"
+                    f"rank {fabric.global_rank} cannot read the checkpoint that rank 0 resumes from: {error}"
                 ) from error
     return state, path
 
 
-def go_on(
+def resume_together(
     fabric: Fabric, args: Any, state: dict[str, Any], path: Path | None, algo: str, auto: bool
 ) -> tuple[Any, dict[str, Any], dict[str, Any], Path | None]:
-    """Has all ranks go on from the same checkpoint, if there is one, each with its share of the run.
+    """Makes all ranks resume from the same checkpoint, if there is one, each with its share of the run.
 
     Args:
         state, path: the checkpoint that this rank has found; {} and None: it has found none.

@@ -35,7 +35,7 @@ from fabricrl.algos.command_line import parse
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.algos.names import command, run_name
 from fabricrl.algos.remarks import Remarks
-from fabricrl.algos.resume import go_on, newest_run
+from fabricrl.algos.resume import newest_run, resume_together
 from fabricrl.algos.underway import Underway
 from fabricrl.data import (
     DeviceRecurrentRolloutBuffer,
@@ -64,7 +64,7 @@ from fabricrl.utils.seeding import env_seeds, generators
 from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.update import Runner, check_compiler
 
-LOOK_EVERY = 1000  # notes of updates, or steps
+FETCH_EVERY = 1000  # notes of updates, or steps
 WORTH_A_WORD = 0.01  # of `total_timesteps`: fewer are not missed
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
@@ -90,13 +90,13 @@ class Run(Acting):
         spaces: of a single environment; obs_space, action_space: those that the agent knows; mask_size: of its action
             masks, 0 if there are none.
         masks: actions that are allowed after a reset, [N, mask_size], or None.
-        tensors: environments take and return tensors where the run trains, which leave it for logs alone.
+        uses_tensor_envs: environments take and return tensors where the run trains, which leave it for logs alone.
         storage: of what such environments return: the buffer of a rollout, or a replay buffer.
         state, path: the checkpoint that the run goes on from, or {} and None.
         global_step: environment steps of all ranks, at the end of the current iteration.
         act_rng, train_rng: generators of action noise and of training, different on every rank.
         device_rng: what updates draw from that sample for themselves: `train_rng`, or one on a GPU, see `draw_on`.
-        updates: compiles and captures updates.
+        runner: compiles and captures updates.
         metrics: of updates, until they are looked at.
         episodes, losses, clock: statistics for the log; charts: further ones for the next entry alone.
         generators: states for the next checkpoint, of all ranks; None: of those generators that this run has.
@@ -109,7 +109,7 @@ class Run(Acting):
     """
 
     trainers: Any = None
-    tensors = False
+    uses_tensor_envs = False
     storage: Any = None
 
     def __init__(
@@ -127,7 +127,7 @@ class Run(Acting):
         self.obs_space, self.action_space, self.mask_size, _ = self.spaces
         self.path: Path | None
         check_sizes(args, algo, self.obs_space, self.action_space)
-        self.tensors = takes_tensors(args)
+        self.uses_tensor_envs = takes_tensors(args)
         self.state, self.path = load_checkpoint(args.resume, algo) if args.resume else ({}, None)
         self.exit_code, self._iteration_steps = 0, 0
         self._is_last: bool | None = None  # undecided
@@ -138,12 +138,12 @@ class Run(Acting):
         self.team = self.fabric
         self._signals.can_save = True
         self.asked: dict[str, Any]
-        given = self.args
-        self.args, self.asked, self.state, self.path = go_on(self.fabric, given, self.state, self.path, algo, auto)
-        if self.args != given:
+        parsed, found = self.args, (self.state, self.path)
+        self.args, self.asked, self.state, self.path = resume_together(self.fabric, parsed, *found, algo, auto)
+        if self.args != parsed:
             check_sizes(self.args, algo, self.obs_space, self.action_space)
         self.global_step = self.first_step = self.state.get("global_step", 0)
-        self.given, self.losses = self.args, MeanMetrics()
+        self.global_args, self.losses = self.args, MeanMetrics()
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._parts: dict[str, Any] = {}
         self._modules: list[nn.Module] = []
@@ -172,7 +172,7 @@ class Run(Acting):
             print(f"--total-timesteps {args.total_timesteps} {text}", file=sys.stderr, flush=True)
         acts = args.player_device != "cuda" or fabric.device.type == "cuda"
         require(acts, "player_device", args.player_device, "cpu or auto where the run trains on the CPU")
-        acts = not self.tensors or args.player_device != "cpu" or fabric.device.type == "cpu"
+        acts = not self.uses_tensor_envs or args.player_device != "cpu" or fabric.device.type == "cpu"
         require(acts, "player_device", args.player_device, "cuda or auto where environments are tensors on a GPU")
         if self.state:
             check_batch(self.state, args, fabric.world_size)
@@ -188,7 +188,7 @@ class Run(Acting):
         """
         self.fabric, self.team, args = fabric, team or fabric, self.args
         players = self.team.world_size if self.trainers is not None else 1
-        self.all_envs = self.given.num_envs
+        self.all_envs = self.global_args.num_envs
         self._envs_here = self.all_envs // players
         self._first_env = self._envs_here * self.team.global_rank if self.trainers is not None else 0
         self.episodes = EpisodeStatistics(args.num_envs, info_keys(args))
@@ -196,10 +196,10 @@ class Run(Acting):
         self.act_rng, self.train_rng = generators(args.seed, rank, self.first_step)
         self.device_rng = self.train_rng
         graphs = fabric.device.type == "cuda" and args.cuda_graphs
-        self.updates = Runner(args.compile, graphs, self._modules, self._optimizers, [self.train_rng])
-        if self.tensors:
+        self.runner = Runner(args.compile, graphs, self._modules, self._optimizers, [self.train_rng])
+        if self.uses_tensor_envs:
             self.draw_on(fabric.device)
-            self.updates.generators.append(self.act_rng)
+            self.runner.generators.append(self.act_rng)
         self.metrics = UpdateMetrics(self._optimizers)
         self.act_on(torch.device("cpu") if args.player_device == "cpu" else fabric.device)
 
@@ -210,7 +210,7 @@ class Run(Acting):
             ConfigError: what has gone wrong is that there is too little memory.
         """
         if error is not None:
-            end_if_out_of_memory(error, self.given)
+            end_if_out_of_memory(error, self.global_args)
         self._contexts.close()
         if kind is None and self._envs is not None:
             self._envs.close()
@@ -231,19 +231,19 @@ class Run(Acting):
         Players that have to see what all do share theirs.
         """
         videos = self._made_folder().videos
-        with self.together():
+        with self.failing_together():
             own, masked = SimpleNamespace(**vars(self.args) | {"num_envs": self._envs_here}), self.mask_size > 0
             place = self.team.global_rank, videos, masked, self._first_env, self.fabric.device
             envs = self._envs = make_envs(own, *place)
-            if self.tensors:
+            if self.uses_tensor_envs:
                 keys = info_keys(self.args)
                 self._underway = Underway(self.fabric, envs.env, self.args.num_envs, len(keys))  # type: ignore[attr-defined]
-                self.updates.tensors += self._underway.tensors()
+                self.runner.tensors += self._underway.tensors()
             if self.team.world_size > self.fabric.world_size:
                 resumed, keys = self.args.resume is not None, info_keys(self.args)
                 self._envs = SharedEnvs(envs, self.team, resumed, self.mask_size, keys)
             if self.args.eval_every > 0:
-                self._evaluation = Evaluation(self.given, self.algo, self.team, envs, masked)
+                self._evaluation = Evaluation(self.global_args, self.algo, self.team, envs, masked)
         return self._envs
 
     @property
@@ -266,7 +266,7 @@ class Run(Acting):
         """Storage for this rank's rollouts, of a policy that may remember: in memory, or where environments are."""
         args, device, memory = self.args, self.fabric.device, getattr(agent, "memory_size", None)
         shape = args.num_steps, args.num_envs, self.obs_space, agent.head.num_actions, agent.head.dtype
-        if self.tensors:
+        if self.uses_tensor_envs:
             told = {"skips": self.skips, "num_keys": len(info_keys(args)), "device": device}
             kind: Any = DeviceRolloutBuffer
             if memory is not None:
@@ -295,9 +295,9 @@ class Run(Acting):
 
     def _made_folder(self) -> RunFolder:
         if self._folder is None:
-            name = run_name(self.given, self.algo)
+            name = run_name(self.global_args, self.algo)
             start = self.path, self.first_step, self.asked
-            self._folder = RunFolder(self.team, self.given, self.algo, name, *start)
+            self._folder = RunFolder(self.team, self.global_args, self.algo, name, *start)
         return self._folder
 
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
@@ -322,12 +322,12 @@ class Run(Acting):
         """Names the modules and optimizers that checkpoints hold, and loads their state if the run resumes one."""
         self._parts |= parts
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
-        acts_in_rollouts = self._envs is not None and hasattr(self.args, "num_steps") and not self.tensors
+        acts_in_rollouts = self._envs is not None and hasattr(self.args, "num_steps") and not self.uses_tensor_envs
         if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and acts_in_rollouts:
             self.act_on(faster_device(self, parts["agent"]))  # weights move once a rollout
         if not self.state:
             return
-        with self.together(), reading(self.path):
+        with self.failing_together(), reading(self.path):
             if self._scaler is not None and "scaler" in self.state:
                 self._scaler.load_state_dict(self.state["scaler"])
             for name, part in parts.items():
@@ -351,14 +351,14 @@ class Run(Acting):
         assert self._folder is not None
         args, rank = self.args, self.fabric.global_rank
         if self.state:
-            with self.together(), reading(self.path):
+            with self.failing_together(), reading(self.path):
                 self.episodes.load_state_dict(self.state["episodes"])
                 self.restore_generators()
                 if (self.state["args"].get("eval_every", 0) > 0) == (self.args.eval_every > 0):  # of the same measure
                     self._folder.best_return = self.state["best_return"]
                     self._is_last = True if self._folder.has_stopped else None
         self._folder.start()
-        with self.together():
+        with self.failing_together():
             seeds: Any = env_seeds(args.seed, rank, args.num_envs, self.first_step)  # Gymnasium's types know no list
             obs, infos = self._envs.reset(seed=seeds)
             if not _are_finite(obs):
@@ -382,33 +382,33 @@ class Run(Acting):
     # --- running updates
 
     @property
-    def records(self) -> bool:
+    def needs_warmup(self) -> bool:
         """True if updates are compiled or captured, which happens before the clock starts."""
-        return self.updates.records
+        return self.runner.needs_warmup
 
     @property
     def captures(self) -> bool:
         """True if updates are captured as CUDA graphs, of which one is made for every kind of arguments."""
-        return self.updates.captures
+        return self.runner.captures
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """An update as one program with `--compile`, else as it is."""
-        return self.updates.compiled(function)
+        return self.runner.compiled(function)
 
     def captured(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Training as one CUDA graph on a GPU, else as it is."""
-        return self.updates.captured(function)
+        return self.runner.captured(function)
 
     @contextmanager
-    def rehearsal(self, *rollouts: Callable[[], None]) -> Iterator[None]:
-        """Has updates inside compiled and captured, and acting, and then undoes all that they have changed and noted.
+    def warmup(self, *rollouts: Callable[[], None]) -> Iterator[None]:
+        """Compiles and captures the updates inside, and acting, before the clock starts; then undoes what they changed.
 
-        `rollouts`: of all kinds, which are rehearsed as a whole where environments are tensor code.
+        `rollouts`: of all kinds, which are captured as a whole where environments are tensor code.
         """
-        with self.updates.rehearsal():
-            if self.tensors and self._envs.env.is_code:
+        with self.runner.restoring_state():
+            if self.uses_tensor_envs and self._envs.env.is_code:
                 for rollout in rollouts:
-                    with self.updates.rehearsal():
+                    with self.runner.restoring_state():
                         rollout()
             elif self._envs is not None:
                 agent = self._parts["agent"]
@@ -420,9 +420,12 @@ class Run(Acting):
             agent.reward_normalizer.discounted = None
         self.metrics.forget()
 
-    def numbers(self, *values: float) -> tuple[Any, ...]:
-        """Coefficients that vary, as scalar tensors where updates are recorded: a recording freezes plain numbers."""
-        if not self.records:
+    def coefs(self, *values: float) -> tuple[Any, ...]:
+        """Annealed coefficients: as they are, or as scalar tensors for updates that are compiled or captured.
+
+        A recording would freeze floats.
+        """
+        if not self.needs_warmup:
             return values
         return tuple(torch.full((), value, device=self.fabric.device) for value in values)
 
@@ -434,7 +437,7 @@ class Run(Acting):
         """Makes `device_rng` a generator of this device, with a seed of its own on every rank; before any recording."""
         if device.type != "cpu" and self.device_rng is self.train_rng:
             self.device_rng = torch.Generator(device).manual_seed(self.train_rng.initial_seed())
-            self.updates.generators.append(self.device_rng)
+            self.runner.generators.append(self.device_rng)
 
     # --- in the loop
 
@@ -453,8 +456,8 @@ class Run(Acting):
         return self._is_last
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """A RunError inside, on any rank, ends all ranks with its exit code; signals are agreed on at the same time."""
+    def failing_together(self) -> Iterator[None]:
+        """Ends all ranks with one exit code if a RunError is raised inside on any; agrees on signals as well."""
         fault: RunError | None = None
         try:
             yield
@@ -471,9 +474,9 @@ class Run(Acting):
         if fault is not None:
             raise fault
 
-    def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
+    def add_metrics(self, tags: tuple[str, ...], metrics: Tensor) -> None:
         """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
-        self.metrics.note(tags, metrics)
+        self.metrics.add(tags, metrics)
 
     def count(self, rewards: Any, ends: Any, infos: dict[str, Any]) -> None:
         """Notes one step for the statistics of episodes: its rewards, and which episodes end with it, [N]."""
@@ -482,7 +485,7 @@ class Run(Acting):
         else:
             self._underway.episodes.add(rewards, ends, infos)
 
-    def observe(self, agent: Any, rb: RolloutBuffer) -> None:
+    def update_normalizer(self, agent: Any, rb: RolloutBuffer) -> None:
         """Adds what all ranks have seen in a rollout to the agent's running statistics, if it has any.
 
         The first rollout's belong before its losses. Its actions have been taken without statistics; they hardly depend
@@ -499,10 +502,10 @@ class Run(Acting):
             NonFiniteError: a metric or a parameter is not finite.
         """
         summary = None
-        with self.together():
+        with self.failing_together():
             if self._underway is not None:
                 summary = self._underway.summary(self.storage)
-            self.losses.update(self.metrics.look())
+            self.losses.update(self.metrics.fetch())
         if summary is None:
             self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
         else:
@@ -521,10 +524,10 @@ class Run(Acting):
         if self.team.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
         looks = self._underway is not None and self._underway.note_step()
-        if looks or self.has_noted_much or self.log_is_due or self.checkpoint_is_due:
+        if looks or self.fetch_is_due or self.log_is_due or self.checkpoint_is_due:
             self._count_steps()
-            with self.together():
-                self.losses.update(self.metrics.look())
+            with self.failing_together():
+                self.losses.update(self.metrics.fetch())
         self.clock.lap("comm")
         self._advance()
 
@@ -537,8 +540,8 @@ class Run(Acting):
         if self._underway is None:
             self.episodes.flush(self.fabric, self._take_infos())
             return
-        with self.together():
-            summary = self._underway.noted(self.storage)
+        with self.failing_together():
+            summary = self._underway.take_summary(self.storage)
         self.episodes.add_summary(self.fabric, summary)
 
     def _take_infos(self) -> np.ndarray | None:
@@ -546,9 +549,9 @@ class Run(Acting):
         return None if self._envs is None else self._envs.take_episode_infos()  # type: ignore[attr-defined]
 
     @property
-    def has_noted_much(self) -> bool:
+    def fetch_is_due(self) -> bool:
         """True if enough updates or steps have been noted to be worth a look."""
-        return max(self.metrics.noted, self.episodes.noted) >= LOOK_EVERY
+        return max(self.metrics.num_pending, self.episodes.num_pending) >= FETCH_EVERY
 
     def _advance(self) -> None:
         assert self._folder is not None
@@ -575,7 +578,7 @@ class Run(Acting):
         if self._evaluation is None or not self.evaluation_is_due:
             return
         self._evaluated_step = self.global_step
-        with self.together():
+        with self.failing_together():
             played = self._evaluation.play(agent, self.global_step, self._signals, self.while_evaluating)
         if self.exit_code > 0:
             self._is_last = True

@@ -44,14 +44,14 @@ class Underway:
         self._noted += 1
         return self._noted == MOST_NOTED
 
-    def noted(self, rb: TensorReplayBuffer) -> Tensor:
+    def take_summary(self, rb: TensorReplayBuffer) -> Tensor:
         """The episodes that have ended since the last call, as `DeviceEpisodes.summary` tells of them, on the CPU.
 
         Raises:
             NonFiniteError: an environment has brought NaN or infinity.
         """
         steps, self._noted = self._noted, 0
-        return self._finite(self.episodes.noted(steps), rb)
+        return self._finite(self.episodes.take_summary(steps), rb)
 
     def summary(self, rb: DeviceRolloutBuffer) -> Tensor:
         """The episodes that have ended in a rollout, as `DeviceEpisodes.summary` tells of them, on the CPU.

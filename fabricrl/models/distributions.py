@@ -45,7 +45,9 @@ class CategoricalHead(nn.Module):
     def mode(self, params: Tensor, masks: Tensor | None = None) -> Tensor:
         return self._logits(params, masks).argmax(-1)
 
-    def evaluate(self, params: Tensor, actions: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def logprob_and_entropy(
+        self, params: Tensor, actions: Tensor, masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """log π(a) = Σ_i log softmax(logits_i)[a_i] and H = −Σ_i Σ_k p_ik log p_ik, both [*]."""
         log_probs = F.log_softmax(self._logits(params, masks), dim=-1)  # [*, A, most]
         chosen = log_probs.gather(-1, actions[..., None])
@@ -93,7 +95,9 @@ class BernoulliHead(nn.Module):
     def mode(self, params: Tensor, masks: Tensor | None = None) -> Tensor:
         return (self._logits(params, masks) > 0).float()
 
-    def evaluate(self, params: Tensor, actions: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def logprob_and_entropy(
+        self, params: Tensor, actions: Tensor, masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """log π(a) = Σ_i a_i l_i − log(1 + e^l_i) and H = Σ_i log(1 + e^l_i) − l_i σ(l_i), both [*]."""
         params = self._logits(params, masks)
         softplus = F.softplus(params)
@@ -137,7 +141,9 @@ class NormalHead(nn.Module):
     def mode(self, params: Tensor, masks: Tensor | None = None) -> Tensor:
         return params
 
-    def evaluate(self, params: Tensor, actions: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def logprob_and_entropy(
+        self, params: Tensor, actions: Tensor, masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """log π(a) = Σ_i −z_i²/2 − log σ_i − log √2π with z = (a − μ)/σ, and H = Σ_i 1/2 + log √2π + log σ_i; [*]."""
         z = (actions - params) * (-self.log_std).exp()
         log_scale = self.log_std.sum()

@@ -27,7 +27,7 @@ from fabricrl.utils.process import PLACE
 from fabricrl.utils.seeding import generators
 
 PLAYER = 0  # the rank of the only player, or of the first of several, who leads
-TRAIN, STOP, ABORT, WAIT, SAVE = 0, 1, 2, 3, 4  # what the player commands
+TRAIN, STOP, ABORT, KEEPALIVE, SAVE = 0, 1, 2, 3, 4  # what the player commands
 PATH_MAX = 4096  # bytes of a path
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
@@ -55,12 +55,12 @@ class Order(NamedTuple):
     The first player alone sends other commands.
     """
 
-    command: int  # TRAIN, STOP, ABORT, WAIT for the next Order, or SAVE: a State is awaited, for a checkpoint
+    command: int  # TRAIN, STOP, ABORT, KEEPALIVE for the next Order, or SAVE: a State is awaited, for a checkpoint
     code: int  # exit code to end with
     iteration: int  # of the run, from 0
     step: int  # environment steps so far
     answers: bool  # an Answer is awaited
-    looks: bool  # with the losses since the last look
+    wants_losses: bool  # with the losses since the last look
     bulk: bool  # the next Order has the record of many iterations
     data: Any  # the script's record
 
@@ -101,8 +101,8 @@ class EndedByPeerError(RunError):
 
 
 class Group:
-    """Some of the ranks, as what is written for all of them sees Fabric: the players or the trainers as a world of
-    their own, or one rank alone.
+    """A subset of the ranks with Fabric's interface, so that code written for all ranks also runs on the players or
+    the trainers alone, or on one rank.
 
     `setup` leaves gradients to `average_gradients`, which averages them over the group; `all_reduce` sums over it. All
     else is Fabric's: precision, backward, optimizers.
@@ -343,11 +343,11 @@ def player_device(args: Any, fabric: Fabric) -> torch.device:
     return fabric.device if args.player_device == "auto" else torch.device(args.player_device)
 
 
-def with_player(states: Tensor, act_rng: torch.Generator, seed: int, global_step: int) -> Tensor:
-    """Generators as coupled scripts store them: those that act, train, and torch's own, of each of their ranks.
+def add_acting_generators(states: Tensor, act_rng: torch.Generator, seed: int, global_step: int) -> Tensor:
+    """Generators as a coupled run stores them, [K, 3, bytes]: of acting, of training, and torch's own, of each rank.
 
-    `states` [K, 2, bytes] are the trainers'; the first player is the first one's other half. Its generator draws the
-    noise of all players' environments.
+    `states` [K, 2, bytes] are the trainers', which do not act; rank 0's acting generator is the player's, and draws the
+    noise of all environments.
     """
     acting = [generators(seed, rank, global_step)[0].get_state() for rank in range(len(states))]
     acting[0] = act_rng.get_state()

@@ -89,7 +89,7 @@ class EpisodeStatistics:
         self._steps.append((rewards.copy(), dones))
 
     @property
-    def noted(self) -> int:
+    def num_pending(self) -> int:
         """Steps noted since the last flush."""
         return len(self._steps)
 
@@ -164,7 +164,7 @@ class DeviceEpisodes:
             column.index_copy_(0, self._count, values[None])
         self._count += 1
 
-    def noted(self, steps: int) -> Tensor:
+    def take_summary(self, steps: int) -> Tensor:
         """`summary` of the steps noted since the last call, which the caller has counted."""
         self._count.zero_()
         return self.summary(self._rewards[:steps], self._ends[:steps], self._skipped[:steps], self._infos[:steps])
@@ -245,11 +245,11 @@ class UpdateMetrics:
         self.health: Tensor | None = None
 
     @property
-    def noted(self) -> int:
+    def num_pending(self) -> int:
         """Number of updates noted since the last look, or of groups of them."""
         return sum(map(len, self._noted.values()))
 
-    def note(self, tags: tuple[str, ...], metrics: Tensor) -> None:
+    def add(self, tags: tuple[str, ...], metrics: Tensor) -> None:
         """Keeps the metrics of one update [tags], or of several [K, tags].
 
         Raises:
@@ -272,7 +272,7 @@ class UpdateMetrics:
         """Tells if all that was watched was finite; this waits for a GPU."""
         return self.health is None or not to_host(self.health)[0].item()
 
-    def look(self) -> dict[str, Tensor]:
+    def fetch(self) -> dict[str, Tensor]:
         """Returns the metrics noted since the last call, [K] under each tag, on the CPU; this waits for a GPU.
 
         Raises:

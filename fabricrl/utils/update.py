@@ -92,12 +92,12 @@ class Runner:
         return self.captured(take_steps) if recorded else take_steps
 
     @property
-    def records(self) -> bool:
+    def needs_warmup(self) -> bool:
         """True if anything is compiled or captured."""
         return self._compile or self.captures
 
     @contextlib.contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def restoring_state(self) -> Iterator[None]:
         """Restores parameters, buffers, moments and generators after the block, which leaves no trace."""
         for optimizer in self._optimizers:
             optimizer.follow()
@@ -136,7 +136,7 @@ class Runner:
         from torch._inductor import compile as inductor  # here, as it takes a second and few runs need it
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        with self.rehearsal(), recording():
+        with self.restoring_state(), recording():
             graph = make_fx(lambda *tensors: function(tensors))(*inputs)
         state = _lift_state(graph)
         with torch.no_grad():
@@ -158,11 +158,11 @@ class Runner:
         for generator in self.generators:
             if generator.device.type == "cuda":
                 graph.register_generator_state(generator)
-        with self.rehearsal():
+        with self.restoring_state():
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):  # allocates, chooses kernels, compiles
-                    with self.rehearsal():  # each begins where the first did: what it stores is in nobody's way
+                    with self.restoring_state():  # each begins where the first did: what it stores is in nobody's way
                         function(held)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):

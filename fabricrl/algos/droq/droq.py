@@ -19,7 +19,7 @@ from torch import Tensor
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.droq.loss import actor_loss, alpha_loss, critic_loss, td_target
-from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_replay
+from fabricrl.algos.off_policy.utils import SampleAndTrain, make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, rollout, setup
 from fabricrl.utils import average_gradients, frozen, polyak_update
@@ -90,7 +90,7 @@ def train(
     """
     agent: Any = learner.agent
     size, rng = run.args.batch_size, run.device_rng
-    *batches, last = agent.prepared(batches, rng)
+    *batches, last = agent.prepare_batches(batches, rng)
     *noises, last_noise = agent.head.noise((len(batches) + 1, size), rng)  # [K + 1, B, A]
     critic_metrics = []
     for batch, noise in zip(batches, noises, strict=True):
@@ -101,22 +101,22 @@ def train(
     return metrics | ({CRITIC_METRICS: torch.stack(critic_metrics)} if critic_metrics else {})
 
 
-def shares(count: int, steps: int) -> list[int]:
-    """Shares of `count` critic updates that environment steps get, as even as can be."""
+def spread_updates(count: int, steps: int) -> list[int]:
+    """Divides `count` critic updates among `steps` environment steps, as evenly as possible."""
     return [count * (i + 1) // steps - count * i // steps for i in range(steps)]
 
 
-def make_updates(run: Run, learner: Learner, rb: Any) -> Updates:
-    """Training on batches that are drawn from the buffer: as it is, or compiled and captured."""
+def make_sample_and_train(run: Run, learner: Learner, rb: Any) -> SampleAndTrain:
+    """Makes the function that draws batches and trains on them: as it is, or compiled and captured."""
     step_critics = run.compiled(partial(update_critics, run, learner))
     step_actor = run.compiled(partial(update_actor, run, learner))
-    update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor))
-    if run.records:
+    sample_and_train = SampleAndTrain(run, rb, partial(train, run, learner, step_critics, step_actor))
+    if run.needs_warmup:
         play = partial(rollout, run, learner.agent, run.envs, rb)
-        with run.rehearsal(partial(play, explores=True), partial(play, explores=False)):
+        with run.warmup(partial(play, explores=True), partial(play, explores=False)):
             for count in {math.floor(run.args.replay_ratio), math.ceil(run.args.replay_ratio)}:  # updates a step
-                update(count + 1)
-    return update
+                sample_and_train(count + 1)
+    return sample_and_train
 
 
 def main() -> int:
@@ -137,7 +137,7 @@ def main() -> int:
         restore_replay(run, rb, schedule)
 
         # --- Start
-        update = make_updates(run, learner, rb)
+        sample_and_train = make_sample_and_train(run, learner, rb)
         rb.start(run.reset())
 
         for step in run.iterations(args.num_envs):
@@ -147,12 +147,12 @@ def main() -> int:
                 agent.obs_normalizer.update(run.to_device(rb.newest_vectors()), run.fabric)
 
             # 2. Sample
-            steps = min(max(run.global_step - schedule.starts, 0), run.global_step - step)  # that updates are due for
-            _, count = schedule.take(run.global_step)
+            steps = schedule.steps_due(step, run.global_step)
+            _, count = schedule.take(run.global_step)  # critic updates, each of which draws a batch
 
             # 3. Update
-            for updates in shares(count, steps):
-                update(updates + 1)  # batches, which it draws
+            for num_updates in spread_updates(count, steps):
+                sample_and_train(num_updates + 1)  # the last batch is the actor's
             run.clock.lap("train")
 
             # 4. Log

@@ -17,15 +17,15 @@ Everything but the update is SAC's. Shapes as in droq.py.
 from fabricrl.algos.decoupled import Player, Trainers, checked, run_ranks
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQDecoupledArgs
-from fabricrl.algos.droq.droq import make_updates, rollout, setup, shares
-from fabricrl.algos.off_policy.decoupled import check_division, divide, divided, store
+from fabricrl.algos.droq.droq import make_sample_and_train, rollout, setup, spread_updates
+from fabricrl.algos.off_policy.decoupled import check_division, divide, store, take_share_of_args
 from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.sac_decoupled import make_messages
 
 
 def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
-    """droq.py's main(), whose line `train(...)` is messages."""
+    """main() of droq.py, with the updates replaced by messages to the trainers."""
     with run:
         # --- Schedule and buffer
         schedule = make_schedule(run)
@@ -53,12 +53,12 @@ def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
                 agent.obs_normalizer.update(run.to_device(rb.newest_vectors()), run.fabric)
 
             # 2. Sample
-            steps = min(max(run.global_step - schedule.starts, 0), run.global_step - step)  # that updates are due for
-            _, count = schedule.take(run.global_step)
+            steps = schedule.steps_due(step, run.global_step)
+            _, count = schedule.take(run.global_step)  # critic updates, each of which draws a batch
 
             # 3. Update
-            orders = divide(rb, agent, trainers, (count, steps))
-            trainers.train(orders, steps > 0, schedule.explores(run.global_step))  # → Order, ← Answer
+            shares = divide(rb, agent, trainers, (count, steps))
+            trainers.train(shares, steps > 0, schedule.explores(run.global_step))  # → Order, ← Answer
             run.clock.lap("train")
 
             # 4. Log
@@ -77,7 +77,7 @@ def player(args: DroQDecoupledArgs, run: Run, trainers: Trainers) -> int:
 
 def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
     """The lines of droq.py's main() that sample and update, for as long as the player wants them."""
-    args = divided(run)
+    args = take_share_of_args(run)
 
     # --- Agent and optimizers
     agent = make_agent(args, run.env_spaces)
@@ -89,7 +89,7 @@ def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
     folder = player.meet(make_messages(run, learner))  # ← Hello
     rb = make_buffer(run, folder)
     refill = restore_replay(run, rb)
-    update = make_updates(run, learner, rb)
+    sample_and_train = make_sample_and_train(run, learner, rb)
 
     for order in player.orders(rb, refill):  # → Ready, ← Order
         store(rb, agent, order.data)
@@ -98,8 +98,8 @@ def trainer(args: DroQDecoupledArgs, run: Run, player: Player) -> None:
         count, steps = order.data.due
 
         # 3. Update
-        for updates in shares(count, steps):
-            update(updates + 1)  # batches, which it draws
+        for num_updates in spread_updates(count, steps):
+            sample_and_train(num_updates + 1)  # the last batch is the actor's
 
         # 4. Log, 5. Checkpoint
         player.answer(order)  # → Answer; State where a checkpoint is due

@@ -26,7 +26,7 @@ class Steps(NamedTuple):
     Without steps `next_obs` [0] are the observations that the environments start from.
     """
 
-    due: tuple[int, int]  # updates, as the script counts them
+    due: tuple[int, int]  # SAC: number of the first update, and how many; DroQ: how many, over how many steps
     filled: int  # how many of the S steps are there
     normalizer: dict[str, Tensor]  # running statistics of observations, if there are any
     actions: Tensor  # [S, n, A]
@@ -53,14 +53,14 @@ class Steps(NamedTuple):
 def declare_steps(run: Run, agent: Any, count: int) -> Steps:
     """`count` steps of the environments that a player and a trainer share, in names, shapes and types."""
     trainers = run.fabric.world_size if run.trainers is None else run.trainers.count
-    num_envs = run.given.num_envs // (run.given.players * trainers)
+    num_envs = run.global_args.num_envs // (run.global_args.players * trainers)
     rb = NewestSteps(count, num_envs, run.obs_space, agent.head.num_actions)
     columns = rb.steps | {"final_obs": Rows(rb.steps["final_obs"].flatten(0, 1))}
     return Steps((0, 0), 0, normalizer_state(agent), **columns)  # type: ignore[arg-type]
 
 
 def divide(rb: Replay, agent: Any, trainers: Trainers, due: tuple[int, int] = (0, 0)) -> Iterator[Steps]:
-    """The waiting steps for each trainer, with its environments side by side; they have been sent then."""
+    """Yields each trainer's share of the waiting steps, and then forgets them."""
     assert isinstance(rb, NewestSteps)
     own, size = trainers.run.own_envs, BLOCK if trainers.bulk else 1
     envs = (own.stop - own.start) // trainers.count
@@ -103,8 +103,8 @@ def check_division(args: Any, count: int) -> None:
     require(rows >= args.batch_size, "buffer_size", args.buffer_size, f"such that {rows} is at least batch-size")
 
 
-def divided(run: Run) -> Any:
-    """The arguments of a trainer, with its share of environments, buffer and batch; its run goes by them from here.
+def take_share_of_args(run: Run) -> Any:
+    """Replaces `run.args` by this trainer's share of environments, buffer and batch, and returns it.
 
     Raises:
         ConfigError: the buffers of this machine's trainers do not fit into its memory.
@@ -113,6 +113,6 @@ def divided(run: Run) -> Any:
     envs = args.num_envs // count
     rows = args.buffer_size // args.num_envs  # of each environment, as many as with any other number of trainers
     run.args = replace(args, num_envs=envs, buffer_size=rows * envs, batch_size=args.batch_size // count)
-    with run.together():
+    with run.failing_together():
         check_buffer(run)
     return run.args

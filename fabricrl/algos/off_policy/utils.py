@@ -23,7 +23,7 @@ from fabricrl.utils.ranks import all_max
 from fabricrl.utils.records import Records
 
 SHARE = 0.5  # of a GPU's free memory that a replay buffer takes at most unless it is told to
-IN_A_GRAPH = 64  # updates, times the numbers that a first one may have
+MAX_CAPTURED = 64  # updates in all graphs together
 BLOCK = 64  # steps of exploration that travel together
 
 
@@ -35,7 +35,7 @@ def make_schedule(run: Run) -> "UpdateSchedule":
         CheckpointError: the temperature was learned in the run that is resumed, and is fixed here, or the other way.
     """
     args = run.args
-    with run.together():
+    with run.failing_together():
         if isinstance(args, EntropyArgs) and run.state and run.state["args"]["autotune"] != args.autotune:
             there, here = ("fixed", "learned") if args.autotune else ("learned", "fixed")
             raise CheckpointError(f"--autotune: the temperature was {there} in the checkpoint and is {here} now")
@@ -53,7 +53,7 @@ def check_buffer(run: Run) -> None:
     if not args.buffer_memmap and not on_gpu:
         record = record_type(run.obs_space, _num_actions(run), has_implicit_next(run))
         advice = "--buffer-memmap keeps the buffer on disk"
-        if run.tensors:
+        if run.uses_tensor_envs:
             advice = "a smaller one may fit"
         elif not has_implicit_next(run):
             advice += ", --implicit-next-obs takes less"
@@ -77,18 +77,18 @@ def buffer_device(run: Run) -> tuple[torch.device | None, str]:
     images = isinstance(run.obs_space, Records)
     require(not (asked and images), "buffer_device", "cuda", "cpu or auto with images, each of which memory holds once")
     in_memory = args.buffer_device == "cpu" or device.type != "cuda"
-    clash = run.tensors and in_memory and device.type == "cuda"
+    clash = run.uses_tensor_envs and in_memory and device.type == "cuda"
     require(not clash, "buffer_device", "cpu", "cuda or auto where environments are tensors on a GPU")
     if in_memory or args.buffer_memmap or has_implicit_next(run):
         return None, ""
     need = (args.buffer_size + args.num_envs) * record_type(run.obs_space, _num_actions(run), False).itemsize
     free = torch.cuda.mem_get_info(device)[0]
     figures = f"{need / GIB:.2f} GiB of the {free / GIB:.2f} GiB that are free on {device}"
-    if need > free and run.tensors:
+    if need > free and run.uses_tensor_envs:
         raise ConfigError(f"--buffer-size is {args.buffer_size}: the buffer would take {figures}")
     if need > free and asked:
         raise ConfigError(f"--buffer-device is cuda: the buffer would take {figures}; cpu keeps it in memory")
-    if need > SHARE * free and not asked and not run.tensors:
+    if need > SHARE * free and not asked and not run.uses_tensor_envs:
         return None, f", as it would take {figures}; --buffer-device cuda puts it there all the same"
     return device, ""
 
@@ -106,12 +106,12 @@ def make_buffer(run: Run, folder: Path | None = None) -> Replay:
     if run.trainers is not None:
         return NewestSteps(BLOCK, *shape, args.frame_stack)
     rb: Replay
-    with run.together():
+    with run.failing_together():
         device, why_not = buffer_device(run)
         settings = args.buffer_size, *shape, args.gamma, args.n_step
-        if run.tensors:
+        if run.uses_tensor_envs:
             rb = run.storage = TensorReplayBuffer(*settings, run.fabric.device)
-            run.updates.tensors += rb.tensors()
+            run.runner.tensors += rb.tensors()
         elif device is not None:
             rb = DeviceReplayBuffer(*settings, device)
         else:
@@ -129,12 +129,12 @@ def _num_actions(run: Run) -> int:
     return int(np.prod(run.action_space.shape))
 
 
-class Updates:
-    """Training on batches that are drawn for it: on a GPU one CUDA graph, in which a buffer that lies there is sampled.
+class SampleAndTrain:
+    """Draws batches and trains on them: on a GPU as one CUDA graph, the sampling included if the buffer is there.
 
     Args:
-        train: a function (batches [K, B, ...], plan) → metrics by their tags, which `run.note` takes.
-        period: updates after which what an update consists of repeats itself.
+        train: a function (batches [K, B, ...], plan) → metrics by their tags.
+        period: updates after which the pattern of target and actor updates repeats.
     """
 
     def __init__(
@@ -145,20 +145,20 @@ class Updates:
         self._on_batches = run.captured(self._watched)
         due = Fraction(str(run.args.replay_ratio)) * run.args.num_envs * run.fabric.world_size
         counts = {math.floor(due), math.ceil(due)} if run.captures else set()  # an iteration's
-        self._counts = {1} | {count for count in counts if 0 < count * period <= IN_A_GRAPH}
+        self._counts = {1} | {count for count in counts if 0 < count * period <= MAX_CAPTURED}
 
     def __call__(self, count: int, *plan: Any) -> None:
-        """Draws K batches, trains on them as planned, and notes the metrics."""
+        """Draws K batches, trains on them as planned, and keeps the metrics for the log."""
         run = self._run
         if isinstance(self._rb, DeviceReplayBuffer):
             metrics = self._on_device(count, *plan)
         else:
             metrics = self._on_batches(self._sample(count, run.train_rng).to(run.fabric.device), *plan)
         for tags, values in metrics.items():
-            run.note(tags, values)
+            run.add_metrics(tags, values)
 
     def kinds(self) -> Iterator[tuple[int, int]]:
-        """Number of a first update and how many are made at once, of every kind that a run makes: to be rehearsed."""
+        """Yields (first, count) for each kind of call that a run makes, for the warm-up."""
         yield from ((first, count) for count in self._counts for first in range(1, min(self._period, 1000) + 1))
 
     def parts(self, first: int, count: int) -> Iterator[tuple[int, int]]:
@@ -187,7 +187,7 @@ def restore_replay(run: Run, rb: Replay, schedule: "UpdateSchedule | None" = Non
     """
     refill = False
     if run.state and run.path:
-        with run.together(), reading(run.path):
+        with run.failing_together(), reading(run.path):
             refill = not restore_buffer(run, rb) if run.trainers is None else run.trainers.refill
             if schedule is not None:
                 schedule.load_state_dict(run.state["schedule"], run.global_step, refill)
@@ -279,13 +279,20 @@ class UpdateSchedule:
         self.done = max(self.done, self.before + int(self.ratio * max(step - self.starts, 0)))
         return first, self.done + 1 - first
 
+    def steps_due(self, before: int, now: int) -> int:
+        """Number of environment steps after `before`, up to `now`, for which updates are due."""
+        return min(max(now - self.starts, 0), now - before)
+
     def state_dict(self) -> dict[str, Any]:
         counters = {"starts": self.starts, "before": self.before, "done": self.done}
         return counters | {"least": self.least, "ratio": self.args.replay_ratio}
 
     def load_state_dict(self, state: dict[str, Any], step: int, refill: bool) -> None:
-        """Goes on after `step` steps; from anew, without catching up, if the buffer is to be filled first or the ratio
-        is another one. Before the first update, another `learning_starts` counts."""
+        """Continues after `step` environment steps.
+
+        Counts afresh, without catching up, if the buffer has to be refilled or the ratio has changed; before the first
+        update, a changed `learning_starts` takes effect.
+        """
         self.starts, self.before, self.done = state["starts"], state["before"], state["done"]
         if not self.done and self.least != state["least"]:
             self.starts = max(step, self.starts + self.least - state["least"])

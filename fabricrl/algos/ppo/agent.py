@@ -63,7 +63,8 @@ class PPOAgent(nn.Module):
     def forward(self, batch: Batch) -> Outputs:
         """Prepared `obs` [B, ...], `actions` [B, A] and `masks` [B, S] → log π(a|s), entropy, value; each [B]."""
         features = self.features(batch.obs)
-        logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions, batch.columns.get("masks"))
+        params, masks = self.actor(features), batch.columns.get("masks")
+        logprobs, entropy = self.head.logprob_and_entropy(params, batch.actions, masks)
         return Outputs(logprobs, entropy, self.critic(features).squeeze(-1))
 
     def prepare(self, obs: Tensor) -> Tensor:

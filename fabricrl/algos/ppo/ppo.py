@@ -27,14 +27,19 @@ from fabricrl.utils import Adam, anneal, average_gradients, explained_variance, 
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 METRICS = tuple(f"losses/{name}" for name in LOSSES)
+Coef = float | Tensor  # a tensor where updates are compiled or captured
 
 
 @torch.inference_mode()
 def rollout(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
     noise = run.noise(player.head, len(rb.actions))  # [T, N, ...]
-    with run.together(), rb.checked():
-        run.take_steps(take_step, player, envs, rb, noise)  # for t in range(T)
+    with run.failing_together(), rb.checked():
+        if run.uses_tensor_envs:  # of which all steps are one CUDA graph on a GPU
+            run.take_tensor_steps(take_step, player, envs, rb, noise)
+        else:
+            for t in range(len(noise)):
+                take_step(run, player, envs, rb, t, noise[t])
     run.clock.lap("comm")
 
 
@@ -51,7 +56,7 @@ def take_step(run: Run, player: PPOAgent, envs: VectorEnv, rb: RolloutBuffer, t:
 
 @torch.no_grad()
 def shaped_rewards(run: Run, agent: Any, rb: RolloutBuffer) -> Tensor:
-    """The rewards that the critic learns, [T, N]: clipped to their sign, or scaled, if that is wanted."""
+    """The rewards that the critic learns, [T, N]: with `--clip-reward` their signs, with `--norm-reward` scaled."""
     rewards = rb.rewards.sign() if run.args.clip_reward else rb.rewards.clone()
     if agent.reward_normalizer is None:
         return rewards
@@ -61,12 +66,13 @@ def shaped_rewards(run: Run, agent: Any, rb: RolloutBuffer) -> Tensor:
 
 @torch.no_grad()
 def returns_and_advantages(run: Run, model: nn.Module, agent: PPOAgent, rb: RolloutBuffer) -> Batch:
-    """The rollout as training data on the device, [T N, ...] each: what was seen and done, how likely, and how good."""
+    """The rollout as training data on the device, [T N, ...] each: observations, actions, masks, log-probabilities,
+    values, advantages and returns."""
     args, device = run.args, run.fabric.device
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
     actions = run.to_device(rb.actions.flatten(0, 1))  # [T N, A]
     data = Batch(obs=obs, actions=actions, masks=rb.masks(device), counts=rb.counts(device))
-    logprobs, values = evaluated(model, data, agent.rows_at_once)  # [T N]: the policy is still the one that acted
+    logprobs, values = logprobs_and_values(model, data, agent.rows_at_once)  # [T N]: by the policy that acted
     with run.fabric.autocast():
         next_values = agent.prepared_value(next_obs).float()  # [N]
 
@@ -82,16 +88,16 @@ def returns_and_advantages(run: Run, model: nn.Module, agent: PPOAgent, rb: Roll
     return data.with_columns(logprobs=logprobs, values=values, **estimates)
 
 
-def evaluated(model: nn.Module, data: Batch, at_once: int | None) -> tuple[Tensor, Tensor]:
-    """log π(a|s) and V(s) of a rollout, [T N] each; of images some at a time, which stay in the caches."""
-    rows = at_once or len(data.actions)
+def logprobs_and_values(model: nn.Module, data: Batch, chunk: int | None) -> tuple[Tensor, Tensor]:
+    """log π(a|s) and V(s) of a rollout, [T N] each; images in chunks of rows, which stay in the caches."""
+    rows = chunk or len(data.actions)
     starts = range(0, len(data.actions), rows)
     parts = [model(data[i : i + rows]) for i in starts]
     logprobs, _, values = (torch.cat(column) for column in zip(*parts, strict=True))
     return logprobs, values
 
 
-def update(run: Run, model: nn.Module, optimizer: Adam, batch: Batch, clip_coef: Tensor, ent_coef: Tensor) -> Tensor:
+def update(run: Run, model: nn.Module, optimizer: Adam, batch: Batch, clip_coef: Coef, ent_coef: Coef) -> Tensor:
     """One optimizer step on a minibatch [B, ...].
 
     Minimises the negated Eq. 9, L = L_policy + c_vf L_value + c_ent L_entropy. Returns METRICS, [6].
@@ -115,19 +121,22 @@ def update(run: Run, model: nn.Module, optimizer: Adam, batch: Batch, clip_coef:
     return metrics
 
 
-def train_epoch(step: Callable[..., Tensor], norm_adv: bool, data: Batch, epoch: Batch, *coefs: Tensor) -> Tensor:
+def train_epoch(step: Callable[..., Tensor], norm_adv: bool, data: Batch, epoch: Batch, *coefs: Coef) -> Tensor:
     """One pass over the rollout: METRICS of each minibatch, [M, 6]."""
     return torch.stack([step(batch, *coefs) for batch in minibatches(data, epoch, norm_adv)])
 
 
-def train(run: Run, train_epoch: Callable[..., Tensor], data: Batch, clip_coef: Tensor, ent_coef: Tensor) -> Tensor:
+def train(run: Run, run_epoch: Callable[..., Tensor], data: Batch, *coefs: Coef) -> Tensor:
     """The update: epochs of minibatch steps, which end early once the policy has moved by `target_kl`.
 
-    Returns METRICS of all minibatches, [K, 6].
+    Args:
+        coefs: of clipping and of the entropy.
+
+    Returns METRICS of all minibatches, [E M, 6]; of fewer after an early stop.
     """
     history: list[Tensor] = []
     for epoch in shuffled(run.fabric, data, run.args.update_epochs, run.args.num_minibatches, run.device_rng):
-        history.append(train_epoch(data, epoch, clip_coef, ent_coef))
+        history.append(run_epoch(data, epoch, *coefs))
         if run.args.target_kl is not None and history[-1][-1, METRICS.index("losses/approx_kl")] > run.args.target_kl:
             break  # on all ranks or on none, since metrics are averaged
     return torch.cat(history)
@@ -142,7 +151,8 @@ def main() -> int:
         # --- Agent and optimizer
         agent = make_agent(args, envs)
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
-        epoch = run.captured(partial(train_epoch, run.compiled(partial(update, run, model, optimizer)), args.norm_adv))
+        update_step = run.compiled(partial(update, run, model, optimizer))
+        run_epoch = run.captured(partial(train_epoch, update_step, args.norm_adv))
 
         run.restore(agent=agent, optimizer=optimizer)
 
@@ -150,16 +160,16 @@ def main() -> int:
         rb = run.rollout_buffer(agent)
 
         # --- Start
-        if run.records:
-            with run.rehearsal(partial(rollout, run, agent, envs, rb)):
-                train(run, epoch, returns_and_advantages(run, model, agent, rb), *run.numbers(0.0, 0.0))
+        if run.needs_warmup:
+            with run.warmup(partial(rollout, run, agent, envs, rb)):
+                train(run, run_epoch, returns_and_advantages(run, model, agent, rb), *run.coefs(0.0, 0.0))
         rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
             if step == 0:  # nothing is learned from observations that are not normalised yet
-                run.observe(agent, rb)
+                run.update_normalizer(agent, rb)
 
             # 2. Returns and advantages
             data = returns_and_advantages(run, model, agent, rb)
@@ -169,10 +179,10 @@ def main() -> int:
             learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
-            optimizer.param_groups[0]["lr"].fill_(learning_rate)
-            run.note(METRICS, train(run, epoch, data, *run.numbers(clip_coef, ent_coef)))
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)  # in place: a compiled step keeps this tensor
+            run.add_metrics(METRICS, train(run, run_epoch, data, *run.coefs(clip_coef, ent_coef)))
             if step > 0:  # after the update: a rollout's actions and losses see the same statistics
-                run.observe(agent, rb)
+                run.update_normalizer(agent, rb)
             run.clock.lap("train")
 
             # 4. Log

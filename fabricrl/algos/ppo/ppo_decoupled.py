@@ -35,7 +35,7 @@ class Rollout(NamedTuple):
     clip_coef: float
     ent_coef: float
     data: Batch  # [B / P, ...]; frame stacks are put together
-    steps: int = 1  # in which these rows lie, as many in each; 1: in no order that matters
+    steps: int = 1  # time steps by which the rows are ordered, equally many rows in each; 1: unordered
 
     def joined(self, others: "list[Rollout]") -> "Rollout":
         """The shares of several players as one, step by step: as the environments of one player would lie, [B, ...]."""
@@ -48,7 +48,7 @@ class Rollout(NamedTuple):
 def declare_share(run: Run, agent: Any) -> Batch:
     """Names, shapes and types of a player's message to a trainer."""
     trainers = run.fabric.world_size if run.trainers is None else run.trainers.count
-    rows = run.args.num_steps * run.given.num_envs // (run.given.players * trainers)  # B / P
+    rows = run.args.num_steps * run.global_args.num_envs // (run.global_args.players * trainers)  # B / P
     names = ("logprobs", "values", "advantages", "returns")
     return Batch(
         obs=torch.zeros(rows, *agent.obs_shape, dtype=agent.obs_dtype),
@@ -65,7 +65,7 @@ def as_trained(data: Batch, device: torch.device) -> Batch:
 
 
 def divide(run: Run, data: Batch) -> Iterator[tuple[Batch, int]]:
-    """Each trainer's share of the rows [T N] of this player's own environments, and in how many steps they lie."""
+    """Yields each trainer's share of this player's rows [T N], and the number of time steps that order it."""
     numbers = torch.arange(len(data)).view(run.args.num_steps, -1)[:, run.own_envs]
     own, count = data if numbers.numel() == len(data) else data[numbers.flatten()], run.trainers.count
     for rank in range(count):
@@ -83,7 +83,7 @@ def check_division(args: Any, count: int) -> None:
 
 
 def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
-    """ppo.py's main(), whose line `train(...)` is messages."""
+    """main() of ppo.py, with the line `train(...)` replaced by messages to the trainers."""
     with run:
         # --- Environments
         envs = run.make_envs()
@@ -106,7 +106,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
             if step == 0:  # nothing is learned from observations that are not normalised yet
-                run.observe(agent, rb)
+                run.update_normalizer(agent, rb)
 
             # 2. Returns and advantages
             data = returns_and_advantages(run, model, agent, rb)
@@ -116,11 +116,11 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
-            optimizer.param_groups[0]["lr"].fill_(learning_rate)
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)  # in place: a compiled step keeps this tensor
             shares = divide(run, data)
             trainers.train(Rollout(learning_rate, clip_coef, ent_coef, *share) for share in shares)  # → Order, ← Answer
             if step > 0:  # after the update: a rollout's actions and losses see the same statistics
-                run.observe(agent, rb)
+                run.update_normalizer(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
@@ -144,7 +144,8 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
     # --- Agent and optimizer
     agent = make_agent(args, run.env_spaces)
     model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
-    epoch = run.captured(partial(train_epoch, run.compiled(partial(update, run, model, optimizer)), args.norm_adv))
+    update_step = run.compiled(partial(update, run, model, optimizer))
+    run_epoch = run.captured(partial(train_epoch, update_step, args.norm_adv))
 
     run.restore(agent=agent, optimizer=optimizer)
 
@@ -152,18 +153,18 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
     share = Rollout(0.0, 0.0, 0.0, declare_share(run, agent))
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
     share = share.joined([share] * (player.count - 1))
-    if run.records:
-        with run.rehearsal():
+    if run.needs_warmup:
+        with run.warmup():
             counts = share.data.counts if player.skips else None
             data = as_trained(share.data.with_columns(counts=counts), run.fabric.device)
-            train(run, epoch, data, *run.numbers(0.0, 0.0))
+            train(run, run_epoch, data, *run.coefs(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order
         # 3. Update
         learning_rate, clip_coef, ent_coef, data, _ = order.data
-        optimizer.param_groups[0]["lr"].fill_(learning_rate)
+        optimizer.param_groups[0]["lr"].fill_(learning_rate)  # in place: a compiled step keeps this tensor
         data = as_trained(data, run.fabric.device)
-        run.note(METRICS, train(run, epoch, data, *run.numbers(clip_coef, ent_coef)))
+        run.add_metrics(METRICS, train(run, run_epoch, data, *run.coefs(clip_coef, ent_coef)))
 
         # 4. Log, 5. Checkpoint
         player.answer(order)  # → Answer; State where a checkpoint is due

@@ -88,15 +88,16 @@ class RecurrentPPOAgent(nn.Module):
         The rows are sequences, as `layout` says; what the cores' states were before the first of each is `states`, and
         `previous` [B, ...] the part of the memory that they are told in each row.
         """
-        return self.evaluate(self.features(batch.obs), batch)
+        return self.forward_from_features(self.features(batch.obs), batch)
 
-    def evaluate(self, features: Tensor, batch: Batch) -> Outputs:
+    def forward_from_features(self, features: Tensor, batch: Batch) -> Outputs:
         """`forward` from features [B, ...] on."""
         inputs, states = self.inputs(features, batch.previous), batch.states
         features = values = self.actor_core(inputs, states[:, : self.state_size], batch.layout)  # [B, H]
         if self.critic_core is not None:
             values = self.critic_core(inputs, states[:, self.state_size :], batch.layout)
-        logprobs, entropy = self.head.evaluate(self.actor(features), batch.actions, batch.columns.get("masks"))
+        params, masks = self.actor(features), batch.columns.get("masks")
+        logprobs, entropy = self.head.logprob_and_entropy(params, batch.actions, masks)
         return Outputs(logprobs, entropy, self.critic(values).squeeze(-1))
 
     def prepare(self, obs: Tensor) -> Tensor:

@@ -34,8 +34,12 @@ from fabricrl.utils import Adam, anneal, explained_variance, gae
 def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentRolloutBuffer) -> None:
     """Plays T steps in every environment. Values and log-probabilities come later, in one batch."""
     noise = run.noise(player.head, len(rb.actions))  # [T, N, ...]
-    with run.together(), rb.checked():
-        run.take_steps(take_step, player, envs, rb, noise)
+    with run.failing_together(), rb.checked():
+        if run.uses_tensor_envs:  # of which all steps are one CUDA graph on a GPU
+            run.take_tensor_steps(take_step, player, envs, rb, noise)
+        else:
+            for t in range(len(noise)):
+                take_step(run, player, envs, rb, t, noise[t])
     run.clock.lap("comm")
 
 
@@ -57,7 +61,7 @@ def take_step(
 def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRolloutBuffer) -> tuple[Batch, Sequences]:
     """The rollout as training data on the device, environment by environment, [N T, ...] each; and its sequences."""
     args, device = run.args, run.fabric.device
-    sequences = Sequences.cut(rb.dones, args.sequence_length, args.num_minibatches, run.tensors)
+    sequences = Sequences.cut(rb.dones, args.sequence_length, args.num_minibatches, run.uses_tensor_envs)
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
     memory, actions = run.to_device(rb.memory), run.to_device(rb.actions)
     by_env = torch.arange(rb.dones.numel(), device=device).view(rb.dones.shape).T.flatten()  # [N T]
@@ -66,7 +70,8 @@ def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRoll
     obs = obs[by_env] if isinstance(obs, Tensor) else obs.rows(by_env)
     data = Batch(obs=obs, **columns, **Batch(masks=rb.masks(device), counts=rb.counts(device))[by_env].columns)
     with run.fabric.autocast():
-        logprobs, values = evaluated(agent, data, sequences.in_order().to(device))  # [N T]: the policy is as it acted
+        layout = sequences.in_order().to(device)
+        logprobs, values = logprobs_and_values(agent, data, layout)  # [N T]: by the policy that acted
         next_values = agent.prepared_value(next_obs, memory[-1]).float()  # [N]
 
     rewards = run.to_device(shaped_rewards(run, agent, rb))  # [T, N]
@@ -81,20 +86,22 @@ def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRoll
     return data.with_columns(logprobs=logprobs, values=values, **estimates), sequences
 
 
-def evaluated(agent: RecurrentPPOAgent, data: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
-    """log π(a|s) and V(s) of a rollout, [N T] each; images are looked at some at a time, as there is memory for."""
+def logprobs_and_values(agent: RecurrentPPOAgent, data: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
+    """log π(a|s) and V(s) of a rollout, [N T] each; images in chunks, for which there is memory."""
     rows = agent.rows_at_once or len(data.actions)
     features = torch.cat([agent.features(data.obs[i : i + rows]) for i in range(0, len(data.actions), rows)])
-    logprobs, _, values = agent.evaluate(features, data.with_columns(layout=layout, states=data.states[layout.first]))
+    data = data.with_columns(layout=layout, states=data.states[layout.first])
+    logprobs, _, values = agent.forward_from_features(features, data)
     return logprobs, values
 
 
-def train(
-    run: Run, step: Callable[..., Tensor], data: Batch, sequences: Sequences, clip_coef: Tensor, ent_coef: Tensor
-) -> Tensor:
+def train(run: Run, step: Callable[..., Tensor], data: Batch, sequences: Sequences, *coefs: float | Tensor) -> Tensor:
     """The update: epochs of minibatch steps, which end early once the policy has moved by `target_kl`.
 
-    Returns METRICS of all minibatches, [K, 6].
+    Args:
+        coefs: of clipping and of the entropy.
+
+    Returns METRICS of all minibatches, [E M, 6]; of fewer after an early stop.
     """
     args, device = run.args, run.fabric.device
     drawn = [
@@ -106,7 +113,7 @@ def train(
         for rows, layout, batch in zip(epoch.rows, layouts, minibatches(data, epoch, args.norm_adv), strict=True):
             layout = layout.to(device)
             states = data.states[rows[layout.first]]  # [S, ...]
-            history.append(step(batch.with_columns(layout=layout, states=states), clip_coef, ent_coef))
+            history.append(step(batch.with_columns(layout=layout, states=states), *coefs))
         if args.target_kl is not None and history[-1][METRICS.index("losses/approx_kl")] > args.target_kl:
             break  # on all ranks or on none, since metrics are averaged
     return torch.stack(history)
@@ -129,18 +136,18 @@ def main() -> int:
         rb = run.rollout_buffer(agent)
 
         # --- Start
-        if run.records:
-            with run.rehearsal(partial(rollout, run, agent, envs, rb)):
-                data, rehearsed = returns_and_advantages(run, agent, rb)
-                for sequences in rehearsed.of_all_sizes(run.captures):
-                    train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
+        if run.needs_warmup:
+            with run.warmup(partial(rollout, run, agent, envs, rb)):
+                data, some_sequences = returns_and_advantages(run, agent, rb)
+                for sequences in some_sequences.of_all_sizes(run.captures):
+                    train(run, update_step, data, sequences, *run.coefs(0.0, 0.0))
         rb.start(run.reset(), run.masks)
 
         for step in run.iterations(args.num_steps * args.num_envs):
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
             if step == 0:  # nothing is learned from observations that are not normalised yet
-                run.observe(agent, rb)
+                run.update_normalizer(agent, rb)
 
             # 2. Returns and advantages
             data, sequences = returns_and_advantages(run, agent, rb)
@@ -150,10 +157,10 @@ def main() -> int:
             learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
-            optimizer.param_groups[0]["lr"].fill_(learning_rate)
-            run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)  # in place: a compiled step keeps this tensor
+            run.add_metrics(METRICS, train(run, update_step, data, sequences, *run.coefs(clip_coef, ent_coef)))
             if step > 0:  # after the update: a rollout's actions and losses see the same statistics
-                run.observe(agent, rb)
+                run.update_normalizer(agent, rb)
             run.clock.lap("train")
 
             # 4. Log

@@ -72,7 +72,7 @@ def divide(run: Run, data: Batch, ends: Tensor) -> Iterator[tuple[Batch, Tensor]
 
 
 def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int:
-    """ppo_recurrent.py's main(), whose line `train(...)` is messages."""
+    """main() of ppo_recurrent.py, with the line `train(...)` replaced by messages to the trainers."""
     with run:
         # --- Environments
         envs = run.make_envs()
@@ -96,7 +96,7 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
             # 1. Rollout
             rollout(run, run.player(agent), envs, rb)
             if step == 0:  # nothing is learned from observations that are not normalised yet
-                run.observe(agent, rb)
+                run.update_normalizer(agent, rb)
 
             # 2. Returns and advantages
             data, sequences = returns_and_advantages(run, agent, rb)
@@ -106,11 +106,11 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
             learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
             ent_coef = anneal(args.ent_coef, progress, args.anneal_ent)
-            optimizer.param_groups[0]["lr"].fill_(learning_rate)
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)  # in place: a compiled step keeps this tensor
             shares = divide(run, data, sequences.ends)
             trainers.train(Rollout(learning_rate, clip_coef, ent_coef, *share) for share in shares)  # → Order, ← Answer
             if step > 0:  # after the update: a rollout's actions and losses see the same statistics
-                run.observe(agent, rb)
+                run.update_normalizer(agent, rb)
             run.clock.lap("train")
 
             # 4. Log
@@ -142,19 +142,19 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     share = declare_rollout(run, agent)
     player.meet(Messages(share, METRICS, agent, optimizer))  # ← Hello
     share = share.joined([share] * (player.count - 1))
-    if run.records:
-        with run.rehearsal():
+    if run.needs_warmup:
+        with run.warmup():
             counts = share.data.counts if player.skips else None
             data = as_trained(share.data.with_columns(counts=counts), run.fabric.device)
             for sequences in Sequences(share.ends[:, None], args.sequence_length).of_all_sizes(run.captures):
-                train(run, update_step, data, sequences, *run.numbers(0.0, 0.0))
+                train(run, update_step, data, sequences, *run.coefs(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order
         # 3. Update
         learning_rate, clip_coef, ent_coef, data, ends = order.data
-        optimizer.param_groups[0]["lr"].fill_(learning_rate)
+        optimizer.param_groups[0]["lr"].fill_(learning_rate)  # in place: a compiled step keeps this tensor
         data, sequences = as_trained(data, run.fabric.device), Sequences(ends[:, None], args.sequence_length)
-        run.note(METRICS, train(run, update_step, data, sequences, *run.numbers(clip_coef, ent_coef)))
+        run.add_metrics(METRICS, train(run, update_step, data, sequences, *run.coefs(clip_coef, ent_coef)))
 
         # 4. Log, 5. Checkpoint
         player.answer(order)  # → Answer; State where a checkpoint is due

@@ -108,7 +108,7 @@ class SACAgent(nn.Module):
             return normalized(self.obs_normalizer, obs)
         return obs.float() if self.encoder is None else obs
 
-    def prepared(self, batches: Batch, generator: torch.Generator) -> Batch:
+    def prepare_batches(self, batches: Batch, generator: torch.Generator) -> Batch:
         """Batches of replay [K, B, ...] with their observations as the networks take them, images shifted at random."""
         columns = {name: self.prepare(batches.columns[name]) for name in ("obs", "next_obs")}
         if isinstance(self.obs_space, Records) and self.random_shift > 0:

@@ -15,7 +15,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.off_policy.utils import Updates, make_buffer, make_schedule, restore_replay
+from fabricrl.algos.off_policy.utils import SampleAndTrain, make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent, make_agent
 from fabricrl.algos.sac.args import SACArgs
@@ -30,15 +30,18 @@ ACTOR_METRICS = ("losses/actor_loss", "losses/alpha_loss", "losses/entropy", "lo
 
 @torch.inference_mode()
 def rollout(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, explores: bool) -> None:
-    """Takes one step in every environment, by uniform actions if `explores`, into the replay buffer."""
+    """Takes one step in every environment, by uniform actions if it `explores`, into the replay buffer."""
     noise = run.noise(player.head, 1, uniform=explores)[0]  # [N, A]
-    with run.together(), rb.checked():
-        run.take_step(take_step, player, envs, rb, noise, explores)
+    with run.failing_together(), rb.checked():
+        if run.uses_tensor_envs:  # whose step is one CUDA graph on a GPU
+            run.take_tensor_step(take_step, player, envs, rb, noise, explores)
+        else:
+            take_step(run, player, envs, rb, noise, explores)
     run.clock.lap("comm")
 
 
 def take_step(run: Run, player: SACAgent, envs: VectorEnv, rb: Replay, noise: Tensor, explores: bool) -> None:
-    """Takes a step in every environment, by actions drawn with noise [N, A], or by these numbers if it `explores`."""
+    """Takes a step in every environment: actions are drawn with noise [N, A], or are that noise if it `explores`."""
     actions = run.for_envs(noise if explores else run.act(player, rb.stacked_obs(), noise))  # [N, A]
     run.clock.lap("act")
     next_obs, rewards, terminated, truncated, infos = envs.step(rescale_actions(run.action_space, actions))
@@ -109,9 +112,9 @@ def update_actor(run: Run, learner: Learner, obs: Tensor, noise: Tensor) -> Tens
     return metrics
 
 
-def planned(args: SACArgs, first: int, count: int) -> tuple[tuple[bool, int], ...]:
-    """For each of K critic updates, numbered from `first` in the run: whether the targets move with it, and how many
-    updates of the actor follow. Those are delayed, and then made up for in a row."""
+def make_plan(args: SACArgs, first: int, count: int) -> tuple[tuple[bool, int], ...]:
+    """Plans K critic updates from number `first` on. For each: whether the targets move with it, and how many updates
+    of the actor follow. Every `policy_frequency` critic updates the actor makes up for as many, as in CleanRL."""
     delay, numbers = args.policy_frequency, range(first, first + count)
     return tuple((n % args.target_network_frequency == 0, delay * (n % delay == 0)) for n in numbers)
 
@@ -129,7 +132,7 @@ def train(
     Returns the metrics of all, [K, 2] and [L, 4], by their tags.
     """
     agent, critic_metrics, actor_metrics = learner.agent, [], []
-    batches = agent.prepared(batches, run.device_rng)
+    batches = agent.prepare_batches(batches, run.device_rng)
     shape = len(plan) + sum(updates for _, updates in plan), run.args.batch_size
     noise = iter(agent.head.noise(shape, run.device_rng))  # [K + L, B, A]
     for batch, (moves_targets, updates) in zip(batches, plan, strict=True):
@@ -140,18 +143,18 @@ def train(
     return metrics | ({ACTOR_METRICS: torch.stack(actor_metrics)} if actor_metrics else {})
 
 
-def make_updates(run: Run, learner: Learner, rb: Replay) -> Updates:
-    """Training on batches that are drawn from the buffer: as it is, or compiled and captured."""
+def make_sample_and_train(run: Run, learner: Learner, rb: Replay) -> SampleAndTrain:
+    """Makes the function that draws batches and trains on them: as it is, or compiled and captured."""
     step_critics = run.compiled(partial(update_critics, run, learner))
     step_actor = run.compiled(partial(update_actor, run, learner))
     period = run.args.policy_frequency * run.args.target_network_frequency
-    update = Updates(run, rb, partial(train, run, learner, step_critics, step_actor), period)
-    if run.records:
+    sample_and_train = SampleAndTrain(run, rb, partial(train, run, learner, step_critics, step_actor), period)
+    if run.needs_warmup:
         play = partial(rollout, run, learner.agent, run.envs, rb)
-        with run.rehearsal(partial(play, explores=True), partial(play, explores=False)):
-            for plan in {planned(run.args, *kind) for kind in update.kinds()}:
-                update(len(plan), plan)
-    return update
+        with run.warmup(partial(play, explores=True), partial(play, explores=False)):
+            for plan in {make_plan(run.args, *kind) for kind in sample_and_train.kinds()}:
+                sample_and_train(len(plan), plan)
+    return sample_and_train
 
 
 def main() -> int:
@@ -172,7 +175,7 @@ def main() -> int:
         restore_replay(run, rb, schedule)
 
         # --- Start
-        update = make_updates(run, learner, rb)
+        sample_and_train = make_sample_and_train(run, learner, rb)
         rb.start(run.reset())
 
         for step in run.iterations(args.num_envs):
@@ -182,11 +185,11 @@ def main() -> int:
                 agent.obs_normalizer.update(run.to_device(rb.newest_vectors()), run.fabric)
 
             # 2. Sample
-            due = schedule.take(run.global_step)  # `update` draws a batch for each
+            due = schedule.take(run.global_step)  # number of the first update, and how many; each draws a batch
 
             # 3. Update
-            for first, count in update.parts(*due):
-                update(count, planned(args, first, count))
+            for first, count in sample_and_train.parts(*due):
+                sample_and_train(count, make_plan(args, first, count))
             run.clock.lap("train")
 
             # 4. Log

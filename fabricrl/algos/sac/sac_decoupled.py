@@ -15,12 +15,20 @@ Shapes as in sac.py.
 """
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, checked, run_ranks
-from fabricrl.algos.off_policy.decoupled import BLOCK, check_division, declare_steps, divide, divided, store
+from fabricrl.algos.off_policy.decoupled import BLOCK, check_division, declare_steps, divide, store, take_share_of_args
 from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.sac.args import SACDecoupledArgs
-from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, make_updates, planned, rollout, setup
+from fabricrl.algos.sac.sac import (
+    ACTOR_METRICS,
+    CRITIC_METRICS,
+    Learner,
+    make_plan,
+    make_sample_and_train,
+    rollout,
+    setup,
+)
 
 
 def make_messages(run: Run, learner: Learner) -> Messages:
@@ -33,7 +41,7 @@ def make_messages(run: Run, learner: Learner) -> Messages:
 
 
 def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
-    """sac.py's main(), whose line `train(...)` is messages."""
+    """main() of sac.py, with the updates replaced by messages to the trainers."""
     with run:
         # --- Schedule and buffer
         schedule = make_schedule(run)
@@ -84,7 +92,7 @@ def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
 
 def trainer(args: SACDecoupledArgs, run: Run, player: Player) -> None:
     """The lines of sac.py's main() that sample and update, for as long as the player wants them."""
-    args = divided(run)
+    args = take_share_of_args(run)
 
     # --- Agent and optimizers
     agent = make_agent(args, run.env_spaces)
@@ -96,17 +104,17 @@ def trainer(args: SACDecoupledArgs, run: Run, player: Player) -> None:
     folder = player.meet(make_messages(run, learner))  # ← Hello
     rb = make_buffer(run, folder)
     refill = restore_replay(run, rb)
-    update = make_updates(run, learner, rb)
+    sample_and_train = make_sample_and_train(run, learner, rb)
 
     for order in player.orders(rb, refill):  # → Ready, ← Order
         store(rb, agent, order.data)
 
         # 2. Sample
-        due = order.data.due  # `update` draws a batch for each
+        due = order.data.due  # number of the first update, and how many; each draws a batch
 
         # 3. Update
-        for first, count in update.parts(*due):
-            update(count, planned(args, first, count))
+        for first, count in sample_and_train.parts(*due):
+            sample_and_train(count, make_plan(args, first, count))
 
         # 4. Log, 5. Checkpoint
         player.answer(order)  # → Answer; State where a checkpoint is due
