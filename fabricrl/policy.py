@@ -88,7 +88,7 @@ class Policy:
 
         Args:
             reward: what the action before earned, a number or [N]; for policies that were trained with --prev-reward.
-            mask: discrete actions that are allowed now, [S] or [N, S], as the environment's `action_masks()` or
+            mask: discrete actions that are allowed now, [L] or [N, L], as the environment's `action_masks()` or
                 `info["action_mask"]` has them; None: all.
 
         Raises:
@@ -114,7 +114,7 @@ class Policy:
         return actions if is_batch else actions[0]
 
     def _mask(self, mask: Any, count: int) -> np.ndarray:
-        """Masks as bool [N, S]. Raises ValueError if they are of another size, or allow no action."""
+        """Masks as bool [N, L]. Raises ValueError if they are of another size, or allow no action."""
         choices = mask_choices(self.action_space)
         masks, size = np.asarray(mask, dtype=bool), sum(choices)
         if masks.size != count * size or not size:

@@ -136,9 +136,9 @@ def test_ppo_learns_from_what_truly_happened_with_the_returns_of_true_episodes(
 ) -> None:
     def look(agent: Any, data: Batch, _: Any, steps: list[Step]) -> None:
         assert mode == "same_step" or len(steps) < NUM_STEPS * NUM_ENVS
-        assert (data.counts is None) == (mode == "same_step")
-        if data.counts is not None:  # the others weigh nothing
-            data = data[data.counts > 0]
+        assert (data.valid is None) == (mode == "same_step")
+        if data.valid is not None:  # the others weigh nothing
+            data = data[data.valid > 0]
         assert len({(step.t, step.env) for step in steps}) == len(steps) == len(data.returns)
         assert np.array_equal(data.obs, [step.obs for step in steps])
         assert data.actions[:, 0].tolist() == [step.action for step in steps]
@@ -165,8 +165,8 @@ def test_recurrent_ppo_remembers_nothing_of_another_episode_and_never_sees_a_ste
 ) -> None:
     def look(agent: Any, data: Batch, sequences: Any, steps: list[Step]) -> None:
         place = [step.env * NUM_STEPS + step.t % NUM_STEPS for step in steps]  # rows are counted environment by it
-        assert (data.counts is None) == (mode == "same_step")
-        counted = range(NUM_STEPS * NUM_ENVS) if data.counts is None else data.counts.nonzero()[:, 0].tolist()
+        assert (data.valid is None) == (mode == "same_step")
+        counted = range(NUM_STEPS * NUM_ENVS) if data.valid is None else data.valid.nonzero()[:, 0].tolist()
         assert sorted(place) == list(counted), "what counts is not what happened"
         for count in (1, 3):
             order, layouts = sequences.minibatches(count, torch.Generator())
@@ -267,7 +267,7 @@ def test_minibatches_that_skipped_steps_leave_too_small_end_no_run(learns_from: 
 
 
 def test_minibatches_of_one_step_or_none_have_no_advantage_and_no_weight() -> None:
-    data = Batch(advantages=torch.tensor([3.0, 5.0, 7.0, 9.0]), counts=torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    data = Batch(advantages=torch.tensor([3.0, 5.0, 7.0, 9.0]), valid=torch.tensor([1.0, 0.0, 0.0, 0.0]))
     (epoch,) = with_moments(SINGLE, data, torch.arange(4).view(1, 2, 2))
     first, second = minibatches(data.with_columns(obs=torch.zeros(4)), epoch, norm_adv=True)
     assert (first.weights.tolist(), second.weights.tolist()) == ([1, 0], [0, 0])
@@ -304,7 +304,7 @@ def note_updates(rank: int) -> None:
         result = original(run, epoch, data, *rest)
         digest = hashlib.sha256(run._optimizers[0].flat.vector.numpy().tobytes()).hexdigest()
         with open(f"{os.environ['NOTES']}.{rank}", "a") as file:
-            rows = len(data.returns) if data.counts is None else int(data.counts.sum())
+            rows = len(data.returns) if data.valid is None else int(data.valid.sum())
             print(json.dumps([skipped, rows, digest]), file=file)
         return result
 

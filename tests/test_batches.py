@@ -18,10 +18,10 @@ def rollout(rows: int, skipped: float = 0.0, seed: int = 0) -> Batch:
         obs=torch.arange(float(rows))[:, None],
         actions=torch.arange(rows)[:, None],
         advantages=3 + 5 * torch.randn(rows, generator=rng, dtype=torch.float64),
-        counts=(torch.rand(rows, generator=rng) >= skipped).double() if skipped else None,
+        valid=(torch.rand(rows, generator=rng) >= skipped).double() if skipped else None,
     )
     if skipped:
-        data.advantages[data.counts == 0] = 1e6
+        data.advantages[data.valid == 0] = 1e6
     return data
 
 
@@ -38,8 +38,8 @@ def test_every_row_is_in_one_minibatch_of_each_epoch(count: int, skipped: float)
     for epoch in epochs:
         assert sorted(epoch.rows.flatten().tolist()) == list(range(24))
     assert len({tuple(epoch.rows.flatten().tolist()) for epoch in epochs}) == 5
-    if data.counts is not None:  # those that do not count are dealt out evenly
-        shares = data.counts[epochs.rows].sum(-1)
+    if data.valid is not None:  # those that do not count are dealt out evenly
+        shares = data.valid[epochs.rows].sum(-1)
         assert (shares.amax(-1) - shares.amin(-1) <= 1).all()
 
 
@@ -60,7 +60,7 @@ def test_rows_of_all_columns_belong_together_and_observations_come_from_where_th
 
 
 def test_advantages_of_a_minibatch_have_mean_zero_and_deviation_one() -> None:
-    data = Batch(obs=torch.zeros(8, 1), advantages=torch.tensor([1.0, 2.0, 3.0, 6.0, 10, 10, 20, 20]), counts=None)
+    data = Batch(obs=torch.zeros(8, 1), advantages=torch.tensor([1.0, 2.0, 3.0, 6.0, 10, 10, 20, 20]), valid=None)
     epochs = with_moments(SINGLE, data, torch.arange(8).view(1, 2, 4))
     first, second = minibatches(data, epochs[0], norm_adv=True)
     # Row 0: mean 3, unbiased deviation √((4 + 1 + 0 + 9)/3) = √(14/3); row 1: mean 15, √(4 · 25/3)
@@ -76,7 +76,7 @@ def test_rows_that_do_not_count_are_in_no_mean() -> None:
     data = rollout(24, 0.4)
     (epoch,) = shuffled(SINGLE, data, 1, 3, rng())
     for rows, batch in zip(epoch.rows, minibatches(data, epoch, norm_adv=True), strict=True):
-        real = data.counts[rows] > 0
+        real = data.valid[rows] > 0
         assert 0 < real.sum() < len(rows)
         expected = data.advantages[rows][real]
         expected = (expected - expected.mean()) / (expected.std() + 1e-8)
@@ -100,7 +100,7 @@ def test_the_average_over_ranks_is_the_mean_over_the_real_rows_of_all(world_size
     for world in zip(*on_ranks(world_size, drawn), strict=True):
         raw, ours, values, means = [], [], [], []
         for share, (rows, batch) in zip(shares, world, strict=True):
-            real = torch.ones(len(rows), dtype=torch.bool) if share.counts is None else share.counts[rows] > 0
+            real = torch.ones(len(rows), dtype=torch.bool) if share.valid is None else share.valid[rows] > 0
             value = share.obs[rows, 0].double().square()  # any number of a row
             weights = torch.full((len(rows),), 1 / len(rows)).double() if batch.weights is None else batch.weights
             means.append((value * weights).sum())  # as a loss weighs it
@@ -120,9 +120,9 @@ def test_a_rank_without_a_real_row_in_a_minibatch_adds_nothing() -> None:
         data = rollout(4)
         if fabric.global_rank == 1:
             data.advantages.fill_(1e6)
-            data = data.with_columns(counts=torch.zeros(4).double())
+            data = data.with_columns(valid=torch.zeros(4).double())
         else:
-            data = data.with_columns(counts=torch.ones(4).double())
+            data = data.with_columns(valid=torch.ones(4).double())
         (epoch,) = with_moments(fabric, data, torch.arange(4).view(1, 1, 4))
         (batch,) = minibatches(data, epoch, norm_adv=True)
         return batch

@@ -178,11 +178,11 @@ def test_filling_copies() -> None:
 
 def test_shares_are_the_rollout_each_row_once_as_it_is_seen() -> None:
     frames, places = torch.arange(20.0).view(10, 2), torch.randint(10, (9, 4))
-    rows = Batch(obs=StackedFrames(frames, places), advantages=torch.arange(9.0), counts=None)
+    rows = Batch(obs=StackedFrames(frames, places), advantages=torch.arange(9.0), valid=None)
     shares = [rows[rank::3] for rank in range(3)]
     assert [share.advantages.tolist() for share in shares] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     assert torch.equal(shares[1].obs, frames[places[1::3]])  # frames put together
-    assert shares[1].counts is None
+    assert shares[1].valid is None
 
 
 def test_a_packet_is_used_again_only_after_all_that_may_be_on_their_way() -> None:
@@ -591,12 +591,12 @@ def test_a_trainer_warms_up_with_data_of_the_form_that_will_come(
     run: Any = BareRun(args_class(hidden_sizes=(8,)), action_space=Discrete(2))
     run.obs_space, run.mask_size = vectors(3), 0
     monkeypatch.setattr(BareRun, "needs_warmup", True)
-    counts: list[Tensor | None] = []
-    monkeypatch.setattr(script, "train", lambda run, update, data, *_: counts.append(data.counts))
+    valid: list[Tensor | None] = []
+    monkeypatch.setattr(script, "train", lambda run, update, data, *_: valid.append(data.valid))
     player = SimpleNamespace(count=1, skips=skips, meet=lambda messages: None, orders=lambda: iter(()))
     script.trainer(run.args, run, player)
-    assert counts
-    for each in counts:
+    assert valid
+    for each in valid:
         assert (each is None) != skips
         assert each is None or (each == 1).all()
 

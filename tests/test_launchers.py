@@ -250,7 +250,7 @@ def update(rank: int, world_size: int, port: int, sgd: bool, norm_adv: bool, pat
     adam = Descent(agent.parameters(), 1.0) if sgd else Adam(agent.parameters(), 1e-3, eps=1e-5)
     model, optimizer = fabric.setup(agent, adam)
     share = 64 // world_size
-    data = batch(64)[rank * share : (rank + 1) * share].with_columns(counts=None)
+    data = batch(64)[rank * share : (rank + 1) * share].with_columns(valid=None)
     run: Any = SimpleNamespace(fabric=fabric, args=args, device_rng=torch.Generator().manual_seed(rank))
     start = adam.flat.vector.clone()
     with fabric.no_backward_sync(model):

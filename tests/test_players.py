@@ -249,7 +249,7 @@ def test_what_trainers_get_of_several_players_is_the_rollout_of_one_in_its_order
     """For one trainer, and for two: PPO's rows step by step, those of a recurrent policy by environment."""
     num_steps, num_envs = 3, 8
     numbers = torch.arange(num_steps * num_envs)
-    by_step = Batch(obs=numbers[:, None], counts=None, values=numbers * 1.0)
+    by_step = Batch(obs=numbers[:, None], valid=None, values=numbers * 1.0)
     by_env = numbers.view(num_steps, num_envs).T.flatten()
 
     def joined(script: Any, count: int, trainers: int, whole: bool) -> list[list[int]]:
@@ -264,14 +264,14 @@ def test_what_trainers_get_of_several_players_is_the_rollout_of_one_in_its_order
                 shares = [ppo_decoupled.Rollout(0.1, 0.2, 0.3, *s) for s in script.divide(run, by_step[seen.flatten()])]
             else:
                 rows = seen.T.flatten()
-                data = Batch(obs=rows[:, None], counts=None, values=rows * 1.0)
+                data = Batch(obs=rows[:, None], valid=None, values=rows * 1.0)
                 shares = [script.Rollout(0.1, 0.2, 0.3, *share) for share in script.divide(run, data, rows % 2 == 0)]
             for part, share in zip(parts, shares, strict=True):
                 part.append(share)
         merged = [first.joined(others) for first, *others in parts]
         for rollout in merged:
             assert rollout[:3] == (0.1, 0.2, 0.3)
-            assert rollout.data.counts is None
+            assert rollout.data.valid is None
             assert (rollout.data.obs[:, 0] == rollout.data.values).all()
         return [rollout.data.obs[:, 0].tolist() for rollout in merged]
 

@@ -193,7 +193,7 @@ def test_returns_and_advantages_equal_the_plain_ones(tmp_path: Path) -> None:
     torch.testing.assert_close(data.logprobs.view(STEPS, ENVS), logprobs)
     assert torch.equal(data.obs.view(STEPS, ENVS, -1), rb.obs[:-1])  # rows of different columns belong together
     assert torch.equal(data.actions.view(STEPS, ENVS, -1), rb.actions)
-    assert data.counts is None
+    assert data.valid is None
 
 
 def test_log_probabilities_and_values_are_those_of_the_normaliser_that_acted(tmp_path: Path) -> None:

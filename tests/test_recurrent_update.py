@@ -502,7 +502,7 @@ def share_of(rank: int, world_size: int, envs: int = 4, steps: int = 12) -> tupl
     own = slice(rank * envs // world_size, (rank + 1) * envs // world_size)
     rows = slice(own.start * steps, own.stop * steps)
     sequences = Sequences(random_dones(steps, envs, 0.2, 7)[:, own], 5)
-    return Batch(counts=None, **{name: column[rows] for name, column in data.items()}), sequences
+    return Batch(valid=None, **{name: column[rows] for name, column in data.items()}), sequences
 
 
 class GradientDescent(Adam):

@@ -157,11 +157,11 @@ def test_memory_and_advantages_are_those_of_the_same_steps_in_memory(kwargs: str
     agent.reward_normalizer.load_state_dict(type(agent.reward_normalizer)().state_dict())
     agent.reward_normalizer.discounted, run.uses_tensor_envs = None, False
     theirs, _ = ppo_recurrent.returns_and_advantages(run, agent, memory)
-    counts = torch.ones(96) if theirs.counts is None else theirs.counts
+    valid = torch.ones(96) if theirs.valid is None else theirs.valid
     assert ours.columns.keys() == theirs.columns.keys()
     for name, column in theirs.columns.items():
         if column is not None:
-            torch.testing.assert_close(ours.columns[name][counts > 0], column[counts > 0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours.columns[name][valid > 0], column[valid > 0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_rollout_begins_with_the_memory_that_the_last_one_ended_with() -> None:

@@ -122,11 +122,11 @@ def test_advantages_are_those_of_the_same_steps_in_memory(kwargs: str) -> None:
     agent.reward_normalizer.load_state_dict(type(agent.reward_normalizer)().state_dict())
     agent.reward_normalizer.discounted = None
     theirs = ppo.returns_and_advantages(run, agent, agent, memory)
-    counts = torch.ones(96) if theirs.counts is None else theirs.counts
+    valid = torch.ones(96) if theirs.valid is None else theirs.valid
     assert ours.columns.keys() == theirs.columns.keys()
     for name, column in theirs.columns.items():
         if column is not None:
-            torch.testing.assert_close(ours.columns[name][counts > 0], column[counts > 0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours.columns[name][valid > 0], column[valid > 0], rtol=1e-5, atol=1e-5)
 
 
 @MODES

@@ -252,7 +252,7 @@ def test_an_epoch_of_compiled_minibatches_is_captured_as_one(traced: None, graph
     run.runner = Runner(True, True, run._modules, run._optimizers, [run.train_rng])
     recorded.step = run.compiled(recorded.function)
     data = Batch(
-        obs=torch.randn(32, OBS), actions=torch.randint(4, (32, 1)), counts=(torch.rand(32) < 0.8).float(),
+        obs=torch.randn(32, OBS), actions=torch.randint(4, (32, 1)), valid=(torch.rand(32) < 0.8).float(),
         **{name: torch.randn(32) for name in ("advantages", "values", "returns")}, logprobs=torch.full((32,), -1.4),
     )  # fmt: skip
 

@@ -493,7 +493,7 @@ class Run(Acting):
         """
         if agent.obs_normalizer is not None:
             device = self.fabric.device
-            agent.obs_normalizer.update(self.to_device(rb.vectors(rb.obs[:-1]), device), self.fabric, rb.counts(device))
+            agent.obs_normalizer.update(self.to_device(rb.vectors(rb.obs[:-1]), device), self.fabric, rb.valid(device))
 
     def record_rollout(self, rb: RolloutBuffer) -> None:
         """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.

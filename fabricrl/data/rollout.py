@@ -33,7 +33,7 @@ class RolloutBuffer:
         obs: [T + 1, N, R]; actions: [T, N, A]; rewards: [T, N], as the environment gave them;
         terminated, truncated: [T, N], bool; terminated also where a life was lost, if the environment reports it;
         ends: [T, N], ends of episodes, not of lives;
-        allowed: [T + 1, N, S], bool, the masks of the actions that were allowed at each step; None if there are none;
+        allowed: [T + 1, N, L], bool, the masks of the actions that were allowed at each step; None if there are none;
         skipped: [T, N], steps that only reset an environment, as some do after an episode: they belong to none.
 
     Args:
@@ -89,7 +89,7 @@ class RolloutBuffer:
     def start(self, obs: np.ndarray | None = None, masks: np.ndarray | None = None) -> None:
         """Starts a rollout at `obs` [N, R]: first observations of episodes, or those where the last rollout ended.
 
-        `masks` [N, S]: actions that are allowed there, if environments have masks.
+        `masks` [N, L]: actions that are allowed there, if environments have masks.
         """
         if self.allowed is not None:
             self.allowed[0] = self.allowed[-1] if obs is None else torch.as_tensor(masks)
@@ -170,16 +170,16 @@ class RolloutBuffer:
         """[T, N], bool: steps across which no return and no advantage flows."""
         return self.terminated | self.truncated | self.skipped
 
-    def counts(self, device: torch.device) -> Tensor | None:
-        """1 where a step can be learned from, 0 where it only reset, [T N]; None: there are no such steps."""
+    def valid(self, device: torch.device) -> Tensor | None:
+        """Validity of each step, [T N]: 1 if it can be learned from, 0 if it only reset; None: all are valid."""
         return to_device((~self.skipped).flatten().float(), device) if self.skips else None
 
     def mask(self, t: int, device: torch.device) -> Tensor | None:
-        """The actions that are allowed at step t, [N, S]; None if environments have no masks."""
+        """The actions that are allowed at step t, [N, L]; None if environments have no masks."""
         return None if self.allowed is None else to_device(self.allowed[t], device)
 
     def masks(self, device: torch.device) -> Tensor | None:
-        """Those of the whole rollout, [T N, S]."""
+        """The masks of the whole rollout, [T N, L]; None if environments have none."""
         return None if self.allowed is None else to_device(self.allowed[:-1].flatten(0, 1), device)
 
     def inputs(

@@ -323,7 +323,7 @@ class NativeVectorEnv(gym.vector.VectorWrapper):
         return obs, rewards, terminated, truncated, infos
 
     def _masks(self, call: str, given: dict[str, Any]) -> dict[str, Any]:
-        """The masks [N, S]. Where an episode has just ended, the next step only resets, whatever they say."""
+        """The masks [N, L]. Where an episode has just ended, the next step only resets, whatever they say."""
         if not self._choices:
             return {}
         shape = len(self._ended), sum(self._choices)

@@ -19,7 +19,7 @@ class Shared:
 
     Attributes:
         obs, final_obs, actions, rewards, terminated, truncated, life_lost: [N, ...]
-        action_mask: [N, S]; episode_info: [N, K], at an episode's end, NaN where there is none.
+        action_mask: [N, L]; episode_info: [N, K], at an episode's end, NaN where there is none.
     """
 
     obs: np.ndarray

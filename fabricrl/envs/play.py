@@ -50,7 +50,7 @@ def play(
         envs: environments that reset in the step that ends an episode (SAME_STEP), or mark in `infos["skipped"]` those
             that only reset in a step.
         policy: maps observations [N, R], and rewards and dones [N] of the step before, to actions for `envs.step`. It
-            is also given the masks [N, S] of the actions that are allowed, where environments have masks.
+            is also given the masks [N, L] of the actions that are allowed, where environments have masks.
         seed: of environment 0; environment i has `seed + i`.
         after_step: called after each step of the environments with the number of episodes that it has ended.
 

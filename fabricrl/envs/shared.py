@@ -28,7 +28,7 @@ class Seen(NamedTuple):
     final_obs: Tensor  # [n, R], where an episode has ended
     skipped: Tensor  # [n], steps that only reset
     life_lost: Tensor  # [n]
-    masks: Tensor  # [n, S], actions that are allowed next; S is 0 if there are no masks
+    masks: Tensor  # [n, L], actions that are allowed next; L is 0 if there are no masks
     told: Tensor  # [n, K], numbers that environments tell at the ends of episodes, NaN where there are none
 
 

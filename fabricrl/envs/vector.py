@@ -140,7 +140,7 @@ def make_envs(
 
     `step` returns the first observation of the next episode; the last one is in `infos["final_obs"]`. Native ones
     reset a step later, which `infos["skipped"]` marks. `infos["life_lost"]` is there if `args.life_loss`, and
-    `infos["action_mask"]` [N, S], the actions that are allowed next, if they are `masked`, as `check_env` says.
+    `infos["action_mask"]` [N, L], the actions that are allowed next, if they are `masked`, as `check_env` says.
     Rank 0 records its environment 0 if `args.capture_video`, and prints what `--vectorization auto` has chosen.
     `first`: the number of its first environment, where several ranks share those that one would have. `device`: of
     environments that take and return tensors.

@@ -173,7 +173,7 @@ class NameFailures(gym.Wrapper):
     array, and not every buffer checks it.
 
     Of what an environment tells in its infos it passes on the numbers in `keys` at an episode's end (`episode_info`
-    [K], NaN for what is missing), and which actions are allowed (`action_mask` [S], bool).
+    [K], NaN for what is missing), and which actions are allowed (`action_mask` [L], bool).
 
     Args:
         keys: names of the numbers.
@@ -242,7 +242,7 @@ class Masks:
         self.size, self._starts = sum(choices), np.cumsum([0, *choices[:-1]])
 
     def __call__(self, info: Mapping[str, Any] | None) -> np.ndarray:
-        """The mask [S]; all True if the environment has none now."""
+        """The mask [L]; all True if the environment has none now."""
         given = (info or {}).get("action_mask") if self._method is None else self._method()
         if given is None:
             return np.ones(self.size, bool)

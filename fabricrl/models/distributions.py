@@ -4,7 +4,7 @@ A head turns `params` [*, size], the output of the actor's last layer, into acti
 are. Randomness comes from outside as `noise`, drawn for a whole rollout at once, so that sampling is
 a plain function of tensors.
 
-Heads of discrete actions take masks, bool [*, S]: which choices are allowed, those of one variable after those of the
+Heads of discrete actions take masks, bool [*, L]: which choices are allowed, those of one variable after those of the
 other (`envs.spaces.mask_choices`). An action that is not allowed has probability 0, and never is drawn; probabilities
 and entropy are those of the distribution over the others (Huang and Ontañón 2022, arXiv:2006.14171, Section 4).
 """

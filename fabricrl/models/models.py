@@ -258,17 +258,17 @@ class RunningNormalizer(nn.Module):
         return ((x - self.center) / self.deviation).clamp(-self.clip, self.clip)
 
     @torch.no_grad()
-    def update(self, x: Tensor, fabric: Fabric | None = None, counts: Tensor | None = None) -> None:
+    def update(self, x: Tensor, fabric: Fabric | None = None, valid: Tensor | None = None) -> None:
         """Adds a batch [*, size]. Given a Fabric, adds those of all ranks, which must call it together.
 
-        `counts` [*]: 0 for rows that are left out, 1 for others; None: all count.
+        `valid` [*]: 0 for rows that are left out, 1 for others; None: all are valid.
         """
         x = x.reshape(-1, self.mean.shape[0]).double()
-        if counts is None:
+        if valid is None:
             count = x.new_full((), len(x))
             mean, square = x.mean(0), x.var(0, correction=0)
         else:
-            weights, count = counts.reshape(-1, 1), counts.sum().double()
+            weights, count = valid.reshape(-1, 1), valid.sum().double()
             mean = (x * weights).sum(0) / count.clamp(min=1.0)
             square = ((x - mean).square() * weights).sum(0) / count.clamp(min=1.0)
         moments = torch.cat((mean, square, count[None]))[None]  # [1, 2 size + 1]
@@ -310,15 +310,15 @@ class RewardNormalizer(RunningNormalizer):
         self.discounted: Tensor | None = None  # [N]
 
     @torch.no_grad()
-    def scale(self, rewards: Tensor, dones: Tensor, counts: Tensor | None, gamma: float, fabric: Fabric) -> Tensor:
+    def scale(self, rewards: Tensor, dones: Tensor, valid: Tensor | None, gamma: float, fabric: Fabric) -> Tensor:
         """Rewards [T, N] of a rollout, scaled and clipped to ±clip, once the statistics have them; on this device.
 
-        `counts` [T N]: 0 for steps that belong to no episode, else 1; None: all do. All ranks must call it together.
+        `valid` [T N]: 0 for steps that belong to no episode, else 1; None: all do. All ranks must call it together.
         """
         if self.discounted is None:
             self.discounted = torch.zeros_like(rewards[0])
         returns, self.discounted = discounted_returns(rewards, dones, self.discounted, gamma)
-        self.update(to_device(returns, self.mean.device), fabric, counts)
+        self.update(to_device(returns, self.mean.device), fabric, valid)
         return (to_device(rewards, self.mean.device) / self.deviation).clamp(-self.clip, self.clip)
 
 

@@ -91,19 +91,19 @@ def discounted_returns(rewards: Tensor, dones: Tensor, before: Tensor, gamma: fl
     return torch.from_numpy(returns), torch.from_numpy(running)
 
 
-def explained_variance(fabric: Fabric, values: Tensor, returns: Tensor, counts: Tensor | None = None) -> Tensor:
+def explained_variance(fabric: Fabric, values: Tensor, returns: Tensor, valid: Tensor | None = None) -> Tensor:
     """1 − Var[returns − values] / Var[returns]: 1 is a perfect critic, 0 predicts the mean. NaN if they are equal.
 
-    Over all ranks, which must call it together, and the rows that count, where some do not. All [B]; only the result
-    is brought to the CPU.
+    Over all ranks, which must call it together, and the rows that are valid. All [B]; only the result is brought to the
+    CPU.
     """
-    counts = torch.ones_like(values) if counts is None else counts
-    gathered = all_gather(fabric, torch.stack((values, returns, counts))).double()  # so that equal ones have variance 0
-    values, returns, counts = gathered.movedim(1, 0).flatten(1)
+    valid = torch.ones_like(values) if valid is None else valid
+    gathered = all_gather(fabric, torch.stack((values, returns, valid))).double()  # so that equal ones have variance 0
+    values, returns, valid = gathered.movedim(1, 0).flatten(1)
 
     def variance(x: Tensor) -> Tensor:
-        mean = (x * counts).sum() / counts.sum()
-        return ((x - mean).square() * counts).sum() / counts.sum()
+        mean = (x * valid).sum() / valid.sum()
+        return ((x - mean).square() * valid).sum() / valid.sum()
 
     whole = variance(returns)
     (explained,) = to_host(torch.where(whole == 0, torch.nan, 1 - variance(returns - values) / whole))

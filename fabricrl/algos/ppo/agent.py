@@ -21,7 +21,7 @@ class PPOAgent(nn.Module):
         actor:  features → MLP → head: distribution of actions [*, A]
         critic: features → MLP → value [*]
 
-    `masks` [*, S] say which discrete actions are allowed; None: all are.
+    `masks` [*, L] say which discrete actions are allowed; None: all are.
 
     `forward` is the one gradient path. It takes observations as `prepare` returns them: they are normalised once a
     rollout, not once a minibatch.
@@ -61,7 +61,7 @@ class PPOAgent(nn.Module):
         self.reward_normalizer = RewardNormalizer() if norm_reward else None
 
     def forward(self, batch: Batch) -> Outputs:
-        """Prepared `obs` [B, ...], `actions` [B, A] and `masks` [B, S] → log π(a|s), entropy, value; each [B]."""
+        """Prepared `obs` [B, ...], `actions` [B, A] and `masks` [B, L] → log π(a|s), entropy, value; each [B]."""
         features = self.features(batch.obs)
         params, masks = self.actor(features), batch.columns.get("masks")
         logprobs, entropy = self.head.logprob_and_entropy(params, batch.actions, masks)

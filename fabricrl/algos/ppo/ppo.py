@@ -5,8 +5,8 @@
     lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/ppo/ppo.py --env-id CartPole-v1
 
 Shapes: T steps, N environments of a rank, W ranks, D observation size, A action size, E epochs of M minibatches of
-B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a record with images, S size of
-an action mask, if the environment has them.
+B = T N / M rows, R size of an observation's row: D numbers, or the bytes of a record with images, S frames of
+a stack, L choices of an action mask, if the environment has masks.
 """
 
 from collections.abc import Callable
@@ -60,8 +60,8 @@ def shaped_rewards(run: Run, agent: Any, rb: RolloutBuffer) -> Tensor:
     rewards = rb.rewards.sign() if run.args.clip_reward else rb.rewards.clone()
     if agent.reward_normalizer is None:
         return rewards
-    counts = rb.counts(run.fabric.device)
-    return agent.reward_normalizer.scale(rewards, rb.dones, counts, run.args.gamma, run.fabric)
+    valid = rb.valid(run.fabric.device)
+    return agent.reward_normalizer.scale(rewards, rb.dones, valid, run.args.gamma, run.fabric)
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def returns_and_advantages(run: Run, model: nn.Module, agent: PPOAgent, rb: Roll
     args, device = run.args, run.fabric.device
     obs, next_obs = rb.inputs(agent.prepare, device)  # [T N, ...], [N, ...]
     actions = run.to_device(rb.actions.flatten(0, 1))  # [T N, A]
-    data = Batch(obs=obs, actions=actions, masks=rb.masks(device), counts=rb.counts(device))
+    data = Batch(obs=obs, actions=actions, masks=rb.masks(device), valid=rb.valid(device))
     logprobs, values = logprobs_and_values(model, data, agent.rows_at_once)  # [T N]: by the policy that acted
     with run.fabric.autocast():
         next_values = agent.prepared_value(next_obs).float()  # [N]
@@ -189,7 +189,7 @@ def main() -> int:
             run.record_rollout(rb)
             run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.valid).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

@@ -54,14 +54,14 @@ def declare_share(run: Run, agent: Any) -> Batch:
         obs=torch.zeros(rows, *agent.obs_shape, dtype=agent.obs_dtype),
         actions=torch.zeros(rows, agent.head.num_actions, dtype=agent.head.dtype),
         masks=torch.zeros(rows, run.mask_size, dtype=torch.bool) if run.mask_size else None,
-        counts=torch.ones(rows, dtype=torch.bool),
+        valid=torch.ones(rows, dtype=torch.bool),
         **dict.fromkeys(names, torch.zeros(rows)),
     )
 
 
 def as_trained(data: Batch, device: torch.device) -> Batch:
-    """The batch that has travelled, on the device; counts, a byte each on the way, are numbers again."""
-    return data.with_columns(counts=None if data.counts is None else data.counts.float()).to(device)
+    """The batch that has travelled, on the device; `valid`, a byte a row on the way, is numbers again."""
+    return data.with_columns(valid=None if data.valid is None else data.valid.float()).to(device)
 
 
 def divide(run: Run, data: Batch) -> Iterator[tuple[Batch, int]]:
@@ -127,7 +127,7 @@ def player(args: PPODecoupledArgs, run: Run, trainers: Trainers) -> int:
             run.record_rollout(rb)
             run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.valid).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint
@@ -155,8 +155,8 @@ def trainer(args: PPODecoupledArgs, run: Run, player: Player) -> None:
     share = share.joined([share] * (player.count - 1))
     if run.needs_warmup:
         with run.warmup():
-            counts = share.data.counts if player.skips else None
-            data = as_trained(share.data.with_columns(counts=counts), run.fabric.device)
+            valid = share.data.valid if player.skips else None
+            data = as_trained(share.data.with_columns(valid=valid), run.fabric.device)
             train(run, run_epoch, data, *run.coefs(0.0, 0.0))
 
     for order in player.orders():  # → Ready, ← Order

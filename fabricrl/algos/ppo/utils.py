@@ -38,7 +38,7 @@ class FrameStack:
 
 
 def make_policy(agent: PPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., Any]:
-    """A function (observations [N, R]; rewards and dones [N] of the step before; masks [N, S], where there are any) →
+    """A function (observations [N, R]; rewards and dones [N] of the step before; masks [N, L], where there are any) →
     actions for `envs.step`.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -28,7 +28,7 @@ class RecurrentPPOAgent(nn.Module):
 
         (previous action) | (previous reward) | state of the actor's core | state of the critic's, unless both share one
 
-    `masks` [*, S] say which discrete actions are allowed; None: all are.
+    `masks` [*, L] say which discrete actions are allowed; None: all are.
 
     `forward` is the one gradient path. It takes observations as `prepare` returns them, once a rollout.
 

@@ -68,7 +68,7 @@ def returns_and_advantages(run: Run, agent: RecurrentPPOAgent, rb: RecurrentRoll
     columns = {"actions": actions, "previous": agent.previous(memory[:-1]), "states": agent.states(memory[:-1])}
     columns = {name: column.flatten(0, 1)[by_env] for name, column in columns.items()}
     obs = obs[by_env] if isinstance(obs, Tensor) else obs.rows(by_env)
-    data = Batch(obs=obs, **columns, **Batch(masks=rb.masks(device), counts=rb.counts(device))[by_env].columns)
+    data = Batch(obs=obs, **columns, **Batch(masks=rb.masks(device), valid=rb.valid(device))[by_env].columns)
     with run.fabric.autocast():
         layout = sequences.in_order().to(device)
         logprobs, values = logprobs_and_values(agent, data, layout)  # [N T]: by the policy that acted
@@ -167,7 +167,7 @@ def main() -> int:
             run.record_rollout(rb)
             run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.valid).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint

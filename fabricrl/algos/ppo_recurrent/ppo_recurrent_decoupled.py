@@ -117,7 +117,7 @@ def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int
             run.record_rollout(rb)
             run.evaluate(agent)
             if run.log_is_due:
-                explained = explained_variance(run.fabric, data.values, data.returns, data.counts).item()
+                explained = explained_variance(run.fabric, data.values, data.returns, data.valid).item()
                 run.log({"charts/learning_rate": learning_rate, "losses/explained_variance": explained})
 
             # 5. Checkpoint
@@ -144,8 +144,8 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     share = share.joined([share] * (player.count - 1))
     if run.needs_warmup:
         with run.warmup():
-            counts = share.data.counts if player.skips else None
-            data = as_trained(share.data.with_columns(counts=counts), run.fabric.device)
+            valid = share.data.valid if player.skips else None
+            data = as_trained(share.data.with_columns(valid=valid), run.fabric.device)
             for sequences in Sequences(share.ends[:, None], args.sequence_length).of_all_sizes(run.captures):
                 train(run, update_step, data, sequences, *run.coefs(0.0, 0.0))
 

@@ -15,7 +15,7 @@ __all__ = ["ACTION_SPACES", "env_actions", "make_agent", "make_policy"]
 
 
 def make_policy(agent: RecurrentPPOAgent, envs: VectorEnv, greedy: bool, seed: int) -> Callable[..., Any]:
-    """A function (observations [N, R]; rewards and dones [N] of the step before; masks [N, S], where there are any) →
+    """A function (observations [N, R]; rewards and dones [N] of the step before; masks [N, L], where there are any) →
     actions for `envs.step`.
 
     It remembers, and forgets where an episode was done.

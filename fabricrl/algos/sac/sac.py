@@ -4,7 +4,8 @@
     python fabricrl/algos/sac/sac.py --env-id Pendulum-v1 --devices 2 --strategy ddp
     lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/sac/sac.py --env-id Pendulum-v1
 
-Shapes: N environments of a rank, W ranks, D observation size, A action size, C critics, K updates, B rows of a batch.
+Shapes: N environments of a rank, W ranks, D observation size, F features, A action size, C critics, K updates of the
+critics and L of the actor, B rows of a batch.
 """
 
 from collections.abc import Callable
