@@ -18,7 +18,7 @@ from fabricrl.algos import run as run_module
 from fabricrl.algos.args import STEP_BYTES, check_sizes
 from fabricrl.algos.command_line import parse
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.off_policy import utils as off_policy_utils
+from fabricrl.algos.off_policy.updates import make_schedule
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
@@ -200,10 +200,9 @@ def test_each_rank_draws_batches_for_the_steps_of_all(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match=r"× ranks: only .* the batches of an iteration, 80000 transitions"):
         args.check_batches(2)
     run = SimpleNamespace(args=args, fabric=SimpleNamespace(world_size=2), trainers=None, state={})
-    run.team, run.together = SimpleNamespace(global_rank=0), contextlib.nullcontext
-    monkeypatch.setattr(off_policy_utils, "check_buffer", lambda run: None)
+    run.team, run.failing_together = SimpleNamespace(global_rank=0), contextlib.nullcontext
     with pytest.raises(ConfigError, match="80000 transitions"):
-        off_policy_utils.make_schedule(run)  # type: ignore[arg-type]
+        make_schedule(run)  # type: ignore[arg-type]
 
 
 def test_memory_is_looked_at_before_anything_starts() -> None:

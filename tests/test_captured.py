@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fabricrl.algos.droq import droq
-from fabricrl.algos.off_policy import utils as off_policy
+from fabricrl.algos.off_policy import replay
+from fabricrl.algos.off_policy.updates import SampleAndTrain
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.run import Run
@@ -146,7 +147,7 @@ REPLAY = pytest.mark.parametrize("name", [name for name in RUNS if "ppo" not in 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replay buffers lie on a device, which is the CPU."""
-    monkeypatch.setattr(off_policy, "buffer_device", lambda run: (CPU, ""))
+    monkeypatch.setattr(replay, "buffer_device", lambda run: (CPU, ""))
 
 
 @pytest.fixture
@@ -281,14 +282,14 @@ def test_what_is_not_finite_ends_a_run_before_another_update(
 
     for script in (sac, droq):
         monkeypatch.setattr(script, "critic_loss", lambda q, targets: Spoiled.apply(loss(q, targets)))
-    call = off_policy.SampleAndTrain.__call__
+    call = SampleAndTrain.__call__
 
     def update(self: Any, *rest: Any) -> None:
         updates.append(self._run.global_step)
         factor.fill_(math.nan if self._run.global_step == 50 else 1.0)
         call(self, *rest)
 
-    monkeypatch.setattr(off_policy.SampleAndTrain, "__call__", update)
+    monkeypatch.setattr(SampleAndTrain, "__call__", update)
     main, flags = RUNS[algo]
     with pytest.raises(NonFiniteError, match="not finite after the update"):
         train(main, *flags, *ENDING, "--log-every", 10_000)

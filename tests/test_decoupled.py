@@ -18,10 +18,11 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fabricrl.algos import run as run_module
-from fabricrl.algos.decoupled import Messages, Player, Trainers, before_hello, telling
+from fabricrl.algos.decoupled import Messages, Player, Trainers
+from fabricrl.algos.decoupled.ranks import before_hello, reporting_failures
 from fabricrl.algos.droq import droq_decoupled
 from fabricrl.algos.off_policy import decoupled as off_policy
-from fabricrl.algos.off_policy import utils as off_policy_utils
+from fabricrl.algos.off_policy import replay as replay_module
 from fabricrl.algos.ppo import ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent_decoupled
@@ -345,7 +346,7 @@ def test_data_that_may_wait_travels_with_what_follows_until_something_is_due_or_
     assert [order.bulk for order in sent] == [True, True, True, False, False], "the next one is of another form"
     assert [type(order.data) for order in sent] == [Data, Bulk, Bulk, Bulk, Data]
     assert [order.answers for order in sent] == [False, False, True, False, True]
-    trainers.tell(5)
+    trainers.report_failure(5)
     assert type(notes.sent[-1][3].data) is Data
 
 
@@ -363,7 +364,7 @@ def test_a_trainer_expects_the_form_that_the_order_before_has_announced() -> Non
 def test_steps_that_travel_in_blocks_fill_replay_buffers_as_if_they_had_been_added_there(
     count: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (off_policy, off_policy_utils):
+    for module in (off_policy, replay_module):
         monkeypatch.setattr(module, "BLOCK", most)
     rng, space, agent = np.random.default_rng(0), vectors(3), SimpleNamespace(obs_normalizer=None)
     run = SimpleNamespace(own_envs=slice(0, 4))
@@ -414,7 +415,7 @@ def test_a_failed_update_ends_the_player_silently_with_the_code_of_the_trainer()
 def test_trainers_that_cannot_start_end_the_player_silently_with_their_code() -> None:
     notes = Notes(PLAYER, 1, [(0, Ready(6))])
     trainers = Trainers(some_run(), notes)  # type: ignore[arg-type]
-    with pytest.raises(EndedByPeerError) as caught, telling(trainers):
+    with pytest.raises(EndedByPeerError) as caught, reporting_failures(trainers):
         trainers.begin(some_messages())
     assert caught.value.exit_code == 6
     assert [(name, sent.command, sent.code) for name, _, _, sent in notes.sent[1:]] == [("Order", ABORT, 6)]
@@ -432,7 +433,7 @@ def test_a_player_warms_up_acting_while_trainers_warm_up_their_updates(records: 
 
 def test_the_last_order_goes_to_every_trainer_whether_they_have_begun_or_not() -> None:
     notes = Notes(PLAYER, 2, [])
-    Trainers(some_run(), notes).tell(4)  # type: ignore[arg-type]
+    Trainers(some_run(), notes).report_failure(4)  # type: ignore[arg-type]
     assert notes.sent == [("Hello", rank, 0, Hello(ABORT, 4, 0, False, None)) for rank in (1, 2)]  # type: ignore[arg-type]
     trainers, notes = watched(2)
     trainers.run.exit_code = 143
@@ -444,17 +445,17 @@ def test_the_last_order_goes_to_every_trainer_whether_they_have_begun_or_not() -
 
 def test_a_rank_that_fails_tells_its_peers_and_one_that_has_lost_them_does_not(capsys: pytest.CaptureFixture) -> None:
     told: list[int] = []
-    end = SimpleNamespace(tell=told.append, iteration=3)
-    with pytest.raises(EndedByPeerError) as caught, telling(end):
+    end = SimpleNamespace(report_failure=told.append, iteration=3)
+    with pytest.raises(EndedByPeerError) as caught, reporting_failures(end):
         raise NonFiniteError("it is NaN")
     assert (told, caught.value.exit_code, str(caught.value)) == ([5], 5, "")
     assert capsys.readouterr().err == "error: it is NaN\n"  # at once: the peers' end may end this process
-    with pytest.raises(EndedByPeerError) as caught, telling(end):
+    with pytest.raises(EndedByPeerError) as caught, reporting_failures(end):
         raise EndedByPeerError(6)
     assert (told, caught.value.exit_code) == ([5, 6], 6)
-    with pytest.raises(LostPeerError), telling(end):
+    with pytest.raises(LostPeerError), reporting_failures(end):
         raise LostPeerError("rank 1 is gone")
-    with telling(end):
+    with reporting_failures(end):
         pass
     assert told == [5, 6]
     assert not capsys.readouterr().err
@@ -492,7 +493,7 @@ def test_a_trainer_that_fails_says_so_once_and_waits_until_the_player_ends_it(ca
         for _ in player.orders():
             raise NonFiniteError("it is NaN")
 
-    with pytest.raises(EndedByPeerError), telling(player), before_hello(player):
+    with pytest.raises(EndedByPeerError), reporting_failures(player), before_hello(player):
         fail()
     (_, (name, to, iteration, answer)), left = notes.sent, notes.answers
     assert (name, to, iteration, answer.code, answer.losses) == ("Answer", PLAYER, 0, 5, None)
@@ -504,18 +505,18 @@ def test_a_trainer_that_the_player_ends_says_nothing() -> None:
     messages = some_messages()
     player, notes = obeying(hello(messages), order(ABORT, 4))
     player.meet(messages)
-    with pytest.raises(EndedByPeerError) as caught, telling(player), before_hello(player):
+    with pytest.raises(EndedByPeerError) as caught, reporting_failures(player), before_hello(player):
         list(player.orders())
     assert (caught.value.exit_code, [name for name, *_ in notes.sent]) == (4, ["Ready"])
 
 
 def test_an_early_fault_of_a_trainer_is_told_by_the_player_if_it_has_the_same(capsys: pytest.CaptureFixture) -> None:
     player, notes = obeying(hello(some_messages(), ABORT, 3))
-    with pytest.raises(EndedByPeerError) as caught, telling(player), before_hello(player):
+    with pytest.raises(EndedByPeerError) as caught, reporting_failures(player), before_hello(player):
         raise CheckpointError("there is none")
     assert (caught.value.exit_code, notes.sent, capsys.readouterr().err) == (3, [], "")
     player, notes = obeying(hello(some_messages()))  # the player has not
-    with pytest.raises(EndedByPeerError), telling(player), before_hello(player):
+    with pytest.raises(EndedByPeerError), reporting_failures(player), before_hello(player):
         raise NonFiniteError("it is NaN")
     assert notes.sent == [("Ready", PLAYER, 0, Ready(5))]
     assert capsys.readouterr().err == "error: it is NaN\n"
@@ -563,7 +564,7 @@ def test_trainers_save_their_buffers_and_the_first_sends_its_state_when_they_are
     keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("fabricrl.algos.decoupled.save_shard", lambda *given: saved.append(given))
+    monkeypatch.setattr("fabricrl.algos.decoupled.player.save_shard", lambda *given: saved.append(given))
     for rank in (0, 1):
         messages, rb = some_messages(), object()
         last = order(SAVE)._replace(step=640)
@@ -605,7 +606,7 @@ def test_each_trainer_checks_the_memory_for_its_own_buffer_and_the_player_for_no
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checked: list[tuple[int, int]] = []
-    monkeypatch.setattr(off_policy_utils, "check_memory", lambda size, count, _: checked.append((size, count)))
+    monkeypatch.setattr(replay_module, "check_memory", lambda size, count, _: checked.append((size, count)))
     args = SACArgs(num_envs=4, buffer_size=1000, batch_size=8, learning_starts=100, total_timesteps=1000)
 
     def some(world_size: int, trainers: Any = None) -> Any:
@@ -615,12 +616,12 @@ def test_each_trainer_checks_the_memory_for_its_own_buffer_and_the_player_for_no
         run.fabric = SimpleNamespace(
             world_size=world_size, global_rank=0, device=torch.device("cpu"), strategy=strategy
         )
-        run.together = contextlib.nullcontext
+        run.failing_together = contextlib.nullcontext
         return run
 
-    off_policy_utils.make_schedule(some(1))
+    replay_module.make_buffer(some(1))
     whole, _ = checked.pop()
-    off_policy_utils.make_schedule(some(1, trainers=object()))
+    replay_module.make_buffer(some(1, trainers=object()))
     assert checked == []
     assert off_policy.take_share_of_args(some(2)).buffer_size == 500
     assert checked == [(whole // 2, 2)]
@@ -816,8 +817,8 @@ def grouped(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
     if rank == PLAYER:
         return result | {"broadcast": group.broadcast("path")}
     try:
-        end = SimpleNamespace(tell=result["told"].append, iteration=0)
-        with telling(end, 1), failing_together(group):
+        end = SimpleNamespace(report_failure=result["told"].append, iteration=0)
+        with reporting_failures(end, 1), failing_together(group):
             if rank == 2:
                 raise NonFiniteError("on rank 2 alone")
     except RunError as error:
@@ -860,7 +861,7 @@ def lost(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
             action()
         except LostPeerError as error:
             texts.append((str(error), error.exit_code))
-    Trainers(some_run(), channel).tell(5)  # those that are gone need none
+    Trainers(some_run(), channel).report_failure(5)  # those that are gone need none
     return {"texts": texts}
 
 
@@ -900,7 +901,7 @@ def failed(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
     if fabric.global_rank == 1:
         end = Player(some_run(0), channel)
         try:
-            with telling(end, 1):
+            with reporting_failures(end, 1):
                 end.meet(some_messages())
                 for _ in end.orders():
                     raise NonFiniteError("it is NaN")
@@ -911,7 +912,7 @@ def failed(fabric: Any, world: Any, team: Any, path: Path) -> dict[str, Any]:
         return {"saw its end": (path / "ended").exists()}
     trainers = Trainers(some_run(0), channel)
     try:
-        with telling(trainers):
+        with reporting_failures(trainers):
             trainers.begin(some_messages())
             trainers.train([Data(0)])
     except RunError as error:

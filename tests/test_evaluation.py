@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from fabricrl import evaluate
-from fabricrl.algos import decoupled, evaluation
+from fabricrl.algos import evaluation
+from fabricrl.algos.decoupled import Player, Trainers
+from fabricrl.algos.decoupled import trainers as trainers_module
 from fabricrl.algos.droq import droq
 from fabricrl.algos.evaluation import Evaluation
 from fabricrl.algos.ppo import ppo
@@ -24,7 +26,7 @@ from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.envs import make_envs
 from fabricrl.envs.play import Episodes
-from fabricrl.utils.decoupled import TRAIN, WAIT, Order, Outbox
+from fabricrl.utils.decoupled import KEEPALIVE, TRAIN, Order, Outbox
 from fabricrl.utils.errors import ConfigError, EnvError
 from fabricrl.utils.seeding import EVAL_STREAM, FIRST_TRAINING_SEED, stream_seed
 from tests.conftest import BareRun, on_ranks
@@ -286,20 +288,20 @@ def test_ranks_that_wait_hear_often_from_the_one_that_plays(monkeypatch: pytest.
 def test_a_player_that_evaluates_for_long_has_its_trainers_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a minute that they wait for a message, a quarter passes at most without one; it is no iteration."""
     clock, sent = [100.0], []
-    monkeypatch.setattr(decoupled, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(trainers_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     run: Any = SimpleNamespace(args=SimpleNamespace(timeout=1.0, players=1), fabric=SimpleNamespace(global_rank=0))
     order = Order(TRAIN, 0, 0, 0, False, False, False, torch.zeros(2))
     channel: Any = SimpleNamespace(rank=0, world_size=3)
     channel.send = lambda packet, to, iteration: sent.append((to, packet.read()))
-    trainers = decoupled.Trainers(run, channel)
+    trainers = Trainers(run, channel)
     trainers._orders, trainers._spoke = {False: Outbox(order, 8)}, 100.0
     for clock[0] in range(100, 140, 4):
         run.while_evaluating()
-    assert [(to, message.command) for to, message in sent] == [(1, WAIT), (2, WAIT)] * 2  # at 116 and 132
+    assert [(to, message.command) for to, message in sent] == [(1, KEEPALIVE), (2, KEEPALIVE)] * 2  # at 116 and 132
     assert trainers.iteration == 0
 
     messages = iter([message for _, message in sent] + [order._replace(iteration=7)])
-    player = decoupled.Player(run, SimpleNamespace(receive=lambda *_: next(messages)))  # type: ignore[arg-type]
+    player = Player(run, SimpleNamespace(receive=lambda *_: next(messages)))  # type: ignore[arg-type]
     player._orders = {False: [None]}  # type: ignore[list-item]
     assert player._receive_order().iteration == 7
 

@@ -484,9 +484,9 @@ def test_a_trainer_of_another_node_whose_parameters_overflow_says_so(prepare: An
 def without_memory(rank: int) -> None:
     as_srun(rank)
     if rank == 1:
-        from fabricrl.algos.off_policy import utils
+        from fabricrl.algos.off_policy import replay
 
-        mock.patch.object(utils, "check_memory", side_effect=ConfigError("node 1 has too little memory")).start()
+        mock.patch.object(replay, "check_memory", side_effect=ConfigError("node 1 has too little memory")).start()
 
 
 def test_too_little_memory_on_another_node_is_reported_by_it(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fabricrl.algos.args import StandardArgs
 from fabricrl.algos.command_line import parse
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.off_policy import utils as off_policy
+from fabricrl.algos.off_policy import replay as off_policy
 from fabricrl.algos.off_policy.args import OffPolicyArgs
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
@@ -567,7 +567,7 @@ def test_auto_puts_the_buffer_on_the_gpu_if_it_takes_at_most_half_of_what_is_fre
     fabric = SimpleNamespace(device=torch.device("cuda:0"))
     args = SACArgs(buffer_device=asked, buffer_size=99, batch_size=9)  # 100 records of 40 bytes
     spaces = {"obs_space": Box(-1, 1, (3,), np.float32), "action_space": SimpleNamespace(shape=(2,))}
-    run: Any = SimpleNamespace(args=args, fabric=fabric, tensors=False, **spaces)
+    run: Any = SimpleNamespace(args=args, fabric=fabric, uses_tensor_envs=False, **spaces)
     device, why_not = off_policy.buffer_device(run)
     assert str(device) == str(chosen)
     assert ("--buffer-device cuda puts it there all the same" in why_not) == (asked == "auto" and chosen is None)

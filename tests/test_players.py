@@ -340,7 +340,7 @@ def test_players_other_than_the_first_send_data_alone() -> None:
     before = len(notes.sent)
     trainers.train([Data(1), Data(2)])
     trainers.stop()
-    trainers.tell(5)
+    trainers.report_failure(5)
     assert [(name, to, sent.data.row) for name, to, _, sent in notes.sent[before:]] == [
         ("Order", 1, 1),
         ("Order", 2, 2),
@@ -441,7 +441,7 @@ def stand_in_for_gpus(rank: int) -> None:
     from lightning.fabric.accelerators import CUDAAccelerator
     from lightning.fabric.plugins.collectives import TorchCollective
 
-    from fabricrl.algos import decoupled
+    from fabricrl.algos.decoupled import ranks
     from fabricrl.utils.process import PLACE
 
     create_group, notes = TorchCollective.create_group, Path(os.environ["NOTES"])
@@ -457,7 +457,7 @@ def stand_in_for_gpus(rank: int) -> None:
     CUDAAccelerator.is_available = staticmethod(lambda: True)  # type: ignore[method-assign]
     CUDAAccelerator.parse_devices = staticmethod(lambda devices: [0, 1][: len(devices)])  # type: ignore[method-assign]
     torch.cuda.set_device = lambda gpu: None
-    decoupled.trainer_device = placed
+    ranks.trainer_device = placed
     TorchCollective.create_group = noted  # type: ignore[method-assign]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fabricrl.algos.droq import droq
 from fabricrl.algos.droq.agent import make_agent as make_droq_agent
 from fabricrl.algos.droq.args import DroQArgs
-from fabricrl.algos.off_policy.utils import buffer_device, has_implicit_next
+from fabricrl.algos.off_policy.replay import buffer_device, has_implicit_next
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import EncodedCritics, SACAgent, make_agent
 from fabricrl.algos.sac.args import SACArgs
@@ -351,7 +351,9 @@ def test_two_ranks_learn_from_images_each_with_its_own_buffer(tmp_path: Path) ->
 def test_a_buffer_on_a_gpu_is_refused_and_auto_keeps_images_in_memory() -> None:
     fabric = SimpleNamespace(device=torch.device("cuda:0"))
     for place in ("auto", "cuda"):
-        run: Any = SimpleNamespace(args=SACArgs(buffer_device=place), fabric=fabric, obs_space=SPACE, tensors=False)
+        run: Any = SimpleNamespace(
+            args=SACArgs(buffer_device=place), fabric=fabric, obs_space=SPACE, uses_tensor_envs=False
+        )
         if place == "auto":
             assert buffer_device(run) == (None, "")
             continue

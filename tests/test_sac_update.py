@@ -18,7 +18,7 @@ from gymnasium.spaces import Box
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from fabricrl.algos.off_policy.utils import UpdateSchedule, make_schedule
+from fabricrl.algos.off_policy.updates import UpdateSchedule, make_schedule
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs

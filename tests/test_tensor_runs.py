@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fabricrl import evaluate
 from fabricrl.algos.droq import droq, droq_decoupled
-from fabricrl.algos.off_policy import utils as off_policy
-from fabricrl.algos.off_policy.utils import SampleAndTrain
+from fabricrl.algos.off_policy import replay as off_policy
+from fabricrl.algos.off_policy.updates import SampleAndTrain
 from fabricrl.algos.ppo_recurrent import ppo_recurrent, ppo_recurrent_decoupled
 from fabricrl.algos.ppo_recurrent.agent import make_agent
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs

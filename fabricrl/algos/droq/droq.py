@@ -19,7 +19,7 @@ from torch import Tensor
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQArgs
 from fabricrl.algos.droq.loss import actor_loss, alpha_loss, critic_loss, td_target
-from fabricrl.algos.off_policy.utils import SampleAndTrain, make_buffer, make_schedule, restore_replay
+from fabricrl.algos.off_policy import SampleAndTrain, make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.sac import ACTOR_METRICS, CRITIC_METRICS, Learner, rollout, setup
 from fabricrl.utils import average_gradients, frozen, polyak_update

@@ -18,8 +18,8 @@ from fabricrl.algos.decoupled import Player, Trainers, checked, run_ranks
 from fabricrl.algos.droq.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.droq.args import DroQDecoupledArgs
 from fabricrl.algos.droq.droq import make_sample_and_train, rollout, setup, spread_updates
+from fabricrl.algos.off_policy import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.off_policy.decoupled import check_division, divide, store, take_share_of_args
-from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.sac_decoupled import make_messages
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fabricrl.algos.decoupled import Trainers
-from fabricrl.algos.off_policy.utils import BLOCK, check_buffer
+from fabricrl.algos.off_policy.replay import BLOCK, check_buffer
 from fabricrl.algos.run import Run
 from fabricrl.data import NewestSteps, Replay
 from fabricrl.utils.decoupled import Rows

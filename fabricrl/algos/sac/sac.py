@@ -16,7 +16,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.algos.off_policy.utils import SampleAndTrain, make_buffer, make_schedule, restore_replay
+from fabricrl.algos.off_policy import SampleAndTrain, make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent, make_agent
 from fabricrl.algos.sac.args import SACArgs

@@ -15,8 +15,8 @@ Shapes as in sac.py.
 """
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, checked, run_ranks
+from fabricrl.algos.off_policy import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.off_policy.decoupled import BLOCK, check_division, declare_steps, divide, store, take_share_of_args
-from fabricrl.algos.off_policy.utils import make_buffer, make_schedule, restore_replay
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.algos.sac.agent import ACTION_SPACES, make_agent
 from fabricrl.algos.sac.args import SACDecoupledArgs
