@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import gymnasium as gym
@@ -150,12 +150,23 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Graph:
-    """Stands in for a CUDA graph: operations, which a replay repeats on the memory that they had."""
+    """Stands in for a CUDA graph: operations, which a replay repeats on the memory that they had.
+
+    `held`: those that have not been reset, with which NCCL would not end.
+    """
+
+    held: ClassVar[list["Graph"]] = []
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.held.append(self)
+
+    def reset(self) -> None:
+        self.calls.clear()
+        self.held.remove(self)
 
     def replay(self) -> None:
+        assert self in self.held
         with torch.inference_mode(False), torch.no_grad():
             for function, args, kwargs, results in self.calls:
                 again = function(*args, **kwargs)
@@ -176,7 +187,10 @@ class NoValues(TorchFunctionMode):
 
 
 class Capture(TorchDispatchMode):
-    """Makes a graph of the calls inside, which may not ask for a tensor's value."""
+    """Makes a graph of the calls inside, which may not ask for a tensor's value, or for a shape that depends on it."""
+
+    aten = torch.ops.aten
+    VALUES = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.masked_scatter_backward)
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
@@ -191,8 +205,11 @@ class Capture(TorchDispatchMode):
         self.refuses.__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        by_truth = function.overloadpacket is self.aten.index and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if by_truth or function.overloadpacket in self.VALUES:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         results = function(*args, **(kwargs or {}))
         self.graph.calls.append((function, args, kwargs or {}, results))
         return results
@@ -201,6 +218,7 @@ class Capture(TorchDispatchMode):
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs are stood in for."""
+    monkeypatch.setattr(Graph, "held", [])
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)

@@ -179,6 +179,25 @@ def test_a_captured_run_is_the_run_that_is_not_and_records_nothing_after_its_sta
     (run, at_start), (eager, _) = runs
     assert run.runner.recordings == at_start > 1  # an update and acting
     assert eager.runner.recordings == 0
+    assert Graph.held == [], "NCCL would wait for them"
+
+
+@pytest.mark.usefixtures("captured")
+def test_actions_of_uneven_choices_are_learned_from_in_a_graph(train: Callable[..., Trained]) -> None:
+    flags = ["--env-id", "tests.envs:IdentityMultiDiscrete-v0", "--num-envs", 2, "--num-steps", 16]
+    assert train(ppo.main, *flags, "--total-timesteps", 64).code == 0
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_run_that_fails_frees_its_graphs(train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        assert Graph.held
+        raise NonFiniteError("here")
+
+    monkeypatch.setattr(Run, "record_rollout", fail)
+    with pytest.raises(NonFiniteError, match="here"):
+        train(ppo.main, *RUNS["ppo"][1], *ENDING)
+    assert Graph.held == []
 
 
 @EVERY

@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from fabricrl.algos.ppo import ppo
+from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.utils import launch as launch_module
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.optimizer import Adam
@@ -93,6 +94,18 @@ def test_a_warmup_leaves_the_scale_as_it_was() -> None:
         adam.step()
         assert adam.scaler.state_dict() != before
     assert adam.scaler.state_dict() == before
+
+
+def test_the_scale_goes_to_the_device_that_a_launch_has_given_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that, "cuda" is the first GPU for every rank."""
+    scaler = LossScale("cpu")
+    scaler.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in scaler.tensors()} == {"meta"}
+    moved: list[torch.device] = []
+    monkeypatch.setattr(launch_module, "_half_precision_device", lambda asked: "cpu")
+    monkeypatch.setattr(LossScale, "to", lambda self, device: moved.append(device))
+    fabric = launch_module.launch(PPOArgs())
+    assert moved == [fabric.device]
 
 
 # --- In a script. On a GPU 16-mixed comes by --precision; here Fabric is given it for the CPU

@@ -443,13 +443,24 @@ def test_the_first_minibatch_sees_ratio_one(rnn_type: str, kind: str, sequence_l
 
 
 @pytest.mark.parametrize("rnn_type", ["lstm", "gru"])
-def test_the_first_minibatch_sees_ratio_one_in_half_precision_too(rnn_type: str, tmp_path: Path) -> None:
+def test_the_first_minibatch_sees_ratio_one_in_half_precision_too(
+    rnn_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences run in float32: autocast would have cuDNN take float16 for them, also in place of bfloat16."""
+    kernel, calls = getattr(torch, rnn_type), []
+
+    def watched(x: Tensor, *rest: Any) -> Any:
+        calls.append((torch.is_autocast_enabled("cpu"), x.dtype))
+        return kernel(x, *rest)
+
+    monkeypatch.setattr(torch, rnn_type, watched)
     changes: dict[str, Any] = {"rnn_type": rnn_type, "num_minibatches": 1, "update_epochs": 1}
     run, agent, rb = learning("Box", tmp_path, precision="bf16-mixed", **changes)
     updated = Updated(run, agent, rb, exact=False)
     assert updated.spy.logratios[0].abs().max() < 1e-5
     assert (updated.before.actor.out.weight != agent.actor.out.weight).any()
     assert updated.data.logprobs.dtype == updated.data.values.dtype == torch.float32
+    assert set(calls) == {(False, torch.float32)}
 
 
 def test_truncated_episodes_bootstrap_in_the_precision_of_the_run(tmp_path: Path) -> None:

@@ -212,6 +212,7 @@ class Run(Acting):
         if error is not None:
             end_if_out_of_memory(error, self.global_args)
         self._contexts.close()
+        self.runner.release()
         if kind is None and self._envs is not None:
             self._envs.close()
         if kind is None and self._evaluation is not None:

@@ -24,16 +24,12 @@ class CategoricalHead(nn.Module):
     """A independent categorical variables: Discrete (A = 1) and MultiDiscrete. Actions are indices, int64."""
 
     dtype = torch.int64
-    mask: Tensor
 
     def __init__(self, choices: list[int]) -> None:
         super().__init__()
         self.num_actions, self.size, self.most = len(choices), sum(choices), max(choices)
         self.encoded_size = self.num_actions * self.most
-        self.uneven = len(set(choices)) > 1
-        if self.uneven:
-            mask = torch.arange(self.most) < torch.tensor(choices)[:, None]  # [A, most]
-            self.register_buffer("mask", mask, persistent=False)
+        self.choices, self.uneven = list(choices), len(set(choices)) > 1
 
     def sample(self, params: Tensor, noise: Tensor, masks: Tensor | None = None) -> Tensor:
         """Gumbel-max: argmax(logits + Gumbel noise) is distributed as softmax(logits)."""
@@ -72,11 +68,10 @@ class CategoricalHead(nn.Module):
 
     def _by_variable(self, choices: Tensor, padding: float) -> Tensor:
         """[*, size] → [*, A, most]"""
-        shape = *choices.shape[:-1], self.num_actions, self.most
         if not self.uneven:
-            return choices.view(shape)
-        padded = choices.new_full(shape, padding)
-        return padded.masked_scatter(self.mask.expand_as(padded), choices)
+            return choices.view(*choices.shape[:-1], self.num_actions, self.most)
+        variables = choices.split(self.choices, -1)  # a scatter's backward pass would have to wait for a GPU
+        return torch.stack([F.pad(each, (0, self.most - each.shape[-1]), value=padding) for each in variables], -2)
 
 
 class BernoulliHead(nn.Module):

@@ -126,10 +126,11 @@ def _through_time(
         return torch.cat(steps).index_select(0, place)
     h, *c = states[:count].view(count, parts, layers, -1).permute(1, 2, 0, 3).contiguous()  # [layers, S, H] each
     settings = True, layers, 0.0, torch.is_grad_enabled(), False, False  # biases; neither dropout nor two directions
-    if c:
-        outputs, *_ = torch.lstm(padded, (h, *c), weights, *settings)
-    else:
-        outputs, _ = torch.gru(padded, h, weights, *settings)
+    with torch.autocast(x.device.type, enabled=False):  # which has cuDNN compute in float16, whatever is asked for
+        if c:
+            outputs, *_ = torch.lstm(padded.to(h.dtype), (h, *c), weights, *settings)
+        else:
+            outputs, _ = torch.gru(padded.to(h.dtype), h, weights, *settings)
     return outputs.flatten(0, 1).index_select(0, place)
 
 

@@ -82,6 +82,8 @@ def launch(args: Any) -> Fabric:
                 fabric = Fabric(**options | {"strategy": strategy})
                 _meet(strategy, args.timeout)
             fabric.launch()
+    if half is not None and device is None:
+        fabric.strategy.precision.scaler.to(fabric.device)  # type: ignore[attr-defined]
     PLACE.rank = fabric.global_rank
     if PLACE.peers is not None:
         PLACE.peers.look()

@@ -30,6 +30,10 @@ class LossScale:
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
         self.scale_factor = torch.full((), 2.0**16, device=device)
 
+    def to(self, device: torch.device) -> None:
+        """Moves the scale to the device that trains, which is known once ranks have been launched."""
+        self.growth_tracker, self.scale_factor = self.growth_tracker.to(device), self.scale_factor.to(device)
+
     def scale(self, loss: Tensor) -> Tensor:
         """The loss that goes into the backward pass."""
         return loss * self.scale_factor.to(loss.device)

@@ -56,6 +56,7 @@ class Runner:
         self._modules, self._optimizers, self.generators = modules, optimizers, list(generators)
         self.tensors: list[Tensor] = []
         self.recordings = 0
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as one program, if that was asked for."""
@@ -90,6 +91,12 @@ class Runner:
             return ()
 
         return self.captured(take_steps) if recorded else take_steps
+
+    def release(self) -> None:
+        """Frees all graphs, which cannot run any more: NCCL does not end while there is one with a collective in it."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
     @property
     def needs_warmup(self) -> bool:
@@ -167,6 +174,7 @@ class Runner:
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
                 outputs = function(held)
+        self._graphs.append(graph)
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             if has_read is not None:  # what the last replay reads is written over now

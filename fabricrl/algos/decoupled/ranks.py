@@ -124,6 +124,9 @@ def run_ranks(
             return player(run.args, run, trainers)
     run.join(Group(fabric, learners, trainer_device(fabric)))
     end = Player(run, Channel(world, players * (args.max_lag + 1)))
-    with reporting_failures(end, players), before_hello(end):
-        trainer(args, run, end)
+    try:
+        with reporting_failures(end, players), before_hello(end):
+            trainer(args, run, end)
+    finally:
+        run.runner.release()
     return end.exit_code
