@@ -38,8 +38,8 @@ $python -c 'import torch; print(torch.__version__, torch.cuda.get_device_name() 
 mkdir -p "$out"
 
 echo "--- tests: $((deadline - SECONDS)) s are left"
-timeout "$(within 150)" $python -m pytest -q -n 6 --durations 5 tests/test_cuda.py 2>&1 |
-    tail -n 40 | tee "$out/gpu-tests.txt" || echo "the tests failed, or took more than 150 s"
+timeout --signal INT --kill-after 10 "$(within 180)" $python -m pytest -q -n 6 --durations 5 tests/test_cuda.py 2>&1 |
+    tail -n 40 | tee "$out/gpu-tests.txt" || echo "the tests failed, or took more than 180 s"
 
 # Each by itself, the ones that were asked for first: what is over when time is has been printed and written
 for name in "sac" "ppo" "droq" "recurrent ppo" "sac, compiled" "ppo, compiled" "droq, compiled" "recurrent ppo, compiled"; do

@@ -34,7 +34,7 @@ from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
 TAGS = ("charts/episodic_return", "rollout/ep_rew_mean")  # ours and CleanRL's; Stable-Baselines3's
 POINTS = 100  # of a curve
 PICTURES = (".png", ".svg", ".pdf")
-# Arguments that do not make another experiment of a run
+# Arguments that do not make a run a different experiment
 INCIDENTAL = {
     "seed", "seeds", "jobs", "log_dir", "logger", "log_every", "track", "wandb_project_name", "wandb_entity",
     "save_model", "checkpoint_every", "keep_checkpoints", "checkpoint_buffer", "upload_model", "hf_entity", "resume",
@@ -274,7 +274,7 @@ def steps_to(group: Group, threshold: float) -> np.ndarray:
 
 
 def summarise(groups: Sequence[Group], threshold: float | None = None) -> list[dict[str, Any]]:
-    """Returns a row a group: its final return, sample efficiency and time, beside the first group of its environment.
+    """Returns one row per group: final return, sample efficiency and time, beside the first of its environment.
 
     Args:
         threshold: return that counts as solved; None: nine tenths of the way from the lowest start of a curve to the
@@ -362,7 +362,7 @@ def check_picture(path: Path | None) -> None:
 
 
 def plot(groups: Sequence[Group], path: Path, metric: str) -> None:
-    """Draws a panel an environment: interquartile means over seeds, and their 95 % intervals as bands."""
+    """Draws one panel per environment: interquartile means over seeds, and their 95 % intervals as bands."""
     import matplotlib
 
     matplotlib.use("Agg")

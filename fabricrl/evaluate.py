@@ -80,7 +80,9 @@ def video_folder(policy: Policy, source: str) -> Path:
 def _options() -> Any:
     """The arguments of the command line, checked."""
     parser = Parser(__doc__)
-    parser.add_argument("path", help="checkpoint, or run folder or hf://user/repository, whose newest is played")
+    parser.add_argument(
+        "path", help="checkpoint, or a run folder or hf://user/repository, of which the newest checkpoint is played"
+    )
     parser.add_argument("--episodes", type=int, default=100, help="episodes of each mode (default: 100)")
     parser.add_argument("--num-envs", type=int, default=8, help="environments played side by side (default: 8)")
     parser.add_argument("--seed", type=int, default=10_000, help="of environments and sampling (default: 10000)")
@@ -94,7 +96,7 @@ def _options() -> Any:
     seeds = FIRST_TRAINING_SEED - options.num_envs + 1  # those above are for training
     require(0 <= options.seed < seeds, "seed", options.seed, f"between 0 and {seeds - 1}")
     if options.render and options.capture_video:
-        raise ConfigError("--render and --capture-video exclude each other: an environment draws in one way")
+        raise ConfigError("--render and --capture-video cannot be combined: an environment has one render mode")
     if options.render:
         check_screen()
     return options
@@ -148,7 +150,7 @@ def main() -> int:
 
 
 def _printable(text: str) -> str:
-    """As the terminal can show it; those of ASCII have no ±."""
+    """Makes a text printable on this terminal: ASCII has no ±."""
     encoding = sys.stdout.encoding or "ascii"
     try:
         text.encode(encoding)

@@ -48,7 +48,7 @@ class Policy:
 
     Raises:
         CheckpointError: it does not fit together, or was made by an algorithm that is not here.
-        ConfigError, EnvError: it is of an earlier version, which asks for the environment, and that cannot be had.
+        ConfigError, EnvError: it is of an earlier version, without spaces, and its environment cannot be built.
     """
 
     def __init__(

@@ -147,7 +147,7 @@ def train(base: Sequence[str], combinations: Sequence[Sequence[str]], seeds: Seq
 
 
 def run_seeds(seed: int, seeds: int, jobs: int, log_dir: str) -> int:
-    """Runs the command of this process once a seed, without `--seeds`, and compares the runs: the exit code.
+    """Runs the command of this process once per seed, without `--seeds`, and compares the runs. Returns the exit code.
 
     Raises:
         ConfigError: a launcher has started this process, or it resumes a run, which has one seed.

@@ -4,7 +4,7 @@ python fabricrl/tune.py ppo --env-id CartPole-v1 --total-timesteps 60000 --trial
 python fabricrl/tune.py ppo --env-id my_envs:Reach-v0 --space space.toml --seeds 2 --storage sqlite:///tune.db
 
 What is not listed below goes to the algorithm's script; a flag that is also in the space is where the search starts.
-Called again, it goes on; called on several machines with one storage, they share the trials.
+Run again, it continues; run on several machines with one storage, it shares the trials among them.
 """
 
 import argparse
@@ -156,7 +156,7 @@ class Search:
 
     Attributes:
         command: of a run, without what a trial adds.
-        folder: of the runs, a folder a trial.
+        folder: of the runs, one folder per trial.
         exit_code: of the signal, or of the mistake in the command line, that ends the search; or 0.
         error: of the last run that failed.
 
@@ -243,7 +243,7 @@ def names_any(error: str, names: Iterable[str]) -> bool:
 
 
 def count_done(study: "optuna.Study") -> int:
-    """Number of trials that have ended by themselves: well, given up, or with an error."""
+    """Number of finished trials: complete, pruned, or failed with an error."""
     return len(_done(study))
 
 
@@ -424,7 +424,7 @@ def main() -> int:
 
 
 def _search(study: "optuna.Study", search: Search, options: argparse.Namespace) -> int:
-    """Runs the trials that are missing, and prints the best as a command line: the exit code."""
+    """Runs the trials that are missing, and prints the best as a command line. Returns the exit code."""
     from optuna.trial import TrialState
 
     def enough(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:

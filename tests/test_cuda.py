@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -41,6 +40,12 @@ RUNS: dict[str, tuple[Callable[[], int], list]] = {
     "droq": (droq.main, [*OFF_POLICY, "--replay-ratio", 2]),
 }
 CUDA = ["--accelerator", "cuda"]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch lets cuDNN round what goes into convolutions and recurrent cores to TF32, whatever products are told."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(params=RUNS)
@@ -170,7 +175,7 @@ def test_stacked_images_and_skipped_steps_as_on_the_cpu(algo: Any, flags: list, 
 
 
 def test_straight_is_resumed(run: Callable[..., Any], tmp_path: Any) -> None:
-    straight = run(*CUDA, "--checkpoint-every", 32)
+    straight = run(*CUDA, "--checkpoint-every", 32, "--player-device", "cpu")  # auto measures, and may choose anew
     resumed = run("--resume", straight.checkpoint.with_name(f"step_{64:012d}.ckpt"), "--log-dir", tmp_path / "resumed")
     states = [
         {k: v for k, v in load(r.checkpoint).items() if k not in ("args", "best_return")} for r in (straight, resumed)
@@ -186,16 +191,30 @@ def test_checkpoint_changes_devices(run: Callable[..., Any], script: Callable[..
     assert on_cpu.result["steps"] == "96"
 
 
+# How far a parameter may be off, and the average one. On a CPU bf16-mixed takes them 0.005 and 9e-5 from each other,
+# and compiling 1e-6; PPO's may move by 0.024 in all, SAC's and DroQ's by more
 FASTER = [
-    ["--precision", "bf16-mixed"], ["--compile"], ["--matmul-precision", "high"], ["--compile", *EAGER],
-    ["--compile", "--precision", "bf16-mixed"],
-]  # fmt: skip
+    (["--precision", "bf16-mixed"], 0.01, 5e-4),
+    (["--matmul-precision", "high"], 5e-3, 2e-4),
+    (["--compile"], 1e-3, 5e-5),
+    (["--compile", *EAGER], 1e-3, 5e-5),
+    (["--compile", "--precision", "bf16-mixed"], 0.01, 5e-4),
+]
 
 
-@pytest.mark.parametrize("flags", FASTER, ids=str)
-def test_faster_ways(run: Callable[..., Any], flags: list[str]) -> None:
+@pytest.mark.parametrize(("flags", "most", "average"), FASTER, ids=str)
+def test_faster_ways(run: Callable[..., Any], flags: list[str], most: float, average: float) -> None:
     plain, other = run(*CUDA), run(*CUDA, *flags)
-    torch.testing.assert_close(other.weights.cpu(), plain.weights.cpu(), rtol=0, atol=0.05)
+    off = (other.weights.cpu() - plain.weights.cpu()).abs()
+    assert off.max() <= most
+    assert off.mean() <= average
+
+
+@pytest.mark.parametrize("flags", [[], EAGER, ["--compile"]], ids=str)
+def test_16_bits_with_a_scaled_loss(run: Callable[..., Any], flags: list[str]) -> None:
+    half = run(*CUDA, "--precision", "16-mixed", *flags)
+    assert half.weights.isfinite().all()
+    assert 0 < half.state["scaler"]["scale"] <= 2.0**16  # halved wherever a gradient has overflowed
 
 
 @pytest.mark.parametrize("algo", ["sac", "droq"])
@@ -217,18 +236,26 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Some iterations after the graphs were captured, what a script learns from is NaN; the calls so far."""
     calls: list[int] = []
 
-    def spoil(function: Callable[..., Any], part: int) -> Callable[..., Any]:
-        def spoils(*given: Any) -> Any:
+    def spoil(gae: Callable[..., Any]) -> Callable[..., Any]:
+        def gae_of_spoiled(rewards: torch.Tensor, *rest: Any) -> Any:
             calls.append(1)
-            if len(calls) >= (3 if part == 0 else 60):
-                given[part].fill(math.nan) if isinstance(given[part], np.ndarray) else given[part].fill_(math.nan)
-            return function(*given)
+            if len(calls) >= 3:
+                rewards.fill_(math.nan)
+            return gae(rewards, *rest)
 
-        return spoils
+        return gae_of_spoiled
 
     for module in (ppo, ppo_recurrent):
-        monkeypatch.setattr(module, "gae", spoil(module.gae, 0))  # rewards
-    monkeypatch.setattr(DeviceReplayBuffer, "add", spoil(DeviceReplayBuffer.add, 3))  # rewards
+        monkeypatch.setattr(module, "gae", spoil(module.gae))
+    add = DeviceReplayBuffer.add
+
+    def add_and_spoil(rb: DeviceReplayBuffer, *step: Any, **infos: Any) -> None:
+        add(rb, *step, **infos)
+        calls.append(1)
+        if len(calls) >= 60:
+            rb._columns["rewards"].fill_(math.nan)  # on the GPU: on the CPU the step itself would be refused
+
+    monkeypatch.setattr(DeviceReplayBuffer, "add", add_and_spoil)
     return calls
 
 
@@ -237,7 +264,7 @@ def test_nan_in_a_graph_ends_the_run_at_once(
 ) -> None:
     with pytest.raises(NonFiniteError):
         run(*CUDA, "--log-every", 10**6, "--checkpoint-every", 10**6, "--total-timesteps", 10_000)
-    assert len(spoiled) <= (4 if "ppo" in request.node.name else 100)  # as soon as such a row has been drawn
+    assert len(spoiled) <= (4 if "ppo" in request.node.name else 62)
 
 
 def test_a_run_captures_nothing_after_its_start(

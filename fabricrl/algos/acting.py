@@ -50,7 +50,7 @@ class Acting:
 
     @property
     def own_envs(self) -> slice:
-        """Of the environments that this rank sees, those that it steps itself."""
+        """The slice of the environments that this rank sees which it steps itself."""
         first = self._first_env if self.args.num_envs == self.all_envs else 0
         return slice(first, first + self._envs_here)
 

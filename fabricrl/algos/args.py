@@ -88,7 +88,7 @@ class StandardArgs:
     total_timesteps: int = arg(1_000_000, "environment steps over all environments and ranks, in whole iterations")
     seed: int = arg(1, "seed of parameters, environments, action noise and minibatches")
     seeds: int = arg(1, "number of runs, with seed, seed + 1, ...; several are compared at the end", advanced=True)
-    jobs: int = arg(1, "with --seeds: runs side by side", advanced=True)
+    jobs: int = arg(1, "with --seeds: runs at the same time", advanced=True)
     capture_video: bool = arg(False, "record environment 0 of rank 0 into the run folder")
     video_every: int = arg(100, "episodes of that environment between recordings", advanced=True)
     eval_every: int = arg(

@@ -82,7 +82,7 @@ class ReplayBuffer:
         self._free: list[int] = []  # rows of `_finals` that are not in use
         self._ended: list[tuple[int, np.ndarray]] = []  # environments whose episode the newest step ended
         self.position = self.size = 0
-        self._reached = 1  # rows that have been in use, with that of the position
+        self._reached = 1  # rows written so far, the current one included
         self.clear()
 
     def start(self, obs: np.ndarray) -> None:
@@ -139,7 +139,9 @@ class ReplayBuffer:
             that follow; next_obs after those, as obs; terminated, as 0 or 1, whether they ended there; discounts γ^m.
         """
         index = torch.randint(max(self.size, 1) * self.num_envs, (num_batches * batch_size,), generator=rng)
-        if self.size == self.capacity:  # all rows but the one that is yet to be, and S - 1 after it
+        if (
+            self.size == self.capacity
+        ):  # leaves out the row being filled, and S - 1 after it, whose stacks it has broken
             index += self.num_envs * max(self.position + self.frame_stack - self._rows, 0)
             index += self.num_envs * self.frame_stack * (index >= self.position * self.num_envs)
         fields = last_fields = self._stacked(index)
@@ -169,7 +171,7 @@ class ReplayBuffer:
         return torch.from_numpy(self._columns["obs"][self.position])
 
     def newest_vectors(self) -> Tensor:
-        """The numbers in them, without images: [N, D]."""
+        """The numbers in `newest_obs`, without images: [N, D]."""
         obs = self.newest_obs()
         return obs if self._num_floats is None else floats_of(obs, self._num_floats)
 

@@ -215,7 +215,7 @@ class RolloutBuffer:
     def checked(self) -> Iterator[None]:
         """Raises NonFiniteError if the steps inside have brought NaN or infinity.
 
-        Also if an environment has failed on the action that they led to.
+        Even if an environment has raised meanwhile: NaN, fed back as an action, is often why.
         """
         try:
             yield

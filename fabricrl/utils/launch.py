@@ -306,7 +306,7 @@ def _explaining(options: dict[str, Any]) -> Iterator[None]:
 
 
 def _no_gpu() -> str:
-    """Why there is no GPU, and what to do about it."""
+    """The reason why there is no GPU, and what to do about it."""
     instead = "or train with --accelerator cpu"
     if torch.version.cuda is None and torch.version.hip is None:
         return f"PyTorch {torch.__version__} is without CUDA: install one with it (https://pytorch.org), {instead}"

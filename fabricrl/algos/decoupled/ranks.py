@@ -99,7 +99,7 @@ def run_ranks(
     trainer: Callable[[Any, Run, Player], None],
     check: Callable[[Any, int], None],
 ) -> int:
-    """Does this rank's part of a decoupled run, the player's or a trainer's; its exit code.
+    """Does this rank's part of a decoupled run, the player's or a trainer's. Returns its exit code.
 
     Args:
         check: as for `checked`.

@@ -64,7 +64,7 @@ class OffPolicyArgs(StandardArgs):
     )
     buffer_device: Literal["auto", "cpu", "cuda"] = arg(
         "auto",
-        "where the buffer lies; auto: on the GPU that trains, if it takes at most half of the free memory there",
+        "device of the replay buffer; auto: the GPU that trains, if it takes at most half of the free memory there",
         advanced=True,
     )
     checkpoint_buffer: bool = arg(
@@ -87,7 +87,7 @@ class OffPolicyArgs(StandardArgs):
     num_critics: int = arg(2, "critics of the ensemble", advanced=True)
     policy_lr: float = arg(3e-4, "Adam's learning rate for actor and temperature", "update")
     q_lr: float = arg(1e-3, "Adam's learning rate for the critics")
-    tau: float = arg(0.005, "τ: fraction by which each of their updates moves the target critics towards the critics")
+    tau: float = arg(0.005, "τ: step size of the target critics towards the critics (Polyak averaging)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

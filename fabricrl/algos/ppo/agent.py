@@ -29,7 +29,7 @@ class PPOAgent(nn.Module):
     Args:
         obs_space: of one environment, vectors [D] or records of bytes.
         action_space: a single environment's, Discrete, MultiDiscrete, MultiBinary or Box.
-        norm_obs, norm_reward: whether there are running statistics; None stands where there are not.
+        norm_obs, norm_reward: normalise by running statistics; else `obs_normalizer`, `reward_normalizer` is None.
 
     Raises:
         TypeError: an action space without a distribution.

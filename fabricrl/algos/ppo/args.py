@@ -103,7 +103,7 @@ class PPOArgs(StandardArgs):
         False, "let the weight of the entropy bonus fall linearly to zero over the run", advanced=True
     )
     vf_coef: float = arg(0.5, "weight of the value loss", advanced=True)
-    max_grad_norm: float = arg(0.5, "clip gradients to this norm; 0: do not", advanced=True)
+    max_grad_norm: float = arg(0.5, "maximum gradient norm; 0: no clipping", advanced=True)
     target_kl: float | None = arg(
         None, "stop the epochs of an iteration once the approximate KL divergence passes this"
     )

@@ -1,4 +1,4 @@
-"""The losses of PPO (Schulman et al. 2017, arXiv:1707.06347v2): tensors in, scalars out.
+"""The losses of PPO (Schulman et al. 2017, arXiv:1707.06347v2): tensors in, scalars out, and metrics.
 
 Where some rows of a minibatch do not count, `weights` [B] of all rows stand in for the 1/B of the mean.
 """

@@ -37,7 +37,7 @@ class RecurrentPPOAgent(nn.Module):
         action_space: a single environment's, Discrete, MultiDiscrete, MultiBinary or Box.
         prev_action, prev_reward: whether the cores are told the action before, discrete ones as one-hot, and what it
             earned.
-        norm_obs, norm_reward: whether there are running statistics; None stands where there are not.
+        norm_obs, norm_reward: normalise by running statistics; else `obs_normalizer`, `reward_normalizer` is None.
 
     Raises:
         TypeError: an action space without a distribution.

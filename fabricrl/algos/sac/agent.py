@@ -48,9 +48,9 @@ class SACAgent(nn.Module):
     Args:
         obs_space: of one environment, vectors [D] or records of bytes.
         num_actions: A.
-        alpha: the first temperature, which learns if `autotune`, and else stays, whatever a checkpoint says;
-            target_entropy: what it aims at; None: −A.
-        norm_obs: whether there are running statistics; None stands where there are not.
+        alpha: initial temperature; learned if `autotune`, else fixed, even against a checkpoint's.
+        target_entropy: that the temperature aims at; None: −A.
+        norm_obs: normalise observations by running statistics; else `obs_normalizer` is None.
         frame_stack: S; random_shift: pixels by which images in batches of replay are moved at most.
         dropout, layer_norm: of the critics and their targets (DroQ).
     """
@@ -109,7 +109,7 @@ class SACAgent(nn.Module):
         return obs.float() if self.encoder is None else obs
 
     def prepare_batches(self, batches: Batch, generator: torch.Generator) -> Batch:
-        """Batches of replay [K, B, ...] with their observations as the networks take them, images shifted at random."""
+        """Prepares the observations of replay batches [K, B, ...], and shifts their images at random (DrQ)."""
         columns = {name: self.prepare(batches.columns[name]) for name in ("obs", "next_obs")}
         if isinstance(self.obs_space, Records) and self.random_shift > 0:
             for name, obs in columns.items():

@@ -1,4 +1,4 @@
-"""Losses of soft actor-critic: tensors in, scalars out. Numbers are those of arXiv:1812.05905v2.
+"""Losses of soft actor-critic, and the targets of its critics. Numbers are those of arXiv:1812.05905v2.
 
 B rows, C critics. Entropies and log-probabilities are those of actions in [−1, 1], before they are rescaled to the
 environment's bounds.
