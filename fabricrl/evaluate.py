@@ -81,7 +81,7 @@ def _options() -> Any:
     """The arguments of the command line, checked."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "path", help="checkpoint, or a run folder or hf://user/repository, of which the newest checkpoint is played"
+        "path", help="checkpoint; or run folder or hf://user/repository, of which the newest one is played"
     )
     parser.add_argument("--episodes", type=int, default=100, help="episodes of each mode (default: 100)")
     parser.add_argument("--num-envs", type=int, default=8, help="environments played side by side (default: 8)")

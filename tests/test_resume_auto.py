@@ -266,7 +266,9 @@ def test_a_rank_that_cannot_read_the_checkpoint_ends_all_in_one_line(stopped: Fi
         "fabricrl.algos.ppo.ppo", *FLAGS, "--log-dir", tmp_path, folder=tmp_path / "out", prepare=lost_file, code=3
     )
     assert len(ended.errors) == 1, ended.report()
-    assert ended.errors[0].startswith("error: rank 1 does not see what rank 0 goes on from: cannot read checkpoint ")
+    assert ended.errors[0].startswith(
+        "error: rank 1 cannot read the checkpoint that rank 0 resumes from: cannot read checkpoint "
+    )
 
 
 # --- Another number of ranks

@@ -139,9 +139,7 @@ class ReplayBuffer:
             that follow; next_obs after those, as obs; terminated, as 0 or 1, whether they ended there; discounts γ^m.
         """
         index = torch.randint(max(self.size, 1) * self.num_envs, (num_batches * batch_size,), generator=rng)
-        if (
-            self.size == self.capacity
-        ):  # leaves out the row being filled, and S - 1 after it, whose stacks it has broken
+        if self.size == self.capacity:  # leaves out the row being filled, and S - 1 after it, which lack older frames
             index += self.num_envs * max(self.position + self.frame_stack - self._rows, 0)
             index += self.num_envs * self.frame_stack * (index >= self.position * self.num_envs)
         fields = last_fields = self._stacked(index)

@@ -66,7 +66,7 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The reason why a message of another rank has failed, in one line, without what helps PyTorch's own developers alone."""
+    """The reason why a message of another rank has failed: one line, without what helps PyTorch's developers alone."""
     line = re.sub(r"^\[[^\]]*\] ", "", one_line(error)).partition(". This is typically")[0]
     if PLACE.peers is not None and re.search("(?i)timed? ?out", line):
         return f"no answer {PLACE.peers.waited}"
