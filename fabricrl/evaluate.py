@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from fabricrl.envs import check_env, make_env
-from fabricrl.envs.backends import info_keys, option
+from fabricrl.envs.episode_infos import info_keys
 from fabricrl.envs.guard import GRACE, VIDEO_GRACE
+from fabricrl.envs.options import option
 from fabricrl.envs.play import play
 from fabricrl.envs.structure import check_spaces
 from fabricrl.envs.tensors import has_single, trial_device, were_tensors

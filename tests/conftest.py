@@ -114,7 +114,7 @@ class BareRun(Run):
         self.clock = Stopwatch("env", "act", "train", "comm", "log")
         self._parts, self._modules, self._optimizers = {}, [], []
         self._contexts = contextlib.ExitStack()
-        self._envs = self._folder = self._evaluation = self._underway = None
+        self._envs = self._folder = self._evaluation = self._tensor_episodes = None
         self._evaluated_step, self._is_last, self._eval_charts = 0, None, {}
         self._score = float("nan")
         self.while_evaluating = lambda: None

@@ -33,7 +33,8 @@ from fabricrl.data import Batch, minibatches, with_moments
 from fabricrl.data.rollout import RecurrentRolloutBuffer, RolloutBuffer
 from fabricrl.data.transitions import record_type
 from fabricrl.envs import backends, make_env, make_envs
-from fabricrl.envs.backends import NativeVectorEnv, choose
+from fabricrl.envs.backends import choose
+from fabricrl.envs.native import NativeVectorEnv
 from fabricrl.envs.spaces import odd_images
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.utils.errors import ConfigError, EnvError
@@ -628,7 +629,7 @@ def test_a_run_says_what_was_chosen(
 ) -> None:
     cores(2)
     made = []
-    kinds = {"native": backends.NativeVectorEnv, "sync": SyncVectorEnv, "async": WorkerVectorEnv}
+    kinds = {"native": NativeVectorEnv, "sync": SyncVectorEnv, "async": WorkerVectorEnv}
     reset = kinds[expected].reset
     monkeypatch.setattr(kinds[expected], "reset", lambda self, **rest: made.append(self) or reset(self, **rest))
     sizes = ["--num-steps", 8, "--total-timesteps", 8 * int(str(flags[-1])), "--num-minibatches", 2]

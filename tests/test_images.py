@@ -25,8 +25,8 @@ from fabricrl import evaluate
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
 from fabricrl.algos.ppo.ppo import main, returns_and_advantages, rollout
-from fabricrl.algos.ppo.utils import ACTION_SPACES, FrameStack, make_agent, make_policy
-from fabricrl.data import Batch, RolloutBuffer, StackedFrames
+from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent, make_policy
+from fabricrl.data import Batch, FrameStack, RolloutBuffer, StackedFrames
 from fabricrl.envs import check_env, make_env, make_envs
 from fabricrl.envs.wrappers import ActionRepeat, PackImages
 from fabricrl.models.models import NatureCNN, RecordEncoder, make_normalizer, normalized

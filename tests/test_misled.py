@@ -25,7 +25,7 @@ from fabricrl.algos.ppo.utils import ACTION_SPACES, make_agent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.algos.sac.utils import make_agent as make_sac_agent
 from fabricrl.envs import check_env, make_env, make_envs, play
-from fabricrl.envs.backends import EnvPoolVectorEnv
+from fabricrl.envs.envpool import EnvPoolVectorEnv
 from fabricrl.envs.wrappers import NameFailures, as_frame
 from fabricrl.models.models import RunningNormalizer
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError

@@ -22,7 +22,7 @@ from fabricrl.algos.ppo_recurrent.args import RecurrentPPOArgs
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac, sac_decoupled
 from fabricrl.algos.sac.args import SACArgs
-from fabricrl.algos.underway import Underway
+from fabricrl.algos.tensor_episodes import TensorEpisodes
 from fabricrl.data import DeviceRecurrentRolloutBuffer, RecurrentRolloutBuffer, ReplayBuffer, TensorReplayBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.spaces import rescale_actions
@@ -480,7 +480,7 @@ def test_rank_0_says_on_how_many_ranks_episodes_go_on(
     for rank in reversed(range(ranks)):  # rank 0 is the last
         assert capsys.readouterr().err == ""
         fabric: Any = SimpleNamespace(global_rank=rank, world_size=ranks, device=CPU)
-        underway = Underway(fabric, envs, num_envs, 0)
+        underway = TensorEpisodes(fabric, envs, num_envs, 0)
         assert underway.load_state_dict(state, rb, None, None) == (rank < going_on)
         assert underway.episodes.lengths.sum() == num_envs * (rank < going_on)
     assert capsys.readouterr().err == said

@@ -20,7 +20,7 @@ from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.agent import make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.run import Run
-from fabricrl.algos.underway import Underway
+from fabricrl.algos.tensor_episodes import TensorEpisodes
 from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.tensors import TensorEnvs, trial_device
@@ -252,7 +252,7 @@ def test_episodes_of_other_environments_are_not_gone_on_with() -> None:
     """Of another kind of device, of ranks that had none, of another number."""
     loaded: list[dict[str, Tensor]] = []
     envs: Any = SimpleNamespace(load_state_dict=loaded.append)
-    underway = Underway(SimpleNamespace(global_rank=1, world_size=2, device=CPU), envs, 2, 0)  # type: ignore[arg-type]
+    underway = TensorEpisodes(SimpleNamespace(global_rank=1, world_size=2, device=CPU), envs, 2, 0)  # type: ignore[arg-type]
     rb = DeviceRolloutBuffer(4, 2, Box(-1, 1, (3,)), 1, torch.float32, False, 0, CPU)
     state = {"device": "cpu", "obs": torch.ones(2, 2, 3)}
     state |= dict.fromkeys(("returns", "lengths"), torch.ones(2, 2))

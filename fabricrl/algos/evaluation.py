@@ -11,7 +11,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from fabricrl.envs.backends import info_keys
+from fabricrl.envs.episode_infos import info_keys
 from fabricrl.envs.guard import generators_kept
 from fabricrl.envs.play import Episodes, play
 from fabricrl.envs.vector import make_eval_envs

@@ -36,7 +36,7 @@ from fabricrl.algos.evaluation import Evaluation
 from fabricrl.algos.names import command, run_name
 from fabricrl.algos.remarks import Remarks
 from fabricrl.algos.resume import newest_run, resume_together
-from fabricrl.algos.underway import Underway
+from fabricrl.algos.tensor_episodes import TensorEpisodes
 from fabricrl.data import (
     DeviceRecurrentRolloutBuffer,
     DeviceRolloutBuffer,
@@ -45,7 +45,7 @@ from fabricrl.data import (
     RolloutBuffer,
 )
 from fabricrl.envs import check_env, make_envs
-from fabricrl.envs.backends import info_keys
+from fabricrl.envs.episode_infos import info_keys
 from fabricrl.envs.rows import floats_in
 from fabricrl.envs.shared import SharedEnvs
 from fabricrl.envs.structure import check_spaces, structure_of
@@ -150,7 +150,7 @@ class Run(Acting):
         self._optimizers: list[Adam] = []
         self._contexts = ExitStack()
         self._envs: Any = None  # a VectorEnv
-        self._underway: Underway | None = None
+        self._tensor_episodes: TensorEpisodes | None = None
         self._remarks = Remarks()
         self.masks: np.ndarray | None = None
         self._folder: RunFolder | None = None
@@ -238,8 +238,8 @@ class Run(Acting):
             envs = self._envs = make_envs(own, *place)
             if self.uses_tensor_envs:
                 keys = info_keys(self.args)
-                self._underway = Underway(self.fabric, envs.env, self.args.num_envs, len(keys))  # type: ignore[attr-defined]
-                self.runner.tensors += self._underway.tensors()
+                self._tensor_episodes = TensorEpisodes(self.fabric, envs.env, self.args.num_envs, len(keys))  # type: ignore[attr-defined]
+                self.runner.tensors += self._tensor_episodes.tensors()
             if self.team.world_size > self.fabric.world_size:
                 resumed, keys = self.args.resume is not None, info_keys(self.args)
                 self._envs = SharedEnvs(envs, self.team, resumed, self.mask_size, keys)
@@ -365,9 +365,9 @@ class Run(Acting):
             if not _are_finite(obs):
                 raise NonFiniteError("first observation is not finite")
             goes_on = False
-            if self._underway is not None and "envs" in self.state:
+            if self._tensor_episodes is not None and "envs" in self.state:
                 with reading(self.path):
-                    goes_on = self._underway.load_state_dict(self.state["envs"], self.storage, *self._along())
+                    goes_on = self._tensor_episodes.load_state_dict(self.state["envs"], self.storage, *self._along())
         first = self.storage.running()["obs"] if goes_on else torch.as_tensor(floats_in(obs, self.obs_space))
         check_ranks(self.fabric, self._parts["agent"], first)
         self.masks = infos.get("action_mask")
@@ -481,10 +481,10 @@ class Run(Acting):
 
     def count(self, rewards: Any, ends: Any, infos: dict[str, Any]) -> None:
         """Notes one step for the statistics of episodes: its rewards, and which episodes end with it, [N]."""
-        if self._underway is None:
+        if self._tensor_episodes is None:
             self.episodes.add(rewards, ends)
         else:
-            self._underway.episodes.add(rewards, ends, infos)
+            self._tensor_episodes.episodes.add(rewards, ends, infos)
 
     def update_normalizer(self, agent: Any, rb: RolloutBuffer) -> None:
         """Adds what all ranks have seen in a rollout to the agent's running statistics, if it has any.
@@ -504,8 +504,8 @@ class Run(Acting):
         """
         summary = None
         with self.failing_together():
-            if self._underway is not None:
-                summary = self._underway.summary(self.storage)
+            if self._tensor_episodes is not None:
+                summary = self._tensor_episodes.summary(self.storage)
             self.losses.update(self.metrics.fetch())
         if summary is None:
             self.episodes.update(self.fabric, rb.rewards, rb.ends, rb.skipped, self._take_infos())
@@ -524,7 +524,7 @@ class Run(Acting):
         """
         if self.team.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
-        looks = self._underway is not None and self._underway.note_step()
+        looks = self._tensor_episodes is not None and self._tensor_episodes.note_step()
         if looks or self.fetch_is_due or self.log_is_due or self.checkpoint_is_due:
             self._count_steps()
             with self.failing_together():
@@ -538,11 +538,11 @@ class Run(Acting):
         Raises:
             NonFiniteError: tensor environments have brought NaN or infinity with one.
         """
-        if self._underway is None:
+        if self._tensor_episodes is None:
             self.episodes.flush(self.fabric, self._take_infos())
             return
         with self.failing_together():
-            summary = self._underway.take_summary(self.storage)
+            summary = self._tensor_episodes.take_summary(self.storage)
         self.episodes.add_summary(self.fabric, summary)
 
     def _take_infos(self) -> np.ndarray | None:
@@ -631,8 +631,8 @@ class Run(Acting):
             state = {name: part.state_dict() for name, part in (self._parts | parts).items()}
             if self._scaler is not None:
                 state["scaler"] = self._scaler.state_dict()
-            if self._underway is not None:
-                envs = self._underway.state_dict(self.storage, *self._along())
+            if self._tensor_episodes is not None:
+                envs = self._tensor_episodes.state_dict(self.storage, *self._along())
                 state |= {"envs": envs} if envs else {}
             state["generators"] = self.generators
             if self.generators is None:

@@ -3,8 +3,9 @@
 from fabricrl.data.batches import minibatches, shuffled, with_moments
 from fabricrl.data.device_buffer import DeviceReplayBuffer
 from fabricrl.data.device_rollout import DeviceRecurrentRolloutBuffer, DeviceRolloutBuffer
+from fabricrl.data.frames import FrameStack, StackedFrames
 from fabricrl.data.replay import NewestSteps, ReplayBuffer
-from fabricrl.data.rollout import RecurrentRolloutBuffer, RolloutBuffer, StackedFrames
+from fabricrl.data.rollout import RecurrentRolloutBuffer, RolloutBuffer
 from fabricrl.data.tensor_buffer import TensorReplayBuffer
 from fabricrl.utils.batch import Batch
 
@@ -15,6 +16,7 @@ __all__ = [
     "DeviceRecurrentRolloutBuffer",
     "DeviceReplayBuffer",
     "DeviceRolloutBuffer",
+    "FrameStack",
     "NewestSteps",
     "RecurrentRolloutBuffer",
     "Replay",

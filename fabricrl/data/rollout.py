@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from fabricrl.data.frames import StackedFrames
 from fabricrl.utils.device import pinned, to_device
 from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.records import Records, floats_of
@@ -237,34 +237,6 @@ class RolloutBuffer:
             if not self.vectors(torch.from_numpy(final_obs)).isfinite().all():
                 return f"final observation of environment {env} is not finite after step {step} of the rollout"
         return None if obs[0].isfinite().all() else "first observation is not finite"
-
-
-class StackedFrames:
-    """Frame stacks of which each frame is stored once; indexing puts them together.
-
-    Args:
-        frames: [F, R]; places: [B, S], the frames of each stack.
-    """
-
-    def __init__(self, frames: Tensor, places: Tensor) -> None:
-        self.frames, self.places = frames, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """[..., S, R]"""
-        places = self.places[index]
-        return self.frames.index_select(0, places.flatten()).view(*places.shape, -1)  # much faster than frames[places]
-
-    def rows(self, index: Tensor | slice) -> "StackedFrames":
-        """Some of the stacks, not put together yet."""
-        return StackedFrames(self.frames, self.places[index])
-
-
-pytree.register_pytree_node(
-    StackedFrames, lambda stacks: ([stacks.frames, stacks.places], None), lambda parts, _: StackedFrames(*parts)
-)
 
 
 class RecurrentRolloutBuffer(RolloutBuffer):

@@ -1,4 +1,4 @@
-"""Back ends that step many environments at once: Gymnasium's native vector environments, and EnvPool.
+"""Choice of what steps the environments: checks `--vectorization`, and makes the choice where it is auto.
 
 A script sees no difference: the first observation of the next episode follows the end of an episode, whose final
 observation is in `infos["final_obs"]`. A back end that cannot do that marks the rows to skip: see `NativeVectorEnv`.
@@ -7,86 +7,33 @@ observation is in `infos["final_obs"]`. A back end that cannot do that marks the
 import contextlib
 import difflib
 import importlib.util
-import json
 import math
 import os
 import sys
-import warnings
-from collections.abc import Sequence
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete, Space
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.spaces import Space
+from gymnasium.vector import VectorEnv
 
 from fabricrl.envs.atari import AtariVectorEnv, is_game
+from fabricrl.envs.envpool import EnvPoolVectorEnv, envpool_id
 from fabricrl.envs.guard import close_problem
+from fabricrl.envs.native import NativeVectorEnv
+from fabricrl.envs.options import DEFAULTS, option
 from fabricrl.envs.spaces import env_actions, mask_choices
-from fabricrl.envs.values import Part
 from fabricrl.envs.wrappers import Masks
 from fabricrl.utils.errors import ConfigError, EnvError, RunError
 from fabricrl.utils.extras import missing
-from fabricrl.utils.records import Records
 
-# Values of arguments that an algorithm, or an older checkpoint, does not have
-DEFAULTS: dict[str, Any] = {
-    "obs_keys": (),
-    "mask_velocities": False,
-    "action_repeat": 1,
-    "noop_max": 0,
-    "life_loss": False,
-    "grayscale": False,
-    "resize": None,
-    "frame_stack": 1,
-    "capture_video": False,
-}
-TIMEOUT = 10.0  # minutes for a call of an environment; 0: no limit
-ATARI_WORDS = {"repeat_action_probability", "full_action_space", "max_num_frames_per_episode", "frameskip", "obs_type"}
 # What is done to Atari games in C++, too
 ATARI_OPTIONS = {"action_repeat", "noop_max", "life_loss", "grayscale", "resize", "frame_stack"}
 NATIVE_FROM = 16  # environments; with fewer a step of Gymnasium's CartPole takes as long either way
 LEAST_ROWS = 8  # of a minibatch of native environments, and most trainers that share one
 ROUND_TRIP = 1.2e-4  # seconds that a step of an environment in another process takes besides its own work
-
-
-def option(args: Any, name: str) -> Any:
-    """Value of an environment argument, or its default if `args` does not have it."""
-    return getattr(args, name, TIMEOUT if name == "timeout" else DEFAULTS[name])
-
-
-def info_keys(args: Any) -> tuple[str, ...]:
-    """Names of the numbers that are read from an environment's infos at the end of an episode."""
-    return tuple(dict.fromkeys(("is_success", *getattr(args, "info_keys", ()))))
-
-
-def episode_infos(infos: dict[str, Any]) -> np.ndarray | None:
-    """The numbers that environments have told at the ends of episodes in this step, [N, K], NaN where there is none.
-
-    Returns None if no environment has told any.
-    """
-    final = infos.get("final_info")
-    if final is None or "episode_info" not in final:
-        return None
-    return np.where(final["_episode_info"][:, None], final["episode_info"], np.nan)
-
-
-def batched_infos(keys: Sequence[str], given: dict[str, Any], ended: np.ndarray) -> dict[str, Any]:
-    """Converts infos that are arrays [N], as vector environments return them, for `episode_infos`.
-
-    Args:
-        ended: [N], which episodes ended with this step.
-    """
-    rows = np.full((len(ended), len(keys)), np.nan)
-    for column, key in enumerate(keys):
-        values = np.asarray(given.get(key, np.nan))
-        if values.shape == ended.shape and values.dtype.kind in "biuf":
-            rows[:, column] = np.where(ended & given.get(f"_{key}", True), values, np.nan)
-    there = ~np.isnan(rows).all(1)
-    return {"final_info": {"episode_info": rows, "_episode_info": there}} if there.any() else {}
 
 
 def check_backend(args: Any, env: gym.Env) -> None:
@@ -124,7 +71,7 @@ def check_backend(args: Any, env: gym.Env) -> None:
         raise missing("--vectorization envpool", "envpool")
     import envpool  # here, as it takes a moment and few runs need it
 
-    name = _envpool_id(args.env_id)
+    name = envpool_id(args.env_id)
     if name not in envpool.list_all_envs():
         close = difflib.get_close_matches(name, envpool.list_all_envs(), n=3, cutoff=0.5)
         hint = f"; nearest are {', '.join(close)}" if close else ""
@@ -244,226 +191,3 @@ def _is_native(env_id: str) -> bool:
 def _fills_minibatches(args: Any) -> bool:
     """Returns True if minibatches have enough rows even when every other step only resets."""
     return args.num_envs * (args.num_steps // 2) >= LEAST_ROWS * args.num_minibatches
-
-
-def _envpool_id(env_id: str) -> str:
-    return env_id.removeprefix("ALE/")
-
-
-class NativeVectorEnv(gym.vector.VectorWrapper):
-    """A vector environment that resets in the step *after* an episode's last.
-
-    That step ignores the action, earns nothing and belongs to no episode. `infos["skipped"]` [N] marks the
-    environments that are resetting, so that the step reaches no loss, no statistic and no buffer.
-
-    Args:
-        env: one environment with the same id and arguments, as a script sees it.
-        masked: whether it has action masks, which must be in the infos of all resets and steps then.
-
-    Raises:
-        ConfigError: the arguments do not fit, or the native form has other spaces.
-        EnvError: it cannot be built; later, `reset` or `step` returned what its spaces do not allow.
-    """
-
-    def __init__(self, args: Any, env: gym.Env, masked: bool = False) -> None:
-        try:
-            kwargs = json.loads(args.env_kwargs)
-            envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode="vector_entry_point", **kwargs)
-        except TypeError as error:
-            raise ConfigError(
-                f"--env-kwargs {args.env_kwargs} does not fit the native {args.env_id}: {error}"
-            ) from error
-        except Exception as error:
-            raise EnvError(f"the native {args.env_id} cannot be built: {type(error).__name__}: {error}") from error
-        super().__init__(envs)
-        mode = envs.metadata.get("autoreset_mode")
-        if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-            raise ConfigError(f"--vectorization native: {args.env_id} resets in a way that is not supported ({mode})")
-        theirs = envs.single_observation_space, envs.single_action_space
-        for there, here in zip(theirs, (env.observation_space, env.action_space), strict=True):
-            same_kind = isinstance(here, Box) or there == here
-            if there.shape != here.shape or there.dtype != here.dtype or not same_kind:
-                raise ConfigError(f"--vectorization native: {args.env_id} has {there} there, and {here} otherwise")
-        if envs.num_envs != args.num_envs:
-            raise EnvError(
-                f"the native {args.env_id} has {envs.num_envs} environments where {args.num_envs} were asked"
-            )
-        self._obs = Part(envs.observation_space)
-        self._check_all = getattr(args, "check_spaces", False)
-        self._next_step = mode == AutoresetMode.NEXT_STEP
-        self._ended = np.zeros(args.num_envs, dtype=bool)
-        self._keys = info_keys(args)
-        self._choices = mask_choices(env.action_space) if masked else []
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
-        """Starts new episodes; the first of a list of seeds seeds all."""
-        self._ended[:] = False
-        obs, given = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
-        return self._checked("reset", obs, True), self._masks("reset", given)
-
-    def step(self, actions: Any) -> tuple:
-        obs, rewards, terminated, truncated, given = self.env.step(actions)
-        columns = {"rewards": rewards, "terminated": terminated, "truncated": truncated}
-        obs = self._checked("step", obs, self._check_all)
-        self._check_columns(columns)
-        infos = self._masks("step", given)
-        if self._next_step:
-            skipped, infos["final_obs"] = self._ended, obs
-            if skipped.any():
-                infos["skipped"] = skipped
-                rewards = np.where(skipped, 0.0, rewards)
-                terminated, truncated = terminated & ~skipped, truncated & ~skipped
-            self._ended = terminated | truncated
-        elif (terminated | truncated).any():
-            if "final_obs" not in given:
-                raise EnvError("the native environments ended episodes without `final_obs` in their infos")
-            infos["final_obs"] = given["final_obs"]
-        if (ended := terminated | truncated).any():
-            infos |= batched_infos(self._keys, given if self._next_step else given.get("final_info", {}), ended)
-        return obs, rewards, terminated, truncated, infos
-
-    def _masks(self, call: str, given: dict[str, Any]) -> dict[str, Any]:
-        """The masks [N, L]. Where an episode has just ended, the next step only resets, whatever they say."""
-        if not self._choices:
-            return {}
-        shape = len(self._ended), sum(self._choices)
-        if getattr(given.get("action_mask"), "shape", None) != shape:
-            raise EnvError(
-                f"the native environments returned no action masks of shape {shape} from {call}; --vectorization sync "
-                "asks each environment"
-            )
-        return {"action_mask": np.asarray(given["action_mask"], bool)}
-
-    def _checked(self, call: str, obs: Any, everything: bool) -> np.ndarray:
-        """Checks that values are [N, ...], as the spaces promise; a buffer would broadcast any other shape."""
-        try:
-            return self._obs(obs, everything)
-        except EnvError as error:
-            raise EnvError(f"the native environments returned from {call} {error}") from error
-
-    def _check_columns(self, columns: dict[str, Any]) -> None:
-        for name, column in columns.items():
-            if getattr(column, "shape", None) != self._ended.shape:
-                shape = np.shape(column)
-                raise EnvError(
-                    f"the native environments returned {name} of shape {shape} from step, not {self._ended.shape}"
-                )
-
-
-class EnvPoolVectorEnv(VectorEnv):
-    """EnvPool (Weng et al. 2022, arXiv:2206.10558): environments in C++ threads, with the spaces that Gymnasium's have.
-
-    EnvPool alone resets in the step after an episode's last. This class resets those environments at once, in a
-    separate call, so that no row only resets.
-
-    Args:
-        env: one environment of Gymnasium's with the same id and arguments, which says how spaces look.
-
-    Raises:
-        ConfigError: the arguments do not fit, or EnvPool's observations have another shape.
-    """
-
-    def __init__(self, args: Any, env: gym.Env) -> None:
-        self.num_envs = args.num_envs
-        self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
-        self._name, self._kwargs = _envpool_id(args.env_id), json.loads(args.env_kwargs)
-        self._life_loss = option(args, "life_loss")
-        self._keys = info_keys(args)
-        if args.env_id.startswith("ALE/"):
-            spec = env.spec.kwargs if env.spec else {}
-            self._kwargs = _atari_settings(args, spec) | {k: v for k, v in self._kwargs.items() if k not in ATARI_WORDS}
-        pool = self._make([0], 1)
-        self._limit = pool.spec.config.max_episode_steps
-        self._steps = np.zeros(self.num_envs, dtype=np.int64)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of bounds that are rounded
-            shape, theirs = pool.observation_space.shape, pool.action_space
-        space = self.single_observation_space
-        self._padding = math.prod(space.shape or ()) - math.prod(shape)
-        if self._padding not in (range(4) if isinstance(space, Records) else (0,)):
-            raise ConfigError(f"--vectorization envpool: EnvPool's observations of {args.env_id} are {shape}")
-        same = theirs.n == env.action_space.n if isinstance(env.action_space, Discrete) else True  # type: ignore[union-attr]
-        if not same or theirs.shape != env.action_space.shape:
-            raise ConfigError(f"--vectorization envpool: EnvPool's actions of {args.env_id} are {theirs}")
-        self._channels_first = len(shape) == 3 and shape[0] < shape[-1]
-        self._action_type = theirs.dtype if isinstance(theirs, Box) else np.dtype(np.int32)
-        self._pool: Any = None
-        self._lives = np.zeros(self.num_envs, dtype=np.int64)
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple:
-        """Starts new episodes; seeds require new environments, since EnvPool takes them in the constructor."""
-        if seed is not None or self._pool is None:
-            seeds = seed if isinstance(seed, list) else [(seed or 0) + i for i in range(self.num_envs)]
-            self._pool = self._make([seed % 2**31 for seed in seeds], self.num_envs, self._limit + 1)
-        obs, info = self._pool.reset()
-        self._steps[:] = 0
-        if self._life_loss:
-            self._lives[info["env_id"]] = info["lives"]
-        return self._obs(obs), {}
-
-    def step(self, actions: Any) -> tuple:
-        obs, rewards, terminated, _, info = self._pool.step(np.asarray(actions, dtype=self._action_type))
-        self._steps += 1
-        # By its own limit EnvPool says of an episode that ends with the last step that is allowed only that it was cut
-        truncated = self._steps >= self._limit
-        obs, infos = self._obs(obs), dict[str, Any]()
-        if (terminated | truncated).any():
-            infos |= batched_infos(self._keys, info, terminated | truncated)
-        if self._life_loss:
-            infos["life_lost"] = info["lives"] < self._lives
-            self._lives = info["lives"].copy()
-        ended = terminated | truncated
-        if ended.any():
-            infos["final_obs"], obs = obs, obs.copy()
-            self._steps[ended] = 0
-            first, info = self._pool.reset(np.flatnonzero(ended).astype(np.int32))
-            obs[info["env_id"]] = self._obs(first)
-            if self._life_loss:
-                self._lives[info["env_id"]] = info["lives"]
-        return obs, rewards, terminated, truncated, infos
-
-    def close_extras(self, **kwargs: Any) -> None:
-        self._pool = None
-
-    def _make(self, seeds: list[int], num_envs: int, limit: int | None = None) -> Any:
-        import envpool
-
-        kwargs = self._kwargs | ({} if limit is None else {"max_episode_steps": limit})
-        try:
-            return envpool.make(
-                self._name, env_type="gymnasium", num_envs=num_envs, seed=seeds[0], env_seed=seeds, **kwargs
-            )
-        except (AssertionError, TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"--env-kwargs do not fit EnvPool's {self._name}: {error}") from error
-        except RuntimeError as error:
-            raise EnvError(f"EnvPool cannot make {self._name}: {error}") from error
-
-    def _obs(self, obs: np.ndarray) -> np.ndarray:
-        """Converts observations to the space's form [N, ...]: channels last, images as records."""
-        if self._channels_first:
-            obs = np.moveaxis(obs, 1, -1)
-        if self._padding:
-            obs = np.pad(obs.reshape(len(obs), -1), ((0, 0), (0, self._padding)))
-        return obs.reshape(len(obs), *(self.single_observation_space.shape or ()))
-
-
-def _atari_settings(args: Any, spec: dict[str, Any]) -> dict[str, Any]:
-    """EnvPool's names for the arguments of an Atari game, and settings implied by Gymnasium's id."""
-    frames = spec.get("max_num_frames_per_episode", 108_000)
-    return {
-        "stack_num": 1,
-        "frame_skip": args.action_repeat,
-        "noop_max": max(args.noop_max, 1),  # draws from what is below
-        "gray_scale": args.grayscale,
-        "img_height": args.resize,
-        "img_width": args.resize,
-        "repeat_action_probability": spec.get("repeat_action_probability", 0.25),
-        "full_action_space": spec.get("full_action_space", False),
-        "max_episode_steps": frames // args.action_repeat,
-        "use_fire_reset": False,
-        "episodic_life": False,
-        "reward_clip": False,
-    }

@@ -14,8 +14,8 @@ from typing import Any
 
 import gymnasium as gym
 
-from fabricrl.envs.backends import option
 from fabricrl.envs.guard import reset_signals_in_children
+from fabricrl.envs.options import option
 from fabricrl.envs.simulators import SIMULATORS, register, simulator_of
 from fabricrl.envs.wrappers import KeepPromises
 from fabricrl.utils.errors import ConfigError, EnvError, RunError

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from fabricrl.envs.backends import TIMEOUT, episode_infos
+from fabricrl.envs.episode_infos import episode_infos
 from fabricrl.envs.guard import (
     GRACE,
     Keeper,
@@ -22,6 +22,7 @@ from fabricrl.envs.guard import (
     seed_generators,
     warn,
 )
+from fabricrl.envs.options import TIMEOUT
 from fabricrl.envs.rows import floats_in
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.envs.wrappers import NameFailures

@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium.spaces import Space
 from gymnasium.vector import VectorEnv
 
-from fabricrl.envs.backends import episode_infos
+from fabricrl.envs.episode_infos import episode_infos
 from fabricrl.envs.rows import floats_in
 from fabricrl.utils.errors import NonFiniteError
 

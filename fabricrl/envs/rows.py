@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from gymnasium.spaces import Dict, Space, Tuple, flatten, flatten_space
 
-from fabricrl.envs.backends import option
+from fabricrl.envs.options import option
 from fabricrl.envs.packing import Packer, velocities
 from fabricrl.envs.spaces import image_keys, is_flat
 from fabricrl.envs.values import Observation

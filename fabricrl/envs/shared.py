@@ -10,7 +10,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from fabricrl.envs.backends import episode_infos
+from fabricrl.envs.episode_infos import episode_infos
 from fabricrl.envs.guard import seed_generators
 from fabricrl.utils.decoupled import Packet
 from fabricrl.utils.errors import RunError

@@ -16,7 +16,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from fabricrl.envs.backends import DEFAULTS, info_keys, option
+from fabricrl.envs.episode_infos import info_keys
+from fabricrl.envs.options import DEFAULTS, option
 from fabricrl.envs.packing import velocities
 from fabricrl.envs.simulators import register, simulator_of
 from fabricrl.envs.spaces import text_of

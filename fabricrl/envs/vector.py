@@ -14,17 +14,10 @@ import gymnasium as gym
 from gymnasium.spaces import Box, Space
 from gymnasium.vector import VectorEnv
 
-from fabricrl.envs.backends import (
-    DEFAULTS,
-    TIMEOUT,
-    EnvPoolVectorEnv,
-    check_backend,
-    choose,
-    info_keys,
-    native_envs,
-    option,
-)
+from fabricrl.envs.backends import check_backend, choose, native_envs
 from fabricrl.envs.construct import construct, construct_tensors
+from fabricrl.envs.envpool import EnvPoolVectorEnv
+from fabricrl.envs.episode_infos import info_keys
 from fabricrl.envs.failures import ReportFailures
 from fabricrl.envs.guard import (
     GRACE,
@@ -38,6 +31,7 @@ from fabricrl.envs.guard import (
     warn,
     watched,
 )
+from fabricrl.envs.options import DEFAULTS, TIMEOUT, option
 from fabricrl.envs.spaces import (
     Spaces,
     check_action_space,

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from fabricrl.algos.ppo.utils import FrameStack
 from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
+from fabricrl.data import FrameStack
 from fabricrl.envs.spaces import env_actions
 
 __all__ = ["ACTION_SPACES", "env_actions", "make_agent", "make_policy"]

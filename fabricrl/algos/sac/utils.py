@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from fabricrl.algos.ppo.utils import FrameStack
 from fabricrl.algos.sac.agent import ACTION_SPACES, SACAgent, make_agent
+from fabricrl.data import FrameStack
 from fabricrl.envs.spaces import rescale_actions as env_actions
 
 __all__ = ["ACTION_SPACES", "env_actions", "make_agent", "make_policy"]

@@ -1,4 +1,4 @@
-"""Episodes under way in environments that are tensors."""
+"""Running episodes of tensor environments."""
 
 import sys
 from typing import Any
@@ -18,8 +18,8 @@ MOST_NOTED = 128  # steps whose episodes are counted in one go, at most
 Storage = DeviceRolloutBuffer | TensorReplayBuffer
 
 
-class Underway:
-    """Episodes under way in this rank's environments: counted on their device, and part of a checkpoint.
+class TensorEpisodes:
+    """Running episodes of this rank's tensor environments: counted on their device, and saved in checkpoints.
 
     Args:
         envs: environments, of which some tell their state.
