@@ -255,7 +255,7 @@ def some_messages(most: int = 1) -> Messages:
     agent = torch.nn.Linear(1, 1)
     bulk = Bulk(torch.zeros(most)) if most > 1 else None
     optimizer = Adam(agent.parameters(), 1e-3)
-    return Messages(Data(0), ("losses/a", "losses/b"), agent, optimizer, bulk=bulk, most=most)
+    return Messages(Data(0), ("losses/a", "losses/b"), agent, optimizer, bulk=bulk, max_iterations=most)
 
 
 def answered(iteration: int, weight: float = 0.0, **fields: Any) -> tuple[int, Answer]:

@@ -292,7 +292,7 @@ def test_what_trainers_get_of_several_players_is_the_rollout_of_one_in_its_order
 
 def test_weights_that_travel_in_bfloat16_take_half_the_bytes_and_a_checkpoint_has_them_whole() -> None:
     exact, rounded = some_messages(), some_messages()
-    rounded.exact = False
+    rounded.full_precision = False
     weights = torch.tensor([1.001, -2.003])
     for messages in (exact, rounded):
         messages.weights.copy_(weights)
@@ -302,7 +302,7 @@ def test_weights_that_travel_in_bfloat16_take_half_the_bytes_and_a_checkpoint_ha
     assert answers[1].weights.nbytes * 2 == answers[0].weights.nbytes
     assert len(rounded.learned) == len(exact.learned) + 1
     here = some_messages()
-    here.exact = False
+    here.full_precision = False
     here.weights.copy_(answers[1].weights)
     assert not torch.equal(here.weights, weights)
     here.load(Packet(rounded.state(1)).fill(rounded.state(1)).read().learned)

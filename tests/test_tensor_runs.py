@@ -315,7 +315,7 @@ def test_actions_are_rescaled_as_they_are_for_arrays() -> None:
 
 
 def test_episodes_of_steps_that_are_noted_are_those_of_a_rollout() -> None:
-    steps, whole = DeviceEpisodes(4, CPU, 2, most=20), DeviceEpisodes(4, CPU)
+    steps, whole = DeviceEpisodes(4, CPU, 2, max_steps=20), DeviceEpisodes(4, CPU)
     for columns in rollouts(3, 9, 4, 1):
         for rewards, ends, skipped, told in zip(*columns, strict=True):
             with NoValues():

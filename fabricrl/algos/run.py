@@ -64,7 +64,7 @@ from fabricrl.utils.seeding import env_seeds, generators
 from fabricrl.utils.signals import StopSignal
 from fabricrl.utils.update import Runner, check_compiler
 
-FETCH_EVERY = 1000  # notes of updates, or steps
+FETCH_EVERY = 1000  # updates, or steps
 WORTH_A_WORD = 0.01  # of `total_timesteps`: fewer are not missed
 
 __all__ = ["Run", "parse", "run_script"]  # what a script begins and ends with
@@ -476,11 +476,11 @@ class Run(Acting):
             raise fault
 
     def add_metrics(self, tags: tuple[str, ...], metrics: Tensor) -> None:
-        """Keeps the metrics of one update [tags], or of several [K, tags], until the next look."""
+        """Keeps the metrics of one update [tags], or of several [K, tags], until they are fetched."""
         self.metrics.add(tags, metrics)
 
     def count(self, rewards: Any, ends: Any, infos: dict[str, Any]) -> None:
-        """Notes one step for the statistics of episodes: its rewards, and which episodes end with it, [N]."""
+        """Keeps one step for the statistics of episodes: its rewards, and which episodes end with it, [N]."""
         if self._tensor_episodes is None:
             self.episodes.add(rewards, ends)
         else:
@@ -497,7 +497,7 @@ class Run(Acting):
             agent.obs_normalizer.update(self.to_device(rb.vectors(rb.obs[:-1]), device), self.fabric, rb.valid(device))
 
     def record_rollout(self, rb: RolloutBuffer) -> None:
-        """Ends an iteration of many steps: looks at the metrics noted, counts episodes, and heeds signals once more.
+        """Ends an iteration of many steps: fetches the metrics, counts episodes, and heeds signals once more.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
@@ -515,17 +515,17 @@ class Run(Acting):
         self._advance()
 
     def record_step(self) -> None:
-        """Ends an iteration of one step: looks and counts only now and then, since that costs as much as an update.
+        """Ends an iteration of one step: fetches and counts only now and then, since that costs as much as an update.
 
-        Over ranks, signals are agreed on with the next step, unless this one looks.
+        Over ranks, signals are agreed on with the next step, unless this one fetches.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite.
         """
         if self.team.world_size == 1:
             self.exit_code = max(self.exit_code, self._signals.code)
-        looks = self._tensor_episodes is not None and self._tensor_episodes.note_step()
-        if looks or self.fetch_is_due or self.log_is_due or self.checkpoint_is_due:
+        is_full = self._tensor_episodes is not None and self._tensor_episodes.count_step()
+        if is_full or self.fetch_is_due or self.log_is_due or self.checkpoint_is_due:
             self._count_steps()
             with self.failing_together():
                 self.losses.update(self.metrics.fetch())
@@ -533,7 +533,7 @@ class Run(Acting):
         self._advance()
 
     def _count_steps(self) -> None:
-        """Counts the episodes that have ended with the steps noted.
+        """Counts the episodes that have ended with the steps kept.
 
         Raises:
             NonFiniteError: tensor environments have brought NaN or infinity with one.
@@ -551,7 +551,7 @@ class Run(Acting):
 
     @property
     def fetch_is_due(self) -> bool:
-        """True if enough updates or steps have been noted to be worth a look."""
+        """True if enough updates or steps have been kept to be worth a fetch."""
         return max(self.metrics.num_pending, self.episodes.num_pending) >= FETCH_EVERY
 
     def _advance(self) -> None:

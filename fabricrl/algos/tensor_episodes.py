@@ -14,7 +14,7 @@ from fabricrl.utils.errors import NonFiniteError
 from fabricrl.utils.metric import DeviceEpisodes
 from fabricrl.utils.ranks import all_gather
 
-MOST_NOTED = 128  # steps whose episodes are counted in one go, at most
+MAX_STEPS = 128  # steps whose episodes are counted in one go, at most
 Storage = DeviceRolloutBuffer | TensorReplayBuffer
 
 
@@ -27,22 +27,22 @@ class TensorEpisodes:
 
     Attributes:
         envs: the same.
-        episodes: where a rollout is a single step, notes each.
+        episodes: where a rollout is a single step, keeps each.
     """
 
     def __init__(self, fabric: Fabric, envs: TensorEnvs, num_envs: int, num_keys: int) -> None:
         self._fabric, self.envs = fabric, envs
-        self.episodes = DeviceEpisodes(num_envs, fabric.device, num_keys, MOST_NOTED)
-        self._noted = 0  # steps
+        self.episodes = DeviceEpisodes(num_envs, fabric.device, num_keys, MAX_STEPS)
+        self._kept = 0  # steps
 
     def tensors(self) -> list[Tensor]:
         """All that a step changes, besides what it stores."""
         return [*self.envs.tensors(), *self.episodes.tensors()]
 
-    def note_step(self) -> bool:
-        """Counts a step that `episodes` has noted; True if no other can be noted before `noted` is called."""
-        self._noted += 1
-        return self._noted == MOST_NOTED
+    def count_step(self) -> bool:
+        """Counts a step that `episodes` has kept; True if no other can be kept before `take_summary` is called."""
+        self._kept += 1
+        return self._kept == MAX_STEPS
 
     def take_summary(self, rb: TensorReplayBuffer) -> Tensor:
         """The episodes that have ended since the last call, as `DeviceEpisodes.summary` tells of them, on the CPU.
@@ -50,7 +50,7 @@ class TensorEpisodes:
         Raises:
             NonFiniteError: an environment has brought NaN or infinity.
         """
-        steps, self._noted = self._noted, 0
+        steps, self._kept = self._kept, 0
         return self._finite(self.episodes.take_summary(steps), rb)
 
     def summary(self, rb: DeviceRolloutBuffer) -> Tensor:

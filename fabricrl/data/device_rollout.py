@@ -121,7 +121,7 @@ class DeviceRolloutBuffer(RolloutBuffer):
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Looks at nothing, since `Run.record_rollout` looks, unless an environment fails inside."""
+        """Checks nothing, since `Run.record_rollout` does, unless an environment fails inside."""
         with nan_before_failure(self):
             yield
 

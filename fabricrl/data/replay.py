@@ -289,16 +289,17 @@ class NewestSteps(ReplayBuffer):
     """Only the newest steps, on their way to those who keep them.
 
     Args:
-        most: how many may wait, S.
+        max_waiting: steps that may wait, S.
 
     Attributes:
         steps: what was added since `sent` was called, by name, [S, N, ...] each; the first `waiting` count.
         waiting: how many these are; none: the environments were reset, and `next_obs` [0] are their observations.
     """
 
-    def __init__(self, most: int, num_envs: int, obs_space: Box, num_actions: int, frame_stack: int = 1) -> None:
+    def __init__(self, max_waiting: int, num_envs: int, obs_space: Box, num_actions: int, frame_stack: int = 1) -> None:
         super().__init__(num_envs, num_envs, obs_space, num_actions, frame_stack=frame_stack)
-        shape, obs = (most, num_envs), torch.zeros(most, *self.newest_obs().shape, dtype=self.newest_obs().dtype)
+        shape, newest = (max_waiting, num_envs), self.newest_obs()
+        obs = torch.zeros(max_waiting, *newest.shape, dtype=newest.dtype)
         self.steps = {"actions": torch.zeros(*shape, num_actions), "rewards": torch.zeros(shape)}
         self.steps |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("terminated", "truncated")}
         self.steps |= {"next_obs": obs, "final_obs": obs.clone()}

@@ -104,7 +104,7 @@ class TensorReplayBuffer(DeviceReplayBuffer):
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Looks at nothing, since `Run.record_step` looks, unless an environment fails inside."""
+        """Checks nothing, since `Run.record_step` does, unless an environment fails inside."""
         with nan_before_failure(self):
             yield
 

@@ -60,7 +60,7 @@ class Order(NamedTuple):
     iteration: int  # of the run, from 0
     step: int  # environment steps so far
     answers: bool  # an Answer is awaited
-    wants_losses: bool  # with the losses since the last look
+    wants_losses: bool  # those since the last Answer that had them
     bulk: bool  # the next Order has the record of many iterations
     data: Any  # the script's record
 
@@ -72,7 +72,7 @@ class Answer(NamedTuple):
     signal: int  # exit code that a signal to a trainer asks for
     waited: float  # seconds that the trainer has waited for data since the last answer
     passed: float  # seconds since then
-    losses: Tensor | None  # sums and numbers of the metrics noted, [2, metrics]
+    losses: Tensor | None  # sums and numbers of the metrics fetched, [2, metrics]
     weights: Tensor  # parameters of the policy [P], in bfloat16 with --weights-precision bf16
 
 

@@ -85,16 +85,16 @@ class EpisodeStatistics:
         self.told |= {key for key, count in zip(self.keys, counts[2:].tolist(), strict=True) if count}
 
     def add(self, rewards: np.ndarray, dones: np.ndarray) -> None:
-        """Notes one step, [N] each, for `flush`: where a rollout is a single step, looking at each would cost more."""
+        """Keeps one step, [N] each, for `flush`: where a rollout is a single step, counting each would cost more."""
         self._steps.append((rewards.copy(), dones))
 
     @property
     def num_pending(self) -> int:
-        """Steps noted since the last flush."""
+        """Steps kept since the last flush."""
         return len(self._steps)
 
     def flush(self, fabric: Fabric, infos: np.ndarray | None = None) -> None:
-        """`update` with the steps noted since the last flush; all ranks must call it together."""
+        """`update` with the steps kept since the last flush; all ranks must call it together."""
         if self._steps:
             rewards, dones = (torch.from_numpy(np.stack(column)) for column in zip(*self._steps, strict=True))
             self._steps.clear()
@@ -137,26 +137,26 @@ class EpisodeStatistics:
 class DeviceEpisodes:
     """Returns and lengths of the episodes of environments that are on a device, found there: no value is asked for.
 
-    Where a rollout is a single step, `add` notes it, for `noted` to sum up many in one go.
+    Where a rollout is a single step, `add` keeps it, for `take_summary` to sum up many in one go.
 
     Args:
         num_keys: K, numbers that environments tell at the ends of episodes.
-        most: steps that can be noted, S.
+        max_steps: that `add` can keep, S.
 
     Attributes:
         returns, lengths: of the episodes that are still running, [N].
     """
 
-    def __init__(self, num_envs: int, device: torch.device, num_keys: int = 0, most: int = 0) -> None:
+    def __init__(self, num_envs: int, device: torch.device, num_keys: int = 0, max_steps: int = 0) -> None:
         self.returns, self.lengths = torch.zeros(2, num_envs, dtype=torch.float64, device=device)
-        self._rewards = torch.zeros(most, num_envs, device=device)
-        self._ends, self._skipped = torch.zeros(2, most, num_envs, dtype=torch.bool, device=device)
-        self._infos = torch.full((most, num_envs, num_keys), torch.nan, device=device)
+        self._rewards = torch.zeros(max_steps, num_envs, device=device)
+        self._ends, self._skipped = torch.zeros(2, max_steps, num_envs, dtype=torch.bool, device=device)
+        self._infos = torch.full((max_steps, num_envs, num_keys), torch.nan, device=device)
         self._untold, self._played = self._infos.new_full((num_envs, num_keys), torch.nan), self.returns > 0
-        self._count = torch.zeros(1, dtype=torch.int64, device=device)  # of steps noted
+        self._count = torch.zeros(1, dtype=torch.int64, device=device)  # of steps kept
 
     def add(self, rewards: Tensor, ends: Tensor, infos: dict[str, Tensor]) -> None:
-        """Notes one step, [N] each, with the infos of `TensorEnvs`. May be captured."""
+        """Keeps one step, [N] each, with the infos of `TensorEnvs`. May be captured."""
         columns = [(self._rewards, rewards), (self._ends, ends)]
         columns += [(self._skipped, infos.get("skipped", self._played))]
         columns += [(self._infos, infos.get("episode_info", self._untold))]
@@ -165,7 +165,7 @@ class DeviceEpisodes:
         self._count += 1
 
     def take_summary(self, steps: int) -> Tensor:
-        """`summary` of the steps noted since the last call, which the caller has counted."""
+        """`summary` of the steps kept since the last call, which the caller has counted."""
         self._count.zero_()
         return self.summary(self._rewards[:steps], self._ends[:steps], self._skipped[:steps], self._infos[:steps])
 
@@ -230,7 +230,7 @@ class MeanMetrics:
 
 
 class UpdateMetrics:
-    """Metrics of updates, kept on their device until somebody looks; who looks finds NaN and infinity, too.
+    """Metrics of updates, kept on their device until they are fetched, which also finds NaN and infinity.
 
     Args:
         optimizers: whose parameters are checked as well; there may be more of them later.
@@ -241,13 +241,13 @@ class UpdateMetrics:
 
     def __init__(self, optimizers: Sequence[Adam]) -> None:
         self._optimizers = optimizers
-        self._noted: dict[tuple[str, ...], list[Tensor]] = {}
+        self._kept: dict[tuple[str, ...], list[Tensor]] = {}
         self.health: Tensor | None = None
 
     @property
     def num_pending(self) -> int:
-        """Number of updates noted since the last look, or of groups of them."""
-        return sum(map(len, self._noted.values()))
+        """Number of updates kept since they were fetched last, or of groups of them."""
+        return sum(map(len, self._kept.values()))
 
     def add(self, tags: tuple[str, ...], metrics: Tensor) -> None:
         """Keeps the metrics of one update [tags], or of several [K, tags].
@@ -259,7 +259,7 @@ class UpdateMetrics:
             return
         if metrics.shape[-1] != len(tags):
             raise ValueError(f"{metrics.shape[-1]} metrics have {len(tags)} names: {', '.join(tags)}")
-        self._noted.setdefault(tags, []).append(metrics.view(-1, len(tags)))
+        self._kept.setdefault(tags, []).append(metrics.view(-1, len(tags)))
 
     def watch(self, metrics: Iterable[Tensor]) -> None:
         """Keeps in `health` if these and all parameters are finite, without a wait. May be captured."""
@@ -273,7 +273,7 @@ class UpdateMetrics:
         return self.health is None or not to_host(self.health)[0].item()
 
     def fetch(self) -> dict[str, Tensor]:
-        """Returns the metrics noted since the last call, [K] under each tag, on the CPU; this waits for a GPU.
+        """Returns the metrics kept since the last call, [K] under each tag, on the CPU; this waits for a GPU.
 
         Raises:
             NonFiniteError: a metric or a parameter is not finite, as it is once a gradient was not.
@@ -282,8 +282,8 @@ class UpdateMetrics:
             f"parameters of optimizer {i}": optimizer.flat.vector for i, optimizer in enumerate(self._optimizers)
         }
         metrics: dict[str, Tensor] = {}
-        for tags, noted in self._noted.items():
-            metrics |= dict(zip(tags, torch.cat(noted).unbind(1), strict=True))  # [K] each
+        for tags, kept in self._kept.items():
+            metrics |= dict(zip(tags, torch.cat(kept).unbind(1), strict=True))  # [K] each
         checked = metrics | parameters
         finite = torch.stack([values.isfinite().all() for values in checked.values()])
         finite, *values = to_host(finite, *metrics.values())
@@ -294,8 +294,8 @@ class UpdateMetrics:
         return dict(zip(metrics, values, strict=True))
 
     def forget(self) -> None:
-        """Drops what has been noted and watched."""
-        self._noted.clear()
+        """Drops what has been kept and watched."""
+        self._kept.clear()
         if self.health is not None:
             self.health.zero_()
 

@@ -25,14 +25,14 @@ class Messages:
         acting: the optimizer of the parameters that the policy acts with, which come back after each update.
         others: the other optimizers.
         bulk: the record in which data of several iterations travel together, if there are such.
-        most: how many iterations these may be.
-        beside: parameters that other optimizers train and the policy acts with as well, such as an encoder's.
+        max_iterations: that travel together.
+        extra_parameters: those that other optimizers train and the policy acts with as well, such as an encoder's.
 
     Attributes:
-        exact: weights travel to players as they are; else rounded, and a checkpoint brings those that are not.
+        full_precision: weights travel to players as they are; else rounded, and a checkpoint brings those that are not.
     """
 
-    exact = True
+    full_precision = True
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class Messages:
         acting: Adam,
         *others: Adam,
         bulk: Any = None,
-        most: int = 1,
-        beside: Iterable[nn.Parameter] = (),
+        max_iterations: int = 1,
+        extra_parameters: Iterable[nn.Parameter] = (),
     ) -> None:
-        self._beside = list(beside)
-        self.metrics, self.agent, self.acting, self.most = metrics, agent, acting, most
+        self._extra_parameters = list(extra_parameters)
+        self.metrics, self.agent, self.acting, self.max_iterations = metrics, agent, acting, max_iterations
         self._data = {False: data} if bulk is None else {False: data, True: bulk}
         self.optimizers = (acting, *others)
         for optimizer in self.optimizers:
@@ -58,20 +58,20 @@ class Messages:
     def weights(self) -> Tensor:
         """The parameters that the policy acts with, [P]; a view if they are those of a single optimizer."""
         vector = self.acting.flat.vector
-        beside = [parameter.detach().flatten() for parameter in self._beside]
-        return torch.cat((vector, *beside)) if beside else vector
+        extra = [parameter.detach().flatten() for parameter in self._extra_parameters]
+        return torch.cat((vector, *extra)) if extra else vector
 
     @property
     def learned(self) -> list[Tensor]:
         """Tensors that training changes besides: parameters, moments, and what follows parameters, as targets do."""
         vector, *moments = self.acting.tensors()
         others = [tensor for other in self.optimizers[1:] for tensor in other.tensors()]
-        return moments + others + self._targets + ([] if self.exact else [vector])
+        return moments + others + self._targets + ([] if self.full_precision else [vector])
 
     @torch.no_grad()
     def load_weights(self, weights: Tensor) -> None:
         """Takes the parameters [P] that the policy is to act with."""
-        owns = [self.acting.flat.vector, *self._beside]
+        owns = [self.acting.flat.vector, *self._extra_parameters]
         for own, part in zip(owns, weights.split([own.numel() for own in owns]), strict=True):
             own.copy_(part.view_as(own))
 
@@ -86,7 +86,7 @@ class Messages:
     @torch.no_grad()
     def round_weights(self) -> None:
         """Rounds the parameters of a player to those that it would have been sent."""
-        if not self.exact:
+        if not self.full_precision:
             self.load_weights(self.weights.bfloat16())
 
     def orders(self) -> dict[bool, Order]:
@@ -94,7 +94,7 @@ class Messages:
         return {bulk: Order(TRAIN, 0, 0, 0, False, False, False, data) for bulk, data in self._data.items()}
 
     def answer(self) -> Answer:
-        weights = self.weights if self.exact else self.weights.bfloat16()
+        weights = self.weights if self.full_precision else self.weights.bfloat16()
         return Answer(0, 0, 0.0, 0.0, torch.zeros(2, len(self.metrics), dtype=torch.float64), weights)
 
     def state(self, count: int) -> State:

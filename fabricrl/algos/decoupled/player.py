@@ -66,7 +66,7 @@ class Player:
         self.folder = Path(bytes(hello.folder.tolist()).rstrip(b"\0").decode())
         self.skips = hello.skips
         self._messages, max_lag = messages, run.args.max_lag
-        messages.exact = run.args.weights_precision == "fp32"
+        messages.full_precision = run.args.weights_precision == "fp32"
         self._orders = {k: [Packet(order) for _ in range(self.count)] for k, order in messages.orders().items()}
         self._answers, self._states = (
             Outbox(messages.answer(), max_lag + 2),

@@ -67,7 +67,7 @@ class Trainers:
         hello = Hello(hash=int(parameter_hash(messages.agent)), skips=run.skips, folder=folder)
         self._each(Outbox(Hello(), self.count), hello)
         self._messages = messages
-        messages.exact = run.args.weights_precision == "fp32"
+        messages.full_precision = run.args.weights_precision == "fp32"
         messages.round_weights()
         turns = self.count * (run.args.max_lag + 2)
         self._orders = {bulk: Outbox(order, turns) for bulk, order in messages.orders().items()}
@@ -99,7 +99,8 @@ class Trainers:
         # As a coupled run fetches them: after a rollout, or now and then
         wants_losses = saves or logs or hasattr(run.args, "num_steps")
         self._lag, self._held = max(self._lag, len(self.ahead)), self._held + 1
-        if bulk and not (due or wants_losses) and self._messages is not None and self._held < self._messages.most:
+        may_wait = bulk and not (due or wants_losses)
+        if may_wait and self._messages is not None and self._held < self._messages.max_iterations:
             self.iteration += 1
             return
         run.clock.lap("train")
@@ -131,10 +132,10 @@ class Trainers:
             self._spoke = time.monotonic()
             self._command(KEEPALIVE)
 
-    def collect(self, most: int) -> None:
-        """← Answer of the oldest iterations, until the player is `most` ahead."""
+    def collect(self, max_ahead: int) -> None:
+        """← Answer of the oldest iterations, until the player is at most `max_ahead` ahead."""
         assert self._messages is not None
-        while len(self.ahead) > most:
+        while len(self.ahead) > max_ahead:
             iteration = self.ahead.popleft()
             answer = self.channel.receive(self._answer, self.first, iteration)
             if answer.code == LostPeerError.exit_code:

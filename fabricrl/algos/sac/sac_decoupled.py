@@ -37,7 +37,7 @@ def make_messages(run: Run, learner: Learner) -> Messages:
     one, block = (declare_steps(run, agent, count) for count in (1, BLOCK))
     optimizers = learner.actor_optimizer, learner.q_optimizer
     encoder = [] if agent.encoder is None else agent.encoder.parameters()
-    return Messages(one, metrics, agent, *optimizers, bulk=block, most=BLOCK, beside=encoder)
+    return Messages(one, metrics, agent, *optimizers, bulk=block, max_iterations=BLOCK, extra_parameters=encoder)
 
 
 def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
