@@ -38,8 +38,8 @@ def rollout(run: Run, player: RecurrentPPOAgent, envs: VectorEnv, rb: RecurrentR
         if run.uses_tensor_envs:  # of which all steps are one CUDA graph on a GPU
             run.take_tensor_steps(take_step, player, envs, rb, noise)
         else:
-            for t in range(len(noise)):
-                take_step(run, player, envs, rb, t, noise[t])
+            for t, noise_t in enumerate(noise):
+                take_step(run, player, envs, rb, t, noise_t)
     run.clock.lap("comm")
 
 
