@@ -476,7 +476,7 @@ def stopped_in(iteration: int, number: int = signal.SIGTERM) -> Iterator[None]:
     def signalled(run: Run, steps: int) -> Iterator[int]:
         for count, step in enumerate(original(run, steps), 1):
             if count == iteration:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)  # another thread might take it, and be late
             yield step
 
     with mock.patch.object(Run, "iterations", signalled):

@@ -72,7 +72,7 @@ def test_a_signal_ends_the_run_after_the_iteration_in_which_it_came(
     def count(limit: int) -> None:
         calls.append(1)
         if len(calls) == limit:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # another thread might take it, and be late
 
     def signalled_add(*args: object) -> None:
         count(2 * 16 + 8)
@@ -94,7 +94,7 @@ def test_after_a_stop_the_run_can_be_resumed(tmp_path: Path) -> None:
     gae = ppo.gae
 
     def signalled(*args: object) -> tuple:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return gae(*args)  # type: ignore[arg-type]
 
     with mock.patch.object(ppo, "gae", signalled):
