@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 
 from fabricrl.algos.run import Run
+from fabricrl.utils.signals import StopSignal
 
 ROOT = Path(__file__).parent.parent
 PPO = str(ROOT / "fabricrl/algos/ppo/ppo.py")
@@ -468,6 +469,15 @@ def call(main: Callable[[], int], *arguments: object, encoding: str = "utf-8") -
             signal.signal(number, handler)
 
 
+def signal_self(number: int) -> None:
+    """Signals this process, and waits until the run in it has heard: a thread hears SIGUSR1, and may be late."""
+    os.kill(os.getpid(), number)
+    patience = time.monotonic() + 30
+    while not StopSignal.newest.received:
+        assert time.monotonic() < patience, "the run does not hear the signal"
+        time.sleep(0.001)
+
+
 @contextlib.contextmanager
 def stopped_in(iteration: int, number: int = signal.SIGTERM) -> Iterator[None]:
     """Signals this process as soon as a run inside begins its n-th iteration, from 1, which is to be its last."""
@@ -476,7 +486,7 @@ def stopped_in(iteration: int, number: int = signal.SIGTERM) -> Iterator[None]:
     def signalled(run: Run, steps: int) -> Iterator[int]:
         for count, step in enumerate(original(run, steps), 1):
             if count == iteration:
-                signal.raise_signal(number)  # another thread might take it, and be late
+                signal_self(number)
             yield step
 
     with mock.patch.object(Run, "iterations", signalled):

@@ -23,7 +23,7 @@ from fabricrl.utils.errors import EnvError, NonFiniteError, RunError
 from fabricrl.utils.optimizer import FlatState
 from fabricrl.utils.seeding import env_seeds
 from tests.envs import Fault
-from tests.process import LIMIT, Finished, call, load, run_folder, run_team, saved_steps, team
+from tests.process import LIMIT, Finished, call, load, run_folder, run_team, saved_steps, signal_self, team
 
 SCRIPTS: dict[str, Any] = {"sac": sac, "droq": droq}
 
@@ -235,7 +235,7 @@ def signalled(algo: str, number: int, moment: str, *flags: object) -> Finished:
     def count(limit: int) -> None:
         calls.append(1)
         if len(calls) == limit:
-            signal.raise_signal(number)  # another thread might take it, and be late
+            signal_self(number)
 
     def signalled_add(*given: Any) -> None:
         count(30)

@@ -29,6 +29,7 @@ from tests.process import (
     run_team,
     saved_steps,
     signal_again,
+    signal_self,
     started,
     wait_for,
 )
@@ -72,7 +73,7 @@ def test_a_signal_ends_the_run_after_the_iteration_in_which_it_came(
     def count(limit: int) -> None:
         calls.append(1)
         if len(calls) == limit:
-            signal.raise_signal(number)  # another thread might take it, and be late
+            signal_self(number)
 
     def signalled_add(*args: object) -> None:
         count(2 * 16 + 8)
@@ -94,7 +95,7 @@ def test_after_a_stop_the_run_can_be_resumed(tmp_path: Path) -> None:
     gae = ppo.gae
 
     def signalled(*args: object) -> tuple:
-        signal.raise_signal(signal.SIGTERM)
+        signal_self(signal.SIGTERM)
         return gae(*args)  # type: ignore[arg-type]
 
     with mock.patch.object(ppo, "gae", signalled):
