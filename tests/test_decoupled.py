@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fabricrl.algos import run as run_module
 from fabricrl.algos.decoupled import Messages, Player, Trainers
+from fabricrl.algos.decoupled import ranks as decoupled_ranks
 from fabricrl.algos.decoupled.ranks import before_hello, reporting_failures
 from fabricrl.algos.droq import droq_decoupled
 from fabricrl.algos.off_policy import decoupled as off_policy
@@ -973,3 +974,26 @@ def test_the_player_acts_where_it_is_told_to_if_that_is_there(monkeypatch: pytes
     assert player_device(SimpleNamespace(player_device="cuda"), fabric).type == "cuda"  # type: ignore[arg-type]
     fabric.device = torch.device("cuda", 0)
     assert player_device(SimpleNamespace(player_device="cpu"), fabric).type == "cpu"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trainer_frees_its_graphs_also_when_it_fails(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL, which ends after it, would wait for them."""
+    for name in ("Channel", "Group", "trainer_device"):
+        monkeypatch.setattr(decoupled_ranks, name, lambda *_: None)
+    monkeypatch.setattr(decoupled_ranks, "make_groups", lambda *_: (None, None, None))
+    monkeypatch.setattr(decoupled_ranks, "Player", lambda *_: SimpleNamespace(exit_code=0))
+    events: list[str] = []
+    args, fabric = SimpleNamespace(players=1, max_lag=1, timeout=1), SimpleNamespace(global_rank=1, world_size=2)
+    runner = SimpleNamespace(release=lambda: events.append("released"))
+    run: Any = SimpleNamespace(args=args, fabric=fabric, join=lambda group: None, runner=runner)
+    run.failing_together = contextlib.nullcontext
+
+    def trainer(*_: Any) -> None:
+        events.append("trained")
+        if fails:
+            raise ZeroDivisionError
+
+    with contextlib.suppress(ZeroDivisionError):
+        decoupled_ranks.run_ranks(run, lambda *_: 0, trainer, lambda *_: None)
+    assert events == ["trained", "released"]
