@@ -175,42 +175,59 @@ class Graph:
                         result.copy_(value)
 
 
-class NoValues(TorchFunctionMode):
-    """Refuses what asks for a tensor's value, as a stream that is captured does."""
+class NoNames(TorchFunctionMode):
+    """Refuses functions that bring a tensor's value, or the tensor, to the host; where it is there, too."""
 
-    VALUES = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__")
+    NAMES = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__")
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "") in self.VALUES:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {function.__name__}")
+        name = getattr(function, "__name__", "")
+        by_name = name == "to" and "cpu" in (*args, *(kwargs or {}).values())  # a run's device is no string
+        if name in self.NAMES or by_name:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         return function(*args, **(kwargs or {}))
 
 
-class Capture(TorchDispatchMode):
-    """Makes a graph of the calls inside, which may not ask for a tensor's value, or for a shape that depends on it."""
+class NoValues(TorchDispatchMode):
+    """Refuses what asks for a tensor's value, or for a shape that depends on it, as a stream that is captured does."""
 
     aten = torch.ops.aten
-    VALUES = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.masked_scatter_backward)
+    VALUES = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.masked_scatter_backward, aten._unique2)
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.graph, self.refuses = graph, NoValues()
+        self.names = NoNames()
 
     def __enter__(self) -> Any:
-        self.refuses.__enter__()
+        self.names.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self.refuses.__exit__(*error)
+        self.names.__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        by_truth = function.overloadpacket is self.aten.index and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if by_truth or function.overloadpacket in self.VALUES:
+        kind, kwargs = function.overloadpacket, kwargs or {}
+        refused = kind in self.VALUES
+        if kind in (self.aten.index, self.aten.index_put_, self.aten.index_put):
+            by_truth = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+            refused = by_truth and (kind is self.aten.index or args[2].numel() > 1)  # one value fills in place
+        elif kind is self.aten.repeat_interleave:
+            refused = kwargs.get("output_size") is None
+        if refused:
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
-        results = function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
+
+
+class Capture(NoValues):
+    """Makes a graph of the calls inside."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = super().__torch_dispatch__(function, types, args, kwargs)
         self.graph.calls.append((function, args, kwargs or {}, results))
         return results
 

@@ -108,7 +108,10 @@ class Simulator(VectorEnv):
             raise RuntimeError("nothing is earned here")
         ended = torch.full((self.num_envs,), self.count % 4 == 0)
         obs, rewards = self._with_fault(obs, rewards) if self.count == 5 else (obs, rewards)
-        infos = {} if self.fault == "no final" else {"final_obs": obs}
+        tells = self.fault != "no final" and (self.fault != "final at ends" or ended.any())
+        infos: dict[str, Any] = {"final_obs": obs} if tells else {}
+        if self.fault == "masks":
+            infos["action_mask"] = torch.ones(self.num_envs, 2, dtype=torch.bool)
         return obs, rewards, torch.zeros_like(ended), ended, infos
 
     def _with_fault(self, obs: Any, rewards: Tensor) -> tuple[Any, Any]:

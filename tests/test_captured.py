@@ -1,6 +1,6 @@
 """Runs that capture, and replay buffers on a device: on the CPU, where graphs are stood in for (`captured`).
 
-What a graph would refuse, the stand-in refuses: `.item()`, `.cpu()`, `.numpy()`, `.tolist()` and branches on values.
+What a graph would refuse, the stand-in refuses: see REFUSED.
 """
 
 import math
@@ -263,12 +263,41 @@ def test_a_ring_on_the_device_is_sampled_inside_the_graph(
     assert sampled == []
 
 
-@pytest.mark.parametrize("ask", ["item", "tolist", "cpu", "numpy", "__bool__", "__float__"])
-def test_what_asks_for_a_value_is_refused(ask: str) -> None:
-    x = torch.ones(())
+REFUSED: dict[str, Callable[[Any], Any]] = {
+    "item": lambda x: x[:1].item(),
+    "list": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu"),
+    "to, by name": lambda x: x.to(device="cpu"),
+    "numpy": lambda x: x.numpy(),
+    "bool": lambda x: bool(x[0]),
+    "float": lambda x: float(x[0]),
+    "rows that are true": lambda x: x[x > 0],
+    "rows that are true, set": lambda x: x.clone().__setitem__(x > 0, torch.zeros(2)),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "where": lambda x: torch.where(x > 0),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_waits_for_a_value_is_refused(name: str) -> None:
+    x = torch.ones(2)
     with NoValues(), pytest.raises(RuntimeError, match="not permitted"):
-        getattr(x, ask)()
-    assert getattr(x, ask)() is not None
+        REFUSED[name](x)
+    REFUSED[name](x)
+
+
+def test_what_waits_for_nothing_is_not_refused() -> None:
+    x, device = torch.ones(2), torch.device("cpu")
+    with NoValues():
+        y = x.to(device).clone()
+        y[x > 0] = 0.0
+        y[torch.tensor([1])] = x[torch.tensor([0])]
+        z = x.where(x > 0, y).repeat_interleave(x.long(), output_size=2)
+    assert y.tolist() == [0.0, 1.0]
+    assert z.tolist() == [1.0, 1.0]
 
 
 # --- Faults

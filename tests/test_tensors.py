@@ -20,6 +20,7 @@ from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.agent import make_agent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.run import Run
+from fabricrl.algos.sac import sac
 from fabricrl.algos.tensor_episodes import TensorEpisodes
 from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
@@ -293,7 +294,27 @@ def test_environments_are_tried_where_the_run_will_train(
     if variable:
         monkeypatch.setenv("LT_ACCELERATOR", variable)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert trial_device(PPOArgs(**given)).type == kind
+
+
+@pytest.mark.parametrize(
+    ("devices", "variables", "gpu"),
+    [
+        (None, {}, 0), ("4", {"LOCAL_RANK": "3"}, 3), ("0,2", {}, 0), ("0,2", {"LOCAL_RANK": "1"}, 2), ("1,", {}, 1),
+        (None, {"SLURM_LOCALID": "2"}, 2), ("9,", {}, 0),
+    ],
+)  # fmt: skip
+def test_each_rank_tries_its_environments_on_its_own_gpu(
+    devices: str | None, variables: dict[str, str], gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert trial_device(PPOArgs(accelerator="cuda", devices=devices)) == torch.device("cuda", gpu)
 
 
 def test_a_simulator_that_tells_no_state_begins_new_episodes_when_resumed(
@@ -409,6 +430,25 @@ def test_what_does_not_count_in_a_rollout_of_tensors_may_be_anything() -> None:
         raise EnvError("it has failed for that")
 
 
+@pytest.mark.parametrize("main", [ppo.main, sac.main], ids=["ppo", "sac"])
+def test_last_observations_may_be_told_only_where_an_episode_ends(
+    main: Callable[[], int], train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    """As Gymnasium's vector environments do."""
+    size = (
+        TINY
+        if main is ppo.main
+        else ["--num-envs", 8, "--total-timesteps", 320, "--batch-size", 8, "--learning-starts", 64]
+    )
+    states = []
+    for fault in ("", "final at ends"):
+        kwargs = f'{{"fault": "{fault}"}}'
+        flags = [*size, "--env-id", SIMULATOR, "--env-kwargs", kwargs, "--log-dir", tmp_path / f"logs{len(states)}"]
+        states.append(train(main, *flags).state)
+    for part in ("agent", "generators"):
+        assert differences(*(state[part] for state in states)) == []
+
+
 # --- Faults
 
 
@@ -419,6 +459,7 @@ def test_what_does_not_count_in_a_rollout_of_tensors_may_be_anything() -> None:
         ("array", EnvError, "returned observations from step as ndarray, not as a tensor"),
         ("shape", EnvError, r"returned rewards from step of shape \[1\] on cpu, not \[8\] on cpu"),
         ("no final", EnvError, "returned no `final_obs`"),
+        ("masks", EnvError, "action masks, which --vectorization torch does not take"),
         ("nan", NonFiniteError, "observation of environment 1 is not finite after step 4 of the rollout"),
         ("nan reward", NonFiniteError, "reward of environment 1 is not finite after step 4 of the rollout"),
     ],

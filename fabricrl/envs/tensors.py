@@ -131,9 +131,14 @@ def check_arguments(args: Any) -> None:
 
 
 def trial_device(args: Any) -> torch.device:
-    """The device that the run will train on, as far as arguments tell."""
+    """The device that this process will train on, as far as arguments and launchers tell before Fabric has started."""
     chosen = "cuda" if args.cuda else args.accelerator or os.environ.get("LT_ACCELERATOR", "cpu")
-    return torch.device("cuda" if chosen in ("cuda", "gpu", "auto") and torch.cuda.is_available() else "cpu")
+    if chosen not in ("cuda", "gpu", "auto") or not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    listed = [int(gpu) for gpu in args.devices.split(",") if gpu] if "," in (args.devices or "") else []
+    gpu = listed[rank] if rank < len(listed) else rank
+    return torch.device("cuda", gpu if gpu < torch.cuda.device_count() else 0)
 
 
 class TensorEnvs(VectorWrapper):
@@ -187,9 +192,12 @@ class TensorEnvs(VectorWrapper):
         """Starts new episodes; the first of a list of seeds seeds all."""
         obs, infos = self.env.reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
         self._ended.zero_()
+        self._refuse_masks(infos)
+        return self._vectors("reset", obs), {}
+
+    def _refuse_masks(self, infos: dict[str, Any]) -> None:
         if "action_mask" in infos:
             raise EnvError("tensor environments returned action masks, which --vectorization torch does not take")
-        return self._vectors("reset", obs), {}
 
     def draw(self, steps: int) -> None:
         """Draws the random numbers of the next `steps` steps, where a step is tensor code."""
@@ -203,6 +211,7 @@ class TensorEnvs(VectorWrapper):
         self, obs: Tensor, rewards: Tensor, terminated: Tensor, truncated: Tensor, given: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Results of `step`, of what the environments have returned."""
+        self._refuse_masks(given)
         columns = {"rewards": rewards, "terminated": terminated, "truncated": truncated}
         for name, column in columns.items():
             self._check(f"{name} from step", column, self._shape[:1])
@@ -215,10 +224,12 @@ class TensorEnvs(VectorWrapper):
             terminated, truncated = terminated & ~skipped, truncated & ~skipped
             self._ended.copy_(terminated | truncated)
             infos["final_obs"] = obs
-        elif "final_obs" not in given:
+        elif "final_obs" in given:
+            infos["final_obs"] = self._vectors("step, as final_obs,", given["final_obs"])
+        elif self.is_code or (terminated | truncated).any():
             raise EnvError("tensor environments that reset in the same step returned no `final_obs` in their infos")
         else:
-            infos["final_obs"] = self._vectors("step, as final_obs,", given["final_obs"])
+            infos["final_obs"] = obs  # nothing has ended: whoever leaves it out then knows, without waiting for us
         told = given if self._resets_later else given | given.get("final_info", {})
         infos |= self._told(told, terminated | truncated)
         return obs, rewards, terminated, truncated, infos
