@@ -265,7 +265,7 @@ def test_what_trainers_get_of_several_players_is_the_rollout_of_one_in_its_order
             else:
                 rows = seen.T.flatten()
                 data = Batch(obs=rows[:, None], valid=None, values=rows * 1.0)
-                shares = [script.Rollout(0.1, 0.2, 0.3, *share) for share in script.divide(run, data, rows % 2 == 0)]
+                shares = [script.Rollout(0.1, 0.2, 0.3, *share) for share in script.divide(run, data, rows >= (num_steps - 1) * num_envs)]
             for part, share in zip(parts, shares, strict=True):
                 part.append(share)
         merged = [first.joined(others) for first, *others in parts]
@@ -273,6 +273,9 @@ def test_what_trainers_get_of_several_players_is_the_rollout_of_one_in_its_order
             assert rollout[:3] == (0.1, 0.2, 0.3)
             assert rollout.data.valid is None
             assert (rollout.data.obs[:, 0] == rollout.data.values).all()
+            if script is ppo_recurrent_decoupled:  # a sequence is steps of one environment, one after the other
+                follows = rollout.data.obs[1:, 0] == rollout.data.obs[:-1, 0] + num_envs
+                assert (follows | rollout.ends[:-1]).all(), "a sequence goes on in another environment"
         return [rollout.data.obs[:, 0].tolist() for rollout in merged]
 
     for whole in (True, False):

@@ -62,13 +62,15 @@ def declare_rollout(run: Run, agent: RecurrentPPOAgent) -> Rollout:
 def divide(run: Run, data: Batch, ends: Tensor) -> Iterator[tuple[Batch, Tensor]]:
     """The rollout of this player's own environments, one after the other, and its `ends` [N T], in equal parts.
 
-    A sequence that lies in two of them is cut there.
+    A sequence that lies in two of them is cut there; what another player's share brings after it is another one.
     """
     own, num_steps = run.own_envs, run.args.num_steps
     rows = (own.stop - own.start) * num_steps // run.trainers.count
     for first in range(own.start * num_steps, own.stop * num_steps, rows):
         part = slice(first, first + rows)
-        yield data[part], ends[part]
+        own_ends = ends[part].clone()
+        own_ends[-1] = True
+        yield data[part], own_ends
 
 
 def player(args: RecurrentPPODecoupledArgs, run: Run, trainers: Trainers) -> int:
