@@ -48,6 +48,17 @@ def test_the_newest_and_the_best_are_kept_under_names_that_sort_by_step(tmp_path
     assert load_checkpoint(tmp_path / "best.ckpt")[0]["global_step"] == 1000
 
 
+def test_a_damaged_checkpoint_of_a_later_step_takes_no_place_of_those_that_are_kept(tmp_path: Path) -> None:
+    """A run that cannot read its newest checkpoint goes on from the one before."""
+    (tmp_path / "step_000000000009.ckpt").write_bytes(b"damaged")
+    for step in (5, 6, 7):
+        assert save_checkpoint(tmp_path, step, state(step), keep=1).exists()
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000000000007.ckpt", "step_000000000009.ckpt"]
+    save_checkpoint(tmp_path, 9, state(9), keep=1)
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_000000000009.ckpt"]
+    assert load(tmp_path / "step_000000000009.ckpt")["global_step"] == 9
+
+
 def test_a_checkpoint_is_what_torch_load_reads_with_weights_only(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 7, state(7), keep=1)
     stored = torch.load(path, weights_only=True)

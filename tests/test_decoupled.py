@@ -5,6 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from fabricrl.algos.ppo import ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent_decoupled
 from fabricrl.algos.ppo_recurrent.args import RecurrentPPODecoupledArgs
+from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac_decoupled
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import Batch, NewestSteps, ReplayBuffer, StackedFrames
@@ -61,7 +63,7 @@ from fabricrl.utils.optimizer import Adam, average_gradients
 from fabricrl.utils.ranks import all_gather, all_max, mean_over_ranks
 from fabricrl.utils.seeding import generators
 from fabricrl.utils.signals import StopSignal
-from tests.conftest import BareRun
+from tests.conftest import BareRun, on_ranks
 from tests.envs import vectors
 from tests.process import FORKSERVER, LIMIT, call, free_port, load
 
@@ -247,7 +249,7 @@ def some_run(max_lag: int = 2, rank: int = 0) -> Any:
     run.losses, run.clock, run.charts, run.global_step = MeanMetrics(), Stopwatch("train"), {}, 64
     run.is_last = run.checkpoint_is_due = run.log_is_due = run.evaluation_is_due = False
     run.skips = run.needs_warmup = False
-    run.restore_generators = lambda: None
+    run.restore_generators, run.failing_together = lambda: None, contextlib.nullcontext
     return run
 
 
@@ -287,7 +289,7 @@ def test_each_trainer_is_sent_its_share_and_all_the_same_order() -> None:
     assert list(trainers.ahead) == [0]
 
 
-def test_answers_are_taken_oldest_first_until_the_player_is_no_further_ahead_than_it_may_be() -> None:
+def test_answers_are_taken_oldest_first_up_to_an_iteration() -> None:
     losses = torch.tensor([[6.0, 9.0], [3.0, 0.0]], dtype=torch.float64)
     answers = [answered(i, 100 + i, waited=0.25 * i, passed=2.0) for i in (0, 2, 3)]
     answers[1] = answered(2, 102, waited=0.5, passed=2.0, signal=143, losses=losses)
@@ -297,13 +299,13 @@ def test_answers_are_taken_oldest_first_until_the_player_is_no_further_ahead_tha
     trainers.train(shares(1, 0), due=False)  # nothing comes back
     trainers.train(shares(1, 0))
     trainers.train(shares(1, 0))
-    trainers.collect(3)
+    trainers.collect(-1)
     assert messages is not None
     assert len(notes.answers) == 3
-    trainers.collect(2)
+    trainers.collect(1)
     assert messages.weights.tolist() == [100, 100]
     assert (list(trainers.ahead), run.exit_code) == ([2, 3], 0)
-    trainers.collect(0)
+    trainers.collect(3)
     assert messages.weights.tolist() == [103, 103]
     assert (list(trainers.ahead), run.exit_code) == ([], 143)
     assert run.losses.compute() == {"losses/a": 2.0}
@@ -313,6 +315,21 @@ def test_answers_are_taken_oldest_first_until_the_player_is_no_further_ahead_tha
     trainers.train(shares(1, 0))  # after whose rollout the one before is taken
     assert run.charts["charts/lag"] == 1
     assert list(trainers.ahead) == [5]
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_weights_are_as_old_as_the_lag_also_where_most_iterations_have_no_update(lag: int, bulk: bool) -> None:
+    """The rollout of iteration i is played with all updates up to iteration i - lag - 1."""
+    updates = range(0, 30, 10)
+    trainers, _ = watched(1, *[answered(i, 100 + i) for i in updates], max_lag=lag, most=8)
+    assert trainers._messages is not None
+    expected = trainers._messages.weights[0].item()
+    for i in range(30):
+        expected = 100 + i - lag - 1 if i - lag - 1 in updates else expected
+        assert trainers._messages.weights[0].item() == expected, i
+        trainers.train([Bulk(torch.ones(8)) if trainers.bulk else Data(7)], due=i in updates, bulk=bulk)  # type: ignore[list-item]
+    assert trainers._lag == lag
 
 
 @pytest.mark.parametrize("due", ["is_last", "checkpoint_is_due", "evaluation_is_due"])
@@ -419,7 +436,7 @@ def test_trainers_that_cannot_start_end_the_player_silently_with_their_code() ->
     with pytest.raises(EndedByPeerError) as caught, reporting_failures(trainers):
         trainers.begin(some_messages())
     assert caught.value.exit_code == 6
-    assert [(name, sent.command, sent.code) for name, _, _, sent in notes.sent[1:]] == [("Order", ABORT, 6)]
+    assert (len(notes.sent), notes.flushed) == (1, 0), "after Hello nobody listens any more"
 
 
 @pytest.mark.parametrize("records", [False, True])
@@ -529,6 +546,29 @@ def test_a_trainer_whose_parameters_are_others_than_the_players_does_not_begin()
     player, _ = obeying(greeting)
     with pytest.raises(RunError, match="different parameters"):
         player.meet(messages)
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_all_trainers_end_if_one_of_them_starts_from_other_parameters(other: int) -> None:
+    """As on nodes whose processors round differently; the first says so for all, and nobody waits for an Order."""
+    declared = [some_messages(), some_messages()]
+
+    def meet(fabric: Any) -> tuple[int, list[Any]]:
+        rank = fabric.global_rank
+        messages = declared[rank]
+        player, notes = obeying(hello(messages), rank=rank)
+        run = player.run
+        run.team, run._signals = fabric, SimpleNamespace(code=0)  # type: ignore[assignment]
+        run.failing_together = partial(Run.failing_together, run)  # type: ignore[method-assign]
+        with torch.no_grad():
+            messages.agent.bias.add_(1.0 * (rank == other))  # type: ignore[operator,union-attr]
+        with pytest.raises(EndedByPeerError) as caught, reporting_failures(player, 1), before_hello(player):
+            player.meet(messages)
+        return caught.value.exit_code, notes.sent
+
+    first, second = on_ranks(2, meet)
+    assert first == (1, [("Ready", PLAYER, 0, Ready(1))])
+    assert second == (1, [])
 
 
 def test_a_trainer_learns_where_the_run_writes() -> None:

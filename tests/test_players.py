@@ -265,7 +265,10 @@ def test_what_trainers_get_of_several_players_is_the_rollout_of_one_in_its_order
             else:
                 rows = seen.T.flatten()
                 data = Batch(obs=rows[:, None], valid=None, values=rows * 1.0)
-                shares = [script.Rollout(0.1, 0.2, 0.3, *share) for share in script.divide(run, data, rows >= (num_steps - 1) * num_envs)]
+                shares = [
+                    script.Rollout(0.1, 0.2, 0.3, *share)
+                    for share in script.divide(run, data, rows >= (num_steps - 1) * num_envs)
+                ]
             for part, share in zip(parts, shares, strict=True):
                 part.append(share)
         merged = [first.joined(others) for first, *others in parts]

@@ -20,6 +20,7 @@ import torch
 from fabricrl.algos import remarks
 from fabricrl.algos.command_line import preset_values
 from fabricrl.algos.names import run_name
+from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs, PPODecoupledArgs
 from fabricrl.algos.ppo.ppo import main
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
@@ -28,7 +29,7 @@ from fabricrl.data import RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.wrappers import RecordEpisodes
 from fabricrl.utils import metric
-from fabricrl.utils.errors import from_here
+from fabricrl.utils.errors import EnvError, from_here
 from fabricrl.utils.run import progress_bar
 from tests.conftest import BareRun
 from tests.process import FORKED, PPO, Finished, call, load, logged, run, run_folder, saved_steps
@@ -85,6 +86,20 @@ def test_storing_a_step_counts_as_time_in_environments(
     shares = {tag: values[-1][1] for tag, values in logged(finished.folder).items() if tag.startswith("time/")}
     assert shares.pop("time/env") == 1
     assert set(shares.values()) == {0}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_that_fails_before_it_writes_anything_leaves_no_folder(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise EnvError("it is broken")
+
+    monkeypatch.setattr(ppo, *("rollout", fail) if late else ("make_agent", fail))
+    with pytest.raises(EnvError, match="broken"):
+        call(main, "--num-envs", 2, "--total-timesteps", 512, "--log-dir", tmp_path)
+    folders = list((tmp_path / "ppo" / "CartPole-v1").iterdir())
+    assert [(folder / "args.json").exists() for folder in folders] == [True] * late
 
 
 def test_args_json_holds_the_arguments_that_ran(finished: Finished) -> None:

@@ -210,6 +210,8 @@ class Run(Acting):
             ConfigError: what has gone wrong is that there is too little memory.
         """
         if error is not None:
+            if self._folder is not None:
+                self._folder.discard()
             end_if_out_of_memory(error, self.global_args)
         self._contexts.close()
         self.runner.release()

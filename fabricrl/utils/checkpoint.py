@@ -67,7 +67,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int, b
                 _link(shard, folder / shard.name.replace("step", "best"))
             _link(path, folder / BEST)  # from here on the new one is the best
         _sync_folder(folder)
-        for old in sorted(folder.glob("step_*.ckpt"))[:-keep]:
+        saved = sorted(folder.glob("step_*.ckpt"))
+        for old in saved[: saved.index(path) + 1][:-keep]:  # one of a later step is damaged: it was not resumed
             old.unlink()
         for shard in folder.glob("*.shard*"):
             is_best, outdated = shard.name.startswith("best"), best and shard.stem != f"best_{step:012d}"

@@ -1,6 +1,7 @@
 """A run's folder: its metrics, checkpoints, progress bar and result line. Only rank 0 writes."""
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import math
@@ -179,6 +180,12 @@ class RunFolder:
                 if not isinstance(error, BrokenPipeError):  # else nobody reads it
                     print(f"warning: the result is not printed: {error.strerror}", file=sys.stderr, flush=True)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def discard(self) -> None:
+        """Removes the folder of a run that has failed before it wrote anything there."""
+        if self.fabric.global_rank == 0:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.folder.rmdir()
 
     def close(self, status: str = "failed") -> None:
         """Flushes the logs; harmless when called again. `status`: success or failed, for the log."""

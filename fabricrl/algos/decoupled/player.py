@@ -72,11 +72,12 @@ class Player:
             Outbox(messages.answer(), max_lag + 2),
             Outbox(messages.state(run.fabric.world_size), 1),
         )
-        if {hello.hash, *(other.hash for other in others)} != {int(parameter_hash(messages.agent))}:
-            us = f"rank {self.channel.rank}"
-            raise RunError(
-                f"{us} starts with different parameters from the player's: does the environment draw from torch?"
-            )
+        with run.failing_together():
+            if {hello.hash, *(other.hash for other in others)} != {int(parameter_hash(messages.agent))}:
+                us = f"rank {self.channel.rank}"
+                raise RunError(
+                    f"{us} starts with different parameters from the player's: does the environment draw from torch?"
+                )
         return self.folder
 
     def orders(self, rb: Replay | None = None, refill: bool = False) -> Iterator[Order]:
@@ -138,16 +139,16 @@ class Player:
             self.channel.send(self._states.pack(state), PLAYER, self.iteration)
 
     def report_failure(self, code: int) -> None:
-        """→ Answer, or Ready: the trainers have failed, with this exit code. Waits until the player ends, too."""
+        """→ Ready, or Answer and then ← Order until the player ends, too: the trainers have failed, with this code."""
         if self._dismissed:
             return
         with contextlib.suppress(RunError):
-            if self._ready:
-                self._say(self._answers.pack(self._answers.record._replace(code=code, losses=None)))
-            else:
+            if not self._ready:
                 self._say(Packet(Ready()).fill(Ready(code)))
                 self.channel.flush()
-            while self._messages is not None and (order := self._receive_order()).command != STOP:
+                return
+            self._say(self._answers.pack(self._answers.record._replace(code=code, losses=None)))
+            while (order := self._receive_order()).command != STOP:
                 if order.command == TRAIN:
                     self._whole(order)
 

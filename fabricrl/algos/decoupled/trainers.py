@@ -36,7 +36,7 @@ class Trainers:
     Attributes:
         count: how many; first: the rank of the first.
         leads: True for the first player.
-        ahead: iterations whose data have been sent and whose weights have not come back: what the policy lags behind.
+        ahead: iterations whose data have been sent and whose weights have not been taken: what the policy lags behind.
         iteration: the next.
         bulk: True if the next order is of many iterations.
         refill: True if a run that is resumed has to fill a new replay buffer first.
@@ -51,6 +51,7 @@ class Trainers:
         self._spoke = 0.0  # when the last Order was sent
         run.while_evaluating = self.send_keepalive
         self._messages: Messages | None = None
+        self._listening = True  # the trainers, until they say that they cannot start
         self._lag = 0  # the most since the last log entry
         self._waited = self._passed = 0.0
 
@@ -78,6 +79,7 @@ class Trainers:
                 pass
         ready = self.channel.receive(Packet(Ready()), self.first, self.iteration)
         if ready.code:
+            self._listening = False
             raise EndedByPeerError(ready.code)
         self.refill = ready.refill
 
@@ -98,17 +100,18 @@ class Trainers:
         saves, logs = run.checkpoint_is_due, run.log_is_due
         # As a coupled run fetches them: after a rollout, or now and then
         wants_losses = saves or logs or hasattr(run.args, "num_steps")
-        self._lag, self._held = max(self._lag, len(self.ahead)), self._held + 1
+        iteration, self._held = self.iteration, self._held + 1
+        self._lag = max(self._lag, iteration - self.ahead[0] if self.ahead else 0)
+        run.clock.lap("train")
+        self.collect(iteration - max(max_lag, 1))
+        run.clock.lap("wait_player")
         may_wait = bulk and not (due or wants_losses)
         if may_wait and self._messages is not None and self._held < self._messages.max_iterations:
             self.iteration += 1
             return
-        run.clock.lap("train")
-        self.collect(max(max_lag, 1) - 1)
-        run.clock.lap("wait_player")
         self.send(shares, bulk, answers=due or wants_losses, wants_losses=wants_losses)
         run.clock.lap("comm")
-        self.collect(0 if run.is_last or saves or run.evaluation_is_due else max_lag)
+        self.collect(iteration - (0 if run.is_last or saves or run.evaluation_is_due else max_lag))
         if logs:
             run.charts = {"charts/lag": self._lag, "time/wait_trainer": self._waited / max(self._passed, 1e-9)}
             self._lag, self._waited, self._passed = 0, 0.0, 0.0
@@ -132,10 +135,10 @@ class Trainers:
             self._spoke = time.monotonic()
             self._command(KEEPALIVE)
 
-    def collect(self, max_ahead: int) -> None:
-        """← Answer of the oldest iterations, until the player is at most `max_ahead` ahead."""
+    def collect(self, last: int) -> None:
+        """← Answer of each iteration up to the `last`, where one was wanted: the oldest first."""
         assert self._messages is not None
-        while len(self.ahead) > max_ahead:
+        while self.ahead and self.ahead[0] <= last:
             iteration = self.ahead.popleft()
             answer = self.channel.receive(self._answer, self.first, iteration)
             if answer.code == LostPeerError.exit_code:
@@ -163,7 +166,7 @@ class Trainers:
         run, iteration = self.run, self.iteration - 1  # the one that has ended
         self._command(SAVE, step=run.global_step, iteration=iteration, answers=True)
         self.ahead.append(iteration)
-        self.collect(0)
+        self.collect(iteration)
         if not self.leads:
             run.generators = torch.empty(0)
             return
@@ -178,7 +181,7 @@ class Trainers:
 
     def stop(self) -> None:
         """← Answer of what is still under way, as before an early end; → Order, the last one: the run is over."""
-        self.collect(0)
+        self.collect(self.iteration)
         self._dismiss(STOP, self.run.exit_code)
 
     def report_failure(self, code: int) -> None:
@@ -188,6 +191,8 @@ class Trainers:
     def _dismiss(self, command: int, code: int) -> None:
         """Of several players the first tells all trainers; the others stay until what they have sent is there."""
         with contextlib.suppress(LostPeerError):  # who is gone needs no order
+            if not self._listening:
+                return
             if self._messages is not None:
                 self._command(command, code=code)
             elif self.leads:
