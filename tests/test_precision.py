@@ -2,16 +2,19 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.connector import _PRECISION_INPUT
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from torch import nn
 
 from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.utils import launch as launch_module
+from fabricrl.utils.choices import ALLOWED, check_choice
 from fabricrl.utils.errors import CheckpointError, ConfigError
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.precision import HalfPrecision, LossScale
@@ -187,6 +190,22 @@ def test_what_makes_no_sense_here_is_refused_with_the_reason(flags: list[str], w
     assert message.startswith(f"{flags[0]} is {flags[1]}: it must be ")
     assert why in message
     assert "\n" not in message
+
+
+CHOICES = {"strategy": STRATEGY_REGISTRY.available_strategies(), "precision": []}
+for kind in get_args(_PRECISION_INPUT):
+    CHOICES["precision"] += [choice for choice in get_args(kind) if isinstance(choice, str)]
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"), [(name, choice) for name, choices in CHOICES.items() for choice in choices]
+)
+def test_each_of_fabrics_choices_is_taken_or_refused_with_a_reason(name: str, choice: str) -> None:
+    if choice in ALLOWED[name]:
+        check_choice(name, choice)
+        return
+    with pytest.raises(ConfigError, match=rf"must be one of {', '.join(ALLOWED[name])}; ."):
+        check_choice(name, choice)
 
 
 def test_fabric_has_no_fsdp_on_the_cpu_either() -> None:
