@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from torch._inductor import config as inductor
 
 from fabricrl import evaluate
 from fabricrl.algos import run as run_module
@@ -28,6 +29,7 @@ from fabricrl.algos.sac.args import SACArgs
 from fabricrl.envs.spaces import check_action_space, check_observation_space
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.spelling import OTHER_NAMES
+from fabricrl.utils.update import has_compiler
 from tests.process import EVALUATE, FORKED, PPO, PYTHON, call, run
 
 
@@ -510,6 +512,30 @@ def test_compiling_without_a_compiler_is_refused_with_what_to_install(monkeypatc
     message = complaint("--compile")
     assert "--compile needs a C++ compiler" in message
     assert "apt install g++" in message
+
+
+@pytest.mark.parametrize(
+    ("platform", "there", "named", "suffices"),
+    [
+        ("linux", "g++", None, True),
+        ("linux", "clang++", None, False),
+        ("linux", "clang++", "clang++", True),
+        ("linux", "g++", "clang++", False),
+        ("darwin", "clang++", None, True),
+        ("darwin", "g++", None, False),
+    ],
+)
+def test_the_compiler_is_the_one_that_pytorch_looks_for(
+    platform: str, there: str, named: str | None, suffices: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name == there else None)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.delenv("CXX", raising=False)
+    if named:
+        monkeypatch.setenv("CXX", named)
+    assert has_compiler() == suffices
+    if platform == sys.platform == "linux" and named is None:
+        assert inductor.cpp.cxx[1] == "g++", "PyTorch looks for another one by now"
 
 
 def test_launch_refuses_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

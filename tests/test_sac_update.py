@@ -18,7 +18,7 @@ from gymnasium.spaces import Box
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from fabricrl.algos.off_policy.updates import UpdateSchedule, make_schedule
+from fabricrl.algos.off_policy.updates import SampleAndTrain, UpdateSchedule, make_schedule
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
@@ -665,3 +665,22 @@ def test_a_run_without_a_single_update_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--replay-ratio is 0.001.* 999 steps"):
         schedule(0.001, learning_starts=100, total_timesteps=1099)
     assert schedule(0.001, learning_starts=100, total_timesteps=1100).take(1100) == (1, 1)
+
+
+@pytest.mark.parametrize(("delay", "every"), [(1, 1), (2, 1), (2, 3), (3, 6), (2, 8000), (1000, 1200)])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize("captures", [False, True])
+def test_the_warm_up_has_each_kind_of_update_that_a_run_makes(
+    delay: int, every: int, ratio: float, captures: bool
+) -> None:
+    args = SACArgs(policy_frequency=delay, target_network_frequency=every, replay_ratio=ratio)
+    run: Any = SimpleNamespace(args=args, captured=lambda function: function, captures=captures)
+    run.fabric = SimpleNamespace(world_size=1)
+    sample_and_train = SampleAndTrain(run, None, None, delay, every)  # type: ignore[arg-type]
+    warmed_up = {sac.make_plan(args, *kind) for kind in sample_and_train.kinds()}
+    done = 0
+    for step in range(1, int(2 * math.lcm(delay, every) / ratio) + 3):
+        due = int(ratio * step) - done
+        parts = list(sample_and_train.parts(done + 1, due)) if captures else [(done + i + 1, 1) for i in range(due)]
+        assert {sac.make_plan(args, *part) for part in parts} <= warmed_up
+        done += due

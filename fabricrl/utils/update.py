@@ -16,6 +16,7 @@ Neither is visible in the function. Both record before the first step is taken: 
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -300,9 +301,14 @@ def _lift_state(graph: fx.GraphModule) -> list[Tensor]:
 
 def check_compiler() -> None:
     """Raises ConfigError unless there is the C++ compiler that `--compile` needs."""
-    given = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in ((given,) if given else ("g++", "clang++"))):
+    if not has_compiler():
         raise ConfigError(
             "--compile needs a C++ compiler, and there is none: install one (apt install g++, dnf install gcc-c++), "
-            "or name one in the environment variable CXX"
+            "or name one, such as clang++, in the environment variable CXX"
         )
+
+
+def has_compiler() -> bool:
+    """Tells if there is the C++ compiler that PyTorch looks for."""
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(os.environ.get("CXX") or usual) is not None

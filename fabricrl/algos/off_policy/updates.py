@@ -94,13 +94,12 @@ class SampleAndTrain:
 
     Args:
         train: a function (batches [K, B, ...], plan) → metrics by their tags.
-        period: updates after which the pattern of target and actor updates repeats.
+        every: numbers of updates after which something happens besides, such as an update of the targets.
     """
 
-    def __init__(
-        self, run: Run, rb: Replay, train: Callable[..., dict[tuple[str, ...], Tensor]], period: int = 1
-    ) -> None:
-        self._run, self._rb, self._train, self._period = run, rb, train, period
+    def __init__(self, run: Run, rb: Replay, train: Callable[..., dict[tuple[str, ...], Tensor]], *every: int) -> None:
+        self._run, self._rb, self._train, self._every = run, rb, train, every
+        self._period = period = math.lcm(*every)  # after which the pattern repeats
         self._on_device = run.captured(lambda count, *plan: self._watched(self._sample(count, run.device_rng), *plan))
         self._on_batches = run.captured(self._watched)
         due = Fraction(str(run.args.replay_ratio)) * run.args.num_envs * run.fabric.world_size
@@ -119,7 +118,8 @@ class SampleAndTrain:
 
     def kinds(self) -> Iterator[tuple[int, int]]:
         """Yields (first, count) for each kind of call that a run makes, for the warm-up."""
-        yield from ((first, count) for count in self._counts for first in range(1, min(self._period, 1000) + 1))
+        yield from ((first, 1) for first in (1, *self._every, self._period))
+        yield from ((first, count) for count in self._counts - {1} for first in range(1, self._period + 1))
 
     def parts(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """The updates that are due, all at once; or one by one, where graphs would be too many or too large."""

@@ -148,8 +148,8 @@ def make_sample_and_train(run: Run, learner: Learner, rb: Replay) -> SampleAndTr
     """Makes the function that draws batches and trains on them: as it is, or compiled and captured."""
     step_critics = run.compiled(partial(update_critics, run, learner))
     step_actor = run.compiled(partial(update_actor, run, learner))
-    period = run.args.policy_frequency * run.args.target_network_frequency
-    sample_and_train = SampleAndTrain(run, rb, partial(train, run, learner, step_critics, step_actor), period)
+    every = run.args.policy_frequency, run.args.target_network_frequency
+    sample_and_train = SampleAndTrain(run, rb, partial(train, run, learner, step_critics, step_actor), *every)
     if run.needs_warmup:
         play = partial(rollout, run, learner.agent, run.envs, rb)
         with run.warmup(partial(play, explores=True), partial(play, explores=False)):
