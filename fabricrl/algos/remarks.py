@@ -3,6 +3,9 @@
 import sys
 from typing import Any
 
+import torch
+
+from fabricrl.envs.backends import has_native_form
 from fabricrl.utils.hint import hint
 
 WORTH_A_HINT = 60.0  # seconds that are left of a run: what starts anew for less does not pay
@@ -30,7 +33,9 @@ def faster(run: Any) -> str | None:
     seconds = run.clock.totals
     if left * sum(seconds.values()) <= WORTH_A_HINT and not run.is_last:
         return None
-    text = hint(run.args, run.algo, run.fabric.device.type, run.fabric.world_size, seconds, steps_played(run))
+    ranks = run.fabric.device.type, run.fabric.world_size, torch.get_num_threads()
+    has_native = run.mask_size == 0 and has_native_form(run.args)
+    text = hint(run.args, run.algo, *ranks, seconds, steps_played(run), has_native)
     return None if text is None else f"hint: {text}"
 
 

@@ -102,13 +102,16 @@ def choose(args: Any, env: gym.Env, masked: bool = False) -> str:
 
 def _native_pays(args: Any, env: gym.Env) -> bool:
     """Returns True if there may be a native form, of what the arguments ask for, that is faster than all others."""
+    plain = env.unwrapped.observation_space.shape == env.observation_space.shape  # neither packed nor flattened
+    return has_native_form(args) and (plain or is_game(args.env_id))
+
+
+def has_native_form(args: Any) -> bool:
+    """Returns True if there is a native form of what the arguments ask for, and so many environments that it pays."""
     atari = is_game(args.env_id)
     if _of_single(args, atari) or not hasattr(args, "num_steps"):  # a replay buffer takes no row that only resets
         return False
-    if atari:
-        return True
-    plain = env.unwrapped.observation_space.shape == env.observation_space.shape  # neither packed nor flattened
-    return plain and _is_native(args.env_id) and args.num_envs >= NATIVE_FROM and _fills_minibatches(args)
+    return atari or (_is_native(args.env_id) and args.num_envs >= NATIVE_FROM and _fills_minibatches(args))
 
 
 def _of_single(args: Any, atari: bool) -> list[str]:

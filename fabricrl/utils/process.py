@@ -198,6 +198,12 @@ def available_cores() -> float:
     return cores
 
 
+def idle_cores() -> float:
+    """The cores that this process may use and that were idle in the last minute; all where the system does not say."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return available_cores() - load
+
+
 def cores_of_others(seconds: float = 0.2) -> float:
     """Cores, of those that this process may use, that others keep busy, looked at for a moment (Linux; else 0)."""
     if not (table := Path("/proc/stat")).exists():
