@@ -111,6 +111,7 @@ class Run(Acting):
     trainers: Any = None
     uses_tensor_envs = False
     storage: Any = None
+    _chosen_device: str | None = None  # of `player_device`, where it is chosen by measuring
 
     def __init__(
         self, args: Any, algo: str, action_spaces: tuple[type[Space], ...], bounded: bool = False, images: bool = False
@@ -327,7 +328,7 @@ class Run(Acting):
         self._modules += [part for part in parts.values() if isinstance(part, nn.Module)]
         acts_in_rollouts = self._envs is not None and hasattr(self.args, "num_steps") and not self.uses_tensor_envs
         if self.args.player_device == "auto" and self.fabric.device.type != "cpu" and acts_in_rollouts:
-            self.act_on(faster_device(self, parts["agent"]))  # weights move once a rollout
+            self._choose_player_device(parts["agent"])  # weights move once a rollout
         if not self.state:
             return
         with self.failing_together(), reading(self.path):
@@ -338,6 +339,12 @@ class Run(Acting):
                     restore(part, self.state[name])
                 else:
                     part.load_state_dict(self.state[name])
+
+    def _choose_player_device(self, agent: nn.Module) -> None:
+        """Acts where the run that is resumed did, else where rank 0 finds it faster: devices round differently."""
+        kind = self.state.get("player_device") or self.team.broadcast(faster_device(self, agent).type)
+        self._chosen_device = kind
+        self.act_on(torch.device("cpu") if kind == "cpu" else self.fabric.device)
 
     def restore_generators(self) -> None:
         """Continues the generators from the checkpoint, if the run resumes one."""
@@ -660,6 +667,7 @@ class Run(Acting):
         assert self._folder is not None
         spaces = {"obs": structure_of(self.spaces.given), "actions": structure_of(self.action_space)}
         own = {"spaces": spaces, "mask_size": self.mask_size, "episodes": self.episodes.state_dict()}
+        own |= {"player_device": self._chosen_device} if self._chosen_device else {}
         own["world_size"] = self.fabric.world_size if self.trainers is None else 1  # players are as one rank
         mean_return = self.episodes.mean_return if self._evaluation is None else self._score
         self._folder.save(self.global_step, mean_return, own | state, shard)

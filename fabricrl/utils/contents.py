@@ -133,6 +133,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "learner": lambda value: isinstance(value, dict),
     "shards": _is_count,
     "scaler": lambda value: _is_table(value, int | float) and all(map(_is_number, value.values())),
+    "player_device": lambda value: value in ("cpu", "cuda"),
     "asked": lambda value: _is_table(value, int) and all(map(_is_count, value.values())),
     "shard": lambda value: value is None or is_shard(value),
 }

@@ -60,7 +60,7 @@ def hint(
 
 
 def _of_update(args: Any, algo: str, threads: int, shares: Mapping[str, float], cores: float) -> str | None:
-    """What would make updates on a CPU faster: a second thread for wide networks, or a compiler."""
+    """A second thread for wide networks, or a compiler: what would make updates on a CPU faster."""
     train, width = shares["train"], max(args.hidden_sizes, default=0)
     if algo in ("sac", "droq") and threads == 1 and cores >= 2 and width >= 256 and train > 0.5 and idle_cores() > 0.7:
         return f"train {train:.2f} of the time: --num-threads 2 would save about a third of that"
