@@ -52,6 +52,33 @@ def test_the_model_finds_again_the_costs_that_it_is_made_of(scale: Any) -> None:
     assert math.isnan(scale.predicted("here", 4, alone)), "one cell does not tell two costs"
 
 
+def test_an_iteration_waits_for_the_rank_with_the_most_work_or_for_cores(scale: Any) -> None:
+    assert scale.iteration({"player": 2.0, "trainer": 3.0}, 1, 2) == 3.0
+    assert scale.iteration({"player": 2.0, "trainer": 3.0}, 4, 2) == 10.0
+    assert scale.iteration({"coupled": 5.0}, 8, 8) == 5.0
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3, 0.7])
+def test_a_prediction_that_is_far_from_what_was_measured_is_marked(scale: Any, factor: float) -> None:
+    """Four players take `factor` times what two lead to expect."""
+
+    def cells(power: int, factor: float) -> dict[int, dict[str, float]]:
+        found = {}
+        for count in (1, 2, 4):
+            compute, sent = 4 + 8 / count, float(count**power)
+            cpu = (compute + 0.5 + 0.1 * sent) * (factor if count == 4 else 1)
+            found[count] = {"compute": compute, "cpu": cpu, "calls": 1.0, "messages": sent, "wall": cpu}
+        return found
+
+    costs = {"here": {}, "here, player": cells(1, factor), "here, trainer": cells(2, 1.0)}
+    (*_, players, trainers), clock = scale.check_model(costs, 99)
+    assert players.startswith("| here, player | 4 | ")
+    assert (scale.MISSED in players) == (factor != 1)
+    if factor == 1:
+        assert scale.MISSED not in trainers + "".join(clock)
+    assert [line.startswith("| here | decoupled") for line in clock] == [False, False, True, True, True]
+
+
 def test_messages_are_counted_once_also_where_one_is_made_of_others(scale: Any) -> None:
     meter = scale.Meter()
     inner = meter.counted(lambda size: size, lambda size: (1, size))
@@ -112,12 +139,12 @@ def test_the_share_of_a_link_that_messages_get_is_fitted_to_one_cell_and_held_ag
         return [{"wall": 1 + seconds, "bytes": size, "messages": 4.0}]
 
     monkeypatch.setattr(scale, "two_nodes", two_nodes)
-    lines = scale.between_nodes(SimpleNamespace(measured=measured), ["small", "large"], 1)
+    lines = scale.between_nodes(SimpleNamespace(measured=measured, has=lambda *_: False), ["small", "large"], 1)
     cells = {tuple(line.split(" | ")[:2]): line.strip("| ").split(" | ")[-1] for line in lines if "0 |" in line}
-    assert cells["| small", "100mbit"] == "(fitted)"
+    assert cells["| small", "100mbit"] == "1.00 (fitted)"
     assert cells["| large", "100mbit"] == cells["| large", "1gbit"] == cells["| small", "1gbit"] == "1.00"
     assert lines[-1] == "Of a link messages get 50%."
     for rates in (["10gbit"], ["1gbit", "100mbit"], ["10gbit", "1gbit", "100mbit"]):
         refused[:] = rates
-        (line,) = scale.between_nodes(SimpleNamespace(measured=measured), ["small", "large"], 1)
+        (line,) = scale.between_nodes(SimpleNamespace(measured=measured, has=lambda *_: False), ["small", "large"], 1)
         assert line.startswith("None: ")
