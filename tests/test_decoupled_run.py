@@ -829,7 +829,8 @@ def test_an_exception_that_nobody_expects_shows_its_traceback_and_ends_the_other
     [
         ("ppo", [0], signal.SIGTERM, 143),
         ("ppo", [0, 1, 2], signal.SIGINT, 130),
-        ("sac", [2], signal.SIGTERM, 143),
+        ("ppo_recurrent", [0], signal.SIGUSR1, 75),
+        ("sac", [2], signal.SIGUSR1, 75),
         ("droq", [1], signal.SIGTERM, 143),
     ],
 )
