@@ -5,6 +5,7 @@
     python benchmarks/speed.py --task ppo-walker2d --before v0.1    not a peer, but an earlier revision of ours
     python benchmarks/speed.py --sampling               drawing from a full replay buffer, beside copying
     python benchmarks/speed.py --startup                from the command to the first environment step
+    python benchmarks/speed.py --startup --ours-args=--compile      a warm start beside one without --compile
     python benchmarks/speed.py --memory                 resident memory after iteration 100 and after 2 000
     python benchmarks/speed.py --ranks                  two ranks beside one, with as much each or with half of it
     python benchmarks/speed.py --gpu                    a GPU: ours beside sketches of what it can do
@@ -261,6 +262,12 @@ MESSAGES = {
         "192 269464 1 6",
     ),
 }
+STARTS = {  # runs that are hardly more than a start
+    "PPO": f"{PPO} --env-id CartPole-v1 --total-timesteps 512",
+    "recurrent PPO": f"{RECURRENT} --env-id CartPole-v1 --total-timesteps 1024",
+    "SAC": f"{SAC} --env-id Pendulum-v1 --learning-starts 256 --total-timesteps 266",
+    "DroQ": f"{DROQ} --env-id Pendulum-v1 --learning-starts 256 --total-timesteps 266",
+}
 IMPORTS = "import os, torch; from lightning.fabric import Fabric; os._exit(0)"
 
 
@@ -406,7 +413,12 @@ def bench_sampling(options: argparse.Namespace) -> bool:
 
 
 def bench_startup(options: argparse.Namespace) -> bool:
-    """Seconds from the command to the first environment step, beside those that the imports alone take."""
+    """Seconds from the command to the first environment step, beside those that the imports alone take.
+
+    With `--compile` among our flags: a start of each algorithm beside one without.
+    """
+    if "--compile" in options.ours_args:
+        return bench_compiled_startup(options)
     comparisons = [Comparison("start-up, s", "command to first step", "importing torch and Fabric", "a - b", "<= 1.5")]
 
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
@@ -414,6 +426,29 @@ def bench_startup(options: argparse.Namespace) -> bool:
         _, a = run(command)
         _, b = run([sys.executable, "-c", IMPORTS])
         return [(a, b)]
+
+    return bench("startup", comparisons, measure, options)
+
+
+def bench_compiled_startup(options: argparse.Namespace) -> bool:
+    """Seconds that runs take besides their steps, with `--compile` and without it.
+
+    One of each goes first and counts nothing, after which Inductor has its programs on disk.
+    """
+    comparisons = [
+        Comparison(f"start-up and end of {name}, s", "--compile, from disk", "without", "a - b", "<= 5")
+        for name in STARTS
+    ]
+
+    def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
+        pairs = []
+        for arguments in STARTS.values():
+            command = ours(arguments, log_dir, options)
+            if seed == 1:
+                timed(command)
+            plain = [word for word in command if word != "--compile"]
+            pairs.append((timed(command).startup, timed(plain).startup))
+        return pairs
 
     return bench("startup", comparisons, measure, options)
 
