@@ -7,8 +7,10 @@
     python benchmarks/backends.py --games        processor time of a step of Pong, 8 games, of each back end
     python benchmarks/backends.py --pong         Pong, native and with EnvPool, beside the floor: game and network alone
     python benchmarks/backends.py --tensors      256 CartPoles that are tensors beside 256 native ones, compiled or not
-    python benchmarks/backends.py --tensors-gpu  4 096 and 16 384 of them on a GPU, beside the sketch of such a run
     python benchmarks/backends.py --jax          CartPoles and Pendulums that are tensors beside rejax, which is all JAX
+    python benchmarks/backends.py --gpu-task T   on a GPU, T: tensors-4096, beside the sketch of it; tensors-16384;
+                                                 solved, the seconds until 4 096 are; pong, beside the floor;
+                                                 pong-64, in bf16-mixed; rejax-cartpole, rejax-pendulum
 
 The table goes to benchmarks/results/backends.md, the others to speed.csv and speed.md as those of speed.py do. Let
 nothing else run meanwhile. Exit code 1: a bar was missed.
@@ -24,12 +26,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from gymnasium.spaces import Discrete
-from speed import PPO, ROOT, Comparison, bench, machine, ours, repeat, run, spread, theirs, timed
+from speed import (
+    DRY_HELP,
+    PPO,
+    ROOT,
+    Comparison,
+    bench,
+    late_sps,
+    machine,
+    on_gpu,
+    ours,
+    repeat,
+    run,
+    sketched,
+    spread,
+    theirs,
+    timed,
+)
+from torch import Tensor
 
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
@@ -38,11 +58,16 @@ from fabricrl.envs import make_envs
 from fabricrl.utils.batch import Batch
 from fabricrl.utils.process import keep_memory
 from fabricrl.utils.records import Records
+from fabricrl.utils.update import Runner
 
 COUNTS = (1, 4, 16, 64, 256, 1024)
 BACKENDS = ("sync", "async", "native", "envpool")
 # Fewer steps each where there are more environments; four epochs of eight minibatches, whatever the number
 CARTPOLE = "--env-id CartPole-v1 --num-minibatches 8 --update-epochs 4 --learning-rate 3e-3"
+TENSORS = "--num-steps 32 --update-epochs 4 --learning-rate 3e-3 --compile"
+SHORT_TENSORS = "--no-compile --num-envs 64 --total-timesteps 20480"  # in a dry run
+NATIVE_PONG = f"{PPO} --preset atari --vectorization native"
+SHORT_PONG = "--num-envs 8 --num-steps 16 --update-epochs 1 --total-timesteps 512 --log-every 128"
 GAMES = ("native", *(["envpool"] if importlib.util.find_spec("envpool") else []))  # that play in C++
 
 
@@ -126,43 +151,47 @@ def bench_halfcheetah(options: argparse.Namespace) -> bool:
     return bench("envpool-halfcheetah", comparisons, measure, options)
 
 
-def seconds_of(work: Callable[[], object], repetitions: int) -> float:
-    """Median time of a call."""
-    work()
+def seconds_of(work: Callable[[], object], repetitions: int, device: str) -> float:
+    """Median time of a call, until the device has done what it starts."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
-    for _ in range(repetitions):
+    for _ in range(repetitions + 1):
+        wait()
         started = time.perf_counter()
         work()
+        wait()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return statistics.median(times[1:])
 
 
-def floor(args: PPOArgs) -> float:
+def floor(args: PPOArgs, device: str = "cpu", seconds: float = 5.0) -> float:
     """Steps per second if there were nothing but the environments, and the network's products: one forward pass to act,
-    and one forward and backward pass a minibatch and epoch, on data that is there already."""
+    and one forward and backward pass a minibatch and epoch, on data that is there already; on a GPU as CUDA graphs."""
     space = Records({}, {"image": (84, 84)})
     sizes = {"frame_stack": args.frame_stack, "cnn_features": args.cnn_features}
-    agent = PPOAgent(space, Discrete(6), args.hidden_sizes, **sizes)
+    agent = PPOAgent(space, Discrete(6), args.hidden_sizes, **sizes).to(device)
+    runner = Runner(compile=False, capture=device == "cuda", modules=[agent], optimizers=[])
     batch = args.num_envs * args.num_steps // args.num_minibatches
     rng = np.random.default_rng(0)
-    shown = torch.from_numpy(rng.integers(0, 255, (args.num_envs, 4, 7056), np.uint8))
-    seen = agent.prepare(torch.from_numpy(rng.integers(0, 255, (batch, 4, 7056), np.uint8)))
-    data, ones = Batch(obs=seen, actions=torch.zeros(batch, 1, dtype=torch.int64)), torch.ones(batch)
+    shown = torch.from_numpy(rng.integers(0, 255, (args.num_envs, 4, 7056), np.uint8)).to(device)
+    seen = agent.prepare(torch.from_numpy(rng.integers(0, 255, (batch, 4, 7056), np.uint8)).to(device))
+    actions, ones = torch.zeros(batch, 1, dtype=torch.int64, device=device), torch.ones(batch, device=device)
+    data = Batch(obs=seen, actions=actions)
 
-    def learn() -> None:
-        logprobs, entropy, values = agent(data)
-        loss = policy_loss(logprobs, ones, 0.1) + value_loss(values, ones, ones, 0.1, True) - 0.01 * entropy.mean()
-        loss.backward()
+    def learn() -> tuple[Tensor, ...]:
+        for _ in range(args.num_minibatches):
+            logprobs, entropy, values = agent(data)
+            loss = policy_loss(logprobs, ones, 0.1) + value_loss(values, ones, ones, 0.1, True) - 0.01 * entropy.mean()
+            loss.backward()
+        return ()
 
-    noise = agent.head.noise((args.num_envs,), torch.Generator())
+    noise = agent.head.noise((args.num_envs,), torch.Generator()).to(device)
     with torch.inference_mode():
-        act = seconds_of(lambda: agent.act(shown, noise), 200)
-    update = seconds_of(learn, 15)
-    env = args.num_envs / steps_alone(args, 5.0)
-    steps = args.num_steps * (act + env) + args.update_epochs * args.num_minibatches * update
-    print(
-        f"floor: act {act * 1e3:.2f} ms, environments {env * 1e3:.2f} ms, minibatch {update * 1e3:.1f} ms", flush=True
-    )
+        act = seconds_of(runner.captured(partial(agent.act, shown, noise), reused=True), 200, device)
+    epoch = seconds_of(runner.captured(learn), 8, device)
+    env = args.num_envs / steps_alone(args, seconds)
+    steps = args.num_steps * (act + env) + args.update_epochs * epoch
+    print(f"floor: act {act * 1e3:.2f} ms, environments {env * 1e3:.2f} ms, epoch {epoch * 1e3:.1f} ms", flush=True)
     return args.num_steps * args.num_envs / steps
 
 
@@ -263,39 +292,81 @@ def bench_tensors(options: argparse.Namespace) -> bool:
     return bench("tensors-cartpole", comparisons, measure, options)
 
 
-def bench_tensors_gpu(options: argparse.Namespace) -> bool:
-    """Steps per second of a rollout and update that never leave a GPU, beside the sketch of them; and the return."""
-    flags = "--env-id torch/CartPole-v1 --num-steps 32 --learning-rate 3e-3 --accelerator cuda --compile"
-    counts = {4096: 60_000_000, 16384: 120_000_000}
+def bench_tensors_gpu(count: int, bars: tuple[str, str, str] | None, options: argparse.Namespace) -> bool:
+    """Steps per second of a rollout and update that never leave a GPU, statistics and logs on; and the return.
+
+    Args:
+        bars: of the speed, of the return, and of the speed beside the sketch's; None: only the numbers, no sketch.
+    """
+    command = f"{PPO} --env-id torch/CartPole-v1 {TENSORS} --num-minibatches 4 --num-envs {count}"
+    command += f" --total-timesteps 60000000 --log-every 2000000 {on_gpu(SHORT_TENSORS, options)}"
+    what = f"PPO, {count} CartPoles on the GPU"
+    speed, mean_return, share = bars or ("", "", "")
     comparisons = [
-        Comparison(f"steps/s, {count}", f"PPO, {count} CartPoles on the GPU", "the sketch", "a / b", bar)
-        for count, bar in zip(counts, (">= 0.56", ""), strict=True)
+        Comparison("steps/s", what, "one step a second", "a / b", speed),
+        Comparison("mean return", what, "0", "a - b", mean_return),
     ]
-    comparisons.append(Comparison("mean return", "PPO, 4096", "0", "a - b", ">= 475"))
+    comparisons += [Comparison("steps/s", what, "the sketch", "a / b", share)] if bars else []
 
     def measure(seed: int, folder: str) -> list[tuple[float, float]]:
-        pairs, returns = [], []
-        for count, steps in counts.items():
-            command = f"{PPO} {flags} --num-envs {count} --total-timesteps {steps} --log-every 2000000 --seed {seed}"
-            output, _ = run(ours(command, folder, options))
-            sps, mean = (float(found) for found in re.findall(r"(?:sps|return_mean)=([\d.]+)", output))
-            sketch, _ = run([sys.executable, "benchmarks/sketches/gpu_environment.py", str(count), "1"])
-            pairs.append((sps, 1e6 * float(re.findall(r"([\d.]+) M steps/s", sketch)[0])))
-            returns.append(mean)
-        return [*pairs, (returns[0], 0.0)]
+        output, _ = run(ours(f"{command} --seed {seed}", folder, options))
+        sps, mean = (float(found) for found in re.findall(r" (?:sps|return_mean)=([\d.]+)", output))
+        sketch = [(sps, sketched(f"gpu_environment.py {count} 1", options))] if bars else []
+        return [(sps, 1.0), (mean, 0.0), *sketch]
 
-    return bench("gpu-tensors", comparisons, measure, options)
+    return bench(f"gpu-tensors-{count}", comparisons, measure, options)
 
 
-def bench_jax(options: argparse.Namespace) -> bool:
-    """Steps per second of PPO with --compile on tensor environments, beside rejax's PPO on gymnax's, on this device."""
-    gpu = torch.cuda.is_available()
-    count, steps = (4096, 60_000_000) if gpu else (256, 1_000_000)
-    names = ("CartPole-v1", "Pendulum-v1")
+def bench_solved(options: argparse.Namespace) -> bool:
+    """Seconds from the command until 4 096 CartPoles on a GPU are solved, and the process has ended."""
+    command = f"{PPO} --env-id torch/CartPole-v1 --num-envs 4096 --num-steps 32 --num-minibatches 16 "
+    command += "--learning-rate 3e-3 --total-timesteps 20000000 --checkpoint-every 0 --eval-every 1310720 "
+    command += f"--stop-at-return 475 {on_gpu('--num-envs 64 --total-timesteps 20480 --eval-every 10240', options)}"
+    comparisons = [
+        Comparison("s from the command to the end", "PPO, 4096 CartPoles on the GPU", "nothing", "a - b", "<= 10"),
+        Comparison("greedy return over 10 episodes", "PPO, 4096 CartPoles on the GPU", "0", "a - b", ">= 475"),
+    ]
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        output, wall = run(ours(f"{command} --seed {seed}", folder, options))
+        return [(wall, 0.0), (float(re.findall(r"eval_return_mean=([\d.]+)", output)[0]), 0.0)]
+
+    return bench("gpu-solved", comparisons, measure, options)
+
+
+def bench_pong_gpu(options: argparse.Namespace) -> bool:
+    """Steps per second of PPO on Pong, 8 native games and a GPU, as a share of what games and network allow there."""
+    command = f"{NATIVE_PONG} --total-timesteps 65536 "
+    command += on_gpu(SHORT_PONG, options)
+    device, seconds = ("cpu", 0.5) if options.dry else ("cuda", 5.0)
+    comparisons = [Comparison("steps/s", "PPO, 8 native games", "the floor", "a / b", ">= 0.85")]
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        return [(late_sps(command, seed, folder, options), floor(atari("native"), device, seconds))]
+
+    return bench("gpu-pong", comparisons, measure, options)
+
+
+def bench_pong_64(options: argparse.Namespace) -> bool:
+    """Steps per second of PPO on Pong, 64 native games and a GPU, in bf16-mixed."""
+    command = f"{NATIVE_PONG} --num-envs 64 --precision bf16-mixed --total-timesteps 196608 "
+    command += on_gpu(SHORT_PONG, options)
+    comparisons = [Comparison("steps/s", "PPO, 64 native games", "one step a second", "a / b", ">= 12000")]
+
+    def measure(seed: int, folder: str) -> list[tuple[float, float]]:
+        return [(late_sps(command, seed, folder, options), 1.0)]
+
+    return bench("gpu-pong-64", comparisons, measure, options)
+
+
+def bench_jax(
+    options: argparse.Namespace, names: tuple[str, ...] = ("CartPole-v1", "Pendulum-v1"), gpu: bool = False
+) -> bool:
+    """Steps per second of PPO with --compile on tensor environments, beside rejax's PPO on gymnax's."""
+    count, minibatches, steps = (4096, 4, 60_000_000) if gpu else (256, 8, 1_000_000)
     comparisons = [Comparison(f"steps/s, {count} x {name}", "PPO, --compile", "rejax", "a / b") for name in names]
-    flags = "--num-steps 32 --num-minibatches 8 --update-epochs 4 --learning-rate 3e-3 --compile"
-    flags += f" --num-envs {count} --accelerator {'cuda' if gpu else 'cpu'}"
-    same = {"num_envs": count, "num_steps": 32, "num_minibatches": 8, "num_epochs": 4, "learning_rate": 3e-3}
+    flags = f"{TENSORS} --num-minibatches {minibatches} --num-envs {count} --accelerator {'cuda' if gpu else 'cpu'}"
+    same = {"num_envs": count, "num_steps": 32, "num_minibatches": minibatches, "num_epochs": 4, "learning_rate": 3e-3}
     same |= {"gamma": 0.99, "gae_lambda": 0.95, "clip_eps": 0.2, "ent_coef": 0.01, "max_grad_norm": 0.5}
     total = options.total_timesteps or steps
 
@@ -307,7 +378,18 @@ def bench_jax(options: argparse.Namespace) -> bool:
             pairs.append((timed(ours(command, f"{folder}/{name}", options)).sps, timed(peer).sps))
         return pairs
 
-    return bench("gpu-jax" if gpu else "jax", comparisons, measure, options)
+    return bench(f"gpu-rejax-{'-'.join(names)}" if gpu else "jax", comparisons, measure, options)
+
+
+GPU: dict[str, Callable[[argparse.Namespace], bool]] = {
+    "tensors-4096": partial(bench_tensors_gpu, 4096, (">= 5000000", ">= 475", ">= 0.56")),
+    "tensors-16384": partial(bench_tensors_gpu, 16384, None),
+    "solved": bench_solved,
+    "pong": bench_pong_gpu,
+    "pong-64": bench_pong_64,
+    "rejax-cartpole": partial(bench_jax, names=("CartPole-v1",), gpu=True),
+    "rejax-pendulum": partial(bench_jax, names=("Pendulum-v1",), gpu=True),
+}
 
 
 def main() -> int:
@@ -319,7 +401,6 @@ def main() -> int:
         "games": bench_games,
         "pong": bench_pong,
         "tensors": bench_tensors,
-        "tensors-gpu": bench_tensors_gpu,
         "jax": bench_jax,
     }
     for name, job in jobs.items():
@@ -331,15 +412,17 @@ def main() -> int:
     parser.add_argument("--total-timesteps", type=int, help="instead of the benchmark's, for a quick look")
     parser.add_argument("--peer-python", default=".venv-peers/bin/python", help="default: .venv-peers/bin/python")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the results")
+    parser.add_argument("--gpu-task", choices=GPU, action="append", default=[], help="on a GPU; can be repeated")
+    parser.add_argument("--dry", action="store_true", help=DRY_HELP)
     options = parser.parse_args()
-    options.machine = machine()
+    options.machine = machine(bool(options.gpu_task) and not options.dry)
     torch.set_num_threads(1)
+    asked = {f"--{name}": job for name, job in jobs.items() if getattr(options, name)}
+    asked |= {f"--gpu-task {name}": GPU[name] for name in options.gpu_task}
     reached = []
-    for name, job in jobs.items():
-        asked = [other for other in jobs if getattr(options, other.replace("-", "_"))]
-        if name in asked or (not asked and name not in ("tensors-gpu", "jax")):
-            options.command = f"python benchmarks/backends.py --{name} {repeat(options)}"
-            reached.append(job(options))
+    for flag, job in (asked or {f"--{name}": job for name, job in jobs.items() if name != "jax"}).items():
+        options.command = f"python benchmarks/backends.py {flag} {repeat(options)}"
+        reached.append(job(options))
     return 0 if all(reached) else 1
 
 

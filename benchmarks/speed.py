@@ -195,27 +195,26 @@ RANKS = {  # arguments; those of one rank, and of each of two; what is asked for
 }
 CHEETAH = "--env-id HalfCheetah-v5"
 TF32 = "--matmul-precision high"  # as the sketches have it
-GPU = {  # arguments; the sketch of the same update, or the steps per second asked for; what is asked for beside those
-    "ppo": (f"{PPO} {CHEETAH} --preset mujoco --total-timesteps 24576 --log-every 2048 {TF32}", "ppo", ">= 0.75"),
-    "ppo, compiled": (f"{PPO} {CHEETAH} --preset mujoco --total-timesteps 24576 --compile {TF32}", "ppoc", ">= 0.75"),
-    "sac": (f"{SAC} {CHEETAH} --learning-starts 1000 --total-timesteps 6000 --log-every 500 {TF32}", "sac", ">= 0.75"),
-    "sac, compiled": (
-        f"{SAC} {CHEETAH} --learning-starts 1000 --total-timesteps 6000 --log-every 500 --compile {TF32}",
-        "sacc",
-        ">= 0.75",
-    ),
-    "droq": (f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250 {TF32}", 170, ">= 1"),
-    "droq, compiled": (
-        f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250 --compile {TF32}",
-        350,
-        ">= 1",
-    ),
-    "recurrent ppo": (f"{RECURRENT} --env-id CartPole-v1 --mask-velocities --total-timesteps 61440", 15_000, ">= 1"),
-    "recurrent ppo, compiled": (
-        f"{RECURRENT} --env-id CartPole-v1 --mask-velocities --total-timesteps 61440 --compile",
-        25_000,
-        ">= 1",
-    ),
+PPO_GPU = f"{PPO} {CHEETAH} --preset mujoco --total-timesteps 24576 --log-every 2048 {TF32}"
+SAC_GPU = f"{SAC} {CHEETAH} --learning-starts 1000 --total-timesteps 6000 --log-every 500 {TF32}"
+DROQ_GPU = f"{DROQ} {CHEETAH} --learning-starts 500 --total-timesteps 2500 --log-every 250 {TF32}"
+RECURRENT_GPU = f"{RECURRENT} --env-id CartPole-v1 --mask-velocities --total-timesteps 61440"
+GPU = {  # arguments; the steps per second that are asked for; the sketch of the same update, if there is one
+    "ppo": (PPO_GPU, 5000, "ppo"),
+    "ppo, compiled": (f"{PPO_GPU} --compile", 5000, "ppoc"),
+    "sac": (SAC_GPU, 1250, "sac"),
+    "sac, compiled": (f"{SAC_GPU} --compile", 1250, "sacc"),
+    "droq": (DROQ_GPU, 170, ""),
+    "droq, compiled": (f"{DROQ_GPU} --compile", 350, ""),
+    "recurrent ppo": (RECURRENT_GPU, 15_000, ""),
+    "recurrent ppo, compiled": (f"{RECURRENT_GPU} --compile", 25_000, ""),
+}
+OF_SKETCH = ">= 0.75"
+SHORT = {  # what --dry runs in place of that
+    PPO: "--total-timesteps 8192",
+    RECURRENT: "--total-timesteps 8192",
+    SAC: "--learning-starts 380 --total-timesteps 400 --log-every 100",
+    DROQ: "--learning-starts 380 --total-timesteps 400 --log-every 100",
 }
 HUMANOID = (
     f"--env-id Humanoid-v5 --num-envs 56 --replay-ratio {1 / 56} --policy-frequency 1 --learning-starts 2000 "
@@ -268,6 +267,7 @@ STARTS = {  # runs that are hardly more than a start
     "SAC": f"{SAC} --env-id Pendulum-v1 --learning-starts 256 --total-timesteps 266",
     "DroQ": f"{DROQ} --env-id Pendulum-v1 --learning-starts 256 --total-timesteps 266",
 }
+DRY_HELP = "short runs on the CPU of what needs a GPU, without sketches and bars, of which nothing is kept"
 IMPORTS = "import os, torch; from lightning.fabric import Fabric; os._exit(0)"
 
 
@@ -541,24 +541,34 @@ def bench_players(options: argparse.Namespace) -> bool:
     return bench("players-sleeping", comparisons, measure, options)
 
 
+def on_gpu(short: str, options: argparse.Namespace) -> str:
+    """Flags of a run on a GPU; in a dry run on the CPU, with further ones that make it short."""
+    return f"--accelerator cpu {short}" if options.dry else "--accelerator cuda"
+
+
 def bench_gpu(name: str, options: argparse.Namespace) -> bool:
-    """Steps per second on a GPU beside the sketch of the same update, or beside a number where there is no sketch."""
-    arguments, sketch, bar = GPU[name]
-    if options.no_sketches:
-        sketch, bar = 1, ""
-    peer = f"sketch {sketch}" if isinstance(sketch, str) else "number asked for"
-    comparisons = [Comparison("steps/s", "fabricrl", peer, "a / b", bar)]
+    """Steps per second on a GPU, and those of the sketch of the same update where there is one."""
+    arguments, asked, sketch = GPU[name]
+    command = f"{arguments} {on_gpu(SHORT[arguments.split()[0]], options)}"
+    comparisons = [Comparison("steps/s", "fabricrl", "one step a second", "a / b", f">= {asked}")]
+    if sketch:
+        comparisons.append(Comparison("steps/s", "fabricrl", f"sketch {sketch}", "a / b", OF_SKETCH))
 
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
-        a = late_sps(f"{arguments} --accelerator cuda", seed, log_dir, options)
-        if not isinstance(sketch, str):
-            return [(a, float(sketch))]
-        output, _ = run([sys.executable, "benchmarks/sketches/gpu_updates.py", sketch])
-        fields = re.search(r"^result .*: (\d+) steps/s", output, re.MULTILINE)
-        assert fields is not None, output
-        return [(a, float(fields[1]))]
+        a = late_sps(command, seed, log_dir, options)
+        return [(a, 1.0), *([(a, sketched(f"gpu_updates.py {sketch}", options))] if sketch else [])]
 
     return bench(f"gpu-{name}", comparisons, measure, options)
+
+
+def sketched(command: str, options: argparse.Namespace) -> float:
+    """Steps per second of a sketch, which needs a GPU: 1 in a dry run."""
+    if options.dry:
+        return 1.0
+    output, _ = run([sys.executable, *f"benchmarks/sketches/{command}".split()])
+    fields = re.search(r"^result .*: ([\d.]+) (M )?steps/s", output, re.MULTILINE)
+    assert fields is not None, output
+    return float(fields[1]) * (1e6 if fields[2] else 1)
 
 
 def bench_messages(name: str, options: argparse.Namespace) -> bool:
@@ -594,8 +604,13 @@ def bench(
     measure: Callable[[int, str], list[tuple[float, float]]],
     options: argparse.Namespace,
 ) -> bool:
-    """Repeats a measurement of (A, B) for each comparison; prints and stores it. Whether every bar is reached."""
+    """Repeats a measurement of (A, B) for each comparison; prints and stores it. Whether every bar is reached.
+
+    A dry run has no bars, and stores nothing that stays.
+    """
     name = f"{name} {options.ours_args}".strip()
+    if options.dry:
+        comparisons = [comparison._replace(bar="") for comparison in comparisons]
     rows = []
     for repetition in range(1, options.repetitions + 1):
         with tempfile.TemporaryDirectory() as log_dir:
@@ -611,7 +626,8 @@ def bench(
             flush=True,
         )
     setup = {"command": options.command, "machine": options.machine}
-    store([row | setup for row in rows], options.out)
+    with tempfile.TemporaryDirectory() as folder:
+        store([row | setup for row in rows], Path(folder) if options.dry else options.out)
     lines = summarize(rows)
     print("\n".join(lines), flush=True)
     return not any("MISSED" in line for line in lines)
@@ -696,7 +712,7 @@ def main() -> int:
     parser.add_argument(
         "--gpu-task", choices=GPU, action="append", default=[], help="one part of --gpu; can be repeated"
     )
-    parser.add_argument("--no-sketches", action="store_true", help="of --gpu our runs alone, which also run on a CPU")
+    parser.add_argument("--dry", action="store_true", help=DRY_HELP)
     parser.add_argument("--decoupled", action="store_true", help="instead of tasks: a player and a trainer")
     parser.add_argument(
         "--decoupled-task",
@@ -732,7 +748,7 @@ def main() -> int:
         jobs += [(f"--task {name} --before {options.before}", partial(bench_before, name)) for name in tasks]
         tasks = []
     jobs += [(f"--task {name}", partial(bench_task if name in TASKS else bench_updates, name)) for name in tasks]
-    options.machine = machine(bool(parts) and not options.no_sketches)
+    options.machine = machine(bool(parts) and not options.dry)
     if tasks:
         python = ROOT / options.peer_python
         if not python.exists():
