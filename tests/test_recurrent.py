@@ -13,6 +13,7 @@ from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
 from fabricrl.data import Batch, RecurrentRolloutBuffer
 from fabricrl.models.distributions import make_head
 from fabricrl.models.recurrent import Layout, RecurrentCore, Sequences
+from fabricrl.utils.recording import recording
 from tests.envs import vectors
 
 KINDS = ("lstm", "gru")
@@ -396,3 +397,17 @@ def test_parts_of_a_rollout_are_cut_into_the_sequences_of_the_whole(world_size: 
     parts = [Sequences(whole.ends[i : i + size, None], length) for i in range(0, len(whole.ends), size)]
     assert [int(first) + i * size for i, part in enumerate(parts) for first in part.first] == whole.first.tolist()
     assert [int(n) for part in parts for n in part.lengths] == whole.lengths.tolist()
+
+
+@pytest.mark.parametrize(("passes", "fits"), [(8, True), (9, False)])
+def test_too_many_passes_before_a_compiled_backward_pass_are_told(passes: int, fits: bool) -> None:
+    core = RecurrentCore("gru", 3, 4)
+    layout = Sequences(torch.tensor([[False], [True]]), 2).in_order()
+    with recording():
+        outputs = [core(torch.ones(2, 3), torch.zeros(2, 4), layout) for _ in range(passes)]
+    if fits:
+        outputs[0].sum().backward()
+        assert core.rnn.weight_ih_l0.grad is not None
+    else:
+        with pytest.raises(RuntimeError, match="the last 8 passes through recurrent cores are kept"):
+            outputs[0].sum().backward()

@@ -187,7 +187,14 @@ def _opaque_forward(
 
 @torch.library.custom_op("fabricrl::back_through_time", mutates_args=())
 def _opaque_backward(grad: Tensor, number: Tensor, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """The gradients of x and the weights; `number` is that of the tape."""
+    """The gradients of x and the weights; `number` is that of the tape.
+
+    Raises:
+        RuntimeError: there have been too many forward passes since.
+    """
+    if int(number) not in _tapes:
+        kept = f"with --compile the last {_MOST_TAPES} passes through recurrent cores are kept for a backward pass"
+        raise RuntimeError(f"{kept}: this is of an earlier one, or of one that has had its backward pass")
     outputs, leaves = _tapes.pop(int(number))
     with _autograd_again():
         grads = torch.autograd.grad(outputs, leaves, grad)
