@@ -181,6 +181,27 @@ TASKS = {
         reference=(-157.0, 88.7),
         source="rl-baselines3-zoo, 20k steps, one run, ± over episodes",
     ),
+    # Environments that are tensors, 256 of them, and one
+    "ppo-tensor-cartpole": Task(
+        f"{PPO} --env-id torch/CartPole-v1 --num-envs 256 --num-steps 32 --num-minibatches 8 --update-epochs 4 "
+        f"--learning-rate 3e-3 --total-timesteps 1000000 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=475,
+        reference=(500, 0),
+        source="Gymnasium calls CartPole-v1 solved at 475",
+    ),
+    "sac-tensor-pendulum": Task(
+        f"{SAC} --env-id torch/Pendulum-v1 --total-timesteps 20000 --learning-starts 256 --policy-lr 1e-3 --q-lr 1e-3 "
+        f"--policy-frequency 1 --log-every 200 {ONE}",
+        seeds=3,
+        measure="greedy_return",
+        bar=-200,
+        reference=(-157.0, 88.7),
+        source="rl-baselines3-zoo, 20k steps, one run, ± over episodes",
+        rival="sac-pendulum",
+        times=0,
+    ),
     "sac-halfcheetah": Task(
         f"{SAC} --env-id HalfCheetah-v4 --total-timesteps 100000 --log-every 1000 {ONE}",
         seeds=3,
