@@ -592,6 +592,31 @@ def test_the_cnn_does_not_care_how_images_lie_in_memory() -> None:
     torch.testing.assert_close(cnn(images), cnn(images.contiguous()))
 
 
+class Convolutions(TorchDispatchMode):
+    """Notes of each convolution inside if what it takes, and what it returns, has its channels last in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels_last: list[tuple[bool, bool]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket is torch.ops.aten.convolution:
+            given, returned = (x.is_contiguous(memory_format=torch.channels_last) for x in (args[0], result))
+            self.channels_last.append((given, returned))
+        return result
+
+
+@pytest.mark.parametrize("stored", ["first", "last"])
+def test_convolutions_have_their_channels_last_however_images_are_stored(stored: str) -> None:
+    cnn, images = NatureCNN(3, (52, 60), features=9), torch.zeros(4, 3, 52, 60, dtype=torch.uint8)
+    if stored == "last":
+        images = images.to(memory_format=torch.channels_last)
+    with Convolutions() as convolutions:
+        cnn(images)
+    assert convolutions.channels_last == [(True, True)] * 3
+
+
 def sample_records(space: Records, count: int, depth: int = 1) -> Tensor:
     """Random records [B, R], or [B, S, R]; what numbers they hold is small."""
     shape = (count, depth, *space.shape) if depth > 1 else (count, *space.shape)
