@@ -125,23 +125,28 @@ def test_a_captured_sample_follows_the_ring_as_it_fills_and_wraps(graphs: None) 
 
 # --- Runs
 
-ON_POLICY = ["--env-id", "tests.envs:Deterministic-v0", "--num-envs", 2, "--num-steps", 16, "--total-timesteps", 96]
-OFF_POLICY = [
-    "--env-id", "tests.envs:Deterministic-v0", "--num-envs", 2, "--learning-starts", 32, "--batch-size", 16,
-    "--total-timesteps", 96, "--num-threads", 1, "--buffer-size", 50,
-]  # fmt: skip
-ENDING = ["--env-kwargs", '{"continuous": true, "truncate": true}', "--norm-obs", "--hidden-sizes", 8]
+# Episodes of 8 steps: they end where iterations and checkpoints do
+ENDING = ["--env-id", "tests.envs:Deterministic-v0", "--env-kwargs", '{"continuous": true, "truncate": true}']
+IMAGES = ["--env-id", "tests.image_envs:Drift-v0", "--env-kwargs", "{}", "--frame-stack", 2, "--cnn-features", 4]
+COMMON = [*ENDING, "--norm-obs", "--hidden-sizes", 8, "--num-envs", 2, "--total-timesteps", 96, "--num-threads", 1]
+ON_POLICY = [*COMMON, "--num-steps", 16]
+OFF_POLICY = [*COMMON, "--learning-starts", 32, "--batch-size", 16, "--buffer-size", 50]
 RUNS: dict[str, tuple[Callable[[], int], list[Any]]] = {
     "ppo": (ppo.main, [*ON_POLICY, "--norm-reward"]),
+    "ppo, images": (ppo.main, [*ON_POLICY, *IMAGES]),
     "ppo_recurrent": (ppo_recurrent.main, [*ON_POLICY, "--prev-action", "--prev-reward", "--norm-reward"]),
     "ppo_recurrent, memory alone": (ppo_recurrent.main, ON_POLICY),  # stored as the graph leaves it
+    "ppo_recurrent, images": (ppo_recurrent.main, [*ON_POLICY, *IMAGES]),
     "sac": (sac.main, OFF_POLICY),
     "sac, several at once": (sac.main, [*OFF_POLICY, "--replay-ratio", 1.5, "--policy-frequency", 3]),
     "sac, one by one": (sac.main, [*OFF_POLICY, "--replay-ratio", 3.5, "--target-network-frequency", 40]),
+    "sac, images": (sac.main, [*OFF_POLICY, *IMAGES]),
     "droq": (droq.main, [*OFF_POLICY, "--replay-ratio", 2.5]),
+    "droq, images": (droq.main, [*OFF_POLICY, *IMAGES, "--replay-ratio", 1.5]),
 }
 EVERY = pytest.mark.parametrize("name", RUNS)
-REPLAY = pytest.mark.parametrize("name", [name for name in RUNS if "ppo" not in name])
+ON = pytest.mark.parametrize("name", [name for name in RUNS if "ppo" in name])
+REPLAY = pytest.mark.parametrize("name", [name for name in RUNS if "ppo" not in name and "images" not in name])
 
 
 @pytest.fixture
@@ -169,9 +174,9 @@ def test_a_captured_run_is_the_run_that_is_not_and_records_nothing_after_its_sta
     request.getfixturevalue("captured")
     if "recurrent" in name:  # the kernel for whole sequences returns other things where no gradient is wanted
         request.getfixturevalue("elementary")
-    recorded = train(main, *flags, *ENDING)
+    recorded = train(main, *flags)
     monkeypatch.setattr("fabricrl.algos.run.Runner", lambda compile, capture, *rest: Runner(False, False, *rest))
-    plain = train(main, *flags, *ENDING)
+    plain = train(main, *flags)
     if "recurrent" in name:  # sequences are padded further
         torch.testing.assert_close(recorded.weights, plain.weights, rtol=0, atol=1e-5)
     elif "one by one" not in name:  # where batches and noise are drawn in another order
@@ -196,7 +201,7 @@ def test_a_run_that_fails_frees_its_graphs(train: Callable[..., Trained], monkey
 
     monkeypatch.setattr(Run, "record_rollout", fail)
     with pytest.raises(NonFiniteError, match="here"):
-        train(ppo.main, *RUNS["ppo"][1], *ENDING)
+        train(ppo.main, *RUNS["ppo"][1])
     assert Graph.held == []
 
 
@@ -208,7 +213,7 @@ def test_a_captured_run_acts_elsewhere_as_it_does_here(
     main, flags = RUNS[name]
     if "recurrent" in name:  # the stand-in for graphs expects the same results of each operation
         request.getfixturevalue("elementary")
-    here = train(main, *flags, *ENDING)
+    here = train(main, *flags)
     players: list[bool] = []
     make_envs, player = Run.make_envs, Run.player
 
@@ -223,10 +228,30 @@ def test_a_captured_run_acts_elsewhere_as_it_does_here(
         return player(run, agent)
 
     monkeypatch.setattr(Run, "player", watched_player)
-    there = train(main, *flags, *ENDING)
+    there = train(main, *flags)
     assert torch.equal(there.weights, here.weights)
     assert players
     assert all(players)
+
+
+@ON
+@pytest.mark.usefixtures("captured", "elementary")
+def test_a_captured_run_is_the_same_again_and_the_same_resumed(
+    name: str, train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    main, flags = RUNS[name]
+    flags = [*flags, "--checkpoint-every", 32, "--keep-checkpoints", 9]
+    straight, again = (train(main, *flags, "--log-dir", tmp_path / name) for name in ("first", "second"))
+    half = straight.folder / "checkpoints" / f"step_{64:012d}.ckpt"
+    resumed = train(main, "--resume", half, "--log-dir", tmp_path / "more")
+    before, *states = (
+        {part: load(path)[part] for part in ("agent", "optimizer", "generators", "episodes")}
+        for path in (half, straight.checkpoint, again.checkpoint, resumed.checkpoint)
+    )
+    assert differences(states[0], states[1]) == []
+    assert differences(states[0], states[2]) == []
+    changed = {part.split("/")[1] for part in differences(before, states[0])}
+    assert changed == before.keys()
 
 
 @REPLAY
@@ -235,7 +260,7 @@ def test_a_run_with_its_ring_on_the_device_is_the_same_resumed_and_goes_on_with_
     name: str, train: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main, flags = RUNS[name]
-    flags = [*flags, *ENDING, "--checkpoint-every", 32, "--keep-checkpoints", 9]
+    flags = [*flags, "--checkpoint-every", 32, "--keep-checkpoints", 9]
     straight = train(main, *flags)
     half = straight.folder / "checkpoints" / f"step_{64:012d}.ckpt"
     resumed = train(main, "--resume", half, "--log-dir", tmp_path / "more")
@@ -259,7 +284,7 @@ def test_a_ring_on_the_device_is_sampled_inside_the_graph(
     reset = Run.reset
     monkeypatch.setattr(Run, "reset", lambda run: sampled.clear() or reset(run))
     main, flags = RUNS[name]
-    assert train(main, *flags, *ENDING).code == 0
+    assert train(main, *flags).code == 0
     assert sampled == []
 
 
@@ -340,7 +365,7 @@ def test_what_is_not_finite_ends_a_run_before_another_update(
     monkeypatch.setattr(SampleAndTrain, "__call__", update)
     main, flags = RUNS[algo]
     with pytest.raises(NonFiniteError, match="not finite after the update"):
-        train(main, *flags, *ENDING, "--log-every", 10_000)
+        train(main, *flags, "--log-every", 10_000)
     assert updates[-1] == 50
 
 
@@ -363,4 +388,4 @@ def test_what_is_not_finite_ends_a_run_before_another_update(
 )
 def test_a_buffer_device_that_cannot_be_is_refused(line: list, words: str, train: Callable[..., Trained]) -> None:
     with pytest.raises(ConfigError, match=words):
-        train(sac.main, *OFF_POLICY, *ENDING, *line)
+        train(sac.main, *OFF_POLICY, *line)
