@@ -17,7 +17,9 @@ import torch
 from gymnasium.spaces import Box
 
 from fabricrl.algos.ppo import ppo
+from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
+from fabricrl.utils.update import Runner
 from tests.conftest import Trained
 from tests.pixel_envs import Catch
 
@@ -170,18 +172,36 @@ def test_lines_are_counted_once_each() -> None:
     assert changed_lines(before, "a\nd\n") == 2
 
 
-@pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("flags", [[], ["--compile"]], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["eager", "compiled", "captured"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_copy_with_few_changes_trains(
-    name: str, flags: list[str], train: Callable[..., Trained], tmp_path: Path
+    name: str,
+    mode: str,
+    train: Callable[..., Trained],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Captured it is the run that is not, to the last bit."""
     script, changes, settings = CASES[name]
     copied = changed_copy(script, changes, tmp_path / "changed.py")
+    flags = ["--compile"] if mode == "compiled" else []
+    if mode != "eager":
+        request.getfixturevalue({"compiled": "traced", "captured": "captured"}[mode])
+    runs: list[tuple[Run, int]] = []
+    reset = Run.reset
+    monkeypatch.setattr(Run, "reset", lambda run: runs.append((run, run.runner.recordings)) or reset(run))
     short, long = (train(copied.main, *settings, *flags, *more) for more in (["--total-timesteps", 128], []))
     for trained in (short, long):
         assert trained.code == 0
         assert trained.weights.isfinite().all()
+    for run, at_start in runs:
+        assert (run.runner.recordings > 0) == (mode != "eager")
+        # All once more where a head begins late, after the first step without it
+        assert run.runner.recordings == at_start * (2 if name == "auxiliary loss at some steps" else 1)
+    if mode == "captured":
+        monkeypatch.setattr("fabricrl.algos.run.Runner", lambda compile, capture, *rest: Runner(False, False, *rest))
+        assert torch.equal(long.weights, train(copied.main, *settings).weights)
     before, after = short.state["agent"], long.state["agent"]
     still = [key for key, value in after.items() if torch.equal(value, before[key])]
     assert still == []  # every parameter, and every buffer, has moved between
