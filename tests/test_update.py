@@ -5,6 +5,8 @@ CUDA graph is stood in for by one that records the operations and repeats them o
 """
 
 import contextlib
+import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,9 +34,9 @@ from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.recording import recording
 from fabricrl.utils.update import Runner
-from tests.conftest import SINGLE, BareRun, Trained
+from tests.conftest import SINGLE, BareRun, Trained, captured, graphs, traced
 from tests.envs import vectors
-from tests.process import FORKSERVER, LIMIT, free_port, load
+from tests.process import FORKSERVER, LIMIT, free_port, load, run_team
 from tests.test_optimizer import IN_TURN, LATE, RATE, SOMETIMES, Heads
 
 OBS, ACTIONS, BATCH = 3, 2, 16
@@ -533,3 +535,81 @@ def test_a_compiled_run_is_the_same_again_and_the_same_resumed(
     resumed = train(STRAIGHT[algo], "--resume", half, "--log-dir", tmp_path / "more")
     assert torch.equal(straight.weights, resumed.weights)
     assert not torch.equal(load(half)["agent"]["actor.out.bias"], straight.state["agent"]["actor.out.bias"])
+
+
+# --- Runs on several ranks
+
+
+def note_iterations(rank: int) -> None:
+    """Notes what this rank has learned by the start of each iteration, and how many messages it has sent by then."""
+    iterations, states, sent = Run.iterations, [], []
+    path = Path(os.environ["NOTES"]).with_suffix(f".{rank}")
+
+    def watched(run: Run, steps: int) -> Iterator[int]:
+        def note() -> None:
+            tensors = [tensor for optimizer in run._optimizers for tensor in optimizer.tensors()]
+            tensors += [t for module in run._modules for t in (*module.parameters(), *module.buffers())]
+            states.append(torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]))
+            sent.append(torch.distributed.group.WORLD._get_sequence_number_for_group())  # counted by Gloo itself
+            torch.save({"states": states, "sent": sent, "recordings": run.runner.recordings}, path)
+
+        for step in iterations(run, steps):
+            note()
+            yield step
+        note()
+
+    Run.iterations = watched  # type: ignore[method-assign]
+
+
+def note_traced(rank: int) -> None:
+    note_iterations(rank)
+    inspect.unwrap(traced)(pytest.MonkeyPatch())
+
+
+def note_captured(rank: int) -> None:
+    note_iterations(rank)
+    patch = pytest.MonkeyPatch()
+    inspect.unwrap(captured)(inspect.unwrap(graphs)(patch), patch)
+    patch.setattr("fabricrl.utils.ranks.is_recording", lambda: True)  # a sum is one operation, which waits for its end
+    torch._C._set_mkldnn_enabled(False)  # whose kernel for sequences returns other things without a gradient
+
+
+ON_RANKS: dict[str, tuple[Callable[[int], None], list[str]]] = {
+    "as it is": (note_iterations, []),
+    "compiled": (note_traced, ["--compile"]),
+    "captured": (note_captured, []),
+}
+SMALL: list[Any] = [*ENDING, "--num-envs", 2, "--hidden-sizes", 8, "--num-threads", 1, "--log-every", 10**6]
+ROLLOUTS: list[Any] = [*SMALL, "--num-steps", 16, "--update-epochs", 2, "--num-minibatches", 4]
+ROLLOUTS += ["--total-timesteps", 320]  # in 5 iterations
+STEPS: list[Any] = [*SMALL, "--learning-starts", 16, "--batch-size", 8, "--replay-ratio", 0.5]
+STEPS += ["--total-timesteps", 40]  # in 10 iterations, of which the first 4 learn nothing
+# What a rank sends in an iteration, by docs/scale.md. On-policy: 8 gradients, the moments of advantages, and four small
+# messages. SAC: the gradients of two updates of critics and actor, and a small one; DroQ's actor has one for each step
+SENT: dict[str, tuple[list[Any], int]] = {
+    "ppo": (ROLLOUTS, 8 + 1 + 4),
+    "ppo_recurrent": ([*ROLLOUTS, "--norm-obs"], 8 + 1 + 4 + 1),  # what was observed
+    "sac": (STEPS, 2 + 2 + 1),
+    "droq": (STEPS, 2 + 4 + 1),
+}
+
+
+MODES_ON_RANKS = [(algo, mode) for algo in SENT for mode in ON_RANKS if mode != "compiled" or algo == "ppo"]
+
+
+@pytest.mark.parametrize(("algo", "mode"), MODES_ON_RANKS)
+def test_ranks_stay_equal_to_the_bit_by_one_message_for_each_optimizer_step(
+    algo: str, mode: str, tmp_path: Path
+) -> None:
+    (prepare, more), (flags, sent) = ON_RANKS[mode], SENT[algo]
+    line = [*flags, *more, "--log-dir", tmp_path / "logs"]
+    variables = {"NOTES": str(tmp_path / "notes")}
+    run_team(f"fabricrl.algos.{algo}.{algo}", *line, folder=tmp_path, prepare=prepare, variables=variables)
+    ranks = [load(tmp_path / f"notes.{rank}") for rank in (0, 1)]
+    for first, second in zip(*(rank["states"] for rank in ranks), strict=True):
+        assert torch.equal(first, second)
+    for rank in ranks:
+        counts = [after - before for before, after in itertools.pairwise(rank["sent"])]
+        assert counts[-4:-1] == [sent] * 3  # the first one looks around, and the last one logs
+        assert not any(torch.equal(*pair) for pair in itertools.pairwise(rank["states"][-5:-1]))
+        assert (rank["recordings"] > 0) == (mode != "as it is")
