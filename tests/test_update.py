@@ -25,11 +25,13 @@ from fabricrl.algos.ppo import ppo
 from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo_recurrent import ppo_recurrent
+from fabricrl.algos.ppo_recurrent.agent import RecurrentPPOAgent
 from fabricrl.algos.run import Run
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac.agent import SACAgent
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.data import Batch, minibatches, shuffled
+from fabricrl.models.recurrent import Sequences
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.optimizer import Adam
 from fabricrl.utils.recording import recording
@@ -80,11 +82,14 @@ class PPOUpdates(Updates):
         self, rank: int = 0, world_size: int = 1, fabric: Any = None, sizes: tuple[int, ...] = (8,), **settings: Any
     ) -> None:
         super().__init__(PPOArgs(**{"max_grad_norm": 0.1} | settings), fabric)
-        self.agent = PPOAgent(vectors(OBS), Discrete(4), sizes)
+        self.agent = self.make_agent(sizes)
         self.optimizer = Adam(self.agent.parameters(), RATE, eps=1e-5)
         self.own = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
         self.wrapped = self.run.setup(self.agent, self.optimizer)
         self.step = self.run.compiled(self.function)
+
+    def make_agent(self, sizes: tuple[int, ...]) -> Any:
+        return PPOAgent(vectors(OBS), Discrete(4), sizes)
 
     def function(self, batch: Batch, clip_coef: Any, ent_coef: Any) -> Tensor:
         return ppo.update(self.run, *self.wrapped, batch, clip_coef, ent_coef)
@@ -102,7 +107,24 @@ class PPOUpdates(Updates):
         self.optimizer.param_groups[0]["lr"].fill_(RATE * (1 - number / 40) if rate is None else rate)
         clip, ent = 0.2 - number / 200 if clip is None else clip, 0.1 + number / 100 if ent is None else ent
         # Tensors also where nothing is recorded, as 1 − ε of a number is not that of a float32
-        return self.step(Batch(**columns)[self.own], torch.tensor(clip), torch.tensor(ent))
+        batch = Batch(**columns)[self.own].with_columns(**self.memory(draw))
+        return self.step(batch, torch.tensor(clip), torch.tensor(ent))
+
+    def memory(self, draw: torch.Generator) -> dict[str, Any]:
+        """Columns of agents that remember."""
+        return {}
+
+
+class RecurrentPPOUpdates(PPOUpdates):
+    """Of sequences of up to five steps, each time others."""
+
+    def make_agent(self, sizes: tuple[int, ...]) -> Any:
+        return RecurrentPPOAgent(vectors(OBS), Discrete(4), rnn_hidden_size=4, hidden_sizes=sizes)
+
+    def memory(self, draw: torch.Generator) -> dict[str, Any]:
+        dones = torch.rand(BATCH, 1, generator=draw) < 0.3
+        layout, size = Sequences(dones, 5).in_order(), self.agent.memory_size
+        return {"layout": layout, "states": torch.randn(BATCH, size, generator=draw), "previous": torch.empty(BATCH, 0)}
 
 
 class SACUpdates(Updates):
@@ -426,10 +448,11 @@ def test_recording_leaves_no_trace_but_that_of_the_one_update(mode: str) -> None
 # --- Compiled
 
 
-@pytest.mark.parametrize("kind", ["ppo", "sac"])
+@pytest.mark.parametrize("kind", [*UPDATES, "ppo_recurrent"])
 def test_compiled_updates_agree_with_those_that_run_as_they_are(kind: str) -> None:
     """To float error over 20 updates; to the last bit with themselves; and nothing is compiled a second time."""
-    plain, compiled = UPDATES[kind](), UPDATES[kind](compile=True)
+    updates = RecurrentPPOUpdates if kind == "ppo_recurrent" else UPDATES[kind]
+    plain, compiled = updates(), updates(compile=True)
     before, found = compiled.state(), []
     for _ in range(2):
         compiled.restore(before)
