@@ -1,6 +1,6 @@
 """An update as it is, compiled and captured: the same results, nothing recorded twice, and no trace of a warm-up.
 
-What is recorded for a compiler runs here operation by operation (`traced`), but for two updates that are compiled; a
+What is recorded for a compiler runs here operation by operation (`traced`), but for four updates that are compiled; a
 CUDA graph is stood in for by one that records the operations and repeats them on the same memory.
 """
 
