@@ -617,7 +617,12 @@ SENT: dict[str, tuple[list[Any], int]] = {
 }
 
 
-MODES_ON_RANKS = [(algo, mode) for algo in SENT for mode in ON_RANKS if mode != "compiled" or algo == "ppo"]
+# The first forward pass through DistributedDataParallel broadcasts buffers, which is recorded, and cannot be
+NOT_YET = pytest.mark.xfail(strict=True, reason="a module with buffers is not compiled over ranks")
+BROKEN = [(algo, "compiled") for algo in ("ppo_recurrent", "sac", "droq")]
+MODES_ON_RANKS = [
+    pytest.param(algo, mode, marks=NOT_YET if (algo, mode) in BROKEN else ()) for algo in SENT for mode in ON_RANKS
+]
 
 
 @pytest.mark.parametrize(("algo", "mode"), MODES_ON_RANKS)
