@@ -617,15 +617,8 @@ SENT: dict[str, tuple[list[Any], int]] = {
 }
 
 
-# The first forward pass through DistributedDataParallel broadcasts buffers, which is recorded, and cannot be
-NOT_YET = pytest.mark.xfail(strict=True, reason="a module with buffers is not compiled over ranks")
-BROKEN = [(algo, "compiled") for algo in ("ppo_recurrent", "sac", "droq")]
-MODES_ON_RANKS = [
-    pytest.param(algo, mode, marks=NOT_YET if (algo, mode) in BROKEN else ()) for algo in SENT for mode in ON_RANKS
-]
-
-
-@pytest.mark.parametrize(("algo", "mode"), MODES_ON_RANKS)
+@pytest.mark.parametrize("mode", ON_RANKS)
+@pytest.mark.parametrize("algo", SENT)
 def test_ranks_stay_equal_to_the_bit_by_one_message_for_each_optimizer_step(
     algo: str, mode: str, tmp_path: Path
 ) -> None:

@@ -71,7 +71,8 @@ def launch(args: Any) -> Fabric:
             options["plugins"] = [MixedPrecision("bf16-mixed", device)]
         if "plugins" in options:
             options.pop("precision", os.environ.pop("LT_PRECISION", None))  # it is given once
-        strategy = DDPStrategy(timeout=patience(args.timeout))
+        # Buffers are statistics that ranks agree on themselves; DDP would broadcast them inside a compiled update
+        strategy = DDPStrategy(timeout=patience(args.timeout), broadcast_buffers=False)
         if "LT_CLI_USED" in os.environ:  # its constructor has the ranks meet, and it forbids `launch`
             if several := _prepare_meeting(args.timeout):
                 os.environ.pop("LT_STRATEGY", None)  # a strategy is given once
