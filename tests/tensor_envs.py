@@ -106,7 +106,7 @@ class Simulator(VectorEnv):
         obs, rewards = self._obs(), -actions.square().sum(-1)
         if self.looks and rewards.max().item() > 0:
             raise RuntimeError("nothing is earned here")
-        ended = torch.full((self.num_envs,), self.count % 4 == 0)
+        ended = torch.full((self.num_envs,), self.count % 4 == 0, device=self.device)
         obs, rewards = self._with_fault(obs, rewards) if self.count == 5 else (obs, rewards)
         tells = self.fault != "no final" and (self.fault != "final at ends" or ended.any())
         infos: dict[str, Any] = {"final_obs": obs} if tells else {}

@@ -197,11 +197,6 @@ class LookingAway(Simulator):
 
     looks = False
 
-    def step(self, actions: torch.Tensor) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        obs, rewards, *_, infos = super().step(actions)
-        none = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        return obs, rewards, none, none if self.count % 4 else ~none, infos
-
 
 gym.register("LookingAway-v0", vector_entry_point=LookingAway)  # type: ignore[arg-type]
 TENSOR_SCRIPTS = SCRIPTS | {"ppo": (ppo, NUMBERED_RUN)}
@@ -251,7 +246,7 @@ def test_stacked_images_and_skipped_steps_as_on_the_cpu(algo: Any, flags: list, 
 
 @EACH_MODE
 def test_a_run_is_the_same_again_and_the_same_resumed(run: Callable[..., Any], flags: list[str], tmp_path: Any) -> None:
-    line = [*CUDA, *flags, "--checkpoint-every", 32, *ON_CPU]  # auto measures, and may choose anew
+    line = [*CUDA, *flags, "--checkpoint-every", 32, *ON_CPU]  # auto measures, and a new run may choose otherwise
     straight, again = (run(*line, "--log-dir", tmp_path / name) for name in ("first", "second"))
     half = straight.checkpoint.with_name(f"step_{64:012d}.ckpt")
     resumed = run("--resume", half, "--log-dir", tmp_path / "resumed")
@@ -262,6 +257,16 @@ def test_a_run_is_the_same_again_and_the_same_resumed(run: Callable[..., Any], f
     assert differences(states[0], states[1]) == []
     assert differences(states[0], states[2]) == []
     assert differences(before["agent"], states[0]["agent"])
+
+
+def test_a_resumed_run_acts_where_it_was_found_faster(run: Callable[..., Any], tmp_path: Any) -> None:
+    straight = run(*CUDA, "--checkpoint-every", 32)
+    half = straight.checkpoint.with_name(f"step_{64:012d}.ckpt")
+    resumed = run("--resume", half, "--log-dir", tmp_path / "resumed")
+    states = [{k: v for k, v in one.state.items() if k not in ("args", "best_return")} for one in (straight, resumed)]
+    assert differences(*states) == []
+    assert ("player_device" in states[0]) == ("player device: " in straight.output)
+    assert "player device: " not in resumed.output
 
 
 def test_checkpoint_changes_devices(run: Callable[..., Any], script: Callable[..., int], tmp_path: Any) -> None:
