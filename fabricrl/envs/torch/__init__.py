@@ -19,6 +19,7 @@ _TASKS: dict[str, tuple[str, str | None, int]] = {
         999,
     ),
     "torch/Reach-v0": ("reach:Reach", None, 100),
+    "torch/PlanarCheetah-v1": ("cheetah:PlanarCheetah", None, 1000),
 }
 
 for _id, (_ours, _theirs, _steps) in _TASKS.items():
