@@ -84,16 +84,27 @@ def test_the_update_in_the_readme_is_that_of_ppo() -> None:
     assert textwrap.dedent(body).strip() == excerpt.strip()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/environments.md", "docs/tensors.md"])
+@pytest.mark.parametrize(
+    ("page", "env_id"),
+    [
+        ("README.md", "my_envs:Target-v0"),
+        ("docs/environments.md", "my_envs:Target-v0"),
+        ("docs/environments.md", "my_lights:Lights-v0"),
+        ("docs/tensors.md", "my_envs:Target-v0"),
+    ],
+)
 def test_the_environment_of_a_page_trains_and_its_policy_is_loaded(
-    page: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    page: str, env_id: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (code,) = re.findall(r"^```python\n(# my_envs.py.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
-    (tmp_path / "my_envs.py").write_text(code)
-    (words,) = [words for where, words in commands() if str(where) == page and "my_envs:Target-v0" in words]
+    file = env_id.split(":")[0] + ".py"
+    (code,) = re.findall(rf"^```python\n(# {file}.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / file).write_text(code)
+    (words,) = [words for where, words in commands() if str(where) == page and env_id in words]
     small = ["--total-timesteps", 1024, "--log-dir", tmp_path]
     ended = run(*FORKED, ROOT / words[0], *words[1:], *small, cwd=tmp_path)
     assert ended.code == 0, ended.report()
+    if "Lights" in env_id:  # each step switches on one of eight lights, as no other may be chosen
+        assert -8 <= float(ended.result["return_mean"]) <= -1
     loads = re.findall(r"^```python\n(import fabricrl\n.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     assert len(loads) == (page == "README.md")
     for program in loads:  # in this process, which does not have the environment

@@ -1,11 +1,13 @@
 """Simulators as tensor environments. ManiSkill and Isaac Lab, which need a GPU, are stood for by small packages
 that have their interfaces, in tests/stand_ins."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.sac import sac
 from fabricrl.envs import make_envs
+from fabricrl.envs.tensors import TensorEnvs
 from fabricrl.utils.errors import ConfigError
 from tests.conftest import Trained
 
@@ -56,6 +59,36 @@ def test_rows_are_what_happened(env_id: str, num_envs: int, final: bool) -> None
                 told = infos["episode_info"][i, 0].item()
                 assert told == (episode % 2 == 0) if ended else told != told
     assert ends > 8
+    envs.close()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_many_environments_of_maniskill_end_each_in_its_own_row() -> None:
+    """As on a GPU. Where some end and others go on, infos tell of the latter what is so, and of the former what was."""
+    importlib.import_module("mani_skill.envs")
+    vectors = importlib.import_module("mani_skill.vector.wrappers.gymnasium")
+    adapter = importlib.import_module("fabricrl.envs.simulators.maniskill")
+    batch = gym.make("Count-v1", num_envs=8, obs_mode="state", sim_backend="physx_cuda:0")
+    args = PPOArgs(env_id="maniskill/Count-v1", num_envs=8)
+    envs = TensorEnvs(adapter.ManiSkillEnvs(vectors.ManiSkillVectorEnv(batch)), args)
+    obs, _ = envs.reset(seed=1)
+    mixed = 0
+    for _ in range(40):
+        episode, count = obs.long().unbind(-1)
+        obs, rewards, terminated, truncated, infos = envs.step(torch.zeros(8, 3))
+        ended, even = count + 1 == 2 + episode % 4, episode % 2 == 0
+        mixed += bool(ended.any() and not ended.all() and even[ended].any() and not even[ended].all())
+        assert torch.equal(rewards, count + 1.0)
+        assert torch.equal(terminated, ended & even)
+        assert torch.equal(truncated, ended & ~even)
+        assert torch.equal(infos["final_obs"], torch.stack((episode, count + 1), -1).float())
+        following = torch.stack((episode + 8 * ended, (count + 1) * ~ended), -1)
+        assert torch.equal(obs, following.float())
+        if ended.any():
+            successes = infos["episode_info"][:, 0]
+            assert torch.equal(successes.isnan(), ~ended)
+            assert torch.equal(successes[ended], even[ended].float())
+    assert mixed > 5
     envs.close()
 
 

@@ -30,7 +30,7 @@ from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
 from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics
 from fabricrl.utils.update import Runner
 from tests.conftest import BareRun, NoValues, Trained, on_ranks
-from tests.process import differences, load, run_folder, run_team
+from tests.process import differences, load, run_folder, run_team, saved_steps, stopped_in
 from tests.tensor_envs import Simulator
 
 CPU = torch.device("cpu")
@@ -234,6 +234,23 @@ def test_a_resumed_run_is_the_straight_run_to_the_bit(
     assert differences(straight.state["agent"], resumed.state["agent"]) == []
     assert differences(straight.state["envs"], resumed.state["envs"]) == []
     assert straight.result["return_mean"] == resumed.result["return_mean"]
+
+
+@MODES
+def test_a_signal_saves_a_run_on_tensors_which_goes_on_as_if_there_had_been_none(
+    kwargs: str, train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    flags = [*NUMBERED_RUN, "--env-kwargs", kwargs]
+    straight = train(ppo.main, *flags)
+    with stopped_in(2):
+        stopped = train(ppo.main, *flags, "--log-dir", tmp_path / "stopped")
+    assert (stopped.code, stopped.result["steps"]) == (143, "256")
+    assert saved_steps(stopped.folder) == [256]
+    assert "envs" in stopped.state
+    resumed = train(ppo.main, "--resume", stopped.folder)
+    assert (resumed.code, resumed.result["steps"]) == (0, "640")
+    for part in ("agent", "optimizer", "episodes", "envs", "generators"):
+        assert differences(straight.state[part], resumed.state[part]) == [], part
 
 
 def test_a_resumed_run_of_two_ranks_is_the_straight_run_to_the_bit(tmp_path: Path) -> None:
@@ -534,6 +551,18 @@ def test_what_tensors_alone_take_is_not_drawn(
         """{"dtype": "float64"} does not fit torch/CartPole-v1: CartPoleEnv.__init__() got an unexpected keyword """
         "argument 'dtype'"
     )
+
+
+def test_a_run_on_tensors_is_filmed_by_the_single_environment_of_its_id(
+    train: Callable[..., Trained], script: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("moviepy")
+    folder = train(ppo.main, *TINY, "--env-id", "torch/CartPole-v1").folder
+    assert script(evaluate.main, folder, "--episodes", 2, "--capture-video", "--mode", "greedy") == 0
+    videos = sorted((folder / "videos").rglob("*.mp4"))
+    assert [video.name for video in videos] == ["greedy-episode-0.mp4", "greedy-episode-1.mp4"]
+    assert all(b"ftyp" in video.read_bytes()[:16] for video in videos)
+    assert str(videos[0].parent) in capsys.readouterr().out
 
 
 def test_native_is_another_thing(train: Callable[..., Trained]) -> None:
