@@ -82,7 +82,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 def apart(ours: Trained, theirs: Trained, start: torch.Tensor) -> float:
-    """How far apart two runs end, as a share of their way: about 1 if one learns nothing, or something else."""
+    """The distance between the ends of two runs, of their way: about 1 if one learns nothing, or something else."""
     first, second = (trained.weights.cpu() - start for trained in (ours, theirs))
     assert first.any()
     assert second.any()
