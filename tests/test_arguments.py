@@ -602,7 +602,7 @@ def test_messages_between_ranks_have_the_time_that_was_asked_for(
     limits: list[timedelta] = []
 
     class Strategy(DDPStrategy):
-        def __init__(self, timeout: timedelta) -> None:
+        def __init__(self, timeout: timedelta, **_: Any) -> None:
             limits.append(timeout)
 
     monkeypatch.setattr(launching, "DDPStrategy", Strategy)
