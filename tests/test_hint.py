@@ -1,5 +1,6 @@
 """The hint tells where the time goes and what would help, and is silent where nothing would."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.remarks import Remarks
 from fabricrl.utils import hint as module
+from fabricrl.utils import process
 from fabricrl.utils.hint import hint
 from tests.conftest import BareRun
 
@@ -136,3 +138,15 @@ def test_it_is_said_once_at_the_first_log_after_twenty_seconds(capsys: pytest.Ca
 def test_it_is_said_at_the_end_where_too_little_was_left_before(capsys: pytest.CaptureFixture) -> None:
     assert said(capsys, 300, 990, 1000, seconds_per_step=0.07) == ["", "", HINT]
     assert said(capsys, 300, 990, 1000, seconds_per_step=0.01) == ["", "", ""], "ten seconds are soon over"
+
+
+def test_idle_cores_are_what_the_last_minute_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "available_cores", lambda: 4.0)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 9.0, 9.0))
+    assert process.idle_cores() == 2.5
+
+    def unknown() -> tuple[float, float, float]:
+        raise OSError
+
+    monkeypatch.setattr(os, "getloadavg", unknown)
+    assert process.idle_cores() == 4.0

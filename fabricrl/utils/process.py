@@ -1,5 +1,6 @@
 """This process among others: who has started it, its number among all ranks, and that it ends when they do."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -200,7 +201,9 @@ def available_cores() -> float:
 
 def idle_cores() -> float:
     """The cores that this process may use and that were idle in the last minute; all where the system does not say."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = 0.0
+    with contextlib.suppress(AttributeError, OSError):
+        load = os.getloadavg()[0]
     return available_cores() - load
 
 
