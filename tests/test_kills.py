@@ -112,9 +112,16 @@ def test_a_twin_whose_player_or_trainer_is_killed_equals_the_coupled_run_that_wa
         assert differences(own[part], other[part]) == [], part
 
 
-def test_torchrun_starts_a_run_again_of_which_any_rank_was_killed(straight: Callable, tmp_path: Path) -> None:
-    """In each attempt but the last one of two ranks dies, which take half as long as one takes alone."""
-    flags, (_, moments) = ["fabricrl.algos.ppo.ppo", *ON_POLICY], straight("ppo")
+@pytest.mark.parametrize(("script", "who", "share"), [("ppo", "2 ranks", 1), ("ppo_decoupled", "player", 2)])
+def test_torchrun_starts_a_run_again_of_which_any_rank_was_killed(
+    script: str, who: str, share: int, straight: Callable, tmp_path: Path
+) -> None:
+    """In each attempt but the last one of two ranks dies, so early that the attempts before leave it something to do.
+
+    Two ranks take half as long as one alone; of the twin each has a part of that, 1 / `share`.
+    """
+    flags, (_, moments) = [f"fabricrl.algos.ppo.{script}", *ON_POLICY], straight("ppo")
+    moments //= share
     whole = run_team(*flags, "--log-dir", tmp_path / "whole", folder=tmp_path / "out")
     flags += ["--resume", "auto", "--log-dir", tmp_path / "logs"]
     dying = {"DYING": f"1:{moments // 7},0:{moments // 8},1:{moments // 9}"}
@@ -122,7 +129,7 @@ def test_torchrun_starts_a_run_again_of_which_any_rank_was_killed(straight: Call
     with started(command("torchrun"), *restarts, DYING, *flags, variables=dying) as running:
         ended = running.finish()
     assert ended.code == 0, ended.report()
-    assert ended.err.count("2 ranks on cpu") == 4
+    assert ended.err.count(f"{who} on cpu") == 4
     assert "; from step " in ended.err
     assert differences(learned(whole.result["checkpoint"]), learned(ended.result["checkpoint"])) == []
 
