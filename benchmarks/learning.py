@@ -78,6 +78,10 @@ MASKED = (
     "--gae-lambda 0.98 --max-grad-norm 1 --ent-coef 0 --no-clip-vloss --vf-coef 1.0 --norm-obs --norm-reward"
 )
 CATCH = "--num-envs 16 --num-steps 32 --hidden-sizes"
+# Of rl-baselines3-zoo, which starts to learn after 100 steps, here a batch
+PENDULUM = (
+    "--total-timesteps 20000 --learning-starts 256 --policy-lr 1e-3 --q-lr 1e-3 --policy-frequency 1 --log-every 200"
+)
 ONE = "--num-threads 1"  # off-policy scripts take two threads by default, and with --jobs runs share the cores
 
 
@@ -171,10 +175,8 @@ TASKS = {
         reference=(-217.9, 140.1),
         source="rl-baselines3-zoo, ppo_lstm with gSDE, 100k steps, one run, ± over episodes",
     ),
-    # Hyperparameters of rl-baselines3-zoo, which starts to learn after 100 steps, here a batch
     "sac-pendulum": Task(
-        f"{SAC} --env-id Pendulum-v1 --total-timesteps 20000 --learning-starts 256 --policy-lr 1e-3 --q-lr 1e-3 "
-        f"--policy-frequency 1 --log-every 200 {ONE}",
+        f"{SAC} --env-id Pendulum-v1 {PENDULUM} {ONE}",
         seeds=5,
         measure="greedy_return",
         bar=-200,
@@ -192,8 +194,7 @@ TASKS = {
         source="Gymnasium calls CartPole-v1 solved at 475",
     ),
     "sac-tensor-pendulum": Task(
-        f"{SAC} --env-id torch/Pendulum-v1 --total-timesteps 20000 --learning-starts 256 --policy-lr 1e-3 --q-lr 1e-3 "
-        f"--policy-frequency 1 --log-every 200 {ONE}",
+        f"{SAC} --env-id torch/Pendulum-v1 {PENDULUM} {ONE}",
         seeds=3,
         measure="greedy_return",
         bar=-200,
@@ -222,8 +223,7 @@ TASKS = {
         times=0,
     ),
     "sac-decoupled-pendulum": Task(
-        f"{SAC.replace('.py', '_decoupled.py')} --env-id Pendulum-v1 --total-timesteps 20000 --learning-starts 256 "
-        f"--policy-lr 1e-3 --q-lr 1e-3 --policy-frequency 1 --log-every 200 --devices 2 --max-lag 1 {ONE}",
+        f"{SAC.replace('.py', '_decoupled.py')} --env-id Pendulum-v1 {PENDULUM} --devices 2 --max-lag 1 {ONE}",
         seeds=5,
         measure="greedy_return",
         bar=-200,
