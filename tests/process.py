@@ -529,7 +529,7 @@ def differences(first: Any, second: Any, name: str = "") -> list[str]:
         return [part for i, (a, b) in pairs for part in differences(a, b, f"{name}/{i}")]
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         same = first.dtype == second.dtype and first.shape == second.shape
-        return [] if same and first.numpy().tobytes() == second.numpy().tobytes() else [name]
+        return [] if same and first.cpu().numpy().tobytes() == second.cpu().numpy().tobytes() else [name]
     return [] if first == second or (first != first and second != second) else [name]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fabricrl.algos.ppo.loss import entropy_loss, policy_loss, policy_metrics, value_loss
+from fabricrl.algos.ppo.loss import mean, policy_loss, policy_metrics, value_loss
 
 
 def logratio(*ratios: float) -> Tensor:
@@ -72,8 +72,22 @@ def test_value_loss_is_the_mean_over_samples() -> None:
     assert loss.item() == pytest.approx((1.62 + 4.5) / 2)
 
 
-def test_entropy_loss_is_minus_the_mean_entropy() -> None:
-    assert entropy_loss(vector(1.0, 2.0, 6.0)).item() == -3.0
+def test_a_value_that_has_not_moved_far_is_learned_as_without_clipping() -> None:
+    values, returns = 0.1 * torch.randn(2, 1000), torch.randn(2, 1000)
+    new_values = values + 0.19 * (2 * torch.rand(2, 1000) - 1)
+    gradients = []
+    for clip_vloss in (True, False):
+        x = new_values.clone().requires_grad_()
+        value_loss(x, values, returns, 0.2, clip_vloss).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_nothing_is_learned_where_the_clipped_value_is_the_worse() -> None:
+    x = vector(1.5, 1.5, 0.5).requires_grad_()
+    value_loss(x, vector(1.0, 1.0, 1.0), vector(2.0, 0.0, 2.0), 0.2, True).backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == pytest.approx([0.0, 0.5, -0.5])  # (V − R) / 3
 
 
 def test_gradients_equal_finite_differences() -> None:
@@ -85,11 +99,10 @@ def test_gradients_equal_finite_differences() -> None:
     new_values = (values + vector(0.1, 0.7, -0.6, 0.5, 0.05, -0.9)).requires_grad_()
     for clip_vloss in (True, False):
         assert torch.autograd.gradcheck(lambda v, c=clip_vloss: value_loss(v, values, returns, 0.2, c), (new_values,))
-    assert torch.autograd.gradcheck(entropy_loss, (vector(0.3, 0.7).requires_grad_(),))
     weights = vector(0.5, 0.0, 0.2, 0.1, 0.2, 0.0)
     assert torch.autograd.gradcheck(lambda x: policy_loss(x, advantages, 0.2, weights), (x,))
     assert torch.autograd.gradcheck(lambda v: value_loss(v, values, returns, 0.2, True, weights), (new_values,))
-    assert torch.autograd.gradcheck(lambda h: entropy_loss(h, weights), (returns.clone().requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda h: mean(h, weights), (returns.clone().requires_grad_(),))
 
 
 def test_with_weights_rows_count_as_often_as_these_say() -> None:
@@ -99,7 +112,7 @@ def test_with_weights_rows_count_as_often_as_these_say() -> None:
     for loss, columns in (
         (policy_loss, (x, advantages, 0.2)),
         (value_loss, (values, values + 0.1, returns, 0.2, True)),
-        (entropy_loss, (entropy,)),
+        (mean, (entropy,)),
         (policy_metrics, (x, 0.2)),
     ):
         often = (c[counted] if isinstance(c, Tensor) else c for c in columns)

@@ -131,7 +131,7 @@ class NormalHead(nn.Module):
         self.log_std = nn.Parameter(torch.full((num_actions,), log_std))
 
     def sample(self, params: Tensor, noise: Tensor, masks: Tensor | None = None) -> Tensor:
-        return params + self.log_std.exp() * noise
+        return torch.addcmul(params, self.log_std.exp(), noise)
 
     def mode(self, params: Tensor, masks: Tensor | None = None) -> Tensor:
         return params
@@ -139,12 +139,13 @@ class NormalHead(nn.Module):
     def logprob_and_entropy(
         self, params: Tensor, actions: Tensor, masks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """log π(a) = Σ_i −z_i²/2 − log σ_i − log √2π with z = (a − μ)/σ, and H = Σ_i 1/2 + log √2π + log σ_i; [*]."""
-        z = (actions - params) * (-self.log_std).exp()
+        """log π(a) = Σ_i −(a_i − μ_i)²/2σ_i² − log σ_i − log √2π, and H = Σ_i 1/2 + log √2π + log σ_i; both [*]."""
+        squares = F.mse_loss(params, actions, reduction="none")  # (a − μ)² as one operation each way
         log_scale = self.log_std.sum()
         constant = self.num_actions * 0.5 * math.log(2 * math.pi)
         entropy = log_scale + (constant + 0.5 * self.num_actions)
-        return -0.5 * z.square().sum(-1) - log_scale - constant, entropy.expand(params.shape[:-1])
+        exponents = -0.5 * (squares * (-2 * self.log_std).exp()).sum(-1)
+        return exponents - log_scale - constant, entropy.expand(params.shape[:-1])
 
     def encode(self, actions: Tensor) -> Tensor:
         """Actions as a network takes them: as they were drawn, which is not clipped."""

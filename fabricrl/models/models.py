@@ -216,7 +216,7 @@ class DropoutMasks:
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """A mask [count] on the generator's device; on the CPU it holds until the next one is drawn."""
         if generator.device.type != "cpu":
-            return (torch.rand(count, generator=generator, device=generator.device) >= self.rate).float()
+            return torch.empty(count, device=generator.device).bernoulli_(1 - self.rate, generator=generator)
         if len(self._masks) <= count:  # one more, which takes all zeros that lie behind the end
             self._masks = torch.ones(count + 1)
         else:
@@ -255,7 +255,7 @@ class RunningNormalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(x − mean) / σ, clipped to ±clip; [*, size]."""
-        return ((x - self.center) / self.deviation).clamp(-self.clip, self.clip)
+        return (x - self.center).div_(self.deviation).clamp_(-self.clip, self.clip)
 
     @torch.no_grad()
     def update(self, x: Tensor, fabric: Fabric | None = None, valid: Tensor | None = None) -> None:
@@ -336,7 +336,7 @@ def make_normalizer(space: Box) -> RunningNormalizer:
 def normalized(normalizer: RunningNormalizer, obs: Tensor) -> Tensor:
     """Vectors [*, D], or records [*, R] with their numbers, normalised."""
     if obs.dtype != torch.uint8:
-        return normalizer(obs)
+        return normalizer.forward(obs)  # a module's call would take as long
     records = obs.clone()
     numbers = floats_of(records, len(normalizer.mean))
     numbers.copy_(normalizer(numbers))

@@ -8,7 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fabricrl.utils.recording import is_recording
+
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+PART = 8192
 
 
 def orthogonal_init(layer: Layer, gain: float) -> Layer:
@@ -48,4 +51,12 @@ def frozen(module: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     """θ̄ ← τ θ + (1 − τ) θ̄, for all parameters at once."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    torch._foreach_lerp_(_parts(target), _parts(source), tau)
+
+
+def _parts(module: nn.Module) -> list[Tensor]:
+    """The parameters; on a GPU in small parts, as the kernel has one multiprocessor take 65 536 numbers of a tensor."""
+    parameters = [parameter.detach() for parameter in module.parameters()]
+    if is_recording() or not parameters[0].is_cuda:
+        return parameters
+    return [part for each in parameters for part in (each.view(-1).split(PART) if each.is_contiguous() else [each])]

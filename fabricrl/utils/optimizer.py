@@ -117,7 +117,7 @@ class Adam(torch.optim.Optimizer):
         """Scales the gradient down to the norm `max_norm` if it is larger; 0: never."""
         if max_norm > 0:
             norm = torch.linalg.vector_norm(self.gradient)
-            self.gradient.mul_((max_norm / (norm + 1e-6)).clamp_(max=1.0))
+            self.gradient.div_(norm.add_(1e-6).div_(max_norm).clamp_(min=1.0))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -3,10 +3,14 @@
 Where some rows of a minibatch do not count, `weights` [B] of all rows stand in for the 1/B of the mean.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+squared_error = partial(functional.mse_loss, reduction="none")  # one operation each way, in place of five
 
 
 def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -43,17 +47,12 @@ def value_loss(
 
     The clipping is not in the paper but in its authors' code (github.com/openai/baselines, ppo2/model.py). All [B].
     """
-    errors = (new_values - returns).square()
-    if clip_vloss:
-        clipped = values + (new_values - values).clamp(-clip_coef, clip_coef)
-        clipped_errors = (clipped - returns).square()
+    errors = squared_error(new_values, returns)
+    if clip_vloss:  # the clipped value is a constant, too, and the value itself where it has not moved that far
+        clipped = new_values.detach().clamp(values - clip_coef, values + clip_coef)
+        clipped_errors = squared_error(clipped, returns)
         errors = torch.where(clipped_errors > errors, clipped_errors, errors)
     return 0.5 * mean(errors, weights)
-
-
-def entropy_loss(entropy: Tensor, weights: Tensor | None = None) -> Tensor:
-    """−mean(H): minimising it keeps the policy random (the bonus S of Eq. 9). [B]."""
-    return -mean(entropy, weights)
 
 
 @torch.no_grad()

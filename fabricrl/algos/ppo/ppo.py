@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fabricrl.algos.ppo.agent import ACTION_SPACES, PPOAgent, make_agent
 from fabricrl.algos.ppo.args import PRESETS, PPOArgs
-from fabricrl.algos.ppo.loss import entropy_loss, policy_loss, policy_metrics, value_loss
+from fabricrl.algos.ppo.loss import mean, policy_loss, policy_metrics, value_loss
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.data import Batch, RolloutBuffer, minibatches, shuffled
 from fabricrl.envs import env_actions
@@ -100,20 +100,20 @@ def logprobs_and_values(model: nn.Module, data: Batch, chunk: int | None) -> tup
 def update(run: Run, model: nn.Module, optimizer: Adam, batch: Batch, clip_coef: Coef, ent_coef: Coef) -> Tensor:
     """One optimizer step on a minibatch [B, ...].
 
-    Minimises the negated Eq. 9, L = L_policy + c_vf L_value + c_ent L_entropy. Returns METRICS, [6].
+    Minimises the negated Eq. 9, L = L_policy + c_vf L_value − c_ent H. Returns METRICS, [6].
     """
     new_logprobs, entropy, new_values = model(batch)  # [B]
     logratio, weights = new_logprobs - batch.logprobs, batch.weights
     pg_loss = policy_loss(logratio, batch.advantages, clip_coef, weights)
     v_loss = value_loss(new_values, batch.values, batch.returns, clip_coef, run.args.clip_vloss, weights)
-    ent_loss = entropy_loss(entropy, weights)
+    mean_entropy = mean(entropy, weights)
     loss = pg_loss + run.args.vf_coef * v_loss
     if run.args.ent_coef > 0:  # a weight of 0 would cost its backward pass all the same
-        loss = loss + ent_coef * ent_loss
+        loss = loss - ent_coef * mean_entropy
 
     optimizer.zero_grad()
     run.fabric.backward(loss)
-    losses = torch.stack((pg_loss, v_loss, -ent_loss)).detach()
+    losses = torch.stack((pg_loss, v_loss, mean_entropy)).detach()
     metrics = torch.cat((losses, policy_metrics(logratio.detach(), clip_coef, weights)))
     metrics = average_gradients(run.fabric, optimizer, metrics)  # both over ranks, in one message
     optimizer.clip_gradient(run.args.max_grad_norm)
