@@ -11,7 +11,8 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import compress, cycle
+from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from fabricrl.utils.seeding import generators
 PLAYER = 0  # the rank of the only player, or of the first of several, who leads
 TRAIN, STOP, ABORT, KEEPALIVE, SAVE = 0, 1, 2, 3, 4  # what the player commands
 PATH_MAX = 4096  # bytes of a path
-NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
+NUMBERS = {bool: "?7x", int: "q", float: "d"}  # eight bytes each, as `struct` writes them
 
 
 class Hello(NamedTuple):
@@ -174,43 +175,47 @@ class Packet:
         ends = pytree.tree_leaves(record, is_leaf=lambda node: isinstance(node, Rows))
         self._has_rows = isinstance(ends[-1], Rows)
         leaves = [torch.zeros(0) if leaf is None else leaf for leaf in leaves]
-        self._numbers = [not isinstance(leaf, Tensor) for leaf in leaves]
-        examples = [torch.ones(len(leaves), dtype=torch.bool)]  # which are not None
-        examples += [
-            torch.tensor(x, dtype=NUMBERS[type(x)]) if n else x for x, n in zip(leaves, self._numbers, strict=True)
+        self._are_tensors = [isinstance(leaf, Tensor) for leaf in leaves]
+        examples = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        kinds = "".join(NUMBERS[type(leaf)] for leaf in leaves if not isinstance(leaf, Tensor))
+        self._head = Struct(f"={len(examples)}?{-len(examples) % 8}x{kinds}")  # which tensors are there; the numbers
+        offset, offsets = self._head.size, []
+        for example in examples:
+            offsets.append(offset)
+            offset += -(-example.nbytes // 8) * 8
+        self.buffer = torch.zeros(offset, dtype=torch.uint8)
+        self.tensors = [
+            self.buffer[start : start + example.nbytes].view(example.dtype).view(example.shape)
+            for start, example in zip(offsets, examples, strict=True)
         ]
-        sizes = [example.numel() * example.itemsize for example in examples]
-        self.buffer = torch.zeros(sum(-(-size // 8) * 8 for size in sizes), dtype=torch.uint8)
-        views, offset = [], 0
-        for example, size in zip(examples, sizes, strict=True):
-            views.append(self.buffer[offset : offset + size].view(example.dtype).view(example.shape))
-            offset += -(-size // 8) * 8
-        self._present, *self.tensors = views
-        self.message, self._start_of_rows = self.buffer, offset - -(-sizes[-1] // 8) * 8
+        self._bytes = self.buffer.numpy().data
+        self.message, self._start_of_rows = self.buffer, offsets[-1] if offsets else offset
 
     def fill(self, record: Any) -> "Packet":
         """Writes a record into the buffer, with the fields and shapes, and in the types that were declared."""
         leaves, spec = pytree.tree_flatten(record)
         assert spec == self._spec, f"{self.name} has other fields than declared: {spec}"
-        self._present.copy_(torch.tensor([leaf is not None for leaf in leaves]))
+        tensors = list(compress(leaves, self._are_tensors))
+        numbers = [leaf for leaf, is_tensor in zip(leaves, self._are_tensors, strict=True) if not is_tensor]
+        self._head.pack_into(self._bytes, 0, *(tensor is not None for tensor in tensors), *numbers)
         views = self.tensors
         if self._has_rows:
             *whole, room = views
-            rows = room[: len(leaves[-1])]
+            rows = room[: len(tensors[-1])]
             views, self.message = [*whole, rows], self.buffer[: self._start_of_rows + rows.nbytes]
-        for view, leaf in zip(views, leaves, strict=True):
-            if isinstance(leaf, Tensor):
-                assert view.shape == leaf.shape, f"a field of {self.name} is {list(leaf.shape)}, not {list(view.shape)}"
-                view.copy_(leaf)
-            elif leaf is not None:
-                view.fill_(leaf)
+        for view, tensor in zip(views, tensors, strict=True):
+            if tensor is not None:
+                assert view.shape == tensor.shape, f"{self.name}: a field is {[*tensor.shape]}, not {[*view.shape]}"
+                view.copy_(tensor)
         return self
 
     def read(self) -> Any:
         """The record in the buffer; its tensors are views."""
-        leaves = zip(self.tensors, self._numbers, self._present.tolist(), strict=True)
-        values = [(view.item() if number else view) if present else None for view, number, present in leaves]
-        return pytree.tree_unflatten(values, self._spec)
+        head = self._head.unpack_from(self._bytes)
+        tensors = iter([view if there else None for view, there in zip(self.tensors, head, strict=False)])
+        numbers = iter(head[len(self.tensors) :])
+        leaves = [next(tensors) if is_tensor else next(numbers) for is_tensor in self._are_tensors]
+        return pytree.tree_unflatten(leaves, self._spec)
 
 
 class Outbox:
