@@ -82,6 +82,10 @@ CATCH = "--num-envs 16 --num-steps 32 --hidden-sizes"
 PENDULUM = (
     "--total-timesteps 20000 --learning-starts 256 --policy-lr 1e-3 --q-lr 1e-3 --policy-frequency 1 --log-every 200"
 )
+REPEATED = (
+    "--action-repeat 4 --total-timesteps 5000 --learning-starts 500 --batch-size 64 --reward-scale 0.1 --alpha 0.1 "
+    "--log-every 100 --num-threads 1"
+)
 ONE = "--num-threads 1"  # off-policy scripts take two threads by default, and with --jobs runs share the cores
 
 
@@ -202,6 +206,25 @@ TASKS = {
         source="rl-baselines3-zoo, 20k steps, one run, ± over episodes",
         rival="sac-pendulum",
         times=0,
+    ),
+    # Of 84 × 84 pixels, and of the state they show. The bar is 80 % of the way from random actions to `sac-pendulum`
+    "sac-pixel-pendulum": Task(
+        f"{SAC} --env-id examples.pixels:PixelPendulum-v0 --frame-stack 3 --buffer-size 20000 {REPEATED}",
+        seeds=3,
+        measure="greedy_return",
+        bar=-350,
+        reference=(-1213, 13),
+        source="random actions, 300 episodes",
+        rival="sac-repeated-pendulum",
+        times=0,
+    ),
+    "sac-repeated-pendulum": Task(
+        f"{SAC} --env-id Pendulum-v1 --buffer-size 20000 {REPEATED}",
+        seeds=3,
+        measure="greedy_return",
+        bar=-200,
+        reference=(-1213, 13),
+        source="random actions, 300 episodes",
     ),
     "sac-halfcheetah": Task(
         f"{SAC} --env-id HalfCheetah-v4 --total-timesteps 100000 --log-every 1000 {ONE}",

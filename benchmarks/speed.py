@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -261,6 +262,10 @@ MESSAGES = {
         "192 269464 1 6",
     ),
 }
+MEMORY = {  # arguments, and the steps of an iteration
+    "memory": ("--env-id CartPole-v1 --num-steps 32", 128),
+    "memory-tensors": ("--env-id torch/CartPole-v1 --num-envs 4096 --num-steps 2 --update-epochs 1", 8192),
+}
 STARTS = {  # runs that are hardly more than a start
     "PPO": f"{PPO} --env-id CartPole-v1 --total-timesteps 512",
     "recurrent PPO": f"{RECURRENT} --env-id CartPole-v1 --total-timesteps 1024",
@@ -453,12 +458,12 @@ def bench_compiled_startup(options: argparse.Namespace) -> bool:
     return bench("startup", comparisons, measure, options)
 
 
-def bench_memory(options: argparse.Namespace) -> bool:
+def bench_memory(name: str, options: argparse.Namespace) -> bool:
     """Resident memory over 2 000 iterations that all log, and save every 50: what grows, grows visibly."""
-    iteration, iterations = 128, 2000  # steps of one
+    (flags, iteration), iterations = MEMORY[name], 2000
     comparisons = [Comparison("resident MiB", "iteration 2 000", "iteration 100", "a / b", "<= 1.01")]
     arguments = (
-        f"{PPO} --env-id CartPole-v1 --num-steps 32 --total-timesteps {iteration * iterations} "
+        f"{PPO} {flags} --total-timesteps {iteration * iterations} "
         f"--log-every {iteration} --checkpoint-every {50 * iteration}"
     )
 
@@ -475,15 +480,17 @@ def bench_memory(options: argparse.Namespace) -> bool:
         assert process.returncode == 0, command
         return [(by_step[max(by_step)], by_step[100 * iteration])]
 
-    return bench("memory", comparisons, measure, options)
+    return bench(name, comparisons, measure, options)
 
 
 def bench_ranks(name: str, options: argparse.Namespace) -> bool:
-    """Two ranks beside one: steps per second of both together, and the shares of time/*."""
+    """Two ranks beside one: steps per second of both together, and the shares of time/*; and two runs side by side that
+    do not talk, which is as much as the machine has for two."""
     arguments, one, each_of_two, bar = RANKS[name]
     parts = ("act", "env", "train", "comm", "log")
     comparisons = [Comparison("steps/s", "two ranks", "one rank", "a / b", bar)]
     comparisons += [Comparison(f"share of time/{part}", "two ranks", "one rank", "a - b") for part in parts]
+    comparisons += [Comparison("steps/s", "two runs that do not talk", "one rank", "a / b")]
 
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
         columns = []
@@ -493,7 +500,10 @@ def bench_ranks(name: str, options: argparse.Namespace) -> bool:
             entries = logged(folder)
             shares = [statistics.mean(float(entry[f"time/{part}"]) for entry in entries) for part in parts]
             columns.append((outcome.sps, *shares))
-        return list(zip(*columns, strict=True))
+        pair = [ours(f"{arguments} --seed {seed} {one}", tempfile.mkdtemp(dir=log_dir), options) for _ in range(2)]
+        with ThreadPoolExecutor() as side_by_side:
+            both = sum(outcome.sps for outcome in side_by_side.map(timed, pair))
+        return [*zip(*columns, strict=True), (both, columns[1][0])]
 
     return bench(f"ranks-{name}", comparisons, measure, options)
 
@@ -732,7 +742,7 @@ def main() -> int:
     jobs: list[tuple[str, Callable[[argparse.Namespace], bool]]] = []
     jobs += [("--startup", bench_startup)] * options.startup
     jobs += [("--sampling", bench_sampling)] * options.sampling
-    jobs += [("--memory", bench_memory)] * options.memory
+    jobs += [("--memory", partial(bench_memory, name)) for name in MEMORY] * options.memory
     jobs += [("--ranks", partial(bench_ranks, name)) for name in RANKS] * options.ranks
     parts = [*GPU] if options.gpu else options.gpu_task
     jobs += [(f"--gpu-task {shlex.quote(name)}", partial(bench_gpu, name)) for name in parts]
