@@ -490,7 +490,7 @@ def bench_ranks(name: str, options: argparse.Namespace) -> bool:
     parts = ("act", "env", "train", "comm", "log")
     comparisons = [Comparison("steps/s", "two ranks", "one rank", "a / b", bar)]
     comparisons += [Comparison(f"share of time/{part}", "two ranks", "one rank", "a - b") for part in parts]
-    comparisons += [Comparison("steps/s", "two runs that do not talk", "one rank", "a / b")]
+    comparisons += [Comparison("steps/s, side by side", "two runs that do not talk", "one rank", "a / b")]
 
     def measure(seed: int, log_dir: str) -> list[tuple[float, float]]:
         columns = []
