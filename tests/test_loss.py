@@ -73,8 +73,9 @@ def test_value_loss_is_the_mean_over_samples() -> None:
 
 
 def test_a_value_that_has_not_moved_far_is_learned_as_without_clipping() -> None:
-    values, returns = 0.1 * torch.randn(2, 1000), torch.randn(2, 1000)
-    new_values = values + 0.19 * (2 * torch.rand(2, 1000) - 1)
+    values, returns = torch.randn(2, 2, 1000)
+    changes = 0.19 * (2 * torch.rand(2, 2, 1000, dtype=torch.float64) - 1).prod(0)
+    new_values = (values + changes).float()  # not a sum in float32, of which the difference is what was added
     gradients = []
     for clip_vloss in (True, False):
         x = new_values.clone().requires_grad_()

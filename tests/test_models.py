@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabricrl.models import models
 from fabricrl.models.models import ACTIVATIONS, MLP, DropoutMasks, EnsembleMLP, RewardNormalizer, RunningNormalizer
+from fabricrl.utils import model
 from fabricrl.utils.model import frozen, parameter_hash, polyak_update
+from fabricrl.utils.optimizer import Adam
 from tests.conftest import SINGLE, on_ranks
 
 MODULES = [("relu", nn.ReLU), ("tanh", nn.Tanh), ("silu", nn.SiLU), ("elu", nn.ELU)]
@@ -298,6 +300,21 @@ def test_targets_move_towards_their_source_by_tau() -> None:
     assert parameter_hash(source) == before
     polyak_update(target, source, 1.0)
     assert parameter_hash(target) == before
+
+
+def test_targets_move_in_parts_as_they_do_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.Conv2d(4, 3, 3), nn.Linear(3, 7), nn.Linear(1, 1)
+    source = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    source.register_parameter("scalar", nn.Parameter(torch.tensor(0.5)))
+    whole, divided = (shaken(copy.deepcopy(source)) for _ in range(2))
+    divided.load_state_dict(whole.state_dict())
+    Adam(source.parameters(), 0.1)  # which lays its parameters out otherwise than those of their targets
+    polyak_update(whole, source, 0.1)
+    monkeypatch.setattr(model, "_go_in_parts", lambda parameter: True)
+    monkeypatch.setattr(model, "PART", 5)
+    polyak_update(divided, source, 0.1)
+    for (name, one), other in zip(whole.named_parameters(), divided.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "layer norm"])

@@ -183,7 +183,7 @@ def env_actions(space: Space, actions: np.ndarray) -> np.ndarray:
 
 
 def _check_finite(actions: np.ndarray) -> None:
-    if np.count_nonzero(np.isfinite(actions)) != actions.size:  # half the time of .all()
+    if np.count_nonzero(np.isfinite(actions)) != actions.size:  # .all() takes twice as long
         raise NonFiniteError("the policy's actions are not finite")
 
 

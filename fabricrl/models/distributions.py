@@ -139,8 +139,11 @@ class NormalHead(nn.Module):
     def logprob_and_entropy(
         self, params: Tensor, actions: Tensor, masks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """log π(a) = Σ_i −(a_i − μ_i)²/2σ_i² − log σ_i − log √2π, and H = Σ_i 1/2 + log √2π + log σ_i; both [*]."""
-        squares = F.mse_loss(params, actions, reduction="none")  # (a − μ)² as one operation each way
+        """log π(a) = Σ_i −(a_i − μ_i)²/2σ_i² − log σ_i − log √2π, and H = Σ_i 1/2 + log √2π + log σ_i; both [*].
+
+        Finite for |log σ| < 44.
+        """
+        squares = F.mse_loss(params, actions, reduction="none")
         log_scale = self.log_std.sum()
         constant = self.num_actions * 0.5 * math.log(2 * math.pi)
         entropy = log_scale + (constant + 0.5 * self.num_actions)

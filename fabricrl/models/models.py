@@ -336,7 +336,7 @@ def make_normalizer(space: Box) -> RunningNormalizer:
 def normalized(normalizer: RunningNormalizer, obs: Tensor) -> Tensor:
     """Vectors [*, D], or records [*, R] with their numbers, normalised."""
     if obs.dtype != torch.uint8:
-        return normalizer.forward(obs)  # a module's call would take as long
+        return normalizer.forward(obs)  # calling the module would take twice as long
     records = obs.clone()
     numbers = floats_of(records, len(normalizer.mean))
     numbers.copy_(normalizer(numbers))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import compress, cycle
 from struct import Struct
+from struct import error as StructError
 from typing import Any, NamedTuple
 
 import torch
@@ -197,7 +198,10 @@ class Packet:
         assert spec == self._spec, f"{self.name} has other fields than declared: {spec}"
         tensors = list(compress(leaves, self._are_tensors))
         numbers = [leaf for leaf, is_tensor in zip(leaves, self._are_tensors, strict=True) if not is_tensor]
-        self._head.pack_into(self._bytes, 0, *(tensor is not None for tensor in tensors), *numbers)
+        try:
+            self._head.pack_into(self._bytes, 0, *(tensor is not None for tensor in tensors), *numbers)
+        except StructError as error:
+            raise AssertionError(f"{self.name} has other numbers than declared: {error}") from error
         views = self.tensors
         if self._has_rows:
             *whole, room = views

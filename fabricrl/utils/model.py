@@ -51,12 +51,21 @@ def frozen(module: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     """θ̄ ← τ θ + (1 − τ) θ̄, for all parameters at once."""
-    torch._foreach_lerp_(_parts(target), _parts(source), tau)
+    pairs = [(a.detach(), b.detach()) for a, b in zip(target.parameters(), source.parameters(), strict=True)]
+    if _go_in_parts(pairs[0][0]):
+        pairs = [part for pair in pairs for part in _parts(*pair)]
+    targets, sources = zip(*pairs, strict=True)
+    torch._foreach_lerp_(targets, sources, tau)
 
 
-def _parts(module: nn.Module) -> list[Tensor]:
-    """The parameters; on a GPU in small parts, as the kernel has one multiprocessor take 65 536 numbers of a tensor."""
-    parameters = [parameter.detach() for parameter in module.parameters()]
-    if is_recording() or not parameters[0].is_cuda:
-        return parameters
-    return [part for each in parameters for part in (each.view(-1).split(PART) if each.is_contiguous() else [each])]
+def _go_in_parts(parameter: Tensor) -> bool:
+    return parameter.is_cuda and not is_recording()
+
+
+def _parts(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Small parts of both, as a GPU gives each multiprocessor 65 536 numbers of a tensor; or all, where they cannot be
+    divided alike."""
+    if target.is_contiguous() and source.is_contiguous():
+        yield from zip(target.view(-1).split(PART), source.view(-1).split(PART), strict=True)
+    else:
+        yield target, source

@@ -34,7 +34,7 @@ class FlatState:
         for parameter, part in zip(self.parameters, self.vector.split(self.sizes), strict=True):
             parameter.data = part.view_as(parameter)
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
-        if self.vector.device.type == "cuda":  # whose kernel has one multiprocessor take 65 536 numbers of a tensor
+        if self.vector.device.type == "cuda":  # which gives each multiprocessor 65 536 numbers of a tensor
             self.part_size = max(1024, math.ceil(len(self.vector) / 32 / 1024) * 1024)
         self.exp_avg, self.exp_avg_sq = (
             moment.to(self.vector, copy=True) for moment in (self.exp_avg, self.exp_avg_sq)

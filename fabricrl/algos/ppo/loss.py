@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-squared_error = partial(functional.mse_loss, reduction="none")  # one operation each way, in place of five
+squared_error = partial(functional.mse_loss, reduction="none")  # one operation forward and one backward
 
 
 def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def value_loss(
     The clipping is not in the paper but in its authors' code (github.com/openai/baselines, ppo2/model.py). All [B].
     """
     errors = squared_error(new_values, returns)
-    if clip_vloss:  # the clipped value is a constant, too, and the value itself where it has not moved that far
+    if clip_vloss:  # a constant again; exactly the new value where that is in range, so that its own error counts
         clipped = new_values.detach().clamp(values - clip_coef, values + clip_coef)
         clipped_errors = squared_error(clipped, returns)
         errors = torch.where(clipped_errors > errors, clipped_errors, errors)

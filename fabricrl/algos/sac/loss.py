@@ -33,7 +33,7 @@ def critic_loss(q: Tensor, targets: Tensor) -> Tensor:
     Args:
         q: [C, B]; targets: [B].
     """
-    errors = functional.mse_loss(q, targets.expand_as(q), reduction="none")  # one operation each way, not five
+    errors = functional.mse_loss(q, targets.expand_as(q), reduction="none")
     return 0.5 * errors.mean(-1).sum()
 
 
