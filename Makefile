@@ -31,6 +31,7 @@ $(VENV)/.done: pyproject.toml
 	@$(BIN)/python -m pip install --quiet '$(TORCH)'
 	@echo "4/4 everything else that training and testing need (a minute or two)"
 	@$(BIN)/python -m pip install --quiet --editable . --group dev
+	@echo "ready; to use it from the shell: source $(VENV)/bin/activate"
 	@touch $@
 
 train: setup

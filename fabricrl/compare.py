@@ -294,7 +294,7 @@ def summarise(groups: Sequence[Group], threshold: float | None = None) -> list[d
         row |= {"steps": int(group.grid[-1]), "seconds": float(group.seconds.mean())}
         row |= {"threshold": float(goal), "steps_to_threshold": float(np.median(steps_to(group, goal)))}
         better = better_low = better_high = np.array(np.nan)  # than itself
-        if group is not peers[0]:
+        if group is not peers[0] and min(len(group.finals), len(peers[0].finals)) > 1:  # a pair of runs tells nothing
             samples = group.finals, peers[0].finals
             better = probability_of_improvement(*samples)
             better_low, better_high = interval(*samples, statistic=probability_of_improvement)
@@ -338,7 +338,7 @@ def markdown(rows: Sequence[dict[str, Any]], first: dict[str, str]) -> str:
         spread = f" ± {row['std']:.1f}" if row["seeds"] > 1 else ""
         cells += [f"{row['mean']:.1f}{spread}", str(row["steps"]), f"{reached} ({row['threshold']:.4g})"]
         cells += [f"{row['seconds']:.0f}" if np.isfinite(row["seconds"]) else "", ""]
-        if row["group"] != first[row["env"]]:
+        if row["group"] != first[row["env"]] and np.isfinite(row["better"]):
             cells[-1] = _between(row["better"], row["better_low"], row["better_high"], 2)
         lines.append([cell.replace("|", r"\|") for cell in cells])
     lines.insert(1, ["-"] * len(lines[0]))

@@ -88,9 +88,9 @@ def test_the_update_in_the_readme_is_that_of_ppo() -> None:
     ("page", "env_id"),
     [
         ("README.md", "my_envs:Target-v0"),
-        ("docs/environments.md", "my_envs:Target-v0"),
+        ("docs/environments.md", "goal_envs:Goal-v0"),
         ("docs/environments.md", "my_lights:Lights-v0"),
-        ("docs/tensors.md", "my_envs:Target-v0"),
+        ("docs/tensors.md", "tensor_targets:TensorTarget-v0"),
     ],
 )
 def test_the_environment_of_a_page_trains_and_its_policy_is_loaded(

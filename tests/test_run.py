@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -29,6 +29,7 @@ from fabricrl.data import RecurrentRolloutBuffer, ReplayBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.wrappers import RecordEpisodes
 from fabricrl.utils import metric
+from fabricrl.utils import run as run_utils
 from fabricrl.utils.errors import EnvError, from_here
 from fabricrl.utils.run import progress_bar
 from tests.conftest import BareRun
@@ -193,6 +194,15 @@ def test_no_progress_bar_without_a_terminal_and_one_with_it(
     assert parse_qs(urlsplit(address).query) == {
         "pinnedCards": ['[{"plugin":"scalars","tag":"charts/episodic_return"}]']
     }
+
+
+def test_without_a_terminal_a_line_now_and_then_tells_how_far_it_is(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_utils, "TELL_EVERY", 0.0)
+    lines = train(main, "--total-timesteps", 1536, "--num-steps", 128).output.splitlines()
+    told = [re.fullmatch(r"step (\d+) of 1536, \d+ steps/s, return (\d+\.\d)", line) for line in lines]
+    assert [int(line[1]) for line in told if line] == [512, 1024, 1536]
 
 
 def test_a_narrow_terminal_shows_the_return_also_once_it_has_been_resized(monkeypatch: pytest.MonkeyPatch) -> None:

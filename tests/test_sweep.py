@@ -90,19 +90,19 @@ def test_every_combination_is_run_with_every_seed(script: Path, tmp_path: Path) 
 
 
 def test_environments_are_a_table_with_a_first_group_each(script: Path, tmp_path: Path) -> None:
-    flags = ["--grid", "env-id=One-v0,Two-v0", "learning-rate=1,2", "--log-dir", tmp_path / "logs"]
+    flags = ["--grid", "env-id=One-v0,Two-v0", "learning-rate=1,2", "--seeds", 2, "--log-dir", tmp_path / "logs"]
     done = call(sweep.main, "stub", *flags)
     assert done.code == 0, done
     better = {tuple(row.split(" | ")[:2]): row.split(" | ")[-1].strip(" |") for row in done.out.splitlines()[2:]}
     assert better == {
-        (f"| {env}", f"algo learning-rate={rate}"): "" if rate == "1.0" else "1.00"
+        (f"| {env}", f"algo learning-rate={rate}"): "" if rate == "1.0" else "1.00 [1.00, 1.00]"
         for env in ("One-v0", "Two-v0")
         for rate in ("1.0", "2.0")
     }
 
 
 def test_the_first_group_is_the_first_of_the_grid(script: Path, tmp_path: Path) -> None:
-    flags = ["--grid", "learning-rate=10,2,1", "--log-dir", tmp_path / "logs"]
+    flags = ["--grid", "learning-rate=10,2,1", "--seeds", 2, "--log-dir", tmp_path / "logs"]
     done = call(sweep.main, "stub", *flags, "--json")
     found = {row["group"]: row["better"] for row in json.loads(done.out)}
     assert found == {"algo learning-rate=10.0": None, "algo learning-rate=2.0": 0, "algo learning-rate=1.0": 0}

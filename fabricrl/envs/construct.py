@@ -116,7 +116,7 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
         if type(absent) is ImportError and type(error) is ImportError:
             return ConfigError(f"--env-id {env_id} cannot be imported ({text}){_newest(env_id)}")
         module = env_id.rpartition(":")[0]
-        looked = f"; modules of your own are looked up in {os.getcwd()}" if module else ""
+        looked = f"; your own modules are looked for in {os.getcwd()}" if module else ""
         if f"{module}.".startswith(f"{getattr(error.__cause__, 'name', None)}."):  # Gymnasium raises it anew
             if module.endswith(".py"):
                 return ConfigError(f"--env-id {env_id}: name the module without .py")
@@ -129,6 +129,7 @@ def _construction_error(env_id: str, env_kwargs: str, error: BaseException) -> C
         )
     malformed = env_id.count(":") > 1 or "Malformed environment ID" in text
     if malformed or isinstance(error, gym.error.UnregisteredEnv | gym.error.DeprecatedEnv):
+        text = text.partition(" Did you mean")[0].rstrip(".")  # ours knows of versions and modules
         return ConfigError(f"--env-id {env_id} is not a known environment ({text}); {_nearest(env_id)}")
     if isinstance(error, TypeError) and "argument" in text and _is_of_the_call(error):
         return ConfigError(f"--env-kwargs {env_kwargs} does not fit {env_id}: {text}")
@@ -163,8 +164,9 @@ def _nearest(env_id: str) -> str:
     if importlib.util.find_spec("ale_py") is not None:
         importlib.import_module("ale_py")  # registers its games
     names = {known.rpartition("/")[2]: known for known in gym.registry} | {known: known for known in gym.registry}
-    close = [names[name] for name in difflib.get_close_matches(env_id, names, n=3, cutoff=0.7)]
+    module, colon, name = env_id.rpartition(":")
+    close = [names[like] for like in difflib.get_close_matches(name, names, n=3, cutoff=0.7)]
     if close:
-        return f"did you mean {', '.join(close)}?"
+        return f"did you mean {', '.join(module + colon + like for like in close)}?"
     own = f"name your own with its module, as in my_envs:{env_id}; " if env_id and ":" not in env_id else ""
     return f"{own}see gymnasium.pprint_registry() for those there are"

@@ -124,7 +124,7 @@ class Part:
 
     def _misfit(self, what: str) -> EnvError:
         place = f"part {self.name!r} of " if self.name else ""
-        return EnvError(f"{place}an observation {what}, its space is {text_of(self.space)}")
+        return EnvError(f"{place}an observation {what}; its space is {text_of(self.space)}")
 
 
 class Observation:
@@ -194,7 +194,7 @@ class Observation:
 
     def _misfit(self, path: tuple, what: str, space: Space) -> EnvError:
         place = f"part {_name(path)!r} of " if path else ""
-        return EnvError(f"{place}an observation {what}, its space is {text_of(space)}")
+        return EnvError(f"{place}an observation {what}; its space is {text_of(space)}")
 
 
 def _leaves(space: Space, path: tuple = ()) -> Iterator[tuple[tuple, Space]]:

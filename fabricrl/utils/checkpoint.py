@@ -264,7 +264,10 @@ def restore(module: nn.Module, stored: Mapping[str, Any]) -> None:
     for key in sorted(own.keys() | stored.keys()):
         ours, theirs = (tuple(d[key].shape) if key in d else "absent" for d in (own, stored))
         if ours != theirs:
-            raise CheckpointError(f"does not fit this agent: {key} is {theirs} in the checkpoint and {ours} now")
+            raise CheckpointError(
+                f"does not fit this agent: {key} is {theirs} in the checkpoint and {ours} now; was it saved by a "
+                "changed copy of the script, or before agent.py was changed?"
+            )
         if own[key].is_floating_point() != stored[key].is_floating_point():
             raise CheckpointError(f"does not fit this agent: {key} is {stored[key].dtype} in it, {own[key].dtype} now")
         if not stored[key].isfinite().all():

@@ -30,6 +30,7 @@ from fabricrl.utils.process import freeze_gc
 from fabricrl.utils.ranks import all_gather
 
 # Where TensorBoard shows itself, with the card of the mean return in front
+TELL_EVERY = 60.0  # seconds between lines of progress where there is no terminal
 PINNED = json.dumps([{"plugin": "scalars", "tag": "charts/episodic_return"}], separators=(",", ":"))
 RETURN_PINNED = f"http://localhost:6006/?pinnedCards={quote(PINNED)}#timeseries"
 
@@ -65,7 +66,7 @@ class RunFolder:
         self.best_return = -math.inf
         self.checkpoint: Path | None = resumed
         self.first_step = self._logged_step = self._saved_step = step
-        self._started = self._stopped = time.perf_counter()
+        self._started = self._stopped = self._told = time.perf_counter()
         self._logger: Logger | None = None
         self._lock: int | None = None
         self._bar: tqdm | None = None
@@ -86,7 +87,7 @@ class RunFolder:
                 self._open_logs()
         atexit.register(self.close)
         freeze_gc()
-        self._started = self._stopped = time.perf_counter()
+        self._started = self._stopped = self._told = time.perf_counter()
 
     @property
     def videos(self) -> Path:
@@ -94,11 +95,18 @@ class RunFolder:
         return self.folder / "videos" / (f"from_step_{self.first_step}" if self.first_step else "")
 
     def advance(self, step: int, mean_return: float) -> None:
-        """Moves the progress bar and the end of the time over which steps per second are counted."""
+        """Moves the progress bar, in whose place a line a minute is printed without a terminal, and the end of the time
+        over which steps per second are counted."""
         self._stopped = time.perf_counter()
-        if self._bar is not None and not self._bar.disable:
+        if self._bar is None:
+            return
+        if not self._bar.disable:
             self._bar.set_description_str(f"return {mean_return:.1f}", refresh=False)
             self._bar.update(step - self._bar.n)
+        elif self._stopped - self._told > TELL_EVERY:
+            self._told = self._stopped
+            done, speed = f"step {step} of {self.args.total_timesteps}", f"{self.sps(step):.0f} steps/s"
+            print(f"{done}, {speed}, return {mean_return:.1f}", file=sys.stderr, flush=True)
 
     def sps(self, step: int) -> float:
         """Environment steps per second of all ranks, from the first reset to the last update of this process."""

@@ -115,7 +115,7 @@ def update(run: Run, model: nn.Module, optimizer: Adam, batch: Batch, clip_coef:
     run.fabric.backward(loss)
     losses = torch.stack((pg_loss, v_loss, mean_entropy)).detach()
     metrics = torch.cat((losses, policy_metrics(logratio.detach(), clip_coef, weights)))
-    metrics = average_gradients(run.fabric, optimizer, metrics)  # both over ranks, in one message
+    metrics = average_gradients(run.fabric, optimizer, metrics)  # over ranks, with the gradient in one message
     optimizer.clip_gradient(run.args.max_grad_norm)
     optimizer.step()
     return metrics
