@@ -194,8 +194,8 @@ TASKS = {
         seeds=3,
         measure="greedy_return",
         bar=475,
-        reference=(500, 0),
-        source="Gymnasium calls CartPole-v1 solved at 475",
+        reference=(475, 0),
+        source="the return at which Gymnasium calls CartPole-v1 solved",
     ),
     "sac-tensor-pendulum": Task(
         f"{SAC} --env-id torch/Pendulum-v1 {PENDULUM} {ONE}",
@@ -437,7 +437,8 @@ def write_table(path: Path, command: str, rows: list[dict[str, float]], columns:
 def plot(path: Path, task: Task, curves: list[dict[str, float]], rivals: list[dict[str, float]]) -> None:
     """Each seed's curve thin, their interquartile mean and its interval, the published result dashed with its ±."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for table, name in ((curves, task.command.split("/")[-1].split(".py")[0]), (rivals, task.rival)):
+    script, *arguments = task.command.split()
+    for table, name in ((curves, Path(script).stem), (rivals, task.rival)):
         logs = []
         for seed in sorted({row["seed"] for row in table}):
             pairs = ((row["step"], row["episodic_return"]) for row in table if row["seed"] == seed)
@@ -448,7 +449,7 @@ def plot(path: Path, task: Task, curves: list[dict[str, float]], rivals: list[di
     mean, spread = task.reference
     axes.axhline(mean, color="black", linestyle="--", linewidth=1, label=f"{task.source}: {mean:g} ± {spread:g}")
     axes.axhspan(mean - spread, mean + spread, color="black", alpha=0.07, linewidth=0)
-    axes.set_title(task.command.split("/")[-1].split(" --num-envs")[0].split(" --total")[0])
+    axes.set_title(f"{Path(script).name} {' '.join(arguments[:2])}")
     axes.set(xlabel="environment steps", ylabel="return of training episodes")
     axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=110)
