@@ -31,8 +31,10 @@ from tests.process import (
     signal_again,
     signal_self,
     started,
+    team,
     wait_for,
 )
+from tests.test_decoupled_run import MODULE, endless
 from tests.test_launching import as_srun
 
 # A run that nobody would wait for, in iterations of milliseconds
@@ -192,6 +194,15 @@ echo "$@" >> "$REQUEUED"
 JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train"}
 
 
+def scontrol(tmp_path: Path, then: str) -> tuple[Path, dict[str, str]]:
+    """Makes a command that notes what it is asked for; returns its notes, and variables by which ranks find it."""
+    command, requeued = tmp_path / "bin/scontrol", tmp_path / "requeued"
+    command.parent.mkdir()
+    command.write_text(SCONTROL.format(then=then))
+    command.chmod(0o755)
+    return requeued, {"PATH": f"{command.parent}:{os.environ['PATH']}", "REQUEUED": str(requeued)}
+
+
 def signal_itself(job: dict[str, str], rank: int) -> None:
     """Makes a rank one of srun's in this job, which signals itself in its third iteration if it is the last."""
     as_srun(rank)
@@ -218,13 +229,8 @@ def test_under_slurm_a_job_that_makes_room_is_requeued_once_when_all_is_saved(
     tmp_path: Path, job: dict[str, str], then: str, asked: list[str], told: str
 ) -> None:
     """Two ranks on two nodes; `scontrol` notes what it is asked for, and that there is a checkpoint by then."""
-    scontrol, requeued = tmp_path / "bin/scontrol", tmp_path / "requeued"
-    scontrol.parent.mkdir()
-    scontrol.write_text(
-        SCONTROL.format(then=f"ls {tmp_path}/logs/*/*/*/checkpoints/step_000000000192.ckpt || exit 2\n{then}")
-    )
-    scontrol.chmod(0o755)
-    variables = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "REQUEUED": str(requeued)}
+    then = f"ls {tmp_path}/logs/*/*/*/checkpoints/step_000000000192.ckpt || exit 2\n{then}"
+    requeued, variables = scontrol(tmp_path, then)
     flags = ["fabricrl.algos.ppo.ppo", *ENDLESS, "--num-nodes", 2, *log_under(tmp_path)]
     options: dict[str, Any] = {"prepare": partial(signal_itself, job), "variables": variables, "code": 75}
     ended = run_team("tests.stopped", *flags, folder=tmp_path / "out", **options)
@@ -232,6 +238,44 @@ def test_under_slurm_a_job_that_makes_room_is_requeued_once_when_all_is_saved(
     assert ended.printed("err").splitlines().count(told) == 1, ended.report()
     assert ended.result["steps"] == str(3 * 2 * 2 * 16)
     assert ended.errors == []
+
+
+def as_task(rank: int) -> None:
+    """Makes a rank one of srun's in a job."""
+    as_srun(rank)
+    os.environ |= JOB
+
+
+@pytest.mark.parametrize("algo", ["ppo", "sac"])
+def test_a_twin_s_player_requeues_the_job_at_each_signal_to_all_ranks_and_the_next_start_goes_on(
+    algo: str, tmp_path: Path
+) -> None:
+    """`scontrol` notes which rank asks and what is saved by then, and succeeds if none has ended yet.
+
+    Slurm may end the others as soon as one has.
+    """
+    saved = f"cd {tmp_path}/logs/*/*/*/checkpoints; ls step_*.ckpt | tail -n 1"
+    lives = f"for pid in $(cat {tmp_path}/pids); do grep -q 'State:.[RSD]' /proc/$pid/status || exit 2; done"
+    requeued, variables = scontrol(tmp_path, f'(echo $SLURM_PROCID; {saved}) >> "$REQUEUED"\nsleep 0.5\n{lives}')
+    flags = [MODULE[algo], *endless(algo, tmp_path), "--num-nodes", 2, "--resume", "auto"]
+    steps = [0]
+
+    def goes_on() -> bool:
+        return any(int(path.stem.removeprefix("step_")) > steps[-1] for path in checkpoints(tmp_path))
+
+    for start in range(2):
+        with team(*flags, folder=tmp_path / f"{start}", prepare=as_task, variables=variables) as ranks:
+            wait_for(lambda: goes_on() or any(rank.exitcode for rank in ranks.ranks))
+            (tmp_path / "pids").write_text(" ".join(str(rank.pid) for rank in ranks.ranks))
+            for rank in ranks.ranks:
+                os.kill(rank.pid or 0, signal.SIGUSR1)
+            ranks.finish()
+        assert (ranks.code, ranks.errors) == (75, []), ranks.report()
+        assert ranks.printed("err").splitlines().count("job 17 is requeued") == 1, ranks.report()
+        steps.append(int(ranks.result["steps"]))
+    asked = [line for step in steps[1:] for line in ("requeue 17", "0", f"step_{step:012d}.ckpt")]
+    assert requeued.read_text().splitlines() == asked
+    assert run_folder(tmp_path / "logs") == Path(ranks.result["checkpoint"]).parent.parent
 
 
 @pytest.mark.parametrize("variables", [{}, {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "interactive"}])
