@@ -356,6 +356,36 @@ def test_two_ranks_take_over_from_one_with_half_of_everything_each(algo: str, tm
         assert (before["schedule"]["done"], after["schedule"]["done"]) == ((144 - 64) // 2, updates)
 
 
+@pytest.mark.parametrize(
+    ("algo", "flags", "iterations", "steps", "share"),
+    [
+        ("ppo", FLAGS, 2, [128, 256, 1024], "such that each of 3 trainers has an equal share of every minibatch of 16"),
+        ("sac", [*OFF_POLICY, "--resume", "auto"], 20, [80, 160, 240], "a multiple of 3, so that each trainer has"),
+    ],
+    ids=["ppo", "sac"],
+)
+def test_a_twin_goes_on_with_as_many_trainers_as_there_are_under_the_same_command(
+    algo: str, flags: list[object], iterations: int, steps: list[int], share: str, tmp_path: Path
+) -> None:
+    """As torchrun starts it while nodes leave and return: where ranks are too few or cannot share, one line says so."""
+    line = ["tests.stopped", f"fabricrl.algos.{algo}.{algo}_decoupled", *flags, "--log-dir", tmp_path / "logs"]
+    done, refused = [], []
+    for attempt, (ranks, code) in enumerate([(3, 143), (2, 143), (1, 2), (4, 2), (3, 0)]):
+        variables = {"STOPPED_IN": str(iterations if code == 143 else 0)}
+        options: dict[str, Any] = {"world_size": ranks, "code": code, "variables": variables}
+        ended = run_team(*line, folder=tmp_path / f"{attempt}", **options)
+        if code == 2:
+            refused += ended.errors
+        else:
+            trainers = len(load(ended.result["checkpoint"])["generators"])
+            done.append((int(ended.result["steps"]), trainers))
+    assert done == list(zip(steps, [2, 1, 2], strict=True))
+    assert runs(tmp_path / "logs") == 1
+    alone, odd = refused
+    assert alone.startswith("error: --nproc-per-node is 1: a decoupled script needs at least 2 ranks"), alone
+    assert share in odd
+
+
 def test_a_twin_takes_over_from_two_coupled_ranks_and_gives_the_run_back_to_one(tmp_path: Path) -> None:
     """Its player plays the environments of both."""
     flags = [*FLAGS[:-2], "--log-dir", tmp_path]

@@ -6,6 +6,7 @@ allocated once. `fabricrl.algos.decoupled` has the two ends.
 """
 
 import contextlib
+import os
 import time
 import zlib
 from collections import deque
@@ -303,9 +304,10 @@ def tag(name: str) -> int:
 def check_players(players: int, ranks: int) -> None:
     """Raises ConfigError if there is nobody to train."""
     if ranks == 1:
+        flag = "--nproc-per-node" if "TORCHELASTIC_RUN_ID" in os.environ else "--devices"
         raise ConfigError(
-            "--devices is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
-            "add --devices 2, or take the script of the same name without _decoupled"
+            f"{flag} is 1: a decoupled script needs at least 2 ranks, one to play and the others to train: "
+            f"add {flag} 2, or take the script of the same name without _decoupled"
         )
     allowed = f"less than {ranks}, the number of ranks (--devices), since the others train"
     require(players < ranks, "players", players, allowed)
