@@ -205,6 +205,23 @@ def test_without_a_terminal_a_line_now_and_then_tells_how_far_it_is(
     assert [int(line[1]) for line in told if line] == [512, 1024, 1536]
 
 
+def test_a_run_goes_on_where_nobody_reads_how_far_it_is(
+    script: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith(("step ", "hint")):
+                raise BrokenPipeError
+            return super().write(text)
+
+    told: list[str] = []
+    monkeypatch.setattr(run_utils, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(remarks, "faster", lambda run: told.append("hint") or "hint")
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert script(main, "--total-timesteps", 1024, "--log-dir", tmp_path) == 0
+    assert told
+
+
 def test_a_narrow_terminal_shows_the_return_also_once_it_has_been_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
     with progress_bar(1_000_000, 0, hidden=False) as bar:

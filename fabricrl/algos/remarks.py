@@ -1,5 +1,6 @@
 """Remarks that a run makes beside its log, each once: what would make it faster, and what seems wrong."""
 
+import contextlib
 import sys
 from typing import Any
 
@@ -24,7 +25,8 @@ class Remarks:
             text = remark(run)
             if text is not None:
                 self._left.remove(remark)
-                print(text, file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # nobody may be reading any more
+                    print(text, file=sys.stderr, flush=True)
 
 
 def faster(run: Any) -> str | None:

@@ -106,7 +106,8 @@ class RunFolder:
         elif self._stopped - self._told > TELL_EVERY:
             self._told = self._stopped
             done, speed = f"step {step} of {self.args.total_timesteps}", f"{self.sps(step):.0f} steps/s"
-            print(f"{done}, {speed}, return {mean_return:.1f}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody may be reading any more
+                print(f"{done}, {speed}, return {mean_return:.1f}", file=sys.stderr, flush=True)
 
     def sps(self, step: int) -> float:
         """Environment steps per second of all ranks, from the first reset to the last update of this process."""
