@@ -523,7 +523,7 @@ def test_what_a_task_returns_by_mistake_is_told_with_what_is_allowed(
         (["--env-id", "tests.tensor_envs:None-v0"], "is not a known environment"),
         (
             ["--env-id", "no_such_module:None-v0"],
-            "there is no module no_such_module; modules of your own are",
+            "there is no module no_such_module; your own modules are",
         ),
         (["--env-kwargs", '{"wind": 1}'], "does not fit torch/CartPole-v1"),
         (["--capture-video"], "--capture-video is set: .* evaluate.py --capture-video"),
