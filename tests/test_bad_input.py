@@ -401,6 +401,8 @@ def test_an_unknown_environment_is_refused_with_close_names() -> None:
     message = complaint("--env-id", "CartPol-v1")
     assert "--env-id CartPol-v1" in message
     assert "CartPole-v1" in message.split("did you mean")[1]
+    assert "Did you mean" not in message  # Gymnasium's own, which knows of no versions
+    assert "did you mean tests.envs:Deterministic-v0?" in complaint("--env-id", "tests.envs:Determinstic-v0")
 
 
 @pytest.mark.parametrize("env_id", ["nosuchmodule:Thing-v0", "tests.envs:NoSuch-v0", "CartPole-v99", "::", ""])
