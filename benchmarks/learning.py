@@ -84,7 +84,7 @@ PENDULUM = (
 )
 REPEATED = (
     "--action-repeat 4 --total-timesteps 5000 --learning-starts 500 --batch-size 64 --reward-scale 0.1 --alpha 0.1 "
-    "--log-every 100 --num-threads 1"
+    "--log-every 100"
 )
 ONE = "--num-threads 1"  # off-policy scripts take two threads by default, and with --jobs runs share the cores
 
@@ -212,7 +212,7 @@ TASKS = {
     ),
     # Of 84 × 84 pixels, and of the state they show. The bar is 80 % of the way from random actions to `sac-pendulum`
     "sac-pixel-pendulum": Task(
-        f"{SAC} --env-id examples.pixels:PixelPendulum-v0 --frame-stack 3 --buffer-size 20000 {REPEATED}",
+        f"{SAC} --env-id examples.pixels:PixelPendulum-v0 --frame-stack 3 --buffer-size 20000 {REPEATED} {ONE}",
         seeds=3,
         measure="greedy_return",
         bar=-350,
@@ -222,7 +222,7 @@ TASKS = {
         times=0,
     ),
     "sac-repeated-pendulum": Task(
-        f"{SAC} --env-id Pendulum-v1 --buffer-size 20000 {REPEATED}",
+        f"{SAC} --env-id Pendulum-v1 --buffer-size 20000 {REPEATED} {ONE}",
         seeds=3,
         measure="greedy_return",
         bar=-200,

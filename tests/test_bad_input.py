@@ -397,6 +397,12 @@ def test_the_preset_of_atari_is_refused_elsewhere() -> None:
     assert "ALE/Pong-v5" in message
 
 
+def test_arguments_of_an_environment_that_are_no_json_are_told_of_quotes_and_too_long_ones_of_the_limit() -> None:
+    assert "in single quotes for the shell" in complaint("--env-kwargs", "{continuous:true}")
+    for much in ('{"a": "' + "x" * 100_000 + '"}', '{"a": ' + "[" * 60 + "]" * 60 + "}"):
+        assert "at most 100 000 characters and 50 levels" in complaint("--env-kwargs", much)
+
+
 def test_an_unknown_environment_is_refused_with_close_names() -> None:
     message = complaint("--env-id", "CartPol-v1")
     assert "--env-id CartPol-v1" in message

@@ -15,7 +15,7 @@ from fabricrl.algos.sac import utils as sac
 from fabricrl.algos.sac.args import SACArgs
 from fabricrl.envs import make_env, make_envs
 from fabricrl.envs.spaces import check_bounded, env_actions, rescale_actions
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, NonFiniteError
 from tests.conftest import Trained
 from tests.envs import ODD_SPACES
 
@@ -178,6 +178,16 @@ def test_stretched_actions_have_the_shape_and_type_of_the_space(shape: tuple[int
 def test_a_box_without_room_between_two_bounds_is_refused(low: list[float], high: list[float]) -> None:
     with pytest.raises(ConfigError, match="needs a Box with finite bounds"):
         check_bounded(Box(np.array(low, np.float32), np.array(high, np.float32)))
+
+
+@pytest.mark.parametrize("convert", [env_actions, rescale_actions])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_actions_that_are_not_finite_reach_no_environment(convert: Callable[..., np.ndarray], value: float) -> None:
+    space, actions = Box(-1.0, 1.0, (2,), np.float32), np.full((3, 2), 3e38, np.float32)
+    assert np.isfinite(convert(space, actions)).all()  # however large
+    actions[1, 1] = value
+    with pytest.raises(NonFiniteError, match="actions are not finite"):
+        convert(space, actions)
 
 
 def test_a_box_with_bounds_is_accepted() -> None:
