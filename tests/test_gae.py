@@ -11,7 +11,6 @@ from fabricrl.algos.ppo.agent import PPOAgent
 from fabricrl.algos.ppo.args import PPOArgs
 from fabricrl.algos.ppo.ppo import returns_and_advantages
 from fabricrl.data import Batch, RolloutBuffer
-from fabricrl.utils import returns as returns_module
 from fabricrl.utils.returns import discounted_returns, discounted_sums, explained_variance, gae
 from tests.conftest import SINGLE, BareRun, on_ranks
 from tests.envs import vectors
@@ -177,12 +176,15 @@ def test_discounted_sums_by_hand() -> None:
     assert sums.T.tolist() == [[1.0, 4.0, 4.0], [5.0, 2.0, 4.0]]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 8, 13, 128])
-def test_sums_by_doubling_which_gpus_take_are_those_step_by_step(steps: int) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 8, 9, 13, 127, 128, 2048])
+def test_discounted_sums_are_those_of_one_step_after_the_other(steps: int) -> None:
     deltas = torch.randn(steps, 5, dtype=torch.float64)
     decay = 0.95 * (torch.rand(steps, 5) > 0.1).double()
-    given = deltas.clone(), decay.clone()
-    torch.testing.assert_close(returns_module._sums_by_doubling(deltas, decay), discounted_sums(deltas, decay))
+    given, running, expected = (deltas.clone(), decay.clone()), torch.zeros(5, dtype=torch.float64), []
+    for delta, factor in zip(deltas.flip(0), decay.flip(0), strict=True):
+        running = delta + factor * running
+        expected.append(running)
+    torch.testing.assert_close(discounted_sums(deltas, decay), torch.stack(expected).flip(0))
     assert torch.equal(deltas, given[0])
     assert torch.equal(decay, given[1])
 
@@ -203,8 +205,8 @@ def test_discounted_returns_of_two_rollouts_are_those_of_one_long_rollout() -> N
     whole, end = discounted_returns(rewards, dones, torch.zeros(3), 0.9)
     first, between = discounted_returns(rewards[:5], dones[:5], torch.zeros(3), 0.9)
     second, last = discounted_returns(rewards[5:], dones[5:], between, 0.9)
-    assert torch.equal(torch.cat((first, second)), whole)
-    assert torch.equal(last, end)
+    torch.testing.assert_close(torch.cat((first, second)), whole)
+    torch.testing.assert_close(last, end)
 
 
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_the_mean() -> None:

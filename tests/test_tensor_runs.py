@@ -29,7 +29,6 @@ from fabricrl.envs.spaces import rescale_actions
 from fabricrl.envs.tensors import takes_tensors
 from fabricrl.models.models import DropoutMasks
 from fabricrl.models.recurrent import FixedSequences, RecurrentCore, Sequences
-from fabricrl.utils import returns as returns_module
 from fabricrl.utils.errors import CheckpointError, ConfigError, EnvError, NonFiniteError
 from fabricrl.utils.metric import DeviceEpisodes
 from tests.conftest import BareRun, NoValues, Trained
@@ -337,7 +336,6 @@ def test_nothing_leaves_the_device_while_a_script_plays_and_learns(
     algo: str, kwargs: str, simulated: bool, train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refuses all that would wait for a GPU, or copy from it, but for logs."""
-    monkeypatch.setattr(returns_module, "_in_memory", lambda tensor: False)
     calls = []
 
     def refusing(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,6 @@ from fabricrl.algos.tensor_episodes import TensorEpisodes
 from fabricrl.data import DeviceRolloutBuffer, RolloutBuffer
 from fabricrl.envs import make_envs
 from fabricrl.envs.tensors import TensorEnvs, trial_device
-from fabricrl.utils import returns as returns_module
 from fabricrl.utils.errors import ConfigError, EnvError, NonFiniteError
 from fabricrl.utils.metric import DeviceEpisodes, EpisodeStatistics
 from fabricrl.utils.update import Runner
@@ -160,7 +159,6 @@ def test_nothing_leaves_the_device_in_a_rollout_nor_in_the_update(
     env_id: str, kwargs: str, train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refuses all that would wait for a GPU, or copy from it, but for logs."""
-    monkeypatch.setattr(returns_module, "_in_memory", lambda tensor: False)
     calls = []
 
     def refusing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,5 @@
 """Returns and advantages: discounted sums over rollouts, and how well values explain them."""
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -36,35 +35,16 @@ def gae(
 
 
 def discounted_sums(deltas: Tensor, decay: Tensor) -> Tensor:
-    """A_t = δ_t + c_t A_{t+1} for δ and c [T, N], from A_T = 0; [T, N]."""
-    return _sums_by_steps(deltas, decay) if _in_memory(deltas) else _sums_by_doubling(deltas, decay)
+    """A_t = δ_t + c_t A_{t+1} for δ and c [T, N], from A_T = 0; [T, N].
 
-
-def _in_memory(tensor: Tensor) -> bool:
-    """Tells if NumPy can read it."""
-    return tensor.device.type == "cpu"
-
-
-def _sums_by_steps(deltas: Tensor, decay: Tensor) -> Tensor:
-    """In NumPy, where a step costs a third of what it costs in torch at this size."""
-    steps, factors = deltas.numpy(), decay.numpy()
-    sums, running = np.empty_like(steps), np.zeros_like(steps[0])
-    with np.errstate(all="ignore"):  # of what is not finite, the loss or its metrics will tell
-        for t in range(len(steps) - 1, -1, -1):
-            running = steps[t] + factors[t] * running
-            sums[t] = running
-    return torch.from_numpy(sums)
-
-
-def _sums_by_doubling(deltas: Tensor, decay: Tensor) -> Tensor:
-    """After k rounds, sums reach over 2^k steps: log T rounds in place of T kernels one after the other."""
-    reaching, left, reach = deltas.clone(), decay.clone(), 1
-    while reach < len(deltas):
-        reaching[:-reach] += left[:-reach] * reaching[reach:].clone()
-        left[:-reach] *= left[reach:].clone()
-        left[-reach:] = 0.0
+    After k rounds, sums reach over 2^k steps: log T rounds of three operations in place of T steps.
+    """
+    sums, left, reach = deltas.clone(), decay, 1
+    while reach < len(sums):
+        sums[:-reach] += left[: len(sums) - reach] * sums[reach:]
+        left = left[:-reach] * left[reach:]  # what is left of a number after twice as many steps
         reach *= 2
-    return reaching
+    return sums
 
 
 def discounted_returns(rewards: Tensor, dones: Tensor, before: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -77,18 +57,11 @@ def discounted_returns(rewards: Tensor, dones: Tensor, before: Tensor, gamma: fl
     Returns:
         the returns [T, N], and `before` [N] of the next rollout.
     """
-    if not _in_memory(rewards):  # backwards in time, these are `discounted_sums`
-        going_on = 1.0 - dones.float()
-        first = torch.cat((rewards[:1] + gamma * before, rewards[1:]))
-        decay = gamma * torch.cat((going_on[:1], going_on[:-1]))
-        sums = discounted_sums(first.flip(0), decay.flip(0)).flip(0)
-        return sums, sums[-1] * going_on[-1]
-    steps, cut = rewards.numpy(), 1.0 - dones.float().numpy()
-    running, returns = before.numpy(), np.empty_like(steps)
-    for t in range(len(steps)):
-        returns[t] = running = steps[t] + gamma * running
-        running = running * cut[t]
-    return torch.from_numpy(returns), torch.from_numpy(running)
+    going_on = 1.0 - dones.float()
+    first = torch.cat((rewards[:1] + gamma * before, rewards[1:]))
+    decay = gamma * torch.cat((going_on[:1], going_on[:-1]))  # the first is not used
+    returns = discounted_sums(first.flip(0), decay.flip(0)).flip(0)  # backwards in time, they are such sums
+    return returns, returns[-1] * going_on[-1]
 
 
 def explained_variance(fabric: Fabric, values: Tensor, returns: Tensor, valid: Tensor | None = None) -> Tensor:
