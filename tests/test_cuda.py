@@ -1,7 +1,6 @@
 """On a GPU every script does what it does on a CPU; where there is none, these tests are skipped."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,6 @@ from fabricrl.models.distributions import TanhNormalHead
 from fabricrl.models.models import DropoutMasks
 from fabricrl.utils import Adam, average_gradients
 from fabricrl.utils import device as device_module
-from fabricrl.utils.device import side_by_side
 from fabricrl.utils.errors import ConfigError, NonFiniteError
 from fabricrl.utils.precision import LossScale
 from fabricrl.utils.update import Runner
@@ -432,47 +430,6 @@ def test_ranks_are_averaged_inside_a_graph(tmp_path: Path) -> None:
         assert runner.recordings == 1
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_networks_side_by_side_run_at_the_same_time() -> None:
-    def slow(x: torch.Tensor) -> torch.Tensor:
-        torch.cuda._sleep(50_000_000)  # cycles of the GPU, some 30 ms
-        return 2 * x
-
-    seconds = []
-    for networks in ([slow], [slow, slow]):
-        replay = Runner(False, True, [], []).captured(lambda x, them=networks: tuple(side_by_side((x,), *them)))
-        for _ in range(2):  # the first call captures
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            doubled = replay(torch.ones(1, device="cuda"))
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        assert [x.item() for x in doubled] == [2.0] * len(networks)
-    assert seconds[1] < 1.5 * seconds[0]
-
-
-def test_networks_side_by_side_learn_what_they_learn_one_after_the_other() -> None:
-    torch.manual_seed(0)
-    encoder, *heads = (torch.nn.Linear(32, 32, device="cuda") for _ in range(4))
-    optimizer = Adam([p for layer in (encoder, *heads) for p in layer.parameters()], 0.01)
-
-    def steps(rows: torch.Tensor) -> torch.Tensor:
-        losses = []
-        for x in rows:
-            optimizer.zero_grad()
-            a, b, c = side_by_side((encoder(x).tanh(),), *heads)
-            loss = (a * b - c.tanh()).square().mean()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses)
-
-    runner = Runner(False, True, [encoder, *heads], [optimizer])
-    captured, rows = runner.captured(steps), torch.randn(40, 64, 32, device="cuda")
-    with runner.restoring_state():
-        expected = steps(rows)
-    torch.testing.assert_close(captured(rows), expected)
 
 
 def test_masks_of_dropout_keep_what_is_not_dropped() -> None:

@@ -5,7 +5,6 @@ makes the CPU wait until the queue is empty. Copies from page-locked ("pinned") 
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,34 +55,6 @@ def queue_of(device: torch.device) -> torch.cuda.Stream:
     It is remembered: ask first where that stream is current, outside of `torch.cuda.stream`.
     """
     return torch.cuda.current_stream(device)
-
-
-def side_by_side(inputs: tuple[Tensor, ...], *networks: Callable[..., Tensor]) -> list[Tensor]:
-    """Results of networks that take the same inputs, and of which none needs another's result.
-
-    In a CUDA graph each is a branch of its own, and so is its backward pass: a GPU, which small networks leave idle,
-    runs them at the same time.
-    """
-    if not (inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-        return [network(*inputs) for network in networks]
-    first, *others = networks
-    trunk, results = torch.cuda.current_stream(), []
-    branches = [_branch(trunk.device, index) for index in range(len(others))]
-    for network, branch in zip(others, branches, strict=True):
-        branch.wait_stream(trunk)
-        with torch.cuda.stream(branch):
-            results.append(network(*inputs))
-        for tensor, user in [*((tensor, branch) for tensor in inputs), (results[-1], trunk)]:
-            tensor.record_stream(user)  # its memory goes to nobody else before that stream is done with it
-    results.insert(0, first(*inputs))
-    for branch in branches:
-        trunk.wait_stream(branch)
-    return results
-
-
-@functools.cache
-def _branch(device: torch.device, index: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 class Passed:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from fabricrl.models.distributions import make_head
 from fabricrl.models.models import MLP, RewardNormalizer, make_encoder, make_normalizer, normalized
 from fabricrl.utils.batch import Batch, Outputs
-from fabricrl.utils.device import side_by_side
 
 ACTION_SPACES = (Discrete, MultiDiscrete, MultiBinary, Box)
 
@@ -64,9 +63,9 @@ class PPOAgent(nn.Module):
     def forward(self, batch: Batch) -> Outputs:
         """Prepared `obs` [B, ...], `actions` [B, A] and `masks` [B, L] → log π(a|s), entropy, value; each [B]."""
         features = self.features(batch.obs)
-        params, values = side_by_side((features,), self.actor, self.critic)
-        logprobs, entropy = self.head.logprob_and_entropy(params, batch.actions, batch.columns.get("masks"))
-        return Outputs(logprobs, entropy, values.squeeze(-1))
+        params, masks = self.actor(features), batch.columns.get("masks")
+        logprobs, entropy = self.head.logprob_and_entropy(params, batch.actions, masks)
+        return Outputs(logprobs, entropy, self.critic(features).squeeze(-1))
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Observations [*, D] or [*, R] as the networks take them."""

@@ -1,7 +1,6 @@
 """Actor and critic of PPO with memory: a plain module that knows neither Fabric nor environments."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from fabricrl.models.distributions import make_head
 from fabricrl.models.models import MLP, RewardNormalizer, make_encoder, make_normalizer, normalized
 from fabricrl.models.recurrent import RecurrentCore
 from fabricrl.utils.batch import Batch, Outputs
-from fabricrl.utils.device import side_by_side
 
 __all__ = ["ACTION_SPACES", "RecurrentPPOAgent", "make_agent"]
 
@@ -94,17 +92,13 @@ class RecurrentPPOAgent(nn.Module):
 
     def forward_from_features(self, features: Tensor, batch: Batch) -> Outputs:
         """`forward` from features [B, ...] on."""
-        inputs, states = self.inputs(features, batch.previous), batch.states.split(self.state_size, -1)
-        cores = [partial(core, states=part, layout=batch.layout) for core, part in zip(self.cores, states, strict=True)]
-        outputs = side_by_side((inputs,), *cores)  # [B, H] each
-        params, values = self.actor(outputs[0]), self.critic(outputs[-1]).squeeze(-1)
-        logprobs, entropy = self.head.logprob_and_entropy(params, batch.actions, batch.columns.get("masks"))
-        return Outputs(logprobs, entropy, values)
-
-    @property
-    def cores(self) -> list[RecurrentCore]:
-        """The actor's core, and the critic's unless both share one; each has its part of the states."""
-        return [core for core in (self.actor_core, self.critic_core) if core is not None]
+        inputs, states = self.inputs(features, batch.previous), batch.states
+        features = values = self.actor_core(inputs, states[:, : self.state_size], batch.layout)  # [B, H]
+        if self.critic_core is not None:
+            values = self.critic_core(inputs, states[:, self.state_size :], batch.layout)
+        params, masks = self.actor(features), batch.columns.get("masks")
+        logprobs, entropy = self.head.logprob_and_entropy(params, batch.actions, masks)
+        return Outputs(logprobs, entropy, self.critic(values).squeeze(-1))
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Observations [*, D] or [*, R] as the networks take them."""
