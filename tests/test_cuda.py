@@ -70,7 +70,11 @@ EACH_MODE = pytest.mark.parametrize(
     ("run", "flags"),
     [
         pytest.param(name, flags, id=f"{name}-{mode}")
-        for flags, mode in (([], "captured"), (EAGER, "as it is"), (["--compile"], "compiled"))
+        for flags, mode in (
+            (["--compile"], "compiled"),
+            ([], "captured"),
+            (EAGER, "as it is"),
+        )  # what takes longest first
         for name in (COMPILED if flags == ["--compile"] else RUNS)
     ],
     indirect=["run"],

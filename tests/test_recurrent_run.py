@@ -33,6 +33,7 @@ from fabricrl.envs.wrappers import MaskVelocities
 from fabricrl.models import models
 from fabricrl.utils.checkpoint import save_checkpoint
 from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.update import Runner
 from tests.envs import ODD_SPACES, Recall, vectors
 from tests.process import Finished, Team, call, differences, load, logged, run_team, saved_steps, stopped_in
 from tests.test_recurrent import cell
@@ -594,3 +595,25 @@ def test_compiled_updates_equal_the_plain_ones_and_are_not_compiled_for_each_lay
     compiled = weights(call(script.main, *flags, "--compile"))
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-3)
     assert len(graphs) == 2  # of eight iterations with 16 minibatches each, and acting
+
+
+def test_graphs_for_layouts_of_all_sizes_hold_one_compiled_program(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All of the compiler but the writing of kernels; a graph is the plain call."""
+    flags, programs, graphs = [*ONCE, "--total-timesteps", 256], [], []
+    plain = train(script.main, *flags)
+
+    def capture(runner: Runner, function: Callable[..., Any], inputs: list[torch.Tensor], reused: bool) -> Any:
+        with runner.restoring_state():
+            function(inputs)
+        graphs.append(function)
+        return function
+
+    monkeypatch.setattr(run_module, "Runner", lambda compile, capture, *rest: Runner(compile, True, *rest))
+    monkeypatch.setattr(Runner, "_capture_variant", capture)
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: (programs.append(graph), graph)[1])
+    compiled = train(script.main, *flags, "--compile", "--log-dir", tmp_path / "compiled")
+    torch.testing.assert_close(compiled.weights, plain.weights, rtol=0, atol=1e-3)
+    assert len(programs) == 2  # the update, and acting
+    assert len(graphs) > 3  # one for each size

@@ -39,6 +39,10 @@ class Layout(NamedTuple):
     size: Tensor | tuple[int, int]
     resets: Tensor | None = None
 
+    def sized_by_tensor(self) -> "Layout":
+        """With a tensor for its size: numbers would become part of what is compiled."""
+        return self._replace(size=torch.as_tensor(self.size))
+
     def to(self, device: torch.device) -> "Layout":
         return self._replace(first=to_device(self.first, device), place=to_device(self.place, device))
 
@@ -89,7 +93,7 @@ class RecurrentCore(nn.Module):
         core = self._weights, self.parts, self.num_layers
         if not is_recording():
             return _through_time(x, states, layout.place, layout.size, *core, layout.resets)
-        return _opaque_forward(x, states, layout.place, torch.as_tensor(layout.size), *core, layout.resets)[0]
+        return _opaque_forward(x, states, layout.place, layout.size, *core, layout.resets)[0]
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: inputs [N, I] and states [N, state_size] → outputs [N, H] and the states after it."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
-from torch import Tensor
+from torch import Tensor, nn
 
 from fabricrl.algos.ppo.ppo import METRICS, shaped_rewards, update
 from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
@@ -95,6 +95,16 @@ def logprobs_and_values(agent: RecurrentPPOAgent, data: Batch, layout: Layout) -
     return logprobs, values
 
 
+def recorded_update(run: Run, model: nn.Module, optimizer: Adam) -> Callable[..., Tensor]:
+    """`update`, compiled and captured if that was asked for: a graph for each size of a layout, one program for all."""
+    step = run.compiled(partial(update, run, model, optimizer))
+
+    def step_of_any_size(batch: Batch, *coefs: Tensor) -> Tensor:
+        return step(batch.with_columns(layout=batch.layout.sized_by_tensor()), *coefs)
+
+    return run.captured(step_of_any_size if run.args.compile else step)
+
+
 def train(run: Run, step: Callable[..., Tensor], data: Batch, sequences: Sequences, *coefs: float | Tensor) -> Tensor:
     """The update: epochs of minibatch steps, which end early once the policy has moved by `target_kl`.
 
@@ -128,7 +138,7 @@ def main() -> int:
         # --- Agent and optimizer
         agent = make_agent(args, envs)
         model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
-        update_step = run.captured(run.compiled(partial(update, run, model, optimizer)))
+        update_step = recorded_update(run, model, optimizer)
 
         run.restore(agent=agent, optimizer=optimizer)
 

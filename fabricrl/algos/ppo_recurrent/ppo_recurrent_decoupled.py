@@ -15,18 +15,17 @@ sequence anywhere. Normalisers stay with the player, too. Shapes as in ppo_recur
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fabricrl.algos.decoupled import Messages, Player, Trainers, checked, run_ranks
-from fabricrl.algos.ppo.ppo import METRICS, update
+from fabricrl.algos.ppo.ppo import METRICS
 from fabricrl.algos.ppo.ppo_decoupled import as_trained, check_division, declare_share
 from fabricrl.algos.ppo_recurrent.agent import ACTION_SPACES, RecurrentPPOAgent, make_agent
 from fabricrl.algos.ppo_recurrent.args import PRESETS, RecurrentPPODecoupledArgs
-from fabricrl.algos.ppo_recurrent.ppo_recurrent import returns_and_advantages, rollout, train
+from fabricrl.algos.ppo_recurrent.ppo_recurrent import recorded_update, returns_and_advantages, rollout, train
 from fabricrl.algos.run import Run, parse, run_script
 from fabricrl.data import Batch
 from fabricrl.models.recurrent import Sequences
@@ -136,7 +135,7 @@ def trainer(args: RecurrentPPODecoupledArgs, run: Run, player: Player) -> None:
     # --- Agent and optimizer
     agent = make_agent(args, run.env_spaces)
     model, optimizer = run.setup(agent, Adam(agent.parameters(), args.learning_rate, eps=1e-5))
-    update_step = run.captured(run.compiled(partial(update, run, model, optimizer)))
+    update_step = recorded_update(run, model, optimizer)
 
     run.restore(agent=agent, optimizer=optimizer)
 
