@@ -8,7 +8,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from fabricrl.data.device_buffer import MANY, DeviceReplayBuffer
+from fabricrl.data.device_replay import MANY, DeviceReplayBuffer
 from fabricrl.data.device_rollout import nan_before_failure
 from fabricrl.data.transitions import columns_of
 
