@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from fabricrl.utils.device import Passed
 from fabricrl.utils.errors import ConfigError
 from fabricrl.utils.optimizer import Adam
+from fabricrl.utils.products import faster_products
 from fabricrl.utils.recording import recording
 
 
@@ -145,7 +146,7 @@ class Runner:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         with self.restoring_state(), recording():
-            graph = make_fx(lambda *tensors: function(tensors))(*inputs)
+            graph = make_fx(lambda *tensors: function(tensors), faster_products())(*inputs)
         state = _lift_state(graph)
         with torch.no_grad():
             program = inductor(graph, [*state, *inputs])
