@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fabricrl.__main__ import algorithms
-from fabricrl.algos.command_line import flags_of
+from fabricrl.algos.flags import flags_of
 from fabricrl.compare import (
     as_json,
     check_picture,

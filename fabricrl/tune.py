@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fabricrl.__main__ import algorithms
-from fabricrl.algos.command_line import flags_of
+from fabricrl.algos.flags import flags_of
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError, require

@@ -683,7 +683,7 @@ def test_the_environments_own_arguments_reach_it(run: Train) -> None:
     assert run(env_kwargs='{"length": 4}', log_every=1).result["episodes"] == str(96 // 4)
 
 
-# DESIGN.md, section 4
+# CleanRL's, which the pages of the algorithms repeat
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 2.5e-4,
     "anneal_lr": True,

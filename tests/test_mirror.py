@@ -19,9 +19,12 @@ twins     the same, with those of the others that stand, in order, in `trainer()
 
 import ast
 import io
+import re
 import sys
 import tokenize
+from collections.abc import Container
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,7 @@ COUPLED = [name for name in SCRIPTS if name not in TWINS]
 MOST = {"main": 60, "modules": 8, "names": 22, "longest": 50, "nesting": 4}
 LEAST = {"algorithm": 2 / 3, "mirror": 0.75, "twins": 0.85}
 TWIN = {"modules": 10, "names": 30, "lines": 200}  # the most of a decoupled script
+LETTER = re.compile(r"(?<![A-Za-z-])[A-Z](?![A-Za-z-])")
 BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try)
 
 
@@ -216,6 +220,52 @@ def test_headings_stand_in_the_same_order(name: str) -> None:
     main, player = headings
     assert len(main) >= 9
     assert [line.split()[:3] for line in main] == [line.split()[:3] for line in player if "Close" not in line]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_letter_of_a_shape_is_explained(name: str) -> None:
+    """In the docstring, or in that of the coupled script."""
+    scripts = {SCRIPTS[name], SCRIPTS[name.removesuffix("_decoupled")]}
+    legend = {letter for path in scripts for letter in LETTER.findall(ast.get_docstring(ast.parse(path.read_text())))}
+    shapes = re.findall(r"\[([A-Z0-9 ,./+*−-]+)\]", SCRIPTS[name].read_text())
+    assert {letter for shape in shapes for letter in LETTER.findall(shape)} <= legend
+
+
+def modules() -> dict[str, ast.Module]:
+    """All of ours, by name."""
+    package = ALGOS.parent
+    paths = {
+        ".".join(("fabricrl", *path.relative_to(package).with_suffix("").parts)): path for path in package.rglob("*.py")
+    }
+    return {name.removesuffix(".__init__"): ast.parse(path.read_text()) for name, path in paths.items()}
+
+
+def imports(tree: ast.Module, known: Container[str]) -> set[str]:
+    """Modules of ours that one imports, also inside of functions."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names = [(node.module or "", f"{node.module}.{alias.name}") for node in found for alias in node.names]
+    return {whole if whole in known else module for module, whole in names if module.partition(".")[0] == "fabricrl"}
+
+
+def test_imports_lead_one_way() -> None:
+    trees = modules()
+    graph = {name: imports(tree, trees) for name, tree in trees.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+    for name, found in graph.items():
+        room = name.split(".")[1:2]
+        allowed = {"utils": ["utils"], **{place: [place, "utils"] for place in ("data", "models", "envs")}}
+        if room and room[0] in allowed:
+            rooms = {other.split(".")[1] for other in found}
+            assert rooms <= {*allowed[room[0]]}, name
+
+
+def test_the_page_on_architecture_names_every_module() -> None:
+    page = (ALGOS.parents[1] / "docs/architecture.md").read_text()
+    in_folders = ("torch", "simulators")  # which stand there as a whole
+    paths = [path for path in ALGOS.parent.rglob("*.py") if path.name != "__init__.py"]
+    named = set(re.findall(r"[a-z_]+\.py", page))
+    missing = {path.name for path in paths if path.name not in named and path.parent.name not in in_folders}
+    assert not missing
 
 
 def test_order_counts_and_no_line_counts_twice() -> None:

@@ -454,7 +454,7 @@ def test_two_threads_on_a_busy_machine_are_warned_of(
     assert not capsys.readouterr().err  # who has chosen knows
 
 
-# DESIGN.md, section 4, what fabricrl/algos/droq/args.py gives a reason for, and CleanRL where that is silent
+# CleanRL's, but for what fabricrl/algos/droq/args.py gives a reason for
 DEFAULTS: dict[str, Any] = {
     "policy_lr": 3e-4,
     "num_envs": 1,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fabricrl import sweep
-from fabricrl.algos.command_line import flags_of
+from fabricrl.algos.flags import flags_of
 from fabricrl.utils.errors import ConfigError
 from tests.process import PPO, PYTHON, call, run, started, wait_for
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import difflib
-import importlib
 import io
 import itertools
 import os
@@ -20,6 +19,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from fabricrl.algos.args import AUTO, DecoupledArgs, StandardArgs
+from fabricrl.algos.flags import flag_of
 from fabricrl.utils.checkpoint import load_checkpoint, reading
 from fabricrl.utils.errors import CheckpointError, ConfigError, require
 from fabricrl.utils.spelling import others_call_so
@@ -60,15 +60,6 @@ def parse(kind: type[Args], algo: str, presets: dict[str, dict[str, Any]] | None
 
         sys.exit(run_seeds(args.seed, args.seeds, args.jobs, args.log_dir))
     return args
-
-
-def flags_of(script: Path) -> list[str]:
-    """The flags that an algorithm's script takes: those of what it calls `parse` with, out of the args.py beside it."""
-    name = re.search(r"\bparse\((\w+), ", script.read_text(encoding="utf-8"))
-    assert name is not None, f"{script} calls no parse"
-    kind = getattr(importlib.import_module(f"fabricrl.algos.{script.parent.name}.args"), name[1])
-    fields = {_flag(field.name): field.type for field in dataclasses.fields(kind)}
-    return [*fields, *(f"--no-{flag[2:]}" for flag, type_ in fields.items() if type_ is bool)]
 
 
 def preset_values(
@@ -130,7 +121,7 @@ def _is_flag(word: str, flag: str) -> bool:
 
 def is_given(name: str) -> bool:
     """Tells if an argument stands on the command line."""
-    return _early(_flag(name)) is not None
+    return _early(flag_of(name)) is not None
 
 
 def _not_resumed() -> set[str]:
@@ -235,14 +226,14 @@ def _complain(text: str, kind: type[StandardArgs]) -> NoReturn:
     if unknown := re.match(r"Unrecognized options: (\S+?),?(?:\s|$)", head):
         raise ConfigError(_unknown(unknown[1], kind, meant))
     if found := re.search(r"(?:Error parsing |argument ')(--[\w-]+)", head):
-        (field,) = (field for field in dataclasses.fields(kind) if _is_flag(found[1], _flag(field.name)))
+        (field,) = (field for field in dataclasses.fields(kind) if _is_flag(found[1], flag_of(field.name)))
         raise ConfigError(f"{found[1]} {_given(found[1])}: it must be {_allowed(field.type)}")
     raise ConfigError(f"{head}; see --help")
 
 
 def _unknown(word: str, kind: type[StandardArgs], meant: list[str]) -> str:
     """Says that a word is not an argument, and which was: one that others call so, or that tyro thinks was `meant`."""
-    flags = {_flag(field.name): field.type for field in dataclasses.fields(kind)}
+    flags = {flag_of(field.name): field.type for field in dataclasses.fields(kind)}
     before = next((w for w, after in itertools.pairwise(sys.argv[1:]) if after == word), "").replace("_", "-")
     switch = next((flag for flag in flags if flag == before or f"{flag}={word}" in sys.argv), "")
     if flags.get(switch) is bool:
@@ -274,8 +265,3 @@ def _allowed(kind: Any) -> str:
     if others := [other for other in get_args(kind) if other is not NoneType]:
         return f"{_allowed(others[0])}, or None"
     return {int: "a whole number", float: "a number"}.get(kind, "a word")
-
-
-def _flag(name: str) -> str:
-    """The flag of a field."""
-    return f"--{name.replace('_', '-')}"

@@ -307,7 +307,8 @@ class Run(Acting):
     def setup(self, module: nn.Module, *optimizers: Adam) -> Any:
         """Calls `fabric.setup`, which returns the module and its optimizers, ready to train on this rank's device.
 
-        Over ranks it leaves gradients alone: `average_gradients` averages them.
+        In a decoupled script that is `Group.setup`, which gives modules Fabric's precision and nothing else. Over ranks
+        gradients are left alone: `average_gradients` averages them.
         """
         wrapped = self.fabric.setup(module, *optimizers)
         self._contexts.enter_context(self.fabric.no_backward_sync(wrapped[0] if optimizers else wrapped))

@@ -104,8 +104,8 @@ class EndedByPeerError(RunError):
 
 
 class Group:
-    """A subset of the ranks with Fabric's interface, so that code written for all ranks also runs on the players or
-    the trainers alone, or on one rank.
+    """A subset of the ranks with what scripts call of Fabric, so that code written for all ranks also runs on the
+    players or the trainers alone, or on one rank.
 
     `setup` leaves gradients to `average_gradients`, which averages them over the group; `all_reduce` sums over it. All
     else is Fabric's: precision, backward, optimizers.
@@ -125,6 +125,9 @@ class Group:
         self.strategy = fabric.strategy
         self.process_group: Any = None if collective is None else collective.group  # None where there is nobody else
         self.autocast, self.backward = fabric.autocast, fabric.backward
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"in a decoupled script `fabric` has no {name}: it is that of some ranks, see {__file__}")
 
     def setup(self, module: nn.Module, *optimizers: Any) -> Any:
         wrapped = _InPrecision(self._fabric, module.to(self.device))

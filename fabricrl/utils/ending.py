@@ -18,14 +18,8 @@ from torch.distributed import TCPStore
 
 from fabricrl.utils.errors import PREEMPTED, ConfigError, LostPeerError, RunError, from_here
 from fabricrl.utils.network import LOOPBACK, open_store
-from fabricrl.utils.process import (
-    PLACE,
-    environ_number,
-    go_on_in_child,
-    outlive_launcher,
-    own_rank,
-    under_srun,
-)
+from fabricrl.utils.peers import outlive_launcher
+from fabricrl.utils.process import PLACE, environ_number, go_on_in_child, own_rank, under_srun
 from fabricrl.utils.ranks import all_gather
 from fabricrl.utils.signals import Stopped
 

@@ -26,11 +26,10 @@ from fabricrl.utils.ending import is_of_peers, one_line, reason
 from fabricrl.utils.errors import ConfigError, LostPeerError, RunError, require
 from fabricrl.utils.model import parameter_hash
 from fabricrl.utils.network import LOOPBACK, check_address, find_store, is_loopback, open_store, prepare_network
-from fabricrl.utils.peers import Peers, patience, waited
+from fabricrl.utils.peers import STARTED_BY, Peers, patience, waited
 from fabricrl.utils.precision import HalfPrecision
 from fabricrl.utils.process import (
     PLACE,
-    STARTED_BY,
     STORE_IS_KEPT,
     available_cores,
     check_launcher,

@@ -23,6 +23,7 @@ OFTEN = 5.0  # seconds between two signs of life, at most
 ROLL_CALL = 2.0  # seconds in which a rank that waits says so when it is asked
 STUCK = 2.0  # seconds after which a thread whose question to the store stays without answer is left behind
 TOLD = "fabricrl/told"  # counts those that have asked which rank is missing
+STARTED_BY = "FABRICRL_STARTED_BY"  # tells a rank that Fabric starts the process that does so
 ENDS, HEARD = "fabricrl/ends", "fabricrl/heard"  # the code that all are to end with; counts those that know it
 LAST_RESORT = 30.0  # seconds after the time is up in which the main thread should have noticed
 
@@ -45,6 +46,17 @@ def process_state(pid: int) -> str:
     except OSError:
         return ""
     return "" if letter in "ZX" else letter
+
+
+def outlive_launcher() -> None:
+    """Lets a rank that Fabric started end after the first of its node, which has started it; others end at once.
+
+    Fabric's observer kills that process as soon as it sees a child gone with an exit code other than 0, even while it
+    is about to end with the very same code.
+    """
+    deadline = time.monotonic() + 10
+    while os.getppid() == int(os.environ.get(STARTED_BY, "0")) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 class Peers:
@@ -133,8 +145,6 @@ class Peers:
                 number += 1
                 self._note(number)
                 if self._store.check([ENDS]):
-                    from fabricrl.utils.process import outlive_launcher  # which imports this module
-
                     code, self._is_ending = int(self._store.get(ENDS)), True
                     try:
                         self._await_hearers(self._store.add(HEARD, 1))

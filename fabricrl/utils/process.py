@@ -14,12 +14,11 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from fabricrl.utils.errors import ConfigError, LostPeerError
-from fabricrl.utils.peers import Peers
+from fabricrl.utils.peers import STARTED_BY, Peers
 
 PR_SET_PDEATHSIG = 1
 SI_KERNEL = 0x80
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-STARTED_BY = "FABRICRL_STARTED_BY"  # tells a rank that Fabric starts the process that does so
 STORE_IS_KEPT = "TORCHELASTIC_USE_AGENT_STORE"  # tells PyTorch that the store where ranks meet is listening already
 
 
@@ -165,17 +164,6 @@ def go_on_in_child() -> None:
                 code = os.waitstatus_to_exitcode(status)
                 os._exit(code if code >= 0 else 128 - code)
             ended, status = os.waitpid(-1, os.WNOHANG)
-
-
-def outlive_launcher() -> None:
-    """Lets a rank that Fabric started end after the first of its node, which has started it; others end at once.
-
-    Fabric's observer kills that process as soon as it sees a child gone with an exit code other than 0, even while it
-    is about to end with the very same code.
-    """
-    deadline = time.monotonic() + 10
-    while os.getppid() == int(os.environ.get(STARTED_BY, "0")) and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 def keep_memory() -> None:

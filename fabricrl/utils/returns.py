@@ -17,7 +17,7 @@ def gae(
         A_t = δ_t + γ λ (1 − done_t) A_{t+1}
         R_t = A_t + V(s_t)
 
-    `done_t` belongs to the step that earned `r_t`, so an episode that ended by a time limit is cut like any other;
+    `done_t` belongs to the step that earned `r_t`, so a truncated episode is cut like any other;
     its remaining value, γ V(final observation), has to be in `r_t` already.
 
     Args:

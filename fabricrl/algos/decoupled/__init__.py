@@ -1,10 +1,10 @@
 """Both ends of a decoupled run: `Trainers`, whom a player drives, and `Player`, whom a trainer obeys.
 
     Hello    player → each trainer    once: it is ready
-    Ready    trainer 1 → player       once: so are the trainers
+    Ready    first trainer → players  once: so are the trainers
     Order    player → each trainer    the data of an iteration or of several, and what to do with them
-    Answer   trainer 1 → player       the weights to act with, if an update was due; losses, faults and signals
-    State    trainer 1 → player 1     what else a checkpoint holds, at one
+    Answer   first trainer → players  the weights to act with, if an update was due; losses, faults and signals
+    State    first trainer → player   what else a checkpoint holds, at one
 
 A checkpoint has an Order of its own, because an evaluation may decide whether one is due. With `--max-lag 0`
 a player waits for the Answer to its Order, with K it is up to K iterations ahead of it. After the last iteration an

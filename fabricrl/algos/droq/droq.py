@@ -5,7 +5,7 @@
     lightning run model --accelerator=cpu --strategy=ddp --devices=2 fabricrl/algos/droq/droq.py --env-id HalfCheetah-v4
 
 Everything but the update is SAC's. Shapes: N environments of a rank, W ranks, D observation size, A action size,
-C critics, H units of a hidden layer, K critic updates of an environment step, B rows of a batch.
+C critics, F features, H units of a hidden layer, K critic updates of an environment step, B rows of a batch.
 """
 
 import math
@@ -122,7 +122,7 @@ def make_sample_and_train(run: Run, learner: Learner, rb: Any) -> SampleAndTrain
 def main() -> int:
     with Run(parse(DroQArgs, "droq"), "droq", ACTION_SPACES, bounded=True, images=True) as run:
         args = run.args
-        # --- Schedule and buffer
+        # --- Schedule and buffer: first, as there may not be the memory for it
         schedule = make_schedule(run)
         rb = make_buffer(run)
 

@@ -7,7 +7,7 @@
 Rollouts are cut into sequences at the ends of episodes, and each sequence is trained on from the memory that was there.
 
 Shapes: T steps, N environments of a rank, W ranks, D observation size, I inputs of the core, A action size,
-M minibatches of B = T N / M rows in S sequences.
+E epochs of M minibatches of B = T N / M rows in S sequences.
 
 The update is PPO's.
 """

@@ -1,17 +1,19 @@
-"""ppo_recurrent.py, decoupled: rank 0 plays, ranks 1 to W - 1 train (Schulman et al. 2017, arXiv:1707.06347).
+"""ppo_recurrent.py, decoupled: the first ranks play, the others train (Schulman et al. 2017, arXiv:1707.06347).
 
     python fabricrl/algos/ppo_recurrent/ppo_recurrent_decoupled.py --env-id CartPole-v1 --mask-velocities --devices 2
     lightning run model --accelerator=cpu --strategy=ddp --devices=3 \
         fabricrl/algos/ppo_recurrent/ppo_recurrent_decoupled.py
 
-An iteration's messages; with --max-lag 0 the player waits for Answer, with K it is up to K iterations ahead of it:
+Rank 0 plays, or the first P ranks with --players P. At the start all say that they are ready: Hello, Ready. Then, each
+iteration; with --max-lag 0 a player waits for Answer, with more it is as many iterations ahead of it at most:
 
     Order     player → each trainer    a Rollout: its share, and the coefficients to train with
-    Answer    trainer 1 → player       all parameters; losses, faults and signals of the trainers
-    State     trainer 1 → player       the optimizer's state and the trainers' generators, at a checkpoint
+    Answer    first trainer → players  all parameters; losses, faults and signals of the trainers
+    State     first trainer → rank 0   the optimizer's state and the trainers' generators, at a checkpoint
 
 Memory stays with the player. With each step travels the state of the cores before it: a trainer's minibatch may cut a
-sequence anywhere. Normalisers stay with the player, too. Shapes as in ppo_recurrent.py; B rows of a share.
+sequence anywhere. Normalisers stay with the player, too. Shapes as in ppo_recurrent.py; B rows of a share, from P
+players.
 """
 
 from collections.abc import Iterator

@@ -161,7 +161,7 @@ def make_sample_and_train(run: Run, learner: Learner, rb: Replay) -> SampleAndTr
 def main() -> int:
     with Run(parse(SACArgs, "sac"), "sac", ACTION_SPACES, bounded=True, images=True) as run:
         args = run.args
-        # --- Schedule and buffer
+        # --- Schedule and buffer: first, as there may not be the memory for it
         schedule = make_schedule(run)
         rb = make_buffer(run)
 

@@ -1,15 +1,17 @@
-"""sac.py, decoupled: rank 0 plays, ranks 1 to W - 1 train (Haarnoja et al. 2018, arXiv:1812.05905v2).
+"""sac.py, decoupled: the first ranks play, the others train (Haarnoja et al. 2018, arXiv:1812.05905v2).
 
     python fabricrl/algos/sac/sac_decoupled.py --env-id Pendulum-v1 --devices 2
     lightning run model --accelerator=cpu --strategy=ddp --devices=3 fabricrl/algos/sac/sac_decoupled.py --num-envs 2
 
 Each trainer owns the replay buffer of its share of the environments, and draws its share of every batch from that: a
-transition travels once, however often it is learned from. An iteration's messages; with --max-lag 0 the player waits
-for Answer, with K it is up to K iterations ahead of it:
+transition travels once, however often it is learned from.
+
+Rank 0 plays, or the first P ranks with --players P. At the start all say that they are ready: Hello, Ready. Then, each
+iteration; with --max-lag 0 a player waits for Answer, with more it is as many iterations ahead of it at most:
 
     Order     player → each trainer    Steps of its environments, the normaliser, and which updates are due
-    Answer    trainer 1 → player       parameters of actor, temperature and encoder; losses, faults and signals
-    State     trainer 1 → player       critics, targets, optimizers and generators, at a checkpoint
+    Answer    first trainer → players  parameters of actor, temperature and encoder; losses, faults and signals
+    State     first trainer → rank 0   critics, targets, optimizers and generators, at a checkpoint
 
 Shapes as in sac.py.
 """
@@ -43,7 +45,7 @@ def make_messages(run: Run, learner: Learner) -> Messages:
 def player(args: SACDecoupledArgs, run: Run, trainers: Trainers) -> int:
     """main() of sac.py, with the updates replaced by messages to the trainers."""
     with run:
-        # --- Schedule and buffer
+        # --- Schedule and buffer: first, as there may not be the memory for it
         schedule = make_schedule(run)
         rb = make_buffer(run)
 
