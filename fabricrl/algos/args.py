@@ -292,6 +292,14 @@ def require_above_zero(args: StandardArgs, *names: str) -> None:
             require(0 < value <= LARGEST, name, value, f"a number above 0, at most {LARGEST:g}")
 
 
+def require_images(args: Any) -> None:
+    """Refuses sizes of images, stacks and encoders that make no sense."""
+    require_counts(args, 64, "frame_stack")
+    require_counts(args, 65_536, "cnn_features")
+    allowed = "at least 36, at most 4096, or None"
+    require(args.resize is None or 36 <= args.resize <= 4096, "resize", args.resize, allowed)
+
+
 def require_widths(args: StandardArgs, *names: str) -> None:
     """Raises ConfigError unless each of the named arguments holds widths of layers."""
     for name in names:

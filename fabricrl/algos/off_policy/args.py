@@ -13,6 +13,7 @@ from fabricrl.algos.args import (
     require_above_zero,
     require_between,
     require_counts,
+    require_images,
     require_memory,
     require_widths,
 )
@@ -93,14 +94,7 @@ class OffPolicyArgs(StandardArgs):
         super().__post_init__()
         require_counts(self, 2**63 - 1, "buffer_size", "batch_size")
         require_counts(self, 1000, "n_step", "num_critics")
-        require_counts(self, 64, "frame_stack")
-        require_counts(self, 65_536, "cnn_features")
-        require(
-            self.resize is None or 36 <= self.resize <= 4096,
-            "resize",
-            self.resize,
-            "at least 36, at most 4096, or None",
-        )
+        require_images(self)
         require(0 <= self.random_shift < 36, "random_shift", self.random_shift, "0 or more, below 36")
         require(self.learning_starts >= 0, "learning_starts", self.learning_starts, "0 or more")
         require_between(self, 0, 1, "gamma", "tau")

@@ -15,6 +15,7 @@ from fabricrl.algos.args import (
     require_above_zero,
     require_between,
     require_counts,
+    require_images,
     require_memory,
     require_widths,
 )
@@ -112,15 +113,8 @@ class PPOArgs(StandardArgs):
         super().__post_init__()
         require_counts(self, 2**63 - 1, "num_steps", "num_minibatches")
         require_counts(self, 1000, "update_epochs")  # a run can be stopped between two iterations, not within
-        require_counts(self, 64, "frame_stack")
-        require_counts(self, 65_536, "cnn_features")
+        require_images(self)
         require(0 <= self.noop_max <= 1000, "noop_max", self.noop_max, "0 or more, at most 1000")
-        require(
-            self.resize is None or 36 <= self.resize <= 4096,
-            "resize",
-            self.resize,
-            "at least 36, at most 4096, or None",
-        )
         require_between(self, 0, 1, "gamma", "gae_lambda")
         require_between(self, 0, LARGEST, "ent_coef", "vf_coef", "max_grad_norm")
         require_between(self, -20, 20, "log_std_init")
