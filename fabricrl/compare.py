@@ -8,14 +8,16 @@ Runs that differ in nothing but their seed form a group. Logs may be ours (Tenso
 Stable-Baselines3's.
 """
 
+import contextlib
 import csv
 import glob
 import itertools
 import json
+import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -378,11 +380,18 @@ def plot(groups: Sequence[Group], path: Path, metric: str) -> None:
         axes.set(title=env_id, xlabel="environment steps", ylabel=metric or "return of training episodes")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=8)
-    try:
+    with writing(path):
         figure.savefig(path, dpi=120, bbox_inches="tight")
-    except OSError as error:
-        raise ConfigError(f"--out is {path}: it cannot be written: {error.strerror}") from error
     plt.close(figure)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises ConfigError if a file cannot be written inside: `--out`, or a table beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out is {path}: {error.filename or path} cannot be written: {error.strerror}") from error
 
 
 def draw_curve(axes: Any, group: Group) -> None:
@@ -407,6 +416,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     options = parser.parse_args()
     require(0 < options.final <= 1, "final", options.final, "above 0, at most 1")
+    require(options.threshold is None or math.isfinite(options.threshold), "threshold", options.threshold, "a number")
     check_picture(options.out)
 
     named = []
@@ -418,15 +428,16 @@ def main() -> int:
     groups = group_logs(read_logs(bar, options.metric), options.final)
     rows = summarise(groups, options.threshold)
     table = markdown(rows, first_groups(groups))
+    print(as_json(rows) if options.json else table, flush=True)
+    warn_of_few_seeds(rows)
     if options.out is not None:
         plot(groups, options.out, options.metric)
-        options.out.with_suffix(".md").write_text(table + "\n")
-        with options.out.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    print(as_json(rows) if options.json else table)
-    warn_of_few_seeds(rows)
+        with writing(options.out):
+            options.out.with_suffix(".md").write_text(table + "\n")
+            with options.out.with_suffix(".csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
     return 0
 
 

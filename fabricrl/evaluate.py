@@ -33,7 +33,7 @@ from fabricrl.utils.checkpoint import load_checkpoint, reading
 from fabricrl.utils.command import Parser
 from fabricrl.utils.contents import check_contents
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, EnvError, from_here, require
+from fabricrl.utils.errors import ConfigError, EnvError, OutputError, from_here, require
 from fabricrl.utils.hub import is_on_hub
 from fabricrl.utils.seeding import FIRST_TRAINING_SEED
 from fabricrl.utils.signals import StopSignal
@@ -42,6 +42,8 @@ from fabricrl.utils.signals import StopSignal
 def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Plays one mode, greedy or sampled, on environments of its own."""
     args, mode = policy.args, "greedy" if greedy else "sampled"
+    if options.capture_video:
+        make_folder(video_folder(policy, options.path))
     one = options.render or options.capture_video  # one environment is watched, so it plays all episodes
     num_envs = 1 if one else min(options.episodes, options.num_envs)
 
@@ -63,6 +65,14 @@ def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[
             return play(envs, policy.act, options.episodes, options.seed, bar.update).summary()
     finally:
         envs.close()
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder unless it is there. Raises OutputError if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {folder}: {error.strerror or error}") from error
 
 
 def check_screen() -> None:
@@ -93,7 +103,7 @@ def _options() -> Any:
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     options = parser.parse_args()
     require(options.episodes >= 1, "episodes", options.episodes, "at least 1")
-    require(options.num_envs >= 1, "num_envs", options.num_envs, "at least 1")
+    require(1 <= options.num_envs <= 2**20, "num_envs", options.num_envs, "at least 1, at most 1048576")
     seeds = FIRST_TRAINING_SEED - options.num_envs + 1  # those above are for training
     require(0 <= options.seed < seeds, "seed", options.seed, f"between 0 and {seeds - 1}")
     if options.render and options.capture_video:

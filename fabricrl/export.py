@@ -7,11 +7,13 @@ python fabricrl/export.py <checkpoint or run folder> --format onnx --json
 
 import copy
 import importlib.util
+import io
 import json
 import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,7 @@ class EnvActions(nn.Module):
         if isinstance(space, MultiDiscrete):
             self.register_buffer("start", torch.as_tensor(space.start))
         if isinstance(space, Box):
+            self.dtype = torch.as_tensor(np.empty(0, space.dtype)).dtype
             wide = torch.float64 if rescales or space.dtype == np.float64 else torch.float32
             self.register_buffer("low", torch.as_tensor(space.low, dtype=wide))
             self.register_buffer("high", torch.as_tensor(space.high, dtype=wide))
@@ -115,8 +118,7 @@ class EnvActions(nn.Module):
         if self.rescales:
             share = (actions + 1) / 2
             actions = (1 - share) * self.low + share * self.high
-        dtype = torch.float64 if self.space.dtype == np.float64 else torch.float32
-        return torch.minimum(torch.maximum(actions, self.low), self.high).to(dtype)
+        return torch.minimum(torch.maximum(actions, self.low), self.high).to(self.dtype)
 
 
 class ExportedPolicy(nn.Module):
@@ -231,8 +233,17 @@ def exported(module: ExportedPolicy, example: dict[str, np.ndarray]) -> torch.ex
         return torch.export.export(module, inputs, dynamic_shapes=(tuple({0: rows} for _ in inputs),))
 
 
-def write(program: torch.export.ExportedProgram, module: ExportedPolicy, about: dict[str, Any], path: Path) -> None:
-    """Writes the graph, complete under its name or not at all, with what it is about beside it.
+def write(
+    program: torch.export.ExportedProgram,
+    module: ExportedPolicy,
+    about: dict[str, Any],
+    path: Path,
+    check: Callable[[Path], float],
+) -> float:
+    """Writes the graph with what it is about beside it, complete under its name or not at all.
+
+    Args:
+        check: called with the complete file before it gets its name; what it returns is returned.
 
     Raises:
         OutputError: the file cannot be written.
@@ -248,8 +259,12 @@ def write(program: torch.export.ExportedProgram, module: ExportedPolicy, about: 
             graph.model.metadata_props["fabricrl"] = json.dumps(about)
             graph.save(str(temporary), external_data=False)
         else:
-            torch.export.save(program, temporary, extra_files={"fabricrl.json": json.dumps(about)})
+            whole = io.BytesIO()  # in a file PyTorch raises what is no OSError
+            torch.export.save(program, whole, extra_files={"fabricrl.json": json.dumps(about)})
+            temporary.write_bytes(whole.getbuffer())
+        result = check(temporary)
         os.replace(temporary, path)
+        return result
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -298,11 +313,12 @@ def largest_difference(policy: Policy, module: ExportedPolicy, path: Path) -> fl
         expected = policy.act(rows, rewards, np.full(ROWS, step == 0), *masks)
         found = stepper(observations, rewards, *masks)
         if found.shape != expected.shape or found.dtype != expected.dtype:
-            raise RunError(f"{path} differs from the policy: {found.dtype} {found.shape} for {expected.shape}")
+            what = f"{found.dtype} {found.shape} for {expected.dtype} {expected.shape}"
+            raise RunError(f"the program that was written differs from the policy: {what}")
         gap = np.abs(found.astype(np.float64) - expected) / np.maximum(1, np.abs(expected))
         largest, rewards = max(largest, float(gap.max())), rewards + 0.5
     if not largest <= TOLERANCE:
-        raise RunError(f"{path} differs from the policy: actions differ by {largest:.1e}")
+        raise RunError(f"the program that was written differs from the policy: actions differ by {largest:.1e}")
     return largest
 
 
@@ -344,8 +360,8 @@ def export(source: str, kind: str, out: str | None) -> dict[str, Any]:
         "inputs": described({name: example[name] for name in module.input_names}),
         "outputs": described(dict(zip(module.output_names, outputs, strict=True))),
     }
-    write(exported(module, example), module, about, path)
-    return {"file": str(path), "format": kind} | about | {"difference": largest_difference(policy, module, path)}
+    difference = write(exported(module, example), module, about, path, partial(largest_difference, policy, module))
+    return {"file": str(path), "format": kind} | about | {"difference": difference}
 
 
 def main() -> int:

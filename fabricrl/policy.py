@@ -92,8 +92,9 @@ class Policy:
                 `info["action_mask"]` has them; None: all.
 
         Raises:
-            ValueError: the observation does not fit its space or is not finite; the reward is missing; the mask is of
-                another size or allows nothing; or another number of observations came before, without a `reset`.
+            ValueError: the observation does not fit its space or is not finite; the reward is missing or not finite;
+                the mask is of another size or allows nothing; or another number of observations came before, without
+                a `reset`.
         """
         try:
             rows, is_batch = self.rows(obs)  # [N, ...]
@@ -109,6 +110,8 @@ class Policy:
             raise ValueError("this policy was trained with --prev-reward: call policy(obs, reward)")
         masks = [] if mask is None else [self._mask(mask, count)]
         rewards = np.full(count, 0.0 if reward is None else reward, dtype=np.float64)
+        if not np.isfinite(rewards).all():
+            raise ValueError("a reward is not finite")
         actions = self.act(rows, rewards, begins, *masks)
         self._begins = np.zeros(count, dtype=bool)
         return actions if is_batch else actions[0]

@@ -39,7 +39,7 @@ from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError, require
 
-RESULT = re.compile(r"^result .*checkpoint=(.*)$", re.MULTILINE)
+FOLDER = re.compile(r"; writing to (.*)$", re.MULTILINE)  # a run says so as it starts
 GRACE = 30.0  # seconds for a run to save when the sweep is interrupted
 
 
@@ -48,7 +48,7 @@ class Outcome:
     """End of a run.
 
     Attributes:
-        folder: the run's folder; None if it did not come to a checkpoint.
+        folder: the run's folder; None if it did not come so far.
         error: the last line of its standard error, if the code is not 0.
     """
 
@@ -96,12 +96,13 @@ class Pool:
     def _run(self, command: Sequence[str]) -> Outcome:
         if self._stopping:
             return Outcome(command, 128 + signal.SIGTERM, None, "")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace")
         self._running.add(process)
-        out, err = process.communicate()
+        _, err = process.communicate()
         self._running.discard(process)
-        result, lines = RESULT.search(out), err.strip().splitlines()
-        folder = Path(result[1]).parent.parent if result and result[1] != "None" else None
+        found, lines = FOLDER.search(err), err.strip().splitlines()
+        folder = Path(found[1]) if found else None
         error = lines[-1].removeprefix("error: ") if lines and process.returncode else ""
         return Outcome(command, process.returncode, folder, error)
 
@@ -183,8 +184,9 @@ def _folder(log_dir: str | Path) -> list[str]:
 def report(outcomes: Sequence[Outcome], out: Path | None, in_json: bool) -> int:
     """Prints the comparison of the runs that came to their end, and what became of the others: the exit code."""
     for outcome in outcomes:
-        if outcome.code:
-            print(f"failed: {shlex.join(outcome.command[1:])}: {outcome.error}", file=sys.stderr)
+        if outcome.code or outcome.folder is None:
+            error = outcome.error or f"ended with exit code {outcome.code}, and named no folder"
+            print(f"failed: {shlex.join(outcome.command[1:])}: {error}", file=sys.stderr)
     folders = [outcome.folder for outcome in outcomes if outcome.folder is not None and not outcome.code]
     code = next((outcome.code for outcome in outcomes if outcome.code), 0)
     if not folders:

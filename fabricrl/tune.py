@@ -31,7 +31,7 @@ from fabricrl.__main__ import algorithms
 from fabricrl.algos.flags import flags_of
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, RunError, require
+from fabricrl.utils.errors import ConfigError, OutputError, RunError, require
 from fabricrl.utils.extras import missing
 from fabricrl.utils.logger import read_entries
 
@@ -217,7 +217,7 @@ class Search:
 
     def _failed(self, trial: "optuna.Trial", code: int, told: Path) -> TrialError:
         """The error of a trial whose run failed. An argument that no trial has chosen is wrong for all: the end."""
-        lines = told.read_text().strip().splitlines() or [f"exit code {code}"]
+        lines = told.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
         self.error = lines[-1].removeprefix("error: ")
         if code == ConfigError.exit_code and not names_any(self.error, self._space):
             with self._lock:  # no run starts meanwhile
@@ -450,11 +450,14 @@ def _search(study: "optuna.Study", search: Search, options: argparse.Namespace) 
         what = "no trial has come to its end" if not values else "no further trial has come to its end"
         raise ConfigError(f"{what}: {search.error or 'all were given up or failed'}")
     folder = search.folder
-    write_report(study, folder)
     command = shlex.join(["fabricrl", options.algo, *search.command[2:], *flags(study.best_params)])
     best = {"value": study.best_value, "trial": study.best_trial.number, "command": command, "folder": str(folder)}
     text = f"best: {study.best_value:.2f}, trial {study.best_trial.number}; pictures and table in {folder}\n{command}"
-    print(json.dumps(best | {"params": study.best_params}) if options.json else text)
+    print(json.dumps(best | {"params": study.best_params}) if options.json else text, flush=True)
+    try:
+        write_report(study, folder)
+    except OSError as error:
+        raise OutputError(f"cannot write into {folder}: {error.strerror or error}") from error
     return search.exit_code
 
 

@@ -158,6 +158,8 @@ def test_json_that_is_deep_or_huge_is_refused_in_a_short_line() -> None:
         assert "JSON object" in message
         assert len(message) < 1000
     assert PPOArgs(env_kwargs='{"a":' * 40 + "1" + "}" * 40)
+    assert "levels" in complaint("--env-kwargs", '{"a":' * 60 + "1" + "}" * 60)
+    assert "levels" not in complaint("--env-kwargs", '{"a": [' + "[1], " * 60 + "]}")  # a comma too many
 
 
 # --- What does not fit into memory

@@ -243,6 +243,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     for name, arguments in (("broken", "{"), ("listed", "[1]"), ("deep", "[" * 100_000)):
         (ours(tmp_path / name, LINE) / "args.json").write_text(arguments)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "taken.md").mkdir()
     mistakes: dict[str, list[object]] = {
         "there is no such file or folder": [tmp_path / "nothing*"],
         "no run there": [tmp_path / "empty"],
@@ -253,6 +254,8 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         "deep: its log cannot be read": [tmp_path / "deep"],
         "final is 0.0": [good, "--final", 0],
         "ends in one of .png, .svg, .pdf": [good, "--out", tmp_path / "good" / "x.nothing"],
+        "threshold is nan": [good, "--threshold", "nan"],
+        r"taken.md cannot be written: Is a directory": [good, "--out", tmp_path / "taken.png"],
         "in a folder that exists": [good, "--out", tmp_path / "nothing" / "x.png"],
     }
     for message, arguments in mistakes.items():

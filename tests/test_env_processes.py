@@ -13,15 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Discrete
 from gymnasium.vector import VectorEnv
 
 from fabricrl import evaluate
 from fabricrl.algos.ppo import ppo, ppo_decoupled
 from fabricrl.algos.ppo.args import PPOArgs
-from fabricrl.envs import check_env, guard, make_envs, vector, workers
+from fabricrl.envs import check_env, failures, guard, make_envs, vector, workers
 from fabricrl.utils.errors import EnvError
 from fabricrl.utils.seeding import env_seeds
 from fabricrl.utils.signals import StopSignal
@@ -436,3 +438,17 @@ def test_images_tell_environments_apart_whose_numbers_are_equal(capsys: pytest.C
     envs.reset(seed=[1, 2])
     assert "equal observations" not in capsys.readouterr().err
     envs.close()
+
+
+def test_environments_that_hang_as_they_close_cost_their_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs(gym.Env):
+        observation_space = action_space = Discrete(2)
+
+        def close(self) -> None:
+            time.sleep(60)
+
+    monkeypatch.setattr(failures, "HASTE", 0.05)
+    envs = vector.make_sync_envs([Hangs] * 20, grace=1.0)
+    begin = time.monotonic()
+    envs.close()
+    assert time.monotonic() - begin < 10

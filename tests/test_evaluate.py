@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fabricrl import evaluate
 from fabricrl.algos.ppo.ppo import main
-from fabricrl.utils.errors import CheckpointError, EnvError
+from fabricrl.utils.errors import CheckpointError, EnvError, OutputError
 from tests.envs import Counting
 from tests.process import Finished, call, load
 
@@ -181,3 +181,10 @@ def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(trained: Finish
     assert "obs space" in refusal(other)
     narrow = save_checkpoint(tmp_path, 3, stored | {"args": stored["args"] | {"hidden_sizes": [64, 8]}}, keep=9)
     assert "actor.hidden.1" in refusal(narrow)
+
+
+def test_a_folder_of_videos_that_cannot_be_made_is_no_fault_of_the_environment(trained: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained.folder, tmp_path / "run")
+    (folder / "videos").touch()
+    with pytest.raises(OutputError, match=r"cannot make .*videos.*: "):
+        call(evaluate.main, folder, "--episodes", 2, "--capture-video")

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 
 import fabricrl
 from fabricrl import export
@@ -21,6 +22,7 @@ from fabricrl.algos.ppo_recurrent import ppo_recurrent
 from fabricrl.algos.ppo_recurrent import utils as recurrent_utils
 from fabricrl.algos.sac import sac
 from fabricrl.algos.sac import utils as sac_utils
+from fabricrl.envs.spaces import env_actions, rescale_actions
 from fabricrl.policy import Policy
 from fabricrl.utils.errors import ConfigError, OutputError, RunError
 from tests.process import Finished, call
@@ -134,6 +136,18 @@ def test_a_program_that_acts_otherwise_is_noticed(
     monkeypatch.setattr(export.EnvActions, "forward", wrong)
     with pytest.raises(RunError, match=r"differs from the policy: actions differ by [0-9.]+e-0[34]"):
         written(runs("sac").checkpoint, "pt2", tmp_path / "policy.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64"])
+@pytest.mark.parametrize("rescales", [False, True])
+def test_actions_have_the_type_of_their_space(dtype: str, rescales: bool) -> None:
+    space = Box(-2, 3, (2, 2), np.dtype(dtype))
+    drawn = torch.linspace(-1, 1, 8).view(2, 4)
+    expected = (rescale_actions if rescales else env_actions)(space, drawn.numpy())
+    found = export.EnvActions(space, rescales)(drawn).numpy()
+    assert found.dtype == expected.dtype == space.dtype
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 def test_mistakes_are_told_in_one_line(
@@ -149,6 +163,8 @@ def test_mistakes_are_told_in_one_line(
     with pytest.raises(OutputError, match=r"cannot write .*taken\.pt2: Is a directory"):
         written(path, "pt2", tmp_path / "taken.pt2")
     assert not list(tmp_path.glob(".*"))
+    with pytest.raises(OutputError, match=r"cannot write /proc/policy\.pt2: No such file"):
+        written(path, "pt2", Path("/proc/policy.pt2"))
     monkeypatch.setattr(export, "algorithm", lambda *_: SimpleNamespace())
     with pytest.raises(ConfigError, match="no env_actions"):
         written(path, "pt2", tmp_path / "policy.pt2")

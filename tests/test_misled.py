@@ -461,3 +461,15 @@ def test_agents_that_normalise_observations_can_be_pickled() -> None:
         stream.seek(0)
         for again in (pickle.loads(pickle.dumps(agent)), torch.load(stream, weights_only=False)):
             assert torch.equal(again.obs_normalizer.center, agent.obs_normalizer.center)
+
+
+@pytest.mark.parametrize("info", [5, {"is_success": 10**400}])
+def test_infos_that_cannot_be_read_name_their_environment(info: Any) -> None:
+    class Ends(gym.Wrapper):
+        def step(self, action: Any) -> tuple:
+            return *self.env.step(action)[:2], True, False, info
+
+    env = NameFailures(Ends(make_env(args_for())), 3, ["is_success"])
+    env.reset(seed=1)
+    with pytest.raises(EnvError, match=r"environment 3 failed in step: (TypeError|OverflowError)"):
+        env.step(env.action_space.sample())

@@ -37,7 +37,9 @@ if a.wait:
 arguments = {"env_id": a.env_id, "learning_rate": a.learning_rate, "compile": a.compile, "seed": a.seed}
 (folder / "args.json").write_text(json.dumps(arguments))
 (folder / "metrics.csv").write_text(f"step,charts/episodic_return\\n100,{100 * a.learning_rate + a.seed}\\n")
-print(f"result steps=100 checkpoint={folder / 'checkpoints' / 'step.ckpt'}")
+sys.stderr.buffer.write(b"\\xff..")  # what an environment prints
+print(f"algo {a.env_id}: 1 rank; writing to {folder}", file=sys.stderr)
+print(f"result steps=100 checkpoint=None")
 """
 
 
@@ -133,6 +135,11 @@ def test_a_run_that_fails_leaves_the_others_to_be_compared(script: Path, tmp_pat
     assert done.code == 4
     assert len(json.loads(done.out)) == 1
     assert "told to fail" in done.err
+
+
+def test_a_run_that_cannot_be_found_is_told_of(capsys: pytest.CaptureFixture) -> None:
+    assert sweep.report([sweep.Outcome(["python", "ppo.py"], 0, None, "")], None, False) == 1
+    assert capsys.readouterr().err == "failed: ppo.py: ended with exit code 0, and named no folder\n"
 
 
 def test_arguments_that_do_not_fit_end_the_sweep(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

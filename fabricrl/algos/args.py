@@ -193,7 +193,8 @@ class StandardArgs:
     def _check_texts(self) -> None:
         given, name = self.env_kwargs, self.exp_name
         allowed = """a JSON object such as '{"continuous": true}', in single quotes for the shell"""
-        if len(given) > 100_000 or given.count("{") + given.count("[") > 50:
+        levels = itertools.accumulate((letter in "{[") - (letter in "}]") for letter in given)
+        if len(given) > 100_000 or max(levels, default=0) > 50:
             allowed = "a JSON object of at most 100 000 characters and 50 levels"
         require(is_json_object(given), "env_kwargs", repr(given if len(given) < 500 else f"{given[:500]}..."), allowed)
         fits = re.fullmatch(r"[\w.-]*", name) is not None and len(name.encode()) <= 220  # file names may have 255

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from fabricrl.envs.rows import floats_in
 from fabricrl.envs.workers import WorkerVectorEnv
 from fabricrl.envs.wrappers import NameFailures
 from fabricrl.utils.errors import EnvError, RunError
+
+HASTE = 0.5  # seconds that an environment has to close once another has hung
 
 
 class ReportFailures(gym.vector.VectorWrapper):
@@ -113,8 +116,13 @@ class ReportFailures(gym.vector.VectorWrapper):
         else:
             envs = {f"environment {index}": env.close for index, env in enumerate(getattr(self.env, "envs", ()))}
             envs = envs or {"environments": self.env.close}
-            found = {name: close_problem(close, self._grace) for name, close in envs.items()}
-            problems = [f"{name} {problem}" for name, problem in found.items() if problem]
+            problems, grace = [], self._grace
+            for name, close in envs.items():
+                started = time.monotonic()
+                if problem := close_problem(close, grace):
+                    problems.append(f"{name} {problem}")
+                if time.monotonic() - started >= grace:
+                    grace = min(grace, HASTE)
             self.env.closed = True
             self._end_processes()
         if problems and problems[0] not in self.told:

@@ -181,7 +181,7 @@ class Observation:
         inner: Iterator[tuple[Any, Space]]
         if isinstance(space, Dict):
             if not isinstance(value, Mapping) or value.keys() != space.spaces.keys():
-                what = f"of {', '.join(map(str, value))}" if isinstance(value, Mapping) else _kind(value)
+                what = f"of {', '.join(map(str, value)) or 'no parts'}" if isinstance(value, Mapping) else _kind(value)
                 raise self._misfit(path, what, space)
             inner = iter(space.spaces.items())
         else:

@@ -201,15 +201,14 @@ class NameFailures(gym.Wrapper):
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
             ended = terminated or truncated  # the next mask is then that of the reset that follows
-            mask = None if self._masks is None or ended else self._masks(info)
+            # What an environment tells besides is for people: names such as `final_obs` mean something to buffers
+            told = {"life_lost": info["life_lost"]} if self._tells_lives else {}
+            if self._masks is not None and not ended:
+                told["action_mask"] = self._masks(info)
+            if ended and info and any(key in info for key in self.keys):
+                told["episode_info"] = np.array([as_number(info.get(key)) for key in self.keys])
         except (Exception, SystemExit, Timeout) as error:
             raise self._named("step", error) from error
-        # What an environment tells besides is for people: names such as `final_obs` mean something to buffers
-        told = {"life_lost": info["life_lost"]} if self._tells_lives else {}
-        if mask is not None:
-            told["action_mask"] = mask
-        if ended and info and any(key in info for key in self.keys):
-            told["episode_info"] = np.array([as_number(info.get(key)) for key in self.keys])
         return (self._last(obs) if ended else obs), reward, terminated, truncated, told
 
     def _last(self, obs: np.ndarray) -> np.ndarray:
