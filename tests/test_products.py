@@ -22,7 +22,9 @@ KINDS: dict[str, Callable[..., Tensor]] = {
     "mm": lambda a, b, bias: a @ b,
     "addmm": lambda a, b, bias: torch.addmm(bias, a, b),
     "bmm": lambda a, b, bias: torch.bmm(torch.stack((a, -a)), torch.stack((b, 2 * b))),
-    "baddbmm": lambda a, b, bias: torch.baddbmm(bias.expand(2, 1, -1), torch.stack((a, -a)), torch.stack((b, 2 * b))),
+    "baddbmm": lambda a, b, bias: torch.baddbmm(
+        torch.stack((bias, -bias))[:, None], torch.stack((a, -a)), torch.stack((b, 2 * b))
+    ),
 }
 pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="PyTorch has been built without oneDNN")
 
