@@ -8,7 +8,6 @@ Runs that differ in nothing but their seed form a group. Logs may be ours (Tenso
 Stable-Baselines3's.
 """
 
-import contextlib
 import csv
 import glob
 import itertools
@@ -17,7 +16,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, require
+from fabricrl.utils.errors import ConfigError, require, writing
 from fabricrl.utils.logger import read_entries
 from fabricrl.utils.run import began
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
@@ -385,15 +384,6 @@ def plot(groups: Sequence[Group], path: Path, metric: str) -> None:
     plt.close(figure)
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises ConfigError if a file cannot be written inside: `--out`, or a table beside it."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"--out is {path}: {error.filename or path} cannot be written: {error.strerror}") from error
-
-
 def draw_curve(axes: Any, group: Group) -> None:
     """Draws one group's interquartile mean, its interval as a band, and its seeds as thin lines."""
     shown = np.isfinite(group.curves).all(0)
@@ -432,12 +422,12 @@ def main() -> int:
     warn_of_few_seeds(rows)
     if options.out is not None:
         plot(groups, options.out, options.metric)
-        with writing(options.out):
-            options.out.with_suffix(".md").write_text(table + "\n")
-            with options.out.with_suffix(".csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+        with writing(path := options.out.with_suffix(".md")):
+            path.write_text(table + "\n")
+        with writing(path := options.out.with_suffix(".csv")), path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     return 0
 
 

@@ -33,7 +33,7 @@ from fabricrl.utils.checkpoint import load_checkpoint, reading
 from fabricrl.utils.command import Parser
 from fabricrl.utils.contents import check_contents
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, EnvError, OutputError, from_here, require
+from fabricrl.utils.errors import ConfigError, EnvError, from_here, require, writing
 from fabricrl.utils.hub import is_on_hub
 from fabricrl.utils.seeding import FIRST_TRAINING_SEED
 from fabricrl.utils.signals import StopSignal
@@ -43,7 +43,8 @@ def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[
     """Plays one mode, greedy or sampled, on environments of its own."""
     args, mode = policy.args, "greedy" if greedy else "sampled"
     if options.capture_video:
-        make_folder(video_folder(policy, options.path))
+        with writing(folder := video_folder(policy, options.path)):
+            folder.mkdir(parents=True, exist_ok=True)
     one = options.render or options.capture_video  # one environment is watched, so it plays all episodes
     num_envs = 1 if one else min(options.episodes, options.num_envs)
 
@@ -65,14 +66,6 @@ def evaluate(policy: Policy, greedy: bool, options: argparse.Namespace) -> dict[
             return play(envs, policy.act, options.episodes, options.seed, bar.update).summary()
     finally:
         envs.close()
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder unless it is there. Raises OutputError if it cannot."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {folder}: {error.strerror or error}") from error
 
 
 def check_screen() -> None:

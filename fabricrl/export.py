@@ -28,7 +28,7 @@ from fabricrl.policy import Policy, algorithm
 from fabricrl.utils.checkpoint import load_checkpoint
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, OutputError, RunError, from_here
+from fabricrl.utils.errors import ConfigError, RunError, from_here, writing
 from fabricrl.utils.extras import missing
 from fabricrl.utils.hub import is_on_hub
 
@@ -240,7 +240,7 @@ def write(
     path: Path,
     check: Callable[[Path], float],
 ) -> float:
-    """Writes the graph with what it is about beside it, complete under its name or not at all.
+    """Writes the graph and what it is about as one file, complete under its name or not at all.
 
     Args:
         check: called with the complete file before it gets its name; what it returns is returned.
@@ -250,23 +250,23 @@ def write(
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        if path.suffix == ".onnx":
-            graph = torch.onnx.export(
-                program, (), dynamo=True, verbose=False,
-                input_names=module.input_names, output_names=module.output_names,
-            )  # fmt: skip
-            assert graph is not None
-            graph.model.metadata_props["fabricrl"] = json.dumps(about)
-            graph.save(str(temporary), external_data=False)
-        else:
-            whole = io.BytesIO()  # in a file PyTorch raises what is no OSError
-            torch.export.save(program, whole, extra_files={"fabricrl.json": json.dumps(about)})
-            temporary.write_bytes(whole.getbuffer())
+        with writing(path):
+            if path.suffix == ".onnx":
+                graph = torch.onnx.export(
+                    program, (), dynamo=True, verbose=False,
+                    input_names=module.input_names, output_names=module.output_names,
+                )  # fmt: skip
+                assert graph is not None
+                graph.model.metadata_props["fabricrl"] = json.dumps(about)
+                graph.save(str(temporary), external_data=False)
+            else:
+                whole = io.BytesIO()  # in a file PyTorch raises what is no OSError
+                torch.export.save(program, whole, extra_files={"fabricrl.json": json.dumps(about)})
+                temporary.write_bytes(whole.getbuffer())
         result = check(temporary)
-        os.replace(temporary, path)
+        with writing(path):
+            os.replace(temporary, path)
         return result
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

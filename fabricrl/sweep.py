@@ -39,7 +39,7 @@ from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
 from fabricrl.utils.errors import ConfigError, RunError, require
 
-FOLDER = re.compile(r"; writing to (.*)$", re.MULTILINE)  # a run says so as it starts
+FOLDER = re.compile(r"; writing to (.*?)(?:; from step \d+ of .*)?$", re.MULTILINE)  # a run says so as it starts
 GRACE = 30.0  # seconds for a run to save when the sweep is interrupted
 
 
@@ -188,17 +188,18 @@ def report(outcomes: Sequence[Outcome], out: Path | None, in_json: bool) -> int:
             error = outcome.error or f"ended with exit code {outcome.code}, and named no folder"
             print(f"failed: {shlex.join(outcome.command[1:])}: {error}", file=sys.stderr)
     folders = [outcome.folder for outcome in outcomes if outcome.folder is not None and not outcome.code]
-    code = next((outcome.code for outcome in outcomes if outcome.code), 0)
+    codes = [outcome.code or RunError.exit_code for outcome in outcomes if outcome.code or outcome.folder is None]
+    code = codes[0] if codes else 0
     if not folders:
-        return code or RunError.exit_code
+        return code
     groups = group_logs(read_logs([("", folder) for folder in folders]))
     rows = summarise(groups)
     rows.sort(key=lambda row: -row["iqm"])
-    if out is not None:
-        plot(groups, out, "")
-    print(as_json(rows) if in_json else markdown(rows, first_groups(groups)))
+    print(as_json(rows) if in_json else markdown(rows, first_groups(groups)), flush=True)
     warn_of_few_seeds(rows)
     print(f"runs in {folders[0].parents[2]}", file=sys.stderr)
+    if out is not None:
+        plot(groups, out, "")
     return code
 
 

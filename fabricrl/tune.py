@@ -31,7 +31,7 @@ from fabricrl.__main__ import algorithms
 from fabricrl.algos.flags import flags_of
 from fabricrl.utils.command import Parser, path_of
 from fabricrl.utils.ending import run_script
-from fabricrl.utils.errors import ConfigError, OutputError, RunError, require
+from fabricrl.utils.errors import ConfigError, RunError, require, writing
 from fabricrl.utils.extras import missing
 from fabricrl.utils.logger import read_entries
 
@@ -454,10 +454,8 @@ def _search(study: "optuna.Study", search: Search, options: argparse.Namespace) 
     best = {"value": study.best_value, "trial": study.best_trial.number, "command": command, "folder": str(folder)}
     text = f"best: {study.best_value:.2f}, trial {study.best_trial.number}; pictures and table in {folder}\n{command}"
     print(json.dumps(best | {"params": study.best_params}) if options.json else text, flush=True)
-    try:
+    with writing(folder):
         write_report(study, folder)
-    except OSError as error:
-        raise OutputError(f"cannot write into {folder}: {error.strerror or error}") from error
     return search.exit_code
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fabricrl import compare
 from fabricrl.algos.names import UNNAMED
-from fabricrl.utils.errors import ConfigError
+from fabricrl.utils.errors import ConfigError, OutputError
 from fabricrl.utils.logger import make_logger
 from fabricrl.utils.statistics import interval, iqm, probability_of_improvement
 from tests.process import call
@@ -243,7 +243,6 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     for name, arguments in (("broken", "{"), ("listed", "[1]"), ("deep", "[" * 100_000)):
         (ours(tmp_path / name, LINE) / "args.json").write_text(arguments)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "taken.md").mkdir()
     mistakes: dict[str, list[object]] = {
         "there is no such file or folder": [tmp_path / "nothing*"],
         "no run there": [tmp_path / "empty"],
@@ -255,13 +254,19 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         "final is 0.0": [good, "--final", 0],
         "ends in one of .png, .svg, .pdf": [good, "--out", tmp_path / "good" / "x.nothing"],
         "threshold is nan": [good, "--threshold", "nan"],
-        r"taken.md cannot be written: Is a directory": [good, "--out", tmp_path / "taken.png"],
         "in a folder that exists": [good, "--out", tmp_path / "nothing" / "x.png"],
     }
     for message, arguments in mistakes.items():
         with pytest.raises(ConfigError, match=message) as error:
             call(compare.main, *arguments)
         assert "\n" not in str(error.value)
+
+
+def test_a_table_that_cannot_be_written_is_told_of_behind_the_comparison(tmp_path: Path) -> None:
+    good = ours(tmp_path / "good", LINE)
+    (tmp_path / "taken.md").mkdir()
+    with pytest.raises(OutputError, match=r"cannot write .*taken\.md: Is a directory"):
+        call(compare.main, good, "--out", tmp_path / "taken.png")
 
 
 @pytest.mark.parametrize("torn", [b"1100,9", b"hello\n", b"1100,1,2,3,4,5\n", b"\x00\xff\n", b"1100,a lot,9\n"])

@@ -186,5 +186,5 @@ def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(trained: Finish
 def test_a_folder_of_videos_that_cannot_be_made_is_no_fault_of_the_environment(trained: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(trained.folder, tmp_path / "run")
     (folder / "videos").touch()
-    with pytest.raises(OutputError, match=r"cannot make .*videos.*: "):
+    with pytest.raises(OutputError, match=r"cannot write .*videos.*: "):
         call(evaluate.main, folder, "--episodes", 2, "--capture-video")

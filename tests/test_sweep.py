@@ -38,7 +38,7 @@ arguments = {"env_id": a.env_id, "learning_rate": a.learning_rate, "compile": a.
 (folder / "args.json").write_text(json.dumps(arguments))
 (folder / "metrics.csv").write_text(f"step,charts/episodic_return\\n100,{100 * a.learning_rate + a.seed}\\n")
 sys.stderr.buffer.write(b"\\xff..")  # what an environment prints
-print(f"algo {a.env_id}: 1 rank; writing to {folder}", file=sys.stderr)
+print(f"algo {a.env_id}: 1 rank; writing to {folder}; from step 8 of logs/x.ckpt", file=sys.stderr)
 print(f"result steps=100 checkpoint=None")
 """
 

@@ -3,8 +3,8 @@
 RolloutBuffer, RecurrentRolloutBuffer               rollout.py         T steps, in the computer's memory
 DeviceRolloutBuffer, DeviceRecurrentRolloutBuffer   device_rollout.py  T steps of environments that are tensors
 ReplayBuffer, NewestSteps                           replay.py          a ring of transitions, in memory or a file
-DeviceReplayBuffer                                  device_replay.py   a ring on the GPU that trains
-TensorReplayBuffer                                  tensor_replay.py   a ring of environments that are tensors
+DeviceReplayBuffer                                  device_replay.py   a ring on the device that trains
+TensorReplayBuffer                                  tensor_replay.py   a ring of what tensor environments give
 """
 
 from fabricrl.data.device_replay import DeviceReplayBuffer

@@ -128,7 +128,7 @@ def close_problem(close: Callable[[], None], seconds: float = GRACE) -> str:
         with watch:
             close()
     except Timeout:
-        return f"has not returned from close for {seconds:.3g} seconds"
+        return f"has not returned from close for {seconds:g} seconds"
     except (Exception, SystemExit) as error:
         return f"failed in close: {type(error).__name__}: {' '.join(str(error).split())}"
     finally:

@@ -1,6 +1,8 @@
 """Errors that end a run: each kind has its exit code and is reported to the user in one line."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 # Exit code of a run that SIGUSR1 has had save and end, so that a scheduler may start it again: that of sysexits.h for a
@@ -60,6 +62,15 @@ def from_here(text: object) -> str:
     if here == "/":
         return str(text)
     return re.sub(rf"(?<![\w./-]){re.escape(here)}(/\.)?/(?=[^/\s])", "", str(text))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises OutputError if a file or folder cannot be written inside."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def require(condition: bool, flag: str, given: object, allowed: str) -> None:

@@ -1,7 +1,7 @@
 """Matrix products of compiled updates by oneDNN, on processors of which MKL uses half.
 
 PyTorch multiplies float32 matrices by MKL, which on AMD's processors keeps to vectors of 256 bits, also where they have
-512 (AVX-512). oneDNN, which is a part of PyTorch, too, takes all 512: on Zen 5 in half the time.
+512 (AVX-512). oneDNN, which PyTorch also contains, takes all 512: on Zen 5, the only one measured, in half the time.
 """
 
 import functools
@@ -65,7 +65,7 @@ def _mm(a: Tensor, b: Tensor) -> Any:
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, **scales: float) -> Any:
-    is_linear = not scales and bias.dim() == 1
+    is_linear = not scales and bias.shape == b.shape[-1:]
     return torch.ops.fabricrl.product(a, b, bias) if is_linear and _is_large(a, b) else NotImplemented
 
 

@@ -42,7 +42,7 @@ def discounted_sums(deltas: Tensor, decay: Tensor) -> Tensor:
     sums, left, reach = deltas.clone(), decay, 1
     while reach < len(sums):
         sums[:-reach] += left[: len(sums) - reach] * sums[reach:]
-        left = left[:-reach] * left[reach:]  # what is left of a number after twice as many steps
+        left = left[:-reach] * left[reach:]  # the product of the factors of twice as many steps
         reach *= 2
     return sums
 

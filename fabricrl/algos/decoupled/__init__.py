@@ -4,7 +4,7 @@
     Ready    first trainer → players  once: so are the trainers
     Order    player → each trainer    the data of an iteration or of several, and what to do with them
     Answer   first trainer → players  the weights to act with, if an update was due; losses, faults and signals
-    State    first trainer → player   what else a checkpoint holds, at one
+    State    first trainer → rank 0   what else a checkpoint holds, at one
 
 A checkpoint has an Order of its own, because an evaluation may decide whether one is due. With `--max-lag 0`
 a player waits for the Answer to its Order, with K it is up to K iterations ahead of it. After the last iteration an

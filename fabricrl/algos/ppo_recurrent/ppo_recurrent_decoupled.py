@@ -4,8 +4,8 @@
     lightning run model --accelerator=cpu --strategy=ddp --devices=3 \
         fabricrl/algos/ppo_recurrent/ppo_recurrent_decoupled.py
 
-Rank 0 plays, or the first P ranks with --players P. At the start all say that they are ready: Hello, Ready. Then, each
-iteration; with --max-lag 0 a player waits for Answer, with more it is as many iterations ahead of it at most:
+Rank 0 plays, or the first P ranks with --players P. At the start all say that they are ready: Hello, Ready. Then come
+the messages of each iteration. A player runs up to --max-lag iterations ahead of Answers; with 0 it waits for each:
 
     Order     player → each trainer    a Rollout: its share, and the coefficients to train with
     Answer    first trainer → players  all parameters; losses, faults and signals of the trainers

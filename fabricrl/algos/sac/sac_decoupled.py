@@ -6,8 +6,8 @@
 Each trainer owns the replay buffer of its share of the environments, and draws its share of every batch from that: a
 transition travels once, however often it is learned from.
 
-Rank 0 plays, or the first P ranks with --players P. At the start all say that they are ready: Hello, Ready. Then, each
-iteration; with --max-lag 0 a player waits for Answer, with more it is as many iterations ahead of it at most:
+Rank 0 plays, or the first P ranks with --players P. At the start all say that they are ready: Hello, Ready. Then come
+the messages of each iteration. A player runs up to --max-lag iterations ahead of Answers; with 0 it waits for each:
 
     Order     player → each trainer    Steps of its environments, the normaliser, and which updates are due
     Answer    first trainer → players  parameters of actor, temperature and encoder; losses, faults and signals
