@@ -61,6 +61,7 @@ def test_scaled_products_and_sums_of_matrices_are_left_alone() -> None:
     a, b, bias = operands()
     assert aten.addmm.default in targets(lambda *x: torch.addmm(x[2], x[0], x[1], beta=2), a, b, bias)
     assert aten.addmm.default in targets(lambda *x: torch.addmm(x[0], x[0], x[1]), a, b)
+    assert aten.addmm.default in targets(lambda *x: torch.addmm(x[2], x[0], x[1]), a, b, bias[:1])  # one for all
     pairs = [torch.stack((x, x)) for x in (a, b)]
     assert aten.baddbmm.default in targets(lambda a, b: torch.baddbmm(a, a, b), *pairs)
 

@@ -137,8 +137,16 @@ def test_a_run_that_fails_leaves_the_others_to_be_compared(script: Path, tmp_pat
     assert "told to fail" in done.err
 
 
-def test_a_run_that_cannot_be_found_is_told_of(capsys: pytest.CaptureFixture) -> None:
-    assert sweep.report([sweep.Outcome(["python", "ppo.py"], 0, None, "")], None, False) == 1
+def test_a_run_that_cannot_be_found_is_told_of_also_beside_others(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    lost = sweep.Outcome(["python", "ppo.py"], 0, None, "")
+    train = sweep.train
+    monkeypatch.setattr(sweep, "train", lambda *given: [lost, *train(*given)])
+    done = call(sweep.main, "stub", "--seeds", 2, "--log-dir", tmp_path / "logs", "--json")
+    assert done.code == 1
+    assert json.loads(done.out)[0]["seeds"] == 2
+    assert sweep.report([lost], None, False) == 1
     assert capsys.readouterr().err == "failed: ppo.py: ended with exit code 0, and named no folder\n"
 
 
