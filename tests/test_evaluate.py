@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fabricrl import evaluate
 from fabricrl.algos.ppo.ppo import main
-from fabricrl.utils.errors import CheckpointError, EnvError, OutputError
+from fabricrl.utils.errors import CheckpointError, ConfigError, EnvError, OutputError
 from tests.envs import Counting
 from tests.process import Finished, call, load
 
@@ -188,3 +188,8 @@ def test_a_folder_of_videos_that_cannot_be_made_is_no_fault_of_the_environment(t
     (folder / "videos").touch()
     with pytest.raises(OutputError, match=r"cannot write .*videos.*: "):
         call(evaluate.main, folder, "--episodes", 2, "--capture-video")
+
+
+def test_more_environments_than_there_are_seeds_are_refused(trained: Finished) -> None:
+    with pytest.raises(ConfigError, match="num-envs is 3000000000: it must be at least 1, at most 1048576"):
+        call(evaluate.main, trained.folder, "--num-envs", 3_000_000_000)
