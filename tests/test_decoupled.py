@@ -1037,3 +1037,10 @@ def test_a_trainer_frees_its_graphs_also_when_it_fails(fails: bool, monkeypatch:
     with contextlib.suppress(ZeroDivisionError):
         decoupled_ranks.run_ranks(run, lambda *_: 0, trainer, lambda *_: None)
     assert events == ["trained", "released"]
+
+
+def test_what_the_fabric_of_some_ranks_lacks_is_told() -> None:
+    group = Group(Fabric(accelerator="cpu", devices=1))
+    with pytest.raises(AttributeError, match=r"has no clip_gradients: see Group in fabricrl/utils/decoupled\.py"):
+        group.clip_gradients(None, None, max_norm=1.0)
+    assert not hasattr(group, "barrier")

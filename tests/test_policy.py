@@ -356,6 +356,8 @@ def test_a_policy_that_is_told_rewards_asks_for_them(runs: Callable[[str], Finis
     with pytest.raises(ValueError, match=r"--prev-reward: call policy\(obs, reward\)"):
         policy(obs)
     policy(obs, 1.0)
+    with pytest.raises(ValueError, match="an observation of no parts; its space is Dict"):
+        policy({}, 1.0)
     with pytest.raises(ValueError, match="a reward is not finite"):
         policy(obs, np.nan)
     policy.reset()

@@ -127,7 +127,7 @@ class Group:
         self.autocast, self.backward = fabric.autocast, fabric.backward
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"in a decoupled script `fabric` has no {name}: it is that of some ranks, see {__file__}")
+        raise AttributeError(f"the fabric of some ranks alone has no {name}: see Group in fabricrl/utils/decoupled.py")
 
     def setup(self, module: nn.Module, *optimizers: Any) -> Any:
         wrapped = _InPrecision(self._fabric, module.to(self.device))
